@@ -1,0 +1,29 @@
+// Order-preserving keys: f32 bits -> u32, so that every comparison is an integer one.
+// higher value, higher key; +0 == -0; NaN = 1, below -inf; 0 is left for "not eligible".
+fn key(bits: u32) -> u32 {
+    let magnitude = bits & 0x7fffffffu;
+    if magnitude > 0x7f800000u {
+        return 1u;
+    }
+    let b = select(bits, 0u, magnitude == 0u);
+    return select(b | 0x80000000u, ~b, (b >> 31u) == 1u);
+}
+
+fn is_nan(bits: u32) -> bool {
+    return (bits & 0x7fffffffu) > 0x7f800000u;
+}
+
+fn is_finite(bits: u32) -> bool {
+    return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+// a + b for any two f32 given as bits; WGSL's own sum is only defined for finite ones.
+fn add_bits(a: u32, b: u32) -> u32 {
+    if is_finite(a) && is_finite(b) {
+        return bitcast<u32>(bitcast<f32>(a) + bitcast<f32>(b));
+    }
+    if is_nan(a) || is_nan(b) || (!is_finite(a) && !is_finite(b) && a != b) {
+        return 0x7fc00000u;
+    }
+    return select(a, b, is_finite(a));
+}

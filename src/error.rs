@@ -1,0 +1,100 @@
+//! What can go wrong because of the caller's data or machine.
+
+/// Everything that can go wrong because of the caller's data or machine. A WGSL source of ours that does not compile is a
+/// bug and panics instead. Every variant that speaks of an argument names it as the documentation does.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A slice's length does not match the dimensions it is used with.
+    #[error("`{name}`: expected {expected} bytes, got {got}")]
+    Size {
+        /// Argument.
+        name: &'static str,
+        /// Bytes implied by the dimensions.
+        expected: u64,
+        /// Bytes in the slice.
+        got: u64,
+    },
+    /// A slice does not lie inside its buffer.
+    #[error("`{name}`: bytes {offset}..{end} of a buffer of {size}")]
+    OutOfBuffer {
+        /// Argument.
+        name: &'static str,
+        /// First byte of the slice.
+        offset: u64,
+        /// One past its last byte.
+        end: u64,
+        /// Bytes in the buffer.
+        size: u64,
+    },
+    /// A slice's offset is not a multiple of what the device asks.
+    #[error("`{name}`: offset {offset} is not a multiple of {alignment}")]
+    Alignment {
+        /// Argument.
+        name: &'static str,
+        /// First byte of the slice.
+        offset: u64,
+        /// `min_storage_buffer_offset_alignment` of the device.
+        alignment: u64,
+    },
+    /// A buffer was made without a usage that is needed.
+    #[error("`{name}`: the buffer lacks {missing:?}")]
+    Usage {
+        /// Argument.
+        name: &'static str,
+        /// Usages to add when making the buffer.
+        missing: wgpu::BufferUsages,
+    },
+    /// Two slices share bytes, and one of them is written.
+    #[error("`{written}` is written and overlaps `{other}`")]
+    Overlap {
+        /// The argument that is written.
+        written: &'static str,
+        /// The argument it overlaps.
+        other: &'static str,
+    },
+    /// A value that makes no sense, or not with the others.
+    #[error("`{name}`: {reason}")]
+    Invalid {
+        /// Argument.
+        name: &'static str,
+        /// What is wrong, and what is allowed.
+        reason: String,
+    },
+    /// The work does not fit a limit of this device.
+    #[error("`{name}`: {need} needed, {limit} of this device is {have}")]
+    Limit {
+        /// Argument.
+        name: &'static str,
+        /// Name of the wgpu limit.
+        limit: &'static str,
+        /// Value needed.
+        need: u64,
+        /// Value the device has.
+        have: u64,
+    },
+    /// A variant was asked for that needs a feature the device was made without.
+    #[error("the device lacks {missing:?}")]
+    Feature {
+        /// Features to ask for when making the device.
+        missing: wgpu::Features,
+    },
+    /// No adapter, or the adapter refused the device.
+    #[error("no usable GPU: {0}")]
+    NoGpu(String),
+    /// Reading a buffer back failed.
+    #[error("read-back failed: {0}")]
+    ReadBack(String),
+    /// wgpu refused an object: out of memory, a lost device, a destroyed buffer, a buffer of another device.
+    #[error("wgpu: {0}")]
+    Device(String),
+}
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn invalid(name: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid { name, reason: reason.into() }
+    }
+}

@@ -1,0 +1,149 @@
+//! A headless device for tests, benches and examples. Applications bring their own.
+use crate::{Error, Result, Step};
+use wgpu::util::DeviceExt;
+
+/// A device and its queue, with the features our kernels can use where present.
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    /// Device.
+    pub device: wgpu::Device,
+    /// Queue.
+    pub queue: wgpu::Queue,
+    /// What it is, for reports.
+    pub info: wgpu::AdapterInfo,
+}
+
+impl Gpu {
+    /// Opens the default adapter (`WGPU_BACKEND` and `WGPU_ADAPTER_NAME` are honoured), a software one where there is no
+    /// other.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoGpu`] if there is no adapter or it refuses the device.
+    pub fn new() -> Result<Self> {
+        pollster::block_on(Self::open(None))
+    }
+
+    /// As [`Gpu::new`], `async`; `adapter` chooses one by a part of its name or by its index in [`Gpu::adapters`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoGpu`] if there is no such adapter or it refuses the device.
+    pub async fn open(adapter: Option<&str>) -> Result<Self> {
+        let none = |e: &dyn std::fmt::Display| Error::NoGpu(e.to_string());
+        let adapter = match adapter {
+            None => {
+                let descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+                let instance = wgpu::Instance::new(descriptor);
+                wgpu::util::initialize_adapter_from_env_or_default(&instance, None)
+                    .await
+                    .map_err(|e| none(&e))?
+            }
+            Some(want) => {
+                let all = Self::adapters().await;
+                let index = want.parse::<usize>().ok().filter(|&i| i < all.len()).or_else(|| {
+                    let want = want.to_lowercase();
+                    all.iter().position(|a| a.get_info().name.to_lowercase().contains(&want))
+                });
+                let names: Vec<_> = all.iter().map(|a| a.get_info().name).collect();
+                let index = index.ok_or_else(|| Error::NoGpu(format!("no adapter `{want}` among {names:?}")))?;
+                all[index].clone()
+            }
+        };
+        Self::from_adapter(&adapter).await
+    }
+
+    /// Every adapter of every backend compiled in (or of those in `WGPU_BACKEND`).
+    pub async fn adapters() -> Vec<wgpu::Adapter> {
+        let descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+        let backends = descriptor.backends;
+        wgpu::Instance::new(descriptor).enumerate_adapters(backends).await
+    }
+
+    /// A device of `adapter`, with all its limits and the features that help here.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoGpu`] if it refuses the device.
+    pub async fn from_adapter(adapter: &wgpu::Adapter) -> Result<Self> {
+        let wanted = wgpu::Features::SUBGROUP
+            | wgpu::Features::SHADER_INT64
+            | wgpu::Features::TIMESTAMP_QUERY;
+        let (device, queue) = adapter
+            .request_device(&wgpu::DeviceDescriptor {
+                required_features: adapter.features() & wanted,
+                required_limits: adapter.limits(),
+                ..Default::default()
+            })
+            .await
+            .map_err(|e| Error::NoGpu(e.to_string()))?;
+        Ok(Self { device, queue, info: adapter.get_info() })
+    }
+
+    /// A storage buffer holding `data`.
+    pub fn upload<T: bytemuck::NoUninit>(&self, data: &[T]) -> wgpu::Buffer {
+        self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+            label: None,
+            contents: bytemuck::cast_slice(data),
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+        })
+    }
+
+    /// Records `step` into a pass of its own, submits it, and waits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where the device is lost or refuses the work.
+    pub fn run(&self, step: &Step) -> Result<()> {
+        crate::kernel::scoped(&self.device, || {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            step.record(&mut encoder.begin_compute_pass(&Default::default()));
+            self.queue.submit([encoder.finish()]);
+        })?;
+        self.wait()
+    }
+
+    /// Waits for all submitted work.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where the device is lost.
+    pub fn wait(&self) -> Result<()> {
+        let poll = self.device.poll(wgpu::PollType::wait_indefinitely());
+        poll.map(|_| ()).map_err(|e| Error::Device(e.to_string()))
+    }
+
+    /// Copies `buffer` back. Waits for the GPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ReadBack`] if mapping fails, [`Error::Device`] if the copy is refused.
+    pub fn download<T: bytemuck::Pod>(&self, buffer: &wgpu::Buffer) -> Result<Vec<T>> {
+        let staging = crate::kernel::scoped(&self.device, || {
+            let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("download"),
+                size: buffer.size(),
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            });
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
+            self.queue.submit([encoder.finish()]);
+            staging
+        })?;
+        let (send, receive) = std::sync::mpsc::channel();
+        staging.map_async(wgpu::MapMode::Read, .., move |result| {
+            let _ = send.send(result);
+        });
+        self.wait()?;
+        match receive.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(Error::ReadBack(e.to_string())),
+            Err(e) => return Err(Error::ReadBack(e.to_string())),
+        }
+        let view = staging.get_mapped_range(..).map_err(|e| Error::ReadBack(e.to_string()))?;
+        Ok(bytemuck::pod_collect_to_vec(&view))
+    }
+}

@@ -1,0 +1,109 @@
+//! Assignments of somebody else's router, brought into the bit set (METHODS, ARCHITECTURE 1).
+use super::{GRID, few_experts, not_zero};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Result, Slice, Step, bits};
+use std::sync::Arc;
+
+/// See `shaders/assign.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "assign",
+    body: include_str!("../../shaders/assign.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[read("ids", 4), read("weights", 4), write("assigned", 4), write("gates", 4), write("ignored", 4)],
+    variants: || vec![prelude()],
+};
+
+params! { tokens: u32, experts: u32, top: u32 }
+
+fn prelude() -> Prelude {
+    Prelude::new("one lane a token").piece(GRID)
+}
+
+/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many ids of each 32 tokens were ignored.
+/// `ids` and `weights` are `[tokens, top]`.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(ids: &[u32], weights: &[f32], top: usize, experts: usize) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
+    let tokens = ids.len() / top;
+    let mut assigned = bits::empty(tokens, experts);
+    let mut gates = vec![0.0; tokens * experts];
+    let mut ignored = vec![0; bits::columns(tokens)];
+    for (i, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
+        let (t, e) = (i / top, id as usize);
+        if e < experts && !bits::get(&assigned, tokens, e, t) {
+            bits::set(&mut assigned, tokens, e, t);
+            gates[t * experts + e] = weight;
+        } else if id != u32::MAX {
+            ignored[t / 32] += 1;
+        }
+    }
+    (assigned, gates, ignored)
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Tokens; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    pub experts: u32,
+    /// Places of a token.
+    pub top: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, top]` u32, read: expert ids. Out of range or repeated: ignored and counted; `u32::MAX`: empty.
+    pub ids: Slice<'a>,
+    /// `[tokens, top]` f32, read: gates.
+    pub weights: Slice<'a>,
+    /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
+    pub assigned: Slice<'a>,
+    /// `[tokens, experts]` f32, written at assigned pairs.
+    pub gates: Slice<'a>,
+    /// `[ceil(tokens / 32)]` u32, written whole: ids ignored.
+    pub ignored: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct Assign {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl Assign {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
+    }
+
+    /// Brings `[tokens, top]` ids into the bit set.
+    ///
+    /// # Errors
+    ///
+    /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        let Dims { tokens, experts, top } = dims;
+        few_experts(experts)?;
+        not_zero(&[("top", top)])?;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        let columns = u64::from(tokens.div_ceil(32));
+        args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;
+        args.weights.expect("weights", &[tokens.into(), top.into()], 4)?;
+        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
+        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
+        args.ignored.expect("ignored", &[columns], 4)?;
+        let slices = [args.ids, args.weights, args.assigned, args.gates, args.ignored];
+        Ok(self.kernel.dispatch(&self.ctx, &Params { tokens, experts, top }, &slices, columns)?.into())
+    }
+}

@@ -1,0 +1,119 @@
+//! The output of the layer: each token's experts, weighted by their gates and summed in expert order (METHODS 5).
+use super::{GRID, not_zero};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::plan::HostPlan;
+use crate::{Context, Error, PlanShape, Result, Slice, Step};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// See `shaders/combine.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "combine",
+    body: include_str!("../../shaders/combine.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[read("y", 4), read("plan", 4), write("out", 4)],
+    variants: || vec![prelude(1), prelude(4)],
+};
+
+params! {
+    tokens: u32, slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
+    slot_of: u32, gate_of: u32,
+}
+
+const WG: u32 = 64;
+
+fn prelude(vector: u32) -> Prelude {
+    Prelude::new(format!("vectors of {vector}")).constant("WG", WG).piece(super::vector(vector)).piece(GRID)
+}
+
+/// The CPU twin: `[tokens, hidden]` from `y [slots, hidden]`; `residual` is added where there is one.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    let mut out = vec![];
+    for (t, span) in plan.token_offsets.windows(2).enumerate() {
+        let slots = &plan.slot_of[span[0] as usize..span[1] as usize];
+        for h in 0..hidden {
+            let sum: f64 = slots
+                .iter()
+                .filter(|&&s| s != u32::MAX)
+                .map(|&s| f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h]))
+                .sum();
+            out.push((sum + residual.map_or(0.0, |r| r[t * hidden + h].into())) as f32);
+        }
+    }
+    out
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Debug)]
+pub struct Args<'a> {
+    /// `[slots, columns]` f32, read: what the experts made of these columns, all slots of the plan's shape.
+    pub y: Slice<'a>,
+    /// A plan of the shape, read.
+    pub plan: Slice<'a>,
+    /// `[tokens, hidden]` f32: these columns are written, or added to.
+    pub out: Slice<'a>,
+    /// The columns of `out` that `y` holds; `0..hidden` for all.
+    pub columns: Range<u32>,
+    /// Elements of a row of `out`.
+    pub hidden: u32,
+    /// Whether to add to what `out` holds (a residual) rather than to replace it.
+    pub add: bool,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct Combine {
+    ctx: Context,
+    scalar: Arc<Kernel>,
+    vector: Arc<Kernel>,
+}
+
+impl Combine {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        let [scalar, vector] = [1, 4].map(|v| ctx.kernel(&SPEC, prelude(v)));
+        Ok(Self { ctx: ctx.clone(), scalar: scalar?, vector: vector? })
+    }
+
+    /// Combines the slots of each token.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]).
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        let at = shape.sections()?;
+        let (tokens, slots, hidden) = (shape.tokens, shape.slots()?, args.hidden);
+        let Range { start, end } = args.columns;
+        not_zero(&[("hidden", hidden)])?;
+        if start >= end || end > hidden {
+            return Err(Error::invalid("columns", format!("{start}..{end} of {hidden}")));
+        }
+        let columns = end - start;
+        args.y.expect("y", &[slots.into(), columns.into()], 4)?;
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.out.expect("out", &[tokens.into(), hidden.into()], 4)?;
+        let whole = [hidden, columns, start].iter().all(|n| n % 4 == 0);
+        let (kernel, vector) = if whole { (&self.vector, 4) } else { (&self.scalar, 1) };
+        let params = Params {
+            tokens,
+            slots,
+            vectors: columns / vector,
+            out_vectors: hidden / vector,
+            first_vector: start / vector,
+            add: args.add.into(),
+            token_offsets: at.token_offsets,
+            slot_of: at.slot_of,
+            gate_of: at.gate_of,
+        };
+        let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
+        Ok(kernel.dispatch(&self.ctx, &params, &[args.y, args.plan, args.out], groups)?.into())
+    }
+}

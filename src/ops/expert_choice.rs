@@ -1,0 +1,222 @@
+//! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622,
+//! METHODS 2), and the same selection among bits already set: the capacity factor of token choice (METHODS 3).
+use super::{GRID, KEYS, OFFSETS, not_zero};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Result, Slice, Step, Target, Variant, bits, order};
+use std::sync::Arc;
+
+/// See `shaders/expert_choice.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "expert_choice",
+    body: include_str!("../../shaders/expert_choice.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("r", 4),
+        read("offsets", 8),
+        read("lengths", 4),
+        read("capacity", 4),
+        write("assigned", 4),
+        write("dropped", 4),
+    ],
+    variants: || {
+        let mut all = vec![];
+        for target in [Target::Gpu, Target::Cpu] {
+            for masked in [false, true] {
+                all.push(prelude(Variant { target, subgroups: false }, masked));
+            }
+        }
+        all
+    },
+};
+
+params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
+
+/// Neighbouring experts of one workgroup.
+const EXPERTS: u32 = 8;
+
+fn prelude(variant: Variant, masked: bool) -> Prelude {
+    let (label, lanes, bins) = match variant.target {
+        Target::Gpu => ("many lanes an expert", 32, include_str!("../../shaders/lib/bins_atomic.wgsl")),
+        Target::Cpu => ("one lane an expert", 1, include_str!("../../shaders/lib/bins_serial.wgsl")),
+    };
+    Prelude::new(if masked { format!("{label}, among set bits") } else { label.into() })
+        .constant("EXPERTS", EXPERTS)
+        .constant("LANES", lanes)
+        .constant("WG", EXPERTS * lanes)
+        .flag("MASKED", masked)
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(OFFSETS)
+        .piece(bins)
+}
+
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made
+/// monotone and at most `tokens`), `lengths` and `capacity` `[sequences]`.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(r: &[f32], experts: usize, offsets: &[u32], lengths: Option<&[u32]>, capacity: &[u32]) -> Vec<u32> {
+    let tokens = r.len() / experts;
+    let mut assigned = bits::empty(tokens, experts);
+    for (b, range) in ranges(offsets, tokens).into_iter().enumerate() {
+        let length = lengths.map_or(range.len(), |l| range.len().min(l[b] as usize));
+        let range = range.start..range.start + length;
+        if range.is_empty() {
+            continue;
+        }
+        let take = (capacity[b] as usize).clamp(1, length);
+        for e in 0..experts {
+            for t in order::top(range.clone(), take, |t| r[t * experts + e]) {
+                bits::set(&mut assigned, tokens, e, t);
+            }
+        }
+    }
+    assigned
+}
+
+/// The CPU twin of the capacity factor: each expert keeps at most `capacity` of its tokens, those with the highest gates
+/// `[tokens, experts]`. The bit set that is left, and how many each expert dropped.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu_drop(gates: &[f32], experts: usize, assigned: &[u32], capacity: u32) -> (Vec<u32>, Vec<u32>) {
+    let tokens = gates.len() / experts;
+    let mut kept = bits::empty(tokens, experts);
+    let mut dropped = vec![];
+    for e in 0..experts {
+        let mine = bits::tokens_of(assigned, tokens, e);
+        dropped.push((mine.len() as u32).saturating_sub(capacity));
+        for t in order::top(mine, capacity as usize, |t| gates[t * experts + e]) {
+            bits::set(&mut kept, tokens, e, t);
+        }
+    }
+    (kept, dropped)
+}
+
+/// The token ranges that offsets of any value stand for: a running maximum, at most `tokens`.
+pub fn ranges(offsets: &[u32], tokens: usize) -> Vec<std::ops::Range<usize>> {
+    let mut highest = 0;
+    let clean: Vec<usize> = offsets
+        .iter()
+        .map(|&o| {
+            highest = highest.max((o as usize).min(tokens));
+            highest
+        })
+        .collect();
+    clean.windows(2).map(|w| w[0]..w[1]).collect()
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `r`; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts.
+    pub experts: u32,
+    /// Ranges of tokens that are chosen from apart; 1 for a choice over the batch.
+    pub sequences: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, experts]` f32, read: selection values.
+    pub r: Slice<'a>,
+    /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
+    pub offsets: Slice<'a>,
+    /// `[sequences]` u32, read: tokens of a sequence that are not padding; all where absent.
+    pub lengths: Option<Slice<'a>>,
+    /// `[sequences]` u32, read: tokens that each expert takes, clamped to 1 and the sequence's length.
+    pub capacity: Slice<'a>,
+    /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
+    pub assigned: Slice<'a>,
+}
+
+/// Buffers of a drop.
+#[derive(Clone, Copy, Debug)]
+pub struct DropArgs<'a> {
+    /// `[tokens, experts]` f32, read at assigned pairs.
+    pub gates: Slice<'a>,
+    /// `[2]` u32, read: 0 and the number of tokens.
+    pub offsets: Slice<'a>,
+    /// `[1]` u32, read: most tokens of an expert.
+    pub capacity: Slice<'a>,
+    /// `[experts, ceil(tokens / 32)]` u32, read and written: the bit set.
+    pub assigned: Slice<'a>,
+    /// `[experts]` u32, written whole: tokens dropped.
+    pub dropped: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct ExpertChoice {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+    masked: Arc<Kernel>,
+}
+
+impl ExpertChoice {
+    /// Compiles the kernel and its variant that drops.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self {
+            ctx: ctx.clone(),
+            kernel: ctx.kernel(&SPEC, prelude(ctx.variant(), false))?,
+            masked: ctx.kernel(&SPEC, prelude(ctx.variant(), true))?,
+        })
+    }
+
+    /// Chooses `capacity[b]` tokens of each sequence for each expert.
+    ///
+    /// # Errors
+    ///
+    /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        let Dims { tokens, experts, sequences } = dims;
+        not_zero(&[("experts", experts), ("sequences", sequences)])?;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        let columns = tokens.div_ceil(32);
+        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
+        if let Some(lengths) = args.lengths {
+            lengths.expect("lengths", &[sequences.into()], 4)?;
+        }
+        args.capacity.expect("capacity", &[sequences.into()], 4)?;
+        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
+        let params = Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
+        // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
+        let lengths = args.lengths.unwrap_or(args.capacity);
+        let slices =
+            [args.r, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
+        let groups = u64::from(experts.div_ceil(EXPERTS)) * u64::from(sequences);
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+    }
+
+    /// Drops the lowest gates of experts that hold more tokens than `capacity[0]`.
+    ///
+    /// # Errors
+    ///
+    /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<Step> {
+        not_zero(&[("experts", experts)])?;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        let columns = tokens.div_ceil(32);
+        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
+        args.offsets.expect("offsets", &[2], 4)?;
+        args.capacity.expect("capacity", &[1], 4)?;
+        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
+        args.dropped.expect("dropped", &[experts.into()], 4)?;
+        let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
+        let slices = [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
+        Ok(self.masked.dispatch(&self.ctx, &params, &slices, experts.div_ceil(EXPERTS).into())?.into())
+    }
+}

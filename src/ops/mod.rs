@@ -1,0 +1,61 @@
+//! The kernels, one a file: what it computes, its CPU twin, its arguments, and how it is recorded.
+//!
+//! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
+//! checks them, and makes its uniform and bind group), and recorded as a [`Step`](crate::Step) any number of times.
+use crate::kernel::Spec;
+
+pub mod assign;
+pub mod combine;
+pub mod expert_choice;
+pub mod expert_union;
+pub mod gather;
+pub mod plan_count;
+pub mod plan_fill;
+pub mod plan_scan;
+pub mod scores;
+pub mod token_choice;
+
+/// Every kernel.
+pub(crate) const SPECS: &[&Spec] = &[
+    &scores::SPEC,
+    &expert_choice::SPEC,
+    &token_choice::SPEC,
+    &assign::SPEC,
+    &plan_count::SPEC,
+    &plan_scan::SPEC,
+    &plan_fill::SPEC,
+    &gather::SPEC,
+    &combine::SPEC,
+    &expert_union::SPEC,
+];
+
+pub(crate) const GRID: &str = include_str!("../../shaders/lib/grid.wgsl");
+pub(crate) const KEYS: &str = include_str!("../../shaders/lib/keys.wgsl");
+pub(crate) const EXP: &str = include_str!("../../shaders/lib/exp.wgsl");
+pub(crate) const OFFSETS: &str = include_str!("../../shaders/lib/offsets.wgsl");
+pub(crate) const COLUMNS: &str = include_str!("../../shaders/lib/columns.wgsl");
+
+/// Optional input: the slice, or the context's stand-in.
+pub(crate) fn or_nothing<'a>(ctx: &'a crate::Context, slice: Option<crate::Slice<'a>>) -> crate::Slice<'a> {
+    slice.unwrap_or_else(|| ctx.nothing())
+}
+
+/// Errors for a zero dimension.
+pub(crate) fn not_zero(dims: &[(&'static str, u32)]) -> crate::Result<()> {
+    match dims.iter().find(|(_, n)| *n == 0) {
+        Some(&(name, _)) => Err(crate::Error::invalid(name, "must not be 0")),
+        None => Ok(()),
+    }
+}
+
+/// Errors for more experts than the kernels' workgroup memory holds.
+pub(crate) fn few_experts(experts: u32) -> crate::Result<()> {
+    not_zero(&[("experts", experts)])?;
+    let max = crate::plan::MAX_EXPERTS;
+    if experts > max { Err(crate::Error::invalid("experts", format!("{experts}, at most {max}"))) } else { Ok(()) }
+}
+
+/// The element type of kernels that move rows whole.
+pub(crate) fn vector(width: u32) -> &'static str {
+    if width == 4 { "alias Vector = vec4<f32>;\n" } else { "alias Vector = f32;\n" }
+}

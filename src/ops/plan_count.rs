@@ -1,0 +1,205 @@
+//! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
+//! (METHODS 2, 3: gates; ARCHITECTURE 1: the plan).
+use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant, bits};
+use std::sync::Arc;
+
+/// See `shaders/plan_count.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "plan_count",
+    body: include_str!("../../shaders/plan_count.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("assigned", 4),
+        read("source", 4),
+        read("by_count", 4),
+        read("by_expert", 4),
+        write("gates", 4),
+        write("plan", 4),
+    ],
+    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+};
+
+params! {
+    tokens: u32, experts: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
+    expert_offsets: u32, token_offsets: u32, ranks: u32,
+}
+
+fn lanes(target: Target) -> [u32; 2] {
+    match target {
+        Target::Gpu => [8, 32],
+        Target::Cpu => [1, 1],
+    }
+}
+
+fn prelude(variant: Variant) -> Prelude {
+    let [lanes, expert_lanes] = lanes(variant.target);
+    Prelude::new(if lanes > 1 { "many lanes a row" } else { "one lane a row" })
+        .constant("LANES", lanes)
+        .constant("EXPERT_LANES", expert_lanes)
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(EXP)
+        .piece(COLUMNS)
+}
+
+/// How the gates of a token's experts come from its logits or scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GateRule {
+    /// Softmax of the logits over the experts chosen.
+    Softmax,
+    /// Scores, divided by their sum over the experts chosen `+ 1e-20`.
+    Normalised,
+    /// Scores as they are.
+    Plain,
+}
+
+/// What gates are multiplied by, beside a constant.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scales<T> {
+    /// `[experts + 1]` f32: a factor for tokens that n experts took (EC-DLM's scaling table).
+    pub by_count: Option<T>,
+    /// `[experts]` f32: a factor of each expert (DiffusionGemma).
+    pub by_expert: Option<T>,
+}
+
+/// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is `[tokens, experts]`: logits for
+/// [`GateRule::Softmax`], else scores.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    assigned: &[u32],
+    source: &[f32],
+    experts: usize,
+    rule: GateRule,
+    scale: f32,
+    scales: Scales<&[f32]>,
+) -> Vec<f32> {
+    let tokens = source.len() / experts;
+    let mut gates = vec![0.0; source.len()];
+    for t in 0..tokens {
+        let mine = bits::experts_of(assigned, tokens, t);
+        let row = &source[t * experts..][..experts];
+        let finite = mine.iter().any(|&e| row[e].is_finite());
+        let highest = mine.iter().map(|&e| row[e]).filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, f32::max);
+        let term = |e: usize| -> f64 {
+            match (rule, row[e]) {
+                (GateRule::Softmax, _) if !finite => 0.0,
+                (GateRule::Softmax, g) if g.is_nan() => 0.0,
+                (GateRule::Softmax, g) if highest == f32::INFINITY => f64::from(u8::from(g == f32::INFINITY)),
+                (GateRule::Softmax, g) => (f64::from(g) - f64::from(highest)).exp(),
+                (_, s) => s.into(),
+            }
+        };
+        let sum: f64 = mine.iter().map(|&e| term(e)).sum();
+        for &e in &mine {
+            let gate = if rule == GateRule::Plain { term(e) } else { term(e) / (sum + 1e-20) };
+            let by_count = scales.by_count.map_or(1.0, |s| s[mine.len()]);
+            let by_expert = scales.by_expert.map_or(1.0, |s| s[e]);
+            gates[t * experts + e] = (gate * f64::from(scale) * f64::from(by_count) * f64::from(by_expert)) as f32;
+        }
+    }
+    gates
+}
+
+/// Where gates come from.
+#[derive(Clone, Copy, Debug)]
+pub struct Gates<'a> {
+    /// How.
+    pub rule: GateRule,
+    /// `[tokens, experts]` f32, read at assigned pairs: logits or scores.
+    pub source: Slice<'a>,
+    /// Constant factor, LLaDA2's `routed_scaling_factor`.
+    pub scale: f32,
+    /// More factors.
+    pub scales: Scales<Slice<'a>>,
+    /// `[tokens, experts]` f32, written at assigned pairs.
+    pub gates: Slice<'a>,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[experts, ceil(tokens / 32)]` u32, read: the bit set.
+    pub assigned: Slice<'a>,
+    /// Gates to make; none where they are there already (another router's).
+    pub gates: Option<Gates<'a>>,
+    /// A plan of the shape, written: counts and ranks.
+    pub plan: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct PlanCount {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl PlanCount {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+    }
+
+    /// Counts, ranks and gates of an assignment.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        let PlanShape { tokens, experts, .. } = *shape;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        few_experts(experts)?;
+        let at = shape.sections()?;
+        let columns = u64::from(tokens.div_ceil(32));
+        let pairs = [tokens.into(), experts.into()];
+        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        let nothing = self.ctx.scratch("no gates", 16)?;
+        let mut params = Params {
+            tokens,
+            experts,
+            scale: 1.0,
+            expert_offsets: at.expert_offsets,
+            token_offsets: at.token_offsets,
+            ranks: at.ranks,
+            ..Params::default()
+        };
+        let [mut source, mut by_count, mut by_expert] = [None; 3];
+        let mut gates = Slice::from(&nothing);
+        if let Some(g) = args.gates {
+            g.source.expect("source", &pairs, 4)?;
+            g.gates.expect("gates", &pairs, 4)?;
+            if let Some(s) = g.scales.by_count {
+                s.expect("by_count", &[u64::from(experts) + 1], 4)?;
+            }
+            if let Some(s) = g.scales.by_expert {
+                s.expect("by_expert", &[experts.into()], 4)?;
+            }
+            params.rule = match g.rule {
+                GateRule::Softmax => 1,
+                GateRule::Normalised => 2,
+                GateRule::Plain => 3,
+            };
+            params.has_by_count = g.scales.by_count.is_some().into();
+            params.has_by_expert = g.scales.by_expert.is_some().into();
+            params.scale = g.scale;
+            (source, by_count, by_expert) = (Some(g.source), g.scales.by_count, g.scales.by_expert);
+            gates = g.gates;
+        }
+        let [source, by_count, by_expert] = [source, by_count, by_expert].map(|s| or_nothing(&self.ctx, s));
+        let slices = [args.assigned, source, by_count, by_expert, gates, args.plan];
+        let [lanes, expert_lanes] = lanes(self.ctx.variant().target);
+        let groups = columns + u64::from(experts.div_ceil(32 * lanes / expert_lanes));
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+    }
+}

@@ -1,0 +1,81 @@
+//! Last part of a plan: token and gate of each slot, slots of each token (ARCHITECTURE 1). Its CPU twin, with the other
+//! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
+use super::{COLUMNS, GRID};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use std::sync::Arc;
+
+/// See `shaders/plan_fill.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "plan_fill",
+    body: include_str!("../../shaders/plan_fill.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
+    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+};
+
+params! {
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, expert_offsets: u32, token_offsets: u32, ranks: u32,
+    token_of: u32, gate_of: u32, slot_of: u32,
+}
+
+fn prelude(variant: Variant) -> Prelude {
+    let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
+    Prelude::new(format!("{lanes} lanes a token")).constant("LANES", lanes).piece(GRID).piece(COLUMNS)
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[experts, ceil(tokens / 32)]` u32, read: the bit set.
+    pub assigned: Slice<'a>,
+    /// `[tokens, experts]` f32, read at assigned pairs.
+    pub gates: Slice<'a>,
+    /// A plan of the shape that holds offsets and ranks, read and written: its lists.
+    pub plan: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct PlanFill {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl PlanFill {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+    }
+
+    /// Lists of slots and tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        let PlanShape { tokens, experts, shared_experts, .. } = *shape;
+        let at = shape.sections()?;
+        let columns = u64::from(tokens.div_ceil(32));
+        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
+        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        let params = Params {
+            tokens,
+            experts,
+            shared_experts,
+            slots: shape.slots()?,
+            expert_offsets: at.expert_offsets,
+            token_offsets: at.token_offsets,
+            ranks: at.ranks,
+            token_of: at.token_of,
+            gate_of: at.gate_of,
+            slot_of: at.slot_of,
+        };
+        Ok(self.kernel.dispatch(&self.ctx, &params, &[args.assigned, args.gates, args.plan], columns)?.into())
+    }
+}

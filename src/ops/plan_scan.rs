@@ -1,0 +1,149 @@
+//! Second part of a plan: counts to offsets, active experts, items of the matmuls, statistics (ARCHITECTURE 1). Its CPU
+//! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
+use super::or_nothing;
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Error, PlanShape, Result, Slice, Step, Target, Variant};
+use std::sync::Arc;
+
+/// See `shaders/plan_scan.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "plan_scan",
+    body: include_str!("../../shaders/plan_scan.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[read("losses", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
+    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+};
+
+params! {
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, drop_count: u32, ignore_count: u32, range_count: u32,
+    tile_rows: u32, skinny_rows: u32, expert_offsets: u32, token_offsets: u32, active_experts: u32, skinny_offsets: u32,
+    skinny_items: u32, tile_offsets: u32, tile_items: u32,
+}
+
+fn prelude(variant: Variant) -> Prelude {
+    let wg = if variant.target == Target::Cpu { 32 } else { 256 };
+    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(include_str!("../../shaders/lib/scan_workgroup.wgsl"))
+}
+
+/// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// (token, expert) pairs, shared experts apart.
+    pub slots: u32,
+    /// Experts that some token uses.
+    pub unique_experts: u32,
+    /// Pairs dropped by the capacity factor.
+    pub dropped: u32,
+    /// Ids of another router that were out of range or repeated, and slots past the plan's bound.
+    pub ignored: u32,
+    /// Tokens that no expert took.
+    pub untouched: u32,
+    /// Offsets of blocks or sequences that decrease or exceed the tokens.
+    pub clamped: u32,
+    /// Tokens of each expert.
+    pub tokens_per_expert: Vec<u32>,
+}
+
+impl Stats {
+    /// Bytes of the buffer.
+    pub fn bytes(experts: u32) -> u64 {
+        4 * (8 + u64::from(experts))
+    }
+
+    /// From the words of the buffer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Size`] for fewer than 8.
+    pub fn from_words(words: &[u32]) -> Result<Self> {
+        match words {
+            [slots, unique_experts, dropped, ignored, untouched, clamped, _, _, rest @ ..] => Ok(Self {
+                slots: *slots,
+                unique_experts: *unique_experts,
+                dropped: *dropped,
+                ignored: *ignored,
+                untouched: *untouched,
+                clamped: *clamped,
+                tokens_per_expert: rest.to_vec(),
+            }),
+            _ => Err(Error::Size { name: "words", expected: 32, got: 4 * words.len() as u64 }),
+        }
+    }
+}
+
+/// Numbers to add up into the statistics, from the kernels before.
+#[derive(Clone, Copy, Debug)]
+pub struct Losses<'a> {
+    /// `[dropped + ignored]` u32, read.
+    pub counts: Slice<'a>,
+    /// How many of them count drops: [`expert_choice`](super::expert_choice)'s `[experts]`, or 0.
+    pub dropped: u32,
+    /// How many count ignored ids: [`assign`](super::assign)'s `[ceil(tokens / 32)]`, or 0.
+    pub ignored: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// Losses to report.
+    pub losses: Option<Losses<'a>>,
+    /// `[n]` u32, read: offsets whose clamped ones are to be counted.
+    pub offsets: Option<Slice<'a>>,
+    /// A plan of the shape that holds counts, read and written.
+    pub plan: Slice<'a>,
+    /// `[8 + experts]` u32, written whole: see [`Stats`].
+    pub stats: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct PlanScan {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl PlanScan {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+    }
+
+    /// Offsets, items and statistics.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`]).
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        let at = shape.sections()?;
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.stats.expect("stats", &[8 + u64::from(shape.experts)], 4)?;
+        if let Some(l) = args.losses {
+            l.counts.expect("losses", &[u64::from(l.dropped) + u64::from(l.ignored)], 4)?;
+        }
+        let params = Params {
+            tokens: shape.tokens,
+            experts: shape.experts,
+            shared_experts: shape.shared_experts,
+            slots: shape.slots()?,
+            drop_count: args.losses.map_or(0, |l| l.dropped),
+            ignore_count: args.losses.map_or(0, |l| l.ignored),
+            range_count: args.offsets.map_or(0, |o| (o.size / 4) as u32),
+            tile_rows: shape.tile_rows,
+            skinny_rows: shape.skinny_rows,
+            expert_offsets: at.expert_offsets,
+            token_offsets: at.token_offsets,
+            active_experts: at.active,
+            skinny_offsets: at.skinny_offsets,
+            skinny_items: at.skinny_items,
+            tile_offsets: at.tile_offsets,
+            tile_items: at.tile_items,
+        };
+        let losses = or_nothing(&self.ctx, args.losses.map(|l| l.counts));
+        let slices = [losses, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
+    }
+}

@@ -1,0 +1,197 @@
+//! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
+//! (METHODS 3 and 4; group limits: DeepSeek-V3, LLaDA2.0).
+use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits, order};
+use std::sync::Arc;
+
+/// See `shaders/token_choice.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "token_choice",
+    body: include_str!("../../shaders/token_choice.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[read("r", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
+    variants: || {
+        let mut all = vec![];
+        for target in [Target::Gpu, Target::Cpu] {
+            for list in [4, 8, 16] {
+                for groups in [1, 32] {
+                    all.push(prelude(Variant { target, subgroups: false }, list, groups));
+                }
+            }
+        }
+        all
+    },
+};
+
+params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
+
+/// Most experts a token can choose.
+pub const MAX_TOP: u32 = 64;
+/// Most groups of experts.
+pub const MAX_GROUPS: u32 = 32;
+
+fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
+    let (label, lanes) = match variant.target {
+        Target::Gpu => ("eight lanes a token", 8),
+        Target::Cpu => ("one lane a token", 1),
+    };
+    let label = format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
+    Prelude::new(label)
+        .constant("LANES", lanes)
+        .constant("LIST", list)
+        .constant("GROUPS", groups)
+        .piece(GRID)
+        .piece(KEYS)
+}
+
+/// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Groups {
+    /// Equal groups of neighbouring experts, at most [`MAX_GROUPS`]; divides the experts.
+    pub count: u32,
+    /// Groups a token may use.
+    pub top: u32,
+}
+
+/// The coreset of each token's block, on the CPU: `eligible(t, e)`.
+pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
+
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(r: &[f32], experts: usize, top: usize, groups: Option<Groups>, eligible: Eligible<'_>) -> Vec<u32> {
+    let tokens = r.len() / experts;
+    let mut assigned = bits::empty(tokens, experts);
+    for t in 0..tokens {
+        let row = &r[t * experts..][..experts];
+        let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
+        if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
+            let size = experts / count as usize;
+            // A group's value, where it has two eligible experts.
+            let value = |g: usize| -> Option<f32> {
+                let mine = candidates.iter().copied().filter(|e| e / size == g);
+                match order::top(mine, 2, |e| row[e])[..] {
+                    [a, b] => Some(row[a] + row[b]),
+                    _ => None,
+                }
+            };
+            let valued: Vec<(usize, f32)> =
+                (0..count as usize).filter_map(|g| value(g).map(|v| (g, v))).collect();
+            let stay: Vec<usize> = order::top(0..valued.len(), top as usize, |i| valued[i].1)
+                .into_iter()
+                .map(|i| valued[i].0)
+                .collect();
+            candidates.retain(|e| stay.contains(&(e / size)));
+        }
+        for e in order::top(candidates, top, |e| row[e]) {
+            bits::set(&mut assigned, tokens, e, t);
+        }
+    }
+    assigned
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `r`; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    pub experts: u32,
+    /// K: experts a token takes, at most [`MAX_TOP`] and at most `experts`.
+    pub top: u32,
+    /// Groups, where the model has them.
+    pub groups: Option<Groups>,
+}
+
+/// Coresets of blocks, for choices inside them.
+#[derive(Clone, Copy, Debug)]
+pub struct Coresets<'a> {
+    /// Blocks.
+    pub blocks: u32,
+    /// `[blocks, ceil(experts / 32)]` u32, read: bit set of the experts each block elected.
+    pub coreset: Slice<'a>,
+    /// `[tokens]` u32, read: block of each token; a value of `blocks` or more: none, and no experts.
+    pub block_of: Slice<'a>,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, experts]` f32, read: selection values.
+    pub r: Slice<'a>,
+    /// The experts to choose among; all where absent.
+    pub coresets: Option<Coresets<'a>>,
+    /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
+    pub assigned: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct TokenChoice {
+    ctx: Context,
+    dims: Dims,
+    kernel: Arc<Kernel>,
+}
+
+impl TokenChoice {
+    /// Compiles the kernel for choices of this many experts and groups.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for zero experts, `top` of 0, above `experts` or [`MAX_TOP`], groups that do not divide the experts
+    /// or are more than [`MAX_GROUPS`]; [`Error::Device`] where wgpu refuses the kernel.
+    pub fn new(ctx: &Context, experts: u32, top: u32, groups: Option<Groups>) -> Result<Self> {
+        few_experts(experts)?;
+        not_zero(&[("top", top)])?;
+        if top > experts.min(MAX_TOP) {
+            return Err(Error::invalid("top", format!("{top}, at most {} of {experts} experts", experts.min(MAX_TOP))));
+        }
+        if let Some(Groups { count, top }) = groups {
+            not_zero(&[("group count", count), ("group top", top)])?;
+            if experts % count != 0 || count > MAX_GROUPS {
+                let reason = format!("{count} groups, must divide {experts} experts and be at most {MAX_GROUPS}");
+                return Err(Error::invalid("groups", reason));
+            }
+            if top > count {
+                return Err(Error::invalid("groups", format!("{top} of {count} groups")));
+            }
+        }
+        let groups = groups.filter(|g| g.count > 1);
+        let list = if top <= 4 { 4 } else if top <= 8 { 8 } else { 16 };
+        let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list, if groups.is_some() { 32 } else { 1 }))?;
+        Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
+    }
+
+    /// Chooses the experts of `tokens` tokens.
+    ///
+    /// # Errors
+    ///
+    /// A slice that does not fit ([`Error`]).
+    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
+        let Dims { experts, top, groups, .. } = self.dims;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        if let Some(c) = args.coresets {
+            c.coreset.expect("coreset", &[c.blocks.into(), experts.div_ceil(32).into()], 4)?;
+            c.block_of.expect("block_of", &[tokens.into()], 4)?;
+        }
+        let params = Params {
+            tokens,
+            experts,
+            top,
+            group_count: groups.map_or(1, |g| g.count),
+            group_top: groups.map_or(1, |g| g.top),
+            blocks: args.coresets.map_or(0, |c| c.blocks),
+        };
+        let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
+        let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
+        let slices = [args.r, coreset, block_of, args.assigned];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
+    }
+}

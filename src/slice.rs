@@ -1,0 +1,55 @@
+//! Arguments: a range of bytes of somebody's buffer.
+use crate::{Error, Result};
+
+/// A range of a buffer: how every tensor is handed over, so that tensors an engine has placed inside larger buffers bind
+/// where they lie. A whole buffer converts (`(&buffer).into()`), and so does a [`wgpu::BufferSlice`].
+#[derive(Clone, Copy, Debug)]
+pub struct Slice<'a> {
+    /// The buffer, with `BufferUsages::STORAGE`.
+    pub buffer: &'a wgpu::Buffer,
+    /// First byte; a multiple of the device's `min_storage_buffer_offset_alignment`.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl<'a> Slice<'a> {
+    /// `size` bytes of `buffer` from `offset` on. Checked when it is bound.
+    pub const fn new(buffer: &'a wgpu::Buffer, offset: u64, size: u64) -> Self {
+        Self { buffer, offset, size }
+    }
+
+    /// Checks that the slice holds exactly `items` times `bytes`, in checked arithmetic.
+    pub(crate) fn expect(&self, name: &'static str, shape: &[u64], bytes: u64) -> Result<()> {
+        let expected = bytes_of(name, shape, bytes)?;
+        if self.size == expected { Ok(()) } else { Err(Error::Size { name, expected, got: self.size }) }
+    }
+
+    pub(crate) fn end(&self) -> u64 {
+        self.offset.saturating_add(self.size)
+    }
+
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        self.buffer == other.buffer && self.offset < other.end() && other.offset < self.end()
+    }
+}
+
+/// The product of a shape in bytes, or an error naming the argument where it overflows.
+pub(crate) fn bytes_of(name: &'static str, shape: &[u64], bytes: u64) -> Result<u64> {
+    shape
+        .iter()
+        .try_fold(bytes, |n, &d| n.checked_mul(d))
+        .ok_or_else(|| Error::invalid(name, format!("{shape:?} overflows")))
+}
+
+impl<'a> From<&'a wgpu::Buffer> for Slice<'a> {
+    fn from(buffer: &'a wgpu::Buffer) -> Self {
+        Self { buffer, offset: 0, size: buffer.size() }
+    }
+}
+
+impl<'a> From<wgpu::BufferSlice<'a>> for Slice<'a> {
+    fn from(s: wgpu::BufferSlice<'a>) -> Self {
+        Self { buffer: s.buffer(), offset: s.offset(), size: s.size() }
+    }
+}

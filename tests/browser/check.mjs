@@ -1,0 +1,72 @@
+// Compiles WGSL files with Tint, the compiler of Chrome, on Dawn's null backend (no GPU and no driver needed), and makes
+// each entry point a pipeline within WebGPU's default limits. naga accepts what browsers refuse, such as barriers in
+// non-uniform control flow; this shows it.
+//
+//   npm ci && node check.mjs FILE.wgsl|FOLDER...
+//
+// Exit status: 0 all accepted, 1 any refused, 2 nothing to check or a check that cannot fail.
+import { create, globals } from 'webgpu';
+import { readdirSync, readFileSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+
+Object.assign(globalThis, globals);
+const adapter = await create(['backend=null']).requestAdapter();
+const requiredFeatures = ['shader-f16', 'subgroups'].filter((f) => adapter.features.has(f));
+const device = await adapter.requestDevice({ requiredFeatures });
+
+// What this browser has against `source`, as lines of text.
+async function errorsOf(source) {
+  let code = source;
+  // naga 30 rejects `enable subgroups;`, browsers require it. On the first line, so that line numbers stay.
+  if (/\bsubgroup[A-Z]|subgroup_(size|invocation_id)/.test(code) && !/enable\s+subgroups/.test(code)) code = 'enable subgroups;' + code;
+  device.pushErrorScope('validation');
+  const module = device.createShaderModule({ code });
+  const info = await module.getCompilationInfo();
+  const refused = await device.popErrorScope();
+  const errors = info.messages.filter((m) => m.type === 'error').map((m) => `line ${m.lineNum}: ${m.message}`);
+  if (errors.length || refused) return errors.length ? errors : [refused.message];
+
+  const entryPoints = [...code.matchAll(/^[^\n/]*@compute\b[^{;]*?\bfn\s+(\w+)/gm)].map((m) => m[1]);
+  if (!entryPoints.length) return ['no compute entry point'];
+  for (const entryPoint of entryPoints) {
+    device.pushErrorScope('validation');
+    device.createComputePipeline({ layout: 'auto', compute: { module, entryPoint } });
+    const error = await device.popErrorScope();
+    if (error) errors.push(`${entryPoint}: ${error.message}`);
+  }
+  return errors;
+}
+
+// First, that this check can fail: the same kernel with a barrier that every lane reaches, and one that only some do.
+const kernel = (guard) => `
+  var<workgroup> shared_sum: u32;
+  @group(0) @binding(0) var<storage, read_write> out: array<u32>;
+  @compute @workgroup_size(64) fn main(@builtin(local_invocation_index) lane: u32) {
+    if lane == 0u { shared_sum = 7u; }
+    if ${guard} { workgroupBarrier(); }
+    out[lane] = shared_sum;
+  }`;
+const good = await errorsOf(kernel('true'));
+const bad = await errorsOf(kernel('lane < 32u'));
+if (good.length || !bad.some((e) => /uniform/.test(e))) {
+  console.error('this check does not work: it must accept a plain kernel and refuse a barrier in non-uniform control flow, and said', { good, bad });
+  process.exit(2);
+}
+
+const paths = process.argv.slice(2).flatMap((path) =>
+  statSync(path).isDirectory() ? readdirSync(path).filter((name) => name.endsWith('.wgsl')).sort().map((name) => join(path, name)) : [path]);
+if (!paths.length) {
+  console.error('no WGSL file to check');
+  process.exit(2);
+}
+
+let refused = 0;
+for (const path of paths) {
+  const errors = await errorsOf(readFileSync(path, 'utf8'));
+  if (!errors.length) continue;
+  refused++;
+  console.log(`refused  ${path}`);
+  for (const error of errors) console.log(`    ${error}`);
+}
+console.log(`${paths.length - refused} passed, ${refused} failed`);
+process.exit(refused ? 1 : 0);

@@ -1,0 +1,129 @@
+//! Checks of the WGSL itself, of every kernel in every variant. Runs without a GPU.
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use wgmoe::kernel::{Prelude, Spec};
+use wgmoe::{SPECS, wgpu};
+
+/// Every kernel in every variant, those for slices that share a buffer included.
+fn all() -> impl Iterator<Item = (&'static Spec, Prelude)> {
+    SPECS.iter().flat_map(|&spec| {
+        (spec.variants)().into_iter().flat_map(move |prelude| {
+            [false, true].map(|shared| (spec, Prelude { shared, ..prelude.clone() }))
+        })
+    })
+}
+
+fn parse(spec: &Spec, prelude: &Prelude) -> (naga::Module, ModuleInfo) {
+    let mut capabilities = Capabilities::default();
+    if prelude.features.contains(wgpu::Features::SUBGROUP) {
+        capabilities |= Capabilities::SUBGROUP;
+    }
+    if prelude.features.contains(wgpu::Features::SHADER_INT64) {
+        capabilities |= Capabilities::SHADER_INT64;
+    }
+    let source = spec.source(prelude);
+    let options = naga::front::wgsl::Options { capabilities, ..naga::front::wgsl::Options::new() };
+    let module = naga::front::wgsl::Frontend::new_with_options(options)
+        .parse(&source)
+        .unwrap_or_else(|e| panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source)));
+    let info = Validator::new(ValidationFlags::all(), capabilities)
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source)));
+    (module, info)
+}
+
+#[test]
+fn every_variant_is_valid_and_matches_its_spec() {
+    for (spec, prelude) in all() {
+        let what = format!("{} ({})", spec.name, prelude.label);
+        let (module, _) = parse(spec, &prelude);
+        assert_eq!(module.entry_points.len(), 1, "{what}");
+        assert_eq!(module.entry_points[0].name, spec.name, "{what}");
+        let size = module.entry_points[0].workgroup_size;
+        assert!(size.iter().product::<u32>() <= 256, "{what}: {size:?} lanes");
+
+        let mut bindings: Vec<_> = module
+            .global_variables
+            .iter()
+            .filter_map(|(_, v)| v.binding.as_ref().map(|b| (b.binding, v)))
+            .collect();
+        bindings.sort_by_key(|b| b.0);
+        assert!(bindings.len() <= 9, "{what}: more than 8 storage buffers");
+        assert_eq!(bindings.len(), spec.bindings.len() + 1, "{what}: bindings");
+        let params = bindings[0].1;
+        assert_eq!((bindings[0].0, params.space), (0, naga::AddressSpace::Uniform), "{what}");
+        let naga::TypeInner::Struct { ref members, .. } = module.types[params.ty].inner else {
+            panic!("{what}: params must be a struct")
+        };
+        let wgsl: Vec<_> = members.iter().map(|m| (m.name.as_deref().unwrap(), m.offset)).collect();
+        assert_eq!(wgsl, spec.params, "{what}: Params differs between WGSL and Rust");
+        for (i, ((at, variable), binding)) in bindings[1..].iter().zip(spec.bindings).enumerate() {
+            assert_eq!(*at, i as u32 + 1, "{what}");
+            assert_eq!(variable.name.as_deref(), Some(binding.name), "{what}");
+            let naga::AddressSpace::Storage { access } = variable.space else {
+                panic!("{what}: `{}` is not in storage", binding.name)
+            };
+            let written = binding.written || prelude.shared;
+            assert_eq!(access.contains(naga::StorageAccess::STORE), written, "{what}: {}", binding.name);
+            let naga::TypeInner::Array { stride, .. } = module.types[variable.ty].inner else {
+                panic!("{what}: `{}` is not an array", binding.name)
+            };
+            assert!(u64::from(stride) >= 4 && binding.item % 4 == 0, "{what}: {}", binding.name);
+        }
+
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let workgroup: u32 = module
+            .global_variables
+            .iter()
+            .filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup)
+            .map(|(_, v)| layouter[v.ty].size.next_multiple_of(16))
+            .sum();
+        assert!(workgroup <= 16384, "{what}: {workgroup} bytes of workgroup memory");
+    }
+}
+
+#[test]
+fn every_backend_language_is_written() {
+    use naga::back;
+    for (spec, prelude) in all() {
+        let what = format!("{} ({})", spec.name, prelude.label);
+        let (module, info) = parse(spec, &prelude);
+        let wide = prelude.features.contains(wgpu::Features::SHADER_INT64);
+
+        let options = back::spv::Options { lang_version: (1, 3), ..Default::default() };
+        back::spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{what}: SPIR-V: {e}"));
+
+        let options =
+            back::msl::Options { lang_version: (2, 3), fake_missing_bindings: true, ..Default::default() };
+        back::msl::write_string(&module, &info, &options, &Default::default())
+            .unwrap_or_else(|e| panic!("{what}: MSL: {e}"));
+
+        let mut hlsl = String::new();
+        let options = back::hlsl::Options {
+            shader_model: back::hlsl::ShaderModel::V6_2,
+            fake_missing_bindings: true,
+            ..Default::default()
+        };
+        back::hlsl::Writer::new(&mut hlsl, &options, &Default::default())
+            .write(&module, &info, None)
+            .unwrap_or_else(|e| panic!("{what}: HLSL: {e}"));
+
+        // GLSL has no 64-bit integers in naga's ES target, the one wgpu's OpenGL backend uses.
+        if !wide {
+            let mut glsl = String::new();
+            let options = back::glsl::Options {
+                version: back::glsl::Version::new_gles(320),
+                ..Default::default()
+            };
+            let pipeline = back::glsl::PipelineOptions {
+                shader_stage: naga::ShaderStage::Compute,
+                entry_point: spec.name.into(),
+                multiview: None,
+            };
+            back::glsl::Writer::new(&mut glsl, &module, &info, &options, &pipeline, Default::default())
+                .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"))
+                .write()
+                .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"));
+        }
+    }
+}
