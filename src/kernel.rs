@@ -33,16 +33,24 @@ pub struct Binding {
     pub written: bool,
     /// Bytes of one item, the smallest binding that makes sense.
     pub item: u64,
+    /// Whether it stays `read` in every variant, since browsers must see that what is read from it is uniform: it cannot
+    /// share a buffer with a binding that is written.
+    pub uniform: bool,
 }
 
 /// A binding that is read.
 pub(crate) const fn read(name: &'static str, item: u64) -> Binding {
-    Binding { name, written: false, item }
+    Binding { name, written: false, item, uniform: false }
+}
+
+/// A binding that is read for values that barriers hang on.
+pub(crate) const fn read_uniform(name: &'static str, item: u64) -> Binding {
+    Binding { name, written: false, item, uniform: true }
 }
 
 /// A binding that is written, and perhaps read too.
 pub(crate) const fn write(name: &'static str, item: u64) -> Binding {
-    Binding { name, written: true, item }
+    Binding { name, written: true, item, uniform: false }
 }
 
 /// What stands in front of a kernel's body: constants, and pieces of `shaders/lib` chosen among twins with the same
@@ -55,7 +63,7 @@ pub struct Prelude {
     pub features: wgpu::Features,
     /// The text.
     pub text: String,
-    /// Whether all bindings are declared `read_write`, for slices that share a buffer.
+    /// Whether the bindings are declared `read_write`, for slices that share a buffer.
     pub shared: bool,
 }
 
@@ -92,7 +100,12 @@ impl Spec {
         let browser = cfg!(target_family = "wasm") && prelude.features.contains(wgpu::Features::SUBGROUP);
         let enable = if browser { "enable subgroups;\n" } else { "" };
         let source = format!("{enable}// {}, variant: {}\n{}\n{}", self.name, prelude.label, prelude.text, self.body);
-        if prelude.shared { source.replace("var<storage, read>", "var<storage, read_write>") } else { source }
+        if !prelude.shared {
+            return source;
+        }
+        self.bindings.iter().filter(|b| !b.uniform).fold(source, |source, b| {
+            source.replace(&format!("var<storage, read> {}:", b.name), &format!("var<storage, read_write> {}:", b.name))
+        })
     }
 }
 
@@ -165,6 +178,7 @@ pub struct Context {
 struct Inner {
     device: wgpu::Device,
     limits: wgpu::Limits,
+    info: wgpu::AdapterInfo,
     variant: Variant,
     cache: Option<wgpu::PipelineCache>,
     kernels: Mutex<HashMap<(&'static str, Prelude), Arc<Kernel>>>,
@@ -212,6 +226,7 @@ impl Context {
         let inner = Inner {
             device: device.clone(),
             limits: device.limits(),
+            info: device.adapter_info(),
             variant,
             cache,
             kernels: Mutex::default(),
@@ -233,6 +248,11 @@ impl Context {
     /// The device's limits.
     pub fn limits(&self) -> &wgpu::Limits {
         &self.inner.limits
+    }
+
+    /// The adapter.
+    pub fn info(&self) -> &wgpu::AdapterInfo {
+        &self.inner.info
     }
 
     /// Pipelines made so far.
@@ -323,21 +343,17 @@ impl Kernel {
         cache: Option<&wgpu::PipelineCache>,
     ) -> Self {
         let label = Some(spec.name);
-        let entry = |binding, ty, size| wgpu::BindGroupLayoutEntry {
+        // Smallest sizes are left to wgpu: items are wider in some variants than in others.
+        let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer {
-                ty,
-                has_dynamic_offset: false,
-                min_binding_size: wgpu::BufferSize::new(size),
-            },
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
             count: None,
         };
-        let params = spec.params.last().map_or(4, |&(_, offset)| u64::from(offset) + 4);
-        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, params)];
+        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
         for (i, b) in (1..).zip(spec.bindings) {
-            let read_only = !(b.written || prelude.shared);
-            entries.push(entry(i, wgpu::BufferBindingType::Storage { read_only }, b.item));
+            let read_only = !b.written && (b.uniform || !prelude.shared);
+            entries.push(entry(i, wgpu::BufferBindingType::Storage { read_only }));
         }
         let layout = device
             .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
@@ -430,6 +446,10 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<bool> {
             if a.written && i != j {
                 if s.overlaps(t) {
                     return Err(Error::Overlap { written: a.name, other: b.name });
+                }
+                if s.buffer == t.buffer && b.uniform {
+                    let reason = format!("must not lie in the buffer of `{}`, which is written", a.name);
+                    return Err(Error::invalid(b.name, reason));
                 }
                 shared |= s.buffer == t.buffer;
             }

@@ -10,7 +10,7 @@ pub mod order;
 pub mod plan;
 pub mod routing;
 mod slice;
-//LATER pub mod weights;
+pub mod weights;
 
 pub use error::{Error, Result};
 pub use gpu::Gpu;
@@ -19,5 +19,5 @@ pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
 pub use plan::PlanShape;
 pub use routing::{Activation, Score};
 pub use slice::Slice;
-//LATER pub use weights::{ExpertWeights, WeightType};
+pub use weights::{ExpertWeights, WeightType};
 pub use wgpu;

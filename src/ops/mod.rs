@@ -9,6 +9,10 @@ pub mod combine;
 pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
+pub mod matmul;
+pub mod matmul_register;
+pub mod matmul_skinny;
+pub mod matmul_tile;
 pub mod plan_count;
 pub mod plan_fill;
 pub mod plan_scan;
@@ -25,6 +29,9 @@ pub(crate) const SPECS: &[&Spec] = &[
     &plan_scan::SPEC,
     &plan_fill::SPEC,
     &gather::SPEC,
+    &matmul_register::SPEC,
+    &matmul_tile::SPEC,
+    &matmul_skinny::SPEC,
     &combine::SPEC,
     &expert_union::SPEC,
 ];

@@ -13,7 +13,8 @@ fn all() -> impl Iterator<Item = (&'static Spec, Prelude)> {
 }
 
 fn parse(spec: &Spec, prelude: &Prelude) -> (naga::Module, ModuleInfo) {
-    let mut capabilities = Capabilities::default();
+    // `unpack2x16float`: core WGSL, which wgpu lets pass wherever the driver keeps f16 denormals.
+    let mut capabilities = Capabilities::default() | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     if prelude.features.contains(wgpu::Features::SUBGROUP) {
         capabilities |= Capabilities::SUBGROUP;
     }
@@ -62,7 +63,7 @@ fn every_variant_is_valid_and_matches_its_spec() {
             let naga::AddressSpace::Storage { access } = variable.space else {
                 panic!("{what}: `{}` is not in storage", binding.name)
             };
-            let written = binding.written || prelude.shared;
+            let written = binding.written || (prelude.shared && !binding.uniform);
             assert_eq!(access.contains(naga::StorageAccess::STORE), written, "{what}: {}", binding.name);
             let naga::TypeInner::Array { stride, .. } = module.types[variable.ty].inner else {
                 panic!("{what}: `{}` is not an array", binding.name)

@@ -1,0 +1,29 @@
+struct Params {
+  columns: u32,       // N: output columns of one matrix of this page
+  column_base: u32,   // first output column in a row of out
+  depth: u32,         // K
+  x_stride: u32,      // values from row to row of x
+  out_stride: u32,    // values from row to row of out
+  first_expert: u32,  // first expert of this page
+  experts: u32,       // experts in this page
+  slot_begin: u32,    // slots of this dispatch: the others of an item are left alone
+  slot_end: u32,
+  x_slot: u32,        // slot of the first row of x, where rows are slots
+  out_slot: u32,      // slot of the first row of out
+  items: u32,         // plan section: (expert, first slot) of each item
+  item_offsets: u32,  // plan section: first item of each expert
+  expert_offsets: u32, // plan section: first slot of each expert
+  token_of: u32,      // plan section: row of x of each slot
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(2) var<storage, read> plan: array<u32>;
+
+struct Tile { expert: u32, first: u32, rows: u32 }
+
+// The part of an item that lies within the dispatch's slots.
+fn clip(expert: u32, first: u32, end: u32) -> Tile {
+  let low = max(first, params.slot_begin);
+  let high = min(end, params.slot_end);
+  return Tile(expert, low, max(high, low) - low);
+}

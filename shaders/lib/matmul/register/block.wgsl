@@ -1,0 +1,87 @@
+// A lane's block: sums of eight rows by LANE_COLUMNS columns (8; GATED: 4 of each matrix), eight values of k a step.
+// Sums are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an access.
+const LANE_COLUMNS: u32 = select(8u, 4u, GATED);
+const TILE_COLUMNS: u32 = WG * LANE_COLUMNS;
+
+// Eight columns of one row; eight rows.
+struct Sums { lo: vec4<f32>, hi: vec4<f32> }
+struct Octet { r0: Sums, r1: Sums, r2: Sums, r3: Sums, r4: Sums, r5: Sums, r6: Sums, r7: Sums }
+struct Pairs { p: Pair, q: Pair, r: Pair, t: Pair }
+
+fn product(w: Eight, x: Eight) -> f32 { return dot(w.lo, x.lo) + dot(w.hi, x.hi); }
+
+fn add(s: Sums, w: Pairs, x: Eight) -> Sums {
+  return Sums(
+    s.lo + vec4(product(w.p.a, x), product(w.p.b, x), product(w.q.a, x), product(w.q.b, x)),
+    s.hi + vec4(product(w.r.a, x), product(w.r.b, x), product(w.t.a, x), product(w.t.b, x)));
+}
+
+fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
+  (*s).r0 = add((*s).r0, w, row_of(x, 0u));
+  (*s).r1 = add((*s).r1, w, row_of(x, 1u));
+  (*s).r2 = add((*s).r2, w, row_of(x, 2u));
+  (*s).r3 = add((*s).r3, w, row_of(x, 3u));
+  (*s).r4 = add((*s).r4, w, row_of(x, 4u));
+  (*s).r5 = add((*s).r5, w, row_of(x, 5u));
+  (*s).r6 = add((*s).r6, w, row_of(x, 6u));
+  (*s).r7 = add((*s).r7, w, row_of(x, 7u));
+}
+
+@group(0) @binding(5) var<storage, read_write> out: array<f32>;
+
+fn store_one(slot: u32, column: u32, value: f32) {
+  if column < params.columns { out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value; }
+}
+
+fn store_two(slot: u32, column: u32, a: f32, b: f32) {
+  store_one(slot, column, a);
+  store_one(slot, column + 1u, b);
+}
+
+fn store(tile: Tile, row: u32, column: u32, s: Sums) {
+  if row >= tile.rows { return; }
+  let slot = tile.first + row;
+  if GATED {
+    let v = activate(s.lo, s.hi);
+    store_two(slot, column, v.x, v.y);
+    store_two(slot, column + 2u * WG, v.z, v.w);
+  } else {
+    store_two(slot, column, s.lo.x, s.lo.y);
+    store_two(slot, column + 2u * WG, s.lo.z, s.lo.w);
+    store_two(slot, column + 4u * WG, s.hi.x, s.hi.y);
+    store_two(slot, column + 6u * WG, s.hi.z, s.hi.w);
+  }
+}
+
+fn store_octet(tile: Tile, row: u32, column: u32, s: Octet) {
+  store(tile, row, column, s.r0); store(tile, row + 1u, column, s.r1);
+  store(tile, row + 2u, column, s.r2); store(tile, row + 3u, column, s.r3);
+  store(tile, row + 4u, column, s.r4); store(tile, row + 5u, column, s.r5);
+  store(tile, row + 6u, column, s.r6); store(tile, row + 7u, column, s.r7);
+}
+
+// First words of two neighbouring columns, clamped into the matrix.
+
+fn columns_at(expert: u32, column: u32) -> Columns {
+  let last = params.columns - 1u;
+  return Columns(weight_base(expert, min(column, last)), weight_base(expert, min(column + 1u, last)));
+}
+
+// The lane's four pairs of columns: 4 of one matrix, or 2 of gate then 2 of up.
+struct Block { p: Columns, q: Columns, r: Columns, t: Columns }
+
+fn block_at(expert: u32, column: u32) -> Block {
+  let offset = select(4u * WG, 0u, GATED);
+  return Block(
+    columns_at(expert, column), columns_at(expert, column + 2u * WG),
+    columns_at(expert, column + offset), columns_at(expert, column + offset + 2u * WG));
+}
+
+fn load_pairs(b: Block, step: u32) -> Pairs {
+  return Pairs(
+    load_pair(false, b.p, step), load_pair(false, b.q, step), load_pair(GATED, b.r, step), load_pair(GATED, b.t, step));
+}
+
+// Steps of eight values of k. Times min(rows, 1): for loop bounds made of uniforms alone lavapipe specialises
+// the shader anew at each dispatch (4 ms).
+fn steps_of(tile: Tile) -> u32 { return (params.depth + 7u) / 8u * min(tile.rows, 1u); }

@@ -1,0 +1,217 @@
+// out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
+// out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)          (GATED)
+//
+//   x        [rows, K] f32; row(s) = token_of[slot] (GATHER) or s
+//   plan     u32: offsets, token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
+//   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
+//   out      [slots, N] f32, row-major
+// Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 128, GATED 64.
+// One workgroup takes TILE_ROWS (64 or 32) slots of one expert and 128 columns of weights; a lane 8 (or 4) rows x 8 columns.
+
+const WG: u32 = 128u;
+const LANES_X: u32 = 16u;                   // lanes along columns; each has four columns at c and four at c + 64
+const LANE_ROWS: u32 = TILE_ROWS / 8u;      // 8 or 4
+const OUT_COLUMNS: u32 = select(WG, WG / 2u, GATED);
+// Two vectors of weights a lane and step. Deeper: more workgroup memory, fewer waves.
+const TILE_DEPTH: u32 = 2u * WEIGHT_LANES;
+const X_PER_ROW: u32 = TILE_DEPTH / 4u;     // vectors of x in a row of a step
+const X_ROWS: u32 = WG / X_PER_ROW;         // rows that one load a lane covers
+// Four words more than a row: stores along K spread over the banks, loads of four rows stay 16-byte aligned.
+const X_STRIDE: u32 = TILE_ROWS + 4u;
+
+// Both transposed, [k][row] and [k][column], weights widened: a lane reads its rows and columns as 16 bytes.
+var<workgroup> x_tile: array<f32, TILE_DEPTH * X_STRIDE>;
+var<workgroup> w_tile: array<f32, TILE_DEPTH * WG>;
+
+// What a lane brings to the next step: one or two vectors of x, two of weights.
+struct Ahead {
+    x0: vec4<f32>,
+    x1: vec4<f32>,
+    w0: vec4<u32>,
+    w1: vec4<u32>,
+}
+
+// Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64.. (right; GATED: left gate, right up).
+// Named matrices, no arrays: nothing that a compiler would have to unroll to keep it in registers.
+struct Block {
+    top_left: mat4x4<f32>,
+    top_right: mat4x4<f32>,
+    bottom_left: mat4x4<f32>,
+    bottom_right: mat4x4<f32>,
+}
+
+fn put_x(at: u32, v: vec4<f32>) {
+    x_tile[at] = v.x;
+    x_tile[at + X_STRIDE] = v.y;
+    x_tile[at + 2u * X_STRIDE] = v.z;
+    x_tile[at + 3u * X_STRIDE] = v.w;
+}
+
+fn put_four(at: u32, v: vec4<f32>) {
+    w_tile[at] = v.x;
+    w_tile[at + WG] = v.y;
+    w_tile[at + 2u * WG] = v.z;
+    w_tile[at + 3u * WG] = v.w;
+}
+
+fn put_weights(at: u32, w: vec4<u32>) {
+    put_four(at, unpack_low(w));
+    if WEIGHT_LANES > 4u {
+        put_four(at + 4u * WG, unpack_high(w));
+    }
+}
+
+fn put(lane: u32, next: Ahead) {
+    let at = lane % X_PER_ROW * (4u * X_STRIDE) + lane / X_PER_ROW;
+    if X_ROWS <= TILE_ROWS || lane / X_PER_ROW < TILE_ROWS {
+        put_x(at, next.x0);
+    }
+    if X_ROWS < TILE_ROWS {
+        put_x(at + X_ROWS, next.x1);
+    }
+    if GATED {
+        let w = lane / 64u * (WEIGHT_LANES * WG) + lane % 64u;
+        put_weights(w, next.w0);
+        put_weights(w + 64u, next.w1);
+    } else {
+        put_weights(lane, next.w0);
+        put_weights(lane + WEIGHT_LANES * WG, next.w1);
+    }
+}
+
+fn add_outer(m: mat4x4<f32>, rows: vec4<f32>, columns: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        fma(vec4<f32>(rows.x), columns, m[0]),
+        fma(vec4<f32>(rows.y), columns, m[1]),
+        fma(vec4<f32>(rows.z), columns, m[2]),
+        fma(vec4<f32>(rows.w), columns, m[3]),
+    );
+}
+
+// Four neighbours; compilers make one 16-byte read of them. Not array<vec4>: to WGSL, lanes that store different
+// components of one vector race.
+fn x_four(at: u32) -> vec4<f32> {
+    return vec4<f32>(x_tile[at], x_tile[at + 1u], x_tile[at + 2u], x_tile[at + 3u]);
+}
+
+fn w_four(at: u32) -> vec4<f32> {
+    return vec4<f32>(w_tile[at], w_tile[at + 1u], w_tile[at + 2u], w_tile[at + 3u]);
+}
+
+fn add_one(block: Block, x_at: u32, w_at: u32, k: u32) -> Block {
+    let left = w_four(w_at + k * WG);
+    let right = w_four(w_at + k * WG + 64u);
+    let top = x_four(x_at + k * X_STRIDE);
+    var next = block;
+    next.top_left = add_outer(block.top_left, top, left);
+    next.top_right = add_outer(block.top_right, top, right);
+    if LANE_ROWS > 4u {
+        let bottom = x_four(x_at + k * X_STRIDE + 4u);
+        next.bottom_left = add_outer(block.bottom_left, bottom, left);
+        next.bottom_right = add_outer(block.bottom_right, bottom, right);
+    }
+    return next;
+}
+
+fn add_step(lane: u32, start: Block) -> Block {
+    let x = lane / LANES_X * LANE_ROWS;
+    let w = lane % LANES_X * 4u;
+    var block = start;
+    for (var k = 0u; k < TILE_DEPTH; k += 8u) {
+        block = add_one(block, x, w, k);
+        block = add_one(block, x, w, k + 1u);
+        block = add_one(block, x, w, k + 2u);
+        block = add_one(block, x, w, k + 3u);
+        block = add_one(block, x, w, k + 4u);
+        block = add_one(block, x, w, k + 5u);
+        block = add_one(block, x, w, k + 6u);
+        block = add_one(block, x, w, k + 7u);
+    }
+    return block;
+}
+
+fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) {
+    if row < tile.rows {
+        if GATED {
+            store_out(tile.first + row, column, activate(left, right));
+        } else {
+            store_out(tile.first + row, column, left);
+            store_out(tile.first + row, column + 64u, right);
+        }
+    }
+}
+
+@compute @workgroup_size(WG)
+fn matmul_tile(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>) {
+    let across = (params.columns + OUT_COLUMNS - 1u) / OUT_COLUMNS;
+    let id = flat(group, groups);
+    let tile = tile_at(id / across);
+    if tile.rows == 0u {
+        return;
+    }
+    let first_column = id % across * OUT_COLUMNS;
+
+    // What this lane brings: x at k of one or two rows, weights of one column. Rows and columns past the end are
+    // clamped to the last one, and not stored.
+    let k = lane % X_PER_ROW * 4u;
+    let row = lane / X_PER_ROW;
+    let x0 = x_base(x_row_of(tile.first + min(row, tile.rows - 1u)));
+    let x1 = x_base(x_row_of(tile.first + min(row + X_ROWS, tile.rows - 1u)));
+    let column = min(first_column + lane % OUT_COLUMNS, params.columns - 1u);
+    let w = weight_base(tile.expert, column);
+    // GATED: a lane has the same word of both matrices, else two words of one.
+    let odd = select(0u, lane / 64u, GATED);
+
+    // The last step goes first: only its loads need guards, and the loop has none.
+    let steps = (params.depth - 1u) / TILE_DEPTH;
+    let chunks = weight_chunks();
+    var next: Ahead;
+    next.x0 = load_x_tail(x0, steps * TILE_DEPTH + k);
+    if X_ROWS < TILE_ROWS {
+        next.x1 = load_x_tail(x1, steps * TILE_DEPTH + k);
+    }
+    if 2u * steps + odd < chunks {
+        next.w0 = load_weights(false, w, 2u * steps + odd);
+    }
+    if 2u * steps + select(1u, odd, GATED) < chunks {
+        next.w1 = load_weights(GATED, w, 2u * steps + select(1u, odd, GATED));
+    }
+
+    // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole waves less.
+    let r = lane / LANES_X * LANE_ROWS;
+    var block: Block;
+    for (var i = 0u; i < steps; i++) {
+        workgroupBarrier();
+        put(lane, next);
+        workgroupBarrier();
+        next.x0 = load_x(x0, i * TILE_DEPTH + k);
+        if X_ROWS < TILE_ROWS {
+            next.x1 = load_x(x1, i * TILE_DEPTH + k);
+        }
+        next.w0 = load_weights(false, w, 2u * i + odd);
+        next.w1 = load_weights(GATED, w, 2u * i + select(1u, odd, GATED));
+        if r < tile.rows {
+            block = add_step(lane, block);
+        }
+    }
+    // Written out again: loads under a condition in the loop made ACO wait for them at once and swap registers.
+    workgroupBarrier();
+    put(lane, next);
+    workgroupBarrier();
+    if r < tile.rows {
+        block = add_step(lane, block);
+    }
+
+    let c = first_column + lane % LANES_X * 4u;
+    finish(tile, r, c, block.top_left[0], block.top_right[0]);
+    finish(tile, r + 1u, c, block.top_left[1], block.top_right[1]);
+    finish(tile, r + 2u, c, block.top_left[2], block.top_right[2]);
+    finish(tile, r + 3u, c, block.top_left[3], block.top_right[3]);
+    if LANE_ROWS > 4u {
+        finish(tile, r + 4u, c, block.bottom_left[0], block.bottom_right[0]);
+        finish(tile, r + 5u, c, block.bottom_left[1], block.bottom_right[1]);
+        finish(tile, r + 6u, c, block.bottom_left[2], block.bottom_right[2]);
+        finish(tile, r + 7u, c, block.bottom_left[3], block.bottom_right[3]);
+    }
+}

@@ -1,0 +1,116 @@
+//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::matmul).
+use super::matmul::{BINDINGS, Params, Layout, Problem};
+use crate::Context;
+use crate::kernel::{Prelude, Spec};
+use crate::weights::{PANEL, WeightType};
+
+/// See `shaders/matmul_register.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "matmul_register",
+    body: include_str!("../../shaders/matmul_register.wgsl"),
+    params: Params::FIELDS,
+    bindings: BINDINGS,
+    variants: || {
+        let mut all = vec![];
+        for problem in Problem::all() {
+            for wide in [false, true] {
+                for shuffle in [false, true] {
+                    all.push(prelude(&problem, Features { wide, shuffle }));
+                }
+            }
+        }
+        all
+    },
+};
+
+/// Lanes of a workgroup: one subgroup.
+const WG: u32 = 8;
+
+/// Rows of a tile item.
+pub(crate) const TILE_ROWS: u32 = 16;
+
+/// What the device has that this kernel can use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Features {
+    /// 64-bit loads: a software driver pays for a load by its components, not by its bytes.
+    pub(crate) wide: bool,
+    /// Subgroups of at least 8 lanes: rows are loaded once and handed round.
+    pub(crate) shuffle: bool,
+}
+
+impl Features {
+    pub(crate) fn of(ctx: &Context) -> Self {
+        Self {
+            wide: ctx.device().features().contains(wgpu::Features::SHADER_INT64),
+            // A workgroup of 8 lanes is then one subgroup, in the order of its lanes.
+            shuffle: ctx.variant().subgroups && ctx.info().subgroup_min_size >= WG,
+        }
+    }
+}
+
+/// Columns that one workgroup makes.
+pub(crate) fn tile_columns(problem: &Problem) -> u32 {
+    WG * if problem.activation.is_some() { 4 } else { 8 }
+}
+
+pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
+    let Problem { layout, weight_type, depth_lanes, .. } = *problem;
+    // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
+    let wide_weights = features.wide
+        && match layout {
+            Layout::Packed => true,
+            Layout::Rows => weight_type == WeightType::F32 && depth_lanes % 8 == 0,
+            Layout::AnyRows => false,
+        };
+    let wide_x = features.wide && depth_lanes % 8 == 0;
+    let mut prelude = Prelude::new(problem.label());
+    if wide_weights || wide_x {
+        prelude.label += ", 64-bit loads";
+        prelude = prelude.needs(wgpu::Features::SHADER_INT64);
+    }
+    if features.shuffle {
+        prelude.label += ", shuffled rows";
+        prelude = prelude.needs(wgpu::Features::SUBGROUP);
+    }
+    prelude = problem
+        .constants(prelude)
+        .constant("WG", WG)
+        .constant("TILE_ROWS", problem.rows())
+        .constant("PANEL", if layout == Layout::Packed { PANEL } else { 1 })
+        // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
+        .flag("WHOLE_STEPS", weight_type != WeightType::F32 || depth_lanes % 8 == 0)
+        .piece(super::GRID)
+        .piece(include_str!("../../shaders/lib/matmul/params.wgsl"))
+        .piece(problem.tile_piece())
+        .piece(if wide_x {
+            include_str!("../../shaders/lib/matmul/register/x_wide.wgsl")
+        } else if depth_lanes % 4 == 0 {
+            include_str!("../../shaders/lib/matmul/register/x_vec4.wgsl")
+        } else {
+            include_str!("../../shaders/lib/matmul/register/x_scalar.wgsl")
+        })
+        .piece(if features.shuffle {
+            include_str!("../../shaders/lib/matmul/register/share_shuffle.wgsl")
+        } else {
+            include_str!("../../shaders/lib/matmul/register/share_none.wgsl")
+        })
+        .piece(include_str!("../../shaders/lib/matmul/register/pair.wgsl"))
+        .piece(super::matmul_tile::unpack(weight_type));
+    prelude = if wide_weights {
+        prelude
+            .piece(include_str!("../../shaders/lib/matmul/layout.wgsl"))
+            .piece(include_str!("../../shaders/lib/matmul/register/words_wide.wgsl"))
+    } else {
+        super::matmul_tile::weights(problem, prelude)
+            .piece(include_str!("../../shaders/lib/matmul/register/words_plain.wgsl"))
+    };
+    prelude
+        .piece(match (layout, weight_type) {
+            (Layout::AnyRows, _) => include_str!("../../shaders/lib/matmul/register/weights_rows.wgsl"),
+            (_, WeightType::F32) => include_str!("../../shaders/lib/matmul/register/weights_f32.wgsl"),
+            (_, WeightType::F16) => include_str!("../../shaders/lib/matmul/register/weights_f16.wgsl"),
+            (_, WeightType::Bf16) => include_str!("../../shaders/lib/matmul/register/weights_bf16.wgsl"),
+        })
+        .piece(problem.activation_piece())
+        .piece(include_str!("../../shaders/lib/matmul/register/block.wgsl"))
+}
