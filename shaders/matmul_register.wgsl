@@ -12,11 +12,11 @@ fn matmul_register(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let across = (params.columns + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+  let across = (params.column_end - params.column_begin + TILE_COLUMNS - 1u) / TILE_COLUMNS;
   let id = flat(group, groups);
   let tile = tile_at(id / across);
   if tile.rows == 0u { return; }
-  let column = id % across * TILE_COLUMNS + 2u * lane;
+  let column = params.column_begin + id % across * TILE_COLUMNS + 2u * lane;
   let block = block_at(tile.expert, column);
   let steps = steps_of(tile);
   let x0 = rows_at(tile, 0u, lane);

@@ -117,7 +117,7 @@ fn get_sum(at: u32, plane: u32) -> vec4<f32> {
 }
 
 fn store_rows(tile: Tile, row: u32, column: u32, v: vec4<f32>) {
-    if column < params.columns {
+    if column < params.column_end {
         let at = (tile.first + row - params.out_slot) * params.out_stride + params.column_base + column;
         if row < tile.rows { out[at] = v.x; }
         if row + 1u < tile.rows { out[at + params.out_stride] = v.y; }
@@ -138,14 +138,14 @@ fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) 
 @compute @workgroup_size(WG)
 fn matmul_skinny(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>) {
-    let across = (params.columns + OUT_COLUMNS - 1u) / OUT_COLUMNS;
+    let across = (params.column_end - params.column_begin + OUT_COLUMNS - 1u) / OUT_COLUMNS;
     let id = flat(group, groups);
     let tile = tile_at(id / across);
     if tile.rows == 0u {
         return;
     }
     let part = lane / COLUMNS;
-    let column = id % across * OUT_COLUMNS + lane % COLUMNS;
+    let column = params.column_begin + id % across * OUT_COLUMNS + lane % COLUMNS;
 
     // What this lane brings of x: four values of one row. Rows first along lanes: k first put 32 lanes on one bank.
     let row = lane % X_ROWS;

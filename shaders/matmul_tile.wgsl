@@ -144,13 +144,13 @@ fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) 
 @compute @workgroup_size(WG)
 fn matmul_tile(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>) {
-    let across = (params.columns + OUT_COLUMNS - 1u) / OUT_COLUMNS;
+    let across = (params.column_end - params.column_begin + OUT_COLUMNS - 1u) / OUT_COLUMNS;
     let id = flat(group, groups);
     let tile = tile_at(id / across);
     if tile.rows == 0u {
         return;
     }
-    let first_column = id % across * OUT_COLUMNS;
+    let first_column = params.column_begin + id % across * OUT_COLUMNS;
 
     // What this lane brings: x at k of one or two rows, weights of one column. Rows and columns past the end are
     // clamped to the last one, and not stored.

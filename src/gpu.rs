@@ -46,7 +46,8 @@ impl Gpu {
                     all.iter().position(|a| a.get_info().name.to_lowercase().contains(&want))
                 });
                 let names: Vec<_> = all.iter().map(|a| a.get_info().name).collect();
-                let index = index.ok_or_else(|| Error::NoGpu(format!("no adapter `{want}` among {names:?}")))?;
+                let index = index
+                    .ok_or_else(|| Error::NoGpu(format!("no adapter `{want}` among {names:?}")))?;
                 all[index].clone()
             }
         };

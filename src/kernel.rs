@@ -97,14 +97,21 @@ impl Spec {
     /// The WGSL handed to the driver.
     pub fn source(&self, prelude: &Prelude) -> String {
         // `enable` must come first. Browsers want `enable subgroups;`, naga 30 rejects it.
-        let browser = cfg!(target_family = "wasm") && prelude.features.contains(wgpu::Features::SUBGROUP);
+        let browser =
+            cfg!(target_family = "wasm") && prelude.features.contains(wgpu::Features::SUBGROUP);
         let enable = if browser { "enable subgroups;\n" } else { "" };
-        let source = format!("{enable}// {}, variant: {}\n{}\n{}", self.name, prelude.label, prelude.text, self.body);
+        let source = format!(
+            "{enable}// {}, variant: {}\n{}\n{}",
+            self.name, prelude.label, prelude.text, self.body
+        );
         if !prelude.shared {
             return source;
         }
         self.bindings.iter().filter(|b| !b.uniform).fold(source, |source, b| {
-            source.replace(&format!("var<storage, read> {}:", b.name), &format!("var<storage, read_write> {}:", b.name))
+            source.replace(
+                &format!("var<storage, read> {}:", b.name),
+                &format!("var<storage, read_write> {}:", b.name),
+            )
         })
     }
 }
@@ -158,8 +165,11 @@ impl Variant {
 
     /// Every variant this device can run.
     pub fn all(device: &wgpu::Device) -> Vec<Self> {
-        let subgroups: &[bool] =
-            if device.features().contains(wgpu::Features::SUBGROUP) { &[false, true] } else { &[false] };
+        let subgroups: &[bool] = if device.features().contains(wgpu::Features::SUBGROUP) {
+            &[false, true]
+        } else {
+            &[false]
+        };
         [Target::Gpu, Target::Cpu]
             .into_iter()
             .flat_map(|target| subgroups.iter().map(move |&subgroups| Self { target, subgroups }))
@@ -355,8 +365,10 @@ impl Kernel {
             let read_only = !b.written && (b.uniform || !prelude.shared);
             entries.push(entry(i, wgpu::BufferBindingType::Storage { read_only }));
         }
-        let layout = device
-            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label,
+            entries: &entries,
+        });
         let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label,
             bind_group_layouts: &[Some(&layout)],
@@ -404,7 +416,8 @@ impl Kernel {
                 contents: bytemuck::bytes_of(params),
                 usage: wgpu::BufferUsages::UNIFORM,
             });
-            let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: params.as_entire_binding() }];
+            let mut entries =
+                vec![wgpu::BindGroupEntry { binding: 0, resource: params.as_entire_binding() }];
             for (binding, s) in (1..).zip(slices) {
                 let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
                     buffer: s.buffer,
@@ -413,7 +426,11 @@ impl Kernel {
                 });
                 entries.push(wgpu::BindGroupEntry { binding, resource });
             }
-            device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout: &self.layout, entries: &entries })
+            device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label,
+                layout: &self.layout,
+                entries: &entries,
+            })
         })?;
         Ok(Dispatch { kernel: self.clone(), bind_group, groups })
     }
@@ -448,7 +465,8 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<bool> {
                     return Err(Error::Overlap { written: a.name, other: b.name });
                 }
                 if s.buffer == t.buffer && b.uniform {
-                    let reason = format!("must not lie in the buffer of `{}`, which is written", a.name);
+                    let reason =
+                        format!("must not lie in the buffer of `{}`, which is written", a.name);
                     return Err(Error::invalid(b.name, reason));
                 }
                 shared |= s.buffer == t.buffer;

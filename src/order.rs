@@ -13,7 +13,11 @@ pub fn descending(a: f32, b: f32) -> Ordering {
 }
 
 /// The `count` first of `items` by `value`, equal values in the order given; in the order chosen.
-pub fn top(items: impl IntoIterator<Item = usize>, count: usize, value: impl Fn(usize) -> f32) -> Vec<usize> {
+pub fn top(
+    items: impl IntoIterator<Item = usize>,
+    count: usize,
+    value: impl Fn(usize) -> f32,
+) -> Vec<usize> {
     let mut items: Vec<usize> = items.into_iter().collect();
     items.sort_by(|&a, &b| descending(value(a), value(b))); // stable: ties keep their order
     items.truncate(count);

@@ -1,5 +1,9 @@
-//! Routing rules as plain data, and the models that use them (METHODS 2, 3, 4, 6).
-
+//! Routing rules as plain data (METHODS 2 to 4).
+use crate::ops::not_zero;
+use crate::ops::plan_count::GateRule;
+use crate::ops::token_choice::{Groups, MAX_GROUPS, MAX_TOP};
+use crate::plan::MAX_EXPERTS;
+use crate::{Error, Result};
 
 /// How logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,4 +21,169 @@ pub enum Activation {
     Silu,
     /// `gelu(gate) * up`, tanh form.
     Gelu,
+}
+
+/// When gates are normalised (EC-DLM).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Normalise {
+    /// Experts choose by logits; a token's gates are normalised over the experts that took it.
+    AfterSelection,
+    /// Experts choose by scores, which are the gates as they are.
+    BeforeSelection,
+}
+
+/// What expert choice chooses among.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// The tokens of each sequence apart.
+    Sequence,
+    /// All tokens of the batch.
+    Batch,
+}
+
+/// Each expert takes the tokens it scores highest (EC-DLM, arXiv 2604.01622).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertChoice {
+    /// Scores of logits.
+    pub score: Score,
+    /// When gates are normalised.
+    pub normalise: Normalise,
+    /// What is chosen among.
+    pub scope: Scope,
+    /// k: experts that a token has on average, where the batch brings no capacities of its own.
+    pub experts_per_token: u32,
+    /// Largest k that a batch's own capacities stand for: scratch is sized by it. At least `experts_per_token`.
+    pub max_experts_per_token: u32,
+}
+
+impl ExpertChoice {
+    /// Tokens that each expert takes from a range of `tokens`: `clamp(floor(N k / E), 1, N)`.
+    pub fn capacity(experts_per_token: u32, tokens: u32, experts: u32) -> u32 {
+        let share = u64::from(tokens) * u64::from(experts_per_token) / u64::from(experts.max(1));
+        (share as u32).clamp(1.min(tokens), tokens) // share <= tokens where k <= E; clamped anyway
+    }
+}
+
+/// Each token takes its highest experts (METHODS 3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenChoice {
+    /// Scores of logits.
+    pub score: Score,
+    /// Gates of the experts chosen. [`GateRule::Softmax`] chooses by logits, the others by scores.
+    pub gate: GateRule,
+    /// K: experts a token takes.
+    pub top: u32,
+    /// Groups of experts of which a token may use only some.
+    pub groups: Option<Groups>,
+    /// `routed_scaling_factor`.
+    pub scale: f32,
+    /// An expert keeps at most `ceil(T K / E * factor)` tokens, those with the highest gates; none: dropless.
+    pub capacity_factor: Option<f32>,
+}
+
+impl TokenChoice {
+    /// Most tokens of an expert, for a batch of `tokens`.
+    pub fn capacity(&self, tokens: u32, experts: u32) -> Option<u32> {
+        self.capacity_factor.map(|factor| {
+            let share =
+                f64::from(tokens) * f64::from(self.top) / f64::from(experts) * f64::from(factor);
+            // Saturates: at most all tokens. The factor's own rounding must not cost a token more.
+            (share - share * 1e-7).ceil().max(1.0) as u32
+        })
+    }
+}
+
+/// A routing rule.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Routing {
+    /// Experts choose tokens.
+    ExpertChoice(ExpertChoice),
+    /// Tokens choose experts.
+    TokenChoice(TokenChoice),
+}
+
+impl Routing {
+    /// Checks the rule for this many experts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for zero or too many experts, a K of 0 or above the experts or
+    /// [`MAX_TOP`], groups that do not divide the experts, a factor that is not positive and finite.
+    pub fn check(&self, experts: u32) -> Result<()> {
+        not_zero(&[("experts", experts)])?;
+        if experts > MAX_EXPERTS {
+            return Err(Error::invalid("experts", format!("{experts}, at most {MAX_EXPERTS}")));
+        }
+        match self {
+            Self::ExpertChoice(rule) => {
+                not_zero(&[("experts_per_token", rule.experts_per_token)])?;
+                if rule.max_experts_per_token < rule.experts_per_token {
+                    return Err(Error::invalid(
+                        "max_experts_per_token",
+                        "less than experts_per_token",
+                    ));
+                }
+            }
+            Self::TokenChoice(rule) => {
+                not_zero(&[("top", rule.top)])?;
+                let most = experts.min(MAX_TOP);
+                if rule.top > most {
+                    return Err(Error::invalid(
+                        "top",
+                        format!("{}, at most {most} of {experts} experts", rule.top),
+                    ));
+                }
+                if let Some(Groups { count, top }) = rule.groups {
+                    not_zero(&[("group count", count), ("group top", top)])?;
+                    if experts % count != 0 || count > MAX_GROUPS || top > count {
+                        let reason = format!(
+                            "{top} of {count} groups: they must divide {experts} experts and be at most {MAX_GROUPS}"
+                        );
+                        return Err(Error::invalid("groups", reason));
+                    }
+                }
+                if !rule.scale.is_finite() {
+                    return Err(Error::invalid("scale", "must be finite"));
+                }
+                if rule.capacity_factor.is_some_and(|f| !f.is_finite() || f <= 0.0) {
+                    return Err(Error::invalid("capacity_factor", "must be positive and finite"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn score(&self) -> Score {
+        match self {
+            Self::ExpertChoice(rule) => rule.score,
+            Self::TokenChoice(rule) => rule.score,
+        }
+    }
+
+    /// Whether experts are chosen by logits rather than by scores.
+    pub(crate) fn from_logits(&self) -> bool {
+        match self {
+            Self::ExpertChoice(rule) => rule.normalise == Normalise::AfterSelection,
+            Self::TokenChoice(rule) => rule.gate == GateRule::Softmax,
+        }
+    }
+
+    pub(crate) fn gate(&self) -> GateRule {
+        match self {
+            Self::ExpertChoice(rule) => match (rule.normalise, rule.score) {
+                (Normalise::AfterSelection, Score::Softmax) => GateRule::Softmax,
+                (Normalise::AfterSelection, Score::Sigmoid) => GateRule::Normalised,
+                (Normalise::BeforeSelection, _) => GateRule::Plain,
+            },
+            Self::TokenChoice(rule) => rule.gate,
+        }
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        match self {
+            Self::ExpertChoice(_) => 1.0,
+            Self::TokenChoice(rule) => rule.scale,
+        }
+    }
 }

@@ -22,7 +22,11 @@ impl<'a> Slice<'a> {
     /// Checks that the slice holds exactly `items` times `bytes`, in checked arithmetic.
     pub(crate) fn expect(&self, name: &'static str, shape: &[u64], bytes: u64) -> Result<()> {
         let expected = bytes_of(name, shape, bytes)?;
-        if self.size == expected { Ok(()) } else { Err(Error::Size { name, expected, got: self.size }) }
+        if self.size == expected {
+            Ok(())
+        } else {
+            Err(Error::Size { name, expected, got: self.size })
+        }
     }
 
     pub(crate) fn end(&self) -> u64 {

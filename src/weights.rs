@@ -116,7 +116,9 @@ impl ExpertShape {
 
     /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values.
     fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
-        u64::from(columns.next_multiple_of(PANEL)) * u64::from(depth.div_ceil(self.weight_type.lanes())) * 16
+        u64::from(columns.next_multiple_of(PANEL))
+            * u64::from(depth.div_ceil(self.weight_type.lanes()))
+            * 16
     }
 }
 
@@ -146,7 +148,11 @@ impl ExpertWeights {
     /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out.
     pub fn new(ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Result<Self> {
         let ExpertShape { experts, hidden, intermediate, .. } = shape;
-        crate::ops::not_zero(&[("experts", experts), ("hidden", hidden), ("intermediate", intermediate)])?;
+        crate::ops::not_zero(&[
+            ("experts", experts),
+            ("hidden", hidden),
+            ("intermediate", intermediate),
+        ])?;
         bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4)?;
         let limit = page_limit.unwrap_or(u64::MAX).min(ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
@@ -155,8 +161,8 @@ impl ExpertWeights {
                 .into_iter()
                 .map(|(experts, columns)| {
                     let depth = shape.matrix(projection)[1];
-                    let bytes =
-                        shape.packed_bytes(columns.end - columns.start, depth) * u64::from(experts.end - experts.start);
+                    let bytes = shape.packed_bytes(columns.end - columns.start, depth)
+                        * u64::from(experts.end - experts.start);
                     let buffer = |label| {
                         scoped(ctx.device(), || {
                             ctx.device().create_buffer(&wgpu::BufferDescriptor {
@@ -221,7 +227,10 @@ impl ExpertWeights {
         }
         let expected = u64::from(columns) * u64::from(depth);
         if weights.len() as u64 != expected {
-            return Err(Error::invalid("weights", format!("expected {expected} values, got {}", weights.len())));
+            return Err(Error::invalid(
+                "weights",
+                format!("expected {expected} values, got {}", weights.len()),
+            ));
         }
         let pages = if projection == Projection::Down { &self.down } else { &self.gate_up };
         for page in pages.iter().filter(|p| p.experts.contains(&expert)) {
@@ -229,7 +238,8 @@ impl ExpertWeights {
                 (Projection::Up, Some(up)) => up,
                 _ => &page.buffer,
             };
-            let packed = pack(weights, self.shape.weight_type, depth as usize, page.columns.clone());
+            let packed =
+                pack(weights, self.shape.weight_type, depth as usize, page.columns.clone());
             let at = u64::from(expert - page.experts.start) * packed.len() as u64 * 4;
             queue.write_buffer(buffer, at, bytemuck::cast_slice(&packed));
         }
@@ -238,11 +248,17 @@ impl ExpertWeights {
 }
 
 /// The experts and columns of each page of a projection.
-fn ranges(shape: &ExpertShape, projection: Projection, limit: u64) -> Result<Vec<(Range<u32>, Range<u32>)>> {
+fn ranges(
+    shape: &ExpertShape,
+    projection: Projection,
+    limit: u64,
+) -> Result<Vec<(Range<u32>, Range<u32>)>> {
     let [columns, depth] = shape.matrix(projection);
     let expert = shape.packed_bytes(columns, depth);
     let fit = u32::try_from(limit / expert).unwrap_or(u32::MAX);
-    let starts = |n: u32, step: u32| (0..n).step_by(step as usize).map(move |i| i..(i.saturating_add(step)).min(n));
+    let starts = |n: u32, step: u32| {
+        (0..n).step_by(step as usize).map(move |i| i..(i.saturating_add(step)).min(n))
+    };
     if fit > 0 {
         return Ok(starts(shape.experts, fit).map(|e| (e, 0..columns)).collect());
     }
@@ -312,7 +328,8 @@ mod tests {
 
     #[test]
     fn pages_stay_within_the_limit() {
-        let shape = ExpertShape { experts: 5, hidden: 64, intermediate: 96, weight_type: WeightType::Bf16 };
+        let shape =
+            ExpertShape { experts: 5, hidden: 64, intermediate: 96, weight_type: WeightType::Bf16 };
         let whole = ranges(&shape, Projection::Gate, 2 * 96 * 64 * 2).unwrap();
         assert_eq!(whole, [(0..2, 0..96), (2..4, 0..96), (4..5, 0..96)]);
         let split = ranges(&shape, Projection::Gate, 70 * 64 * 2).unwrap();

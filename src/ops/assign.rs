@@ -9,7 +9,13 @@ pub const SPEC: Spec = Spec {
     name: "assign",
     body: include_str!("../../shaders/assign.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("ids", 4), read("weights", 4), write("assigned", 4), write("gates", 4), write("ignored", 4)],
+    bindings: &[
+        read("ids", 4),
+        read("weights", 4),
+        write("assigned", 4),
+        write("gates", 4),
+        write("ignored", 4),
+    ],
     variants: || vec![prelude()],
 };
 
@@ -25,7 +31,12 @@ fn prelude() -> Prelude {
 /// # Panics
 ///
 /// If the lengths do not fit together.
-pub fn cpu(ids: &[u32], weights: &[f32], top: usize, experts: usize) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
+pub fn cpu(
+    ids: &[u32],
+    weights: &[f32],
+    top: usize,
+    experts: usize,
+) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
     let tokens = ids.len() / top;
     let mut assigned = bits::empty(tokens, experts);
     let mut gates = vec![0.0; tokens * experts];
@@ -104,6 +115,9 @@ impl Assign {
         args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
         args.ignored.expect("ignored", &[columns], 4)?;
         let slices = [args.ids, args.weights, args.assigned, args.gates, args.ignored];
-        Ok(self.kernel.dispatch(&self.ctx, &Params { tokens, experts, top }, &slices, columns)?.into())
+        Ok(self
+            .kernel
+            .dispatch(&self.ctx, &Params { tokens, experts, top }, &slices, columns)?
+            .into())
     }
 }

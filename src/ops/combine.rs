@@ -23,7 +23,10 @@ params! {
 const WG: u32 = 64;
 
 fn prelude(vector: u32) -> Prelude {
-    Prelude::new(format!("vectors of {vector}")).constant("WG", WG).piece(super::vector(vector)).piece(GRID)
+    Prelude::new(format!("vectors of {vector}"))
+        .constant("WG", WG)
+        .piece(super::vector(vector))
+        .piece(GRID)
 }
 
 /// The CPU twin: `[tokens, hidden]` from `y [slots, hidden]`; `residual` is added where there is one.
@@ -39,7 +42,9 @@ pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) 
             let sum: f64 = slots
                 .iter()
                 .filter(|&&s| s != u32::MAX)
-                .map(|&s| f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h]))
+                .map(|&s| {
+                    f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h])
+                })
                 .sum();
             out.push((sum + residual.map_or(0.0, |r| r[t * hidden + h].into())) as f32);
         }

@@ -36,8 +36,12 @@ const EXPERTS: u32 = 8;
 
 fn prelude(variant: Variant, masked: bool) -> Prelude {
     let (label, lanes, bins) = match variant.target {
-        Target::Gpu => ("many lanes an expert", 32, include_str!("../../shaders/lib/bins_atomic.wgsl")),
-        Target::Cpu => ("one lane an expert", 1, include_str!("../../shaders/lib/bins_serial.wgsl")),
+        Target::Gpu => {
+            ("many lanes an expert", 32, include_str!("../../shaders/lib/bins_atomic.wgsl"))
+        }
+        Target::Cpu => {
+            ("one lane an expert", 1, include_str!("../../shaders/lib/bins_serial.wgsl"))
+        }
     };
     Prelude::new(if masked { format!("{label}, among set bits") } else { label.into() })
         .constant("EXPERTS", EXPERTS)
@@ -56,7 +60,13 @@ fn prelude(variant: Variant, masked: bool) -> Prelude {
 /// # Panics
 ///
 /// If the lengths do not fit together.
-pub fn cpu(r: &[f32], experts: usize, offsets: &[u32], lengths: Option<&[u32]>, capacity: &[u32]) -> Vec<u32> {
+pub fn cpu(
+    r: &[f32],
+    experts: usize,
+    offsets: &[u32],
+    lengths: Option<&[u32]>,
+    capacity: &[u32],
+) -> Vec<u32> {
     let tokens = r.len() / experts;
     let mut assigned = bits::empty(tokens, experts);
     for (b, range) in ranges(offsets, tokens).into_iter().enumerate() {
@@ -81,7 +91,12 @@ pub fn cpu(r: &[f32], experts: usize, offsets: &[u32], lengths: Option<&[u32]>, 
 /// # Panics
 ///
 /// If the lengths do not fit together.
-pub fn cpu_drop(gates: &[f32], experts: usize, assigned: &[u32], capacity: u32) -> (Vec<u32>, Vec<u32>) {
+pub fn cpu_drop(
+    gates: &[f32],
+    experts: usize,
+    assigned: &[u32],
+    capacity: u32,
+) -> (Vec<u32>, Vec<u32>) {
     let tokens = gates.len() / experts;
     let mut kept = bits::empty(tokens, experts);
     let mut dropped = vec![];
@@ -190,7 +205,8 @@ impl ExpertChoice {
         }
         args.capacity.expect("capacity", &[sequences.into()], 4)?;
         args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
-        let params = Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
+        let params =
+            Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
         let lengths = args.lengths.unwrap_or(args.capacity);
         let slices =
@@ -216,7 +232,11 @@ impl ExpertChoice {
         args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
         args.dropped.expect("dropped", &[experts.into()], 4)?;
         let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
-        let slices = [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
-        Ok(self.masked.dispatch(&self.ctx, &params, &slices, experts.div_ceil(EXPERTS).into())?.into())
+        let slices =
+            [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
+        Ok(self
+            .masked
+            .dispatch(&self.ctx, &params, &slices, experts.div_ceil(EXPERTS).into())?
+            .into())
     }
 }

@@ -16,7 +16,11 @@ pub const SPEC: Spec = Spec {
         write("counts", 4),
         write("bytes", 8),
     ],
-    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+    variants: || {
+        [Target::Gpu, Target::Cpu]
+            .map(|target| prelude(Variant { target, subgroups: false }))
+            .into()
+    },
 };
 
 params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32 }

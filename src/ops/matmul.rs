@@ -5,16 +5,15 @@
 //! [`matmul_tile`](super::matmul_tile) and [`matmul_skinny`](super::matmul_skinny) on GPUs, by the rows of an item.
 use super::not_zero;
 use crate::kernel::{Binding, Kernel, Prelude, params, read, read_uniform, write};
-use crate::plan::Sections;
 use crate::routing::Activation;
 use crate::slice::bytes_of;
-use crate::weights::{Page, WeightType};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL, Projection, WeightType};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
 params! {
-    columns: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
+    columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
     slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, item_offsets: u32, expert_offsets: u32,
     token_of: u32,
 }
@@ -160,7 +159,10 @@ impl Problem {
         match (ctx.variant().target, self.class) {
             (Target::Cpu, _) => {
                 let features = super::matmul_register::Features::of(ctx);
-                ctx.kernel(&super::matmul_register::SPEC, super::matmul_register::prelude(self, features))
+                ctx.kernel(
+                    &super::matmul_register::SPEC,
+                    super::matmul_register::prelude(self, features),
+                )
             }
             (Target::Gpu, Class::Skinny) => {
                 ctx.kernel(&super::matmul_skinny::SPEC, super::matmul_skinny::prelude(self))
@@ -199,81 +201,144 @@ pub fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
 pub fn cpu_row(x: &[f32], weights: &dyn Fn(usize) -> f32, columns: usize) -> Vec<f64> {
     let depth = x.len();
     (0..columns)
-        .map(|n| x.iter().enumerate().map(|(k, &v)| f64::from(v) * f64::from(weights(n * depth + k))).sum())
+        .map(|n| {
+            x.iter()
+                .enumerate()
+                .map(|(k, &v)| f64::from(v) * f64::from(weights(n * depth + k)))
+                .sum()
+        })
         .collect()
 }
 
-/// Where the items of a grouped matmul come from.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Items<'a> {
-    pub(crate) shape: &'a PlanShape,
-    pub(crate) plan: Slice<'a>,
+/// Which of the two expert matmuls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// `h = activate(Wgate x, Wup x)`; rows of `x` are tokens, gathered by the plan.
+    GateUp(Activation),
+    /// `y = Wdown h`; rows of `h` are slots.
+    Down,
 }
 
-/// Buffers of one grouped matmul over one page.
+/// Buffers of one grouped matmul over one page of weights.
 #[derive(Clone, Debug)]
-pub(crate) struct Args<'a> {
-    pub(crate) x: Slice<'a>,
-    pub(crate) items: Items<'a>,
-    pub(crate) page: &'a Page,
-    pub(crate) out: Slice<'a>,
-    /// Slots to compute, and what slot the first rows of `x` (without gather) and `out` hold.
-    pub(crate) slots: Range<u32>,
-    pub(crate) x_slot: u32,
-    pub(crate) out_slot: u32,
-    /// Values from row to row of `out`, and the page's columns that go there, from `out`'s column 0 on.
-    pub(crate) out_stride: u32,
-    pub(crate) column_base: u32,
+pub struct Args<'a> {
+    /// [`Stage::GateUp`]: `[tokens, D]` f32; [`Stage::Down`]: `[rows, F]` f32, slots from `x_slot` on. Read.
+    pub x: Slice<'a>,
+    /// The plan's shape.
+    pub shape: &'a PlanShape,
+    /// A plan of the shape, read; in a buffer that is not written.
+    pub plan: Slice<'a>,
+    /// The weights.
+    pub weights: &'a ExpertWeights,
+    /// The page, of [`ExpertWeights::page_counts`]'s first (gate and up) or second (down).
+    pub page: usize,
+    /// `[rows, columns]` f32, slots from `out_slot` on: items of the page and class are written, other rows left alone.
+    pub out: Slice<'a>,
+    /// Slots to compute; all: `0..shape.slots()`.
+    pub slots: Range<u32>,
+    /// Columns of the output that `out` holds; all: `0..F` or `0..D`.
+    pub columns: Range<u32>,
+    /// Slot of the first row of `x` ([`Stage::Down`]).
+    pub x_slot: u32,
+    /// Slot of the first row of `out`.
+    pub out_slot: u32,
 }
 
-/// A grouped matmul of one class of items.
+/// A grouped expert matmul over one class of a plan's items.
 #[derive(Clone, Debug)]
-pub(crate) struct GroupedMatmul {
+pub struct GroupedMatmul {
     ctx: Context,
+    stage: Stage,
     problem: Problem,
-    depth: u32,
     kernel: Arc<Kernel>,
 }
 
 impl GroupedMatmul {
-    pub(crate) fn new(
-        ctx: &Context,
-        activation: Option<Activation>,
-        [columns, depth]: [u32; 2],
-        weight_type: WeightType,
-        class: Class,
-    ) -> Result<Self> {
+    /// Compiles the kernel for experts of this shape.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where wgpu refuses the kernel.
+    pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage, class: Class) -> Result<Self> {
+        let (activation, projection) = match stage {
+            Stage::GateUp(activation) => (Some(activation), Projection::Gate),
+            Stage::Down => (None, Projection::Down),
+        };
+        let [columns, depth] = shape.matrix(projection);
         let problem = Problem {
             activation,
             gather: activation.is_some(),
             dense: false,
-            weight_type,
+            weight_type: shape.weight_type,
             layout: Layout::Packed,
             depth_lanes: depth_lanes(depth),
             quad_columns: columns % 4 == 0,
             class,
         };
-        Ok(Self { ctx: ctx.clone(), problem, depth, kernel: problem.kernel(ctx)? })
+        Ok(Self { ctx: ctx.clone(), stage, problem, kernel: problem.kernel(ctx)? })
     }
 
-    /// One dispatch.
-    pub(crate) fn bind(&self, args: Args<'_>) -> Result<Step> {
-        let at: Sections = args.items.shape.sections()?;
-        let page = args.page;
-        let columns = page.columns.end - page.columns.start;
-        let (items, item_offsets, bound) = match self.problem.class {
-            Class::Skinny => (at.skinny_items, at.skinny_offsets, args.items.shape.skinny()?),
-            Class::Tile => (at.tile_items, at.tile_offsets, args.items.shape.tiles()?),
+    /// One dispatch: the page's columns that lie within `args.columns`, for the page's experts.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`], a page that is not there, or a slice that does not fit ([`Error`]).
+    pub fn bind(&self, args: Args<'_>) -> Result<Step> {
+        let at = args.shape.sections()?;
+        let shape = args.weights.shape();
+        let (pages, projection) = match self.stage {
+            Stage::GateUp(_) => (args.weights.gate_up(), Projection::Gate),
+            Stage::Down => (args.weights.down(), Projection::Down),
         };
+        let [width, depth] = shape.matrix(projection);
+        let page = pages
+            .get(args.page)
+            .ok_or_else(|| Error::invalid("page", format!("{} of {}", args.page, pages.len())))?;
+        if shape.experts != args.shape.all_experts() {
+            let reason =
+                format!("{} experts, the plan has {}", shape.experts, args.shape.all_experts());
+            return Err(Error::invalid("weights", reason));
+        }
+        let Range { start, end } = args.columns;
+        if start >= end || end > width || start % PANEL != 0 {
+            let reason = format!("{start}..{end} of {width}, must start at a multiple of {PANEL}");
+            return Err(Error::invalid("columns", reason));
+        }
+        // What the page and the output have in common, in the page's columns.
+        let begin = args.columns.start.max(page.columns.start);
+        let end = args.columns.end.min(page.columns.end);
+        if begin >= end || args.slots.start >= args.slots.end {
+            return Ok(Step::default());
+        }
+        let out_stride = args.columns.end - args.columns.start;
+        let rows = match self.stage {
+            Stage::GateUp(_) => u64::from(args.shape.tokens),
+            Stage::Down => u64::from(args.slots.end.saturating_sub(args.x_slot)),
+        };
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        at_least("x", args.x, &[rows, depth.into()])?;
+        at_least(
+            "out",
+            args.out,
+            &[args.slots.end.saturating_sub(args.out_slot).into(), out_stride.into()],
+        )?;
+
         let experts = page.experts.end - page.experts.start;
-        // A skinny item is what an expert has left: at most one each.
-        let bound = if self.problem.class == Class::Skinny { bound.min(experts) } else { bound };
+        let (items, item_offsets, bound) = match self.problem.class {
+            // What an expert has left: at most one item each.
+            Class::Skinny => {
+                (at.skinny_items, at.skinny_offsets, args.shape.skinny()?.min(experts))
+            }
+            Class::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
+        };
         let params = Params {
-            columns,
-            column_base: args.column_base,
-            depth: self.depth,
-            x_stride: self.depth,
-            out_stride: args.out_stride,
+            columns: page.columns.end - page.columns.start,
+            column_begin: begin - page.columns.start,
+            column_end: end - page.columns.start,
+            column_base: page.columns.start.wrapping_sub(args.columns.start),
+            depth,
+            x_stride: depth,
+            out_stride,
             first_expert: page.experts.start,
             experts,
             slot_begin: args.slots.start,
@@ -285,12 +350,52 @@ impl GroupedMatmul {
             expert_offsets: at.expert_offsets,
             token_of: at.token_of,
         };
+        let quad = [
+            params.columns,
+            params.column_begin,
+            params.column_end,
+            params.column_base,
+            out_stride,
+        ]
+        .iter()
+        .all(|n| n % 4 == 0);
+        let kernel = if quad || !self.problem.quad_columns {
+            self.kernel.clone()
+        } else {
+            Problem { quad_columns: false, ..self.problem }.kernel(&self.ctx)?
+        };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
-        let groups = u64::from(bound) * u64::from(columns.div_ceil(self.problem.tile_columns(&self.ctx)));
-        let slices = [args.x, args.items.plan, weights, up, args.out];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let groups = u64::from(bound)
+            * u64::from((end - begin).div_ceil(self.problem.tile_columns(&self.ctx)));
+        let slices = [args.x, args.plan, weights, up, args.out];
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
+}
+
+/// Checks that a slice holds a shape of f32, and perhaps more.
+fn at_least(name: &'static str, slice: Slice<'_>, shape: &[u64]) -> Result<()> {
+    let expected = bytes_of(name, shape, 4)?;
+    if slice.size >= expected {
+        Ok(())
+    } else {
+        Err(Error::Size { name, expected, got: slice.size })
+    }
+}
+
+/// The CPU twin of one expert on one row: `y = Wdown activate(Wgate x, Wup x)`, each product in f64 rounded once.
+/// `gate` and `up` are `[F, D]`, `down` `[D, F]`, as functions of the index.
+pub fn cpu_expert(
+    x: &[f32],
+    intermediate: usize,
+    activation: Activation,
+    [gate, up, down]: [&dyn Fn(usize) -> f32; 3],
+) -> Vec<f32> {
+    let gate = cpu_row(x, gate, intermediate);
+    let up = cpu_row(x, up, intermediate);
+    let h: Vec<f32> =
+        gate.iter().zip(&up).map(|(&g, &u)| activate(activation, g, u) as f32).collect();
+    cpu_row(&h, down, x.len()).into_iter().map(|y| y as f32).collect()
 }
 
 fn depth_lanes(depth: u32) -> u32 {
@@ -340,7 +445,13 @@ impl Logits {
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
-        Ok(Self { ctx: ctx.clone(), hidden, experts, skinny: make(Class::Skinny)?, tile: make(Class::Tile)? })
+        Ok(Self {
+            ctx: ctx.clone(),
+            hidden,
+            experts,
+            skinny: make(Class::Skinny)?,
+            tile: make(Class::Tile)?,
+        })
     }
 
     /// Logits of `tokens` rows; 0 is a no-op.
@@ -356,10 +467,14 @@ impl Logits {
         args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
         args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
         args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
-        let ((problem, kernel), rows) =
-            if tokens <= SKINNY_ROWS { (&self.skinny, SKINNY_ROWS) } else { (&self.tile, tile_rows(&self.ctx)) };
+        let ((problem, kernel), rows) = if tokens <= SKINNY_ROWS {
+            (&self.skinny, SKINNY_ROWS)
+        } else {
+            (&self.tile, tile_rows(&self.ctx))
+        };
         let params = Params {
             columns: experts,
+            column_end: experts,
             depth: hidden,
             x_stride: hidden,
             out_stride: experts,
@@ -385,9 +500,4 @@ pub fn cpu_logits(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
         .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
         .map(|g| g as f32)
         .collect()
-}
-
-/// Bytes of a `[slots, columns]` scratch array.
-pub(crate) fn scratch_bytes(name: &'static str, slots: u32, columns: u32) -> Result<u64> {
-    bytes_of(name, &[slots.into(), columns.into()], 4)
 }

@@ -1,5 +1,5 @@
 //! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Params, Layout, Problem};
+use super::matmul::{BINDINGS, Layout, Params, Problem};
 use crate::Context;
 use crate::kernel::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
@@ -106,10 +106,18 @@ pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
     };
     prelude
         .piece(match (layout, weight_type) {
-            (Layout::AnyRows, _) => include_str!("../../shaders/lib/matmul/register/weights_rows.wgsl"),
-            (_, WeightType::F32) => include_str!("../../shaders/lib/matmul/register/weights_f32.wgsl"),
-            (_, WeightType::F16) => include_str!("../../shaders/lib/matmul/register/weights_f16.wgsl"),
-            (_, WeightType::Bf16) => include_str!("../../shaders/lib/matmul/register/weights_bf16.wgsl"),
+            (Layout::AnyRows, _) => {
+                include_str!("../../shaders/lib/matmul/register/weights_rows.wgsl")
+            }
+            (_, WeightType::F32) => {
+                include_str!("../../shaders/lib/matmul/register/weights_f32.wgsl")
+            }
+            (_, WeightType::F16) => {
+                include_str!("../../shaders/lib/matmul/register/weights_f16.wgsl")
+            }
+            (_, WeightType::Bf16) => {
+                include_str!("../../shaders/lib/matmul/register/weights_bf16.wgsl")
+            }
         })
         .piece(problem.activation_piece())
         .piece(include_str!("../../shaders/lib/matmul/register/block.wgsl"))

@@ -22,11 +22,13 @@ pub(crate) fn tile_columns(problem: &Problem) -> u32 {
 
 pub(crate) fn prelude(problem: &Problem) -> Prelude {
     let aligned = problem.depth_lanes % 4 == 0 && problem.quad_columns;
-    common(problem, Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS)).piece(if aligned {
-        include_str!("../../shaders/lib/matmul/out_vec4.wgsl")
-    } else {
-        include_str!("../../shaders/lib/matmul/out_scalar.wgsl")
-    })
+    common(problem, Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS)).piece(
+        if aligned {
+            include_str!("../../shaders/lib/matmul/out_vec4.wgsl")
+        } else {
+            include_str!("../../shaders/lib/matmul/out_scalar.wgsl")
+        },
+    )
 }
 
 /// The pieces that the two GPU kernels share.

@@ -43,7 +43,10 @@ pub(crate) const OFFSETS: &str = include_str!("../../shaders/lib/offsets.wgsl");
 pub(crate) const COLUMNS: &str = include_str!("../../shaders/lib/columns.wgsl");
 
 /// Optional input: the slice, or the context's stand-in.
-pub(crate) fn or_nothing<'a>(ctx: &'a crate::Context, slice: Option<crate::Slice<'a>>) -> crate::Slice<'a> {
+pub(crate) fn or_nothing<'a>(
+    ctx: &'a crate::Context,
+    slice: Option<crate::Slice<'a>>,
+) -> crate::Slice<'a> {
     slice.unwrap_or_else(|| ctx.nothing())
 }
 
@@ -59,7 +62,11 @@ pub(crate) fn not_zero(dims: &[(&'static str, u32)]) -> crate::Result<()> {
 pub(crate) fn few_experts(experts: u32) -> crate::Result<()> {
     not_zero(&[("experts", experts)])?;
     let max = crate::plan::MAX_EXPERTS;
-    if experts > max { Err(crate::Error::invalid("experts", format!("{experts}, at most {max}"))) } else { Ok(()) }
+    if experts > max {
+        Err(crate::Error::invalid("experts", format!("{experts}, at most {max}")))
+    } else {
+        Ok(())
+    }
 }
 
 /// The element type of kernels that move rows whole.

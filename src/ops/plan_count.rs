@@ -18,7 +18,11 @@ pub const SPEC: Spec = Spec {
         write("gates", 4),
         write("plan", 4),
     ],
-    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+    variants: || {
+        [Target::Gpu, Target::Cpu]
+            .map(|target| prelude(Variant { target, subgroups: false }))
+            .into()
+    },
 };
 
 params! {
@@ -84,12 +88,15 @@ pub fn cpu(
         let mine = bits::experts_of(assigned, tokens, t);
         let row = &source[t * experts..][..experts];
         let finite = mine.iter().any(|&e| row[e].is_finite());
-        let highest = mine.iter().map(|&e| row[e]).filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, f32::max);
+        let highest =
+            mine.iter().map(|&e| row[e]).filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, f32::max);
         let term = |e: usize| -> f64 {
             match (rule, row[e]) {
                 (GateRule::Softmax, _) if !finite => 0.0,
                 (GateRule::Softmax, g) if g.is_nan() => 0.0,
-                (GateRule::Softmax, g) if highest == f32::INFINITY => f64::from(u8::from(g == f32::INFINITY)),
+                (GateRule::Softmax, g) if highest == f32::INFINITY => {
+                    f64::from(u8::from(g == f32::INFINITY))
+                }
                 (GateRule::Softmax, g) => (f64::from(g) - f64::from(highest)).exp(),
                 (_, s) => s.into(),
             }
@@ -99,7 +106,8 @@ pub fn cpu(
             let gate = if rule == GateRule::Plain { term(e) } else { term(e) / (sum + 1e-20) };
             let by_count = scales.by_count.map_or(1.0, |s| s[mine.len()]);
             let by_expert = scales.by_expert.map_or(1.0, |s| s[e]);
-            gates[t * experts + e] = (gate * f64::from(scale) * f64::from(by_count) * f64::from(by_expert)) as f32;
+            gates[t * experts + e] =
+                (gate * f64::from(scale) * f64::from(by_count) * f64::from(by_expert)) as f32;
         }
     }
     gates
@@ -196,7 +204,8 @@ impl PlanCount {
             (source, by_count, by_expert) = (Some(g.source), g.scales.by_count, g.scales.by_expert);
             gates = g.gates;
         }
-        let [source, by_count, by_expert] = [source, by_count, by_expert].map(|s| or_nothing(&self.ctx, s));
+        let [source, by_count, by_expert] =
+            [source, by_count, by_expert].map(|s| or_nothing(&self.ctx, s));
         let slices = [args.assigned, source, by_count, by_expert, gates, args.plan];
         let [lanes, expert_lanes] = lanes(self.ctx.variant().target);
         let groups = columns + u64::from(experts.div_ceil(32 * lanes / expert_lanes));

@@ -11,7 +11,11 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_fill.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
-    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+    variants: || {
+        [Target::Gpu, Target::Cpu]
+            .map(|target| prelude(Variant { target, subgroups: false }))
+            .into()
+    },
 };
 
 params! {
@@ -21,7 +25,10 @@ params! {
 
 fn prelude(variant: Variant) -> Prelude {
     let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
-    Prelude::new(format!("{lanes} lanes a token")).constant("LANES", lanes).piece(GRID).piece(COLUMNS)
+    Prelude::new(format!("{lanes} lanes a token"))
+        .constant("LANES", lanes)
+        .piece(GRID)
+        .piece(COLUMNS)
 }
 
 /// Buffers of one dispatch.
@@ -76,6 +83,9 @@ impl PlanFill {
             gate_of: at.gate_of,
             slot_of: at.slot_of,
         };
-        Ok(self.kernel.dispatch(&self.ctx, &params, &[args.assigned, args.gates, args.plan], columns)?.into())
+        Ok(self
+            .kernel
+            .dispatch(&self.ctx, &params, &[args.assigned, args.gates, args.plan], columns)?
+            .into())
     }
 }

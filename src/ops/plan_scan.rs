@@ -11,7 +11,11 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_scan.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("losses", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
-    variants: || [Target::Gpu, Target::Cpu].map(|target| prelude(Variant { target, subgroups: false })).into(),
+    variants: || {
+        [Target::Gpu, Target::Cpu]
+            .map(|target| prelude(Variant { target, subgroups: false }))
+            .into()
+    },
 };
 
 params! {
@@ -22,7 +26,9 @@ params! {
 
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(include_str!("../../shaders/lib/scan_workgroup.wgsl"))
+    Prelude::new(format!("{wg} lanes"))
+        .constant("WG", wg)
+        .piece(include_str!("../../shaders/lib/scan_workgroup.wgsl"))
 }
 
 /// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.
@@ -57,15 +63,17 @@ impl Stats {
     /// [`Error::Size`] for fewer than 8.
     pub fn from_words(words: &[u32]) -> Result<Self> {
         match words {
-            [slots, unique_experts, dropped, ignored, untouched, clamped, _, _, rest @ ..] => Ok(Self {
-                slots: *slots,
-                unique_experts: *unique_experts,
-                dropped: *dropped,
-                ignored: *ignored,
-                untouched: *untouched,
-                clamped: *clamped,
-                tokens_per_expert: rest.to_vec(),
-            }),
+            [slots, unique_experts, dropped, ignored, untouched, clamped, _, _, rest @ ..] => {
+                Ok(Self {
+                    slots: *slots,
+                    unique_experts: *unique_experts,
+                    dropped: *dropped,
+                    ignored: *ignored,
+                    untouched: *untouched,
+                    clamped: *clamped,
+                    tokens_per_expert: rest.to_vec(),
+                })
+            }
             _ => Err(Error::Size { name: "words", expected: 32, got: 4 * words.len() as u64 }),
         }
     }

@@ -23,13 +23,19 @@ params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u
 
 fn prelude(variant: Variant) -> Prelude {
     let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Cpu, _) => ("one lane a row", [8, 1], include_str!("../../shaders/lib/reduce_serial.wgsl")),
-        (Target::Gpu, false) => {
-            ("workgroup reductions", [64, 64], include_str!("../../shaders/lib/reduce_workgroup.wgsl"))
+        (Target::Cpu, _) => {
+            ("one lane a row", [8, 1], include_str!("../../shaders/lib/reduce_serial.wgsl"))
         }
-        (Target::Gpu, true) => {
-            ("subgroup reductions", [128, 128], include_str!("../../shaders/lib/reduce_subgroup.wgsl"))
-        }
+        (Target::Gpu, false) => (
+            "workgroup reductions",
+            [64, 64],
+            include_str!("../../shaders/lib/reduce_workgroup.wgsl"),
+        ),
+        (Target::Gpu, true) => (
+            "subgroup reductions",
+            [128, 128],
+            include_str!("../../shaders/lib/reduce_subgroup.wgsl"),
+        ),
     };
     let subgroups = variant.subgroups && variant.target == Target::Gpu;
     Prelude::new(label)
@@ -128,7 +134,13 @@ impl Scores {
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, score: Score, from_logits: bool, args: Args<'_>) -> Result<Step> {
+    pub fn bind(
+        &self,
+        dims: Dims,
+        score: Score,
+        from_logits: bool,
+        args: Args<'_>,
+    ) -> Result<Step> {
         let Dims { tokens, experts } = dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
@@ -150,6 +162,9 @@ impl Scores {
         };
         let rows = if self.ctx.variant().target == Target::Cpu { 8 } else { 1 };
         let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.s, args.r];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?.into())
+        Ok(self
+            .kernel
+            .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?
+            .into())
     }
 }

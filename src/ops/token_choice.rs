@@ -36,7 +36,8 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
         Target::Gpu => ("eight lanes a token", 8),
         Target::Cpu => ("one lane a token", 1),
     };
-    let label = format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
+    let label =
+        format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
     Prelude::new(label)
         .constant("LANES", lanes)
         .constant("LIST", list)
@@ -62,7 +63,13 @@ pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
 /// # Panics
 ///
 /// If the lengths do not fit together.
-pub fn cpu(r: &[f32], experts: usize, top: usize, groups: Option<Groups>, eligible: Eligible<'_>) -> Vec<u32> {
+pub fn cpu(
+    r: &[f32],
+    experts: usize,
+    top: usize,
+    groups: Option<Groups>,
+    eligible: Eligible<'_>,
+) -> Vec<u32> {
     let tokens = r.len() / experts;
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
@@ -147,12 +154,17 @@ impl TokenChoice {
         few_experts(experts)?;
         not_zero(&[("top", top)])?;
         if top > experts.min(MAX_TOP) {
-            return Err(Error::invalid("top", format!("{top}, at most {} of {experts} experts", experts.min(MAX_TOP))));
+            return Err(Error::invalid(
+                "top",
+                format!("{top}, at most {} of {experts} experts", experts.min(MAX_TOP)),
+            ));
         }
         if let Some(Groups { count, top }) = groups {
             not_zero(&[("group count", count), ("group top", top)])?;
             if experts % count != 0 || count > MAX_GROUPS {
-                let reason = format!("{count} groups, must divide {experts} experts and be at most {MAX_GROUPS}");
+                let reason = format!(
+                    "{count} groups, must divide {experts} experts and be at most {MAX_GROUPS}"
+                );
                 return Err(Error::invalid("groups", reason));
             }
             if top > count {
@@ -160,8 +172,15 @@ impl TokenChoice {
             }
         }
         let groups = groups.filter(|g| g.count > 1);
-        let list = if top <= 4 { 4 } else if top <= 8 { 8 } else { 16 };
-        let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list, if groups.is_some() { 32 } else { 1 }))?;
+        let list = if top <= 4 {
+            4
+        } else if top <= 8 {
+            8
+        } else {
+            16
+        };
+        let kernel =
+            ctx.kernel(&SPEC, prelude(ctx.variant(), list, if groups.is_some() { 32 } else { 1 }))?;
         Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
     }
 

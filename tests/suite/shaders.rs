@@ -23,12 +23,14 @@ fn parse(spec: &Spec, prelude: &Prelude) -> (naga::Module, ModuleInfo) {
     }
     let source = spec.source(prelude);
     let options = naga::front::wgsl::Options { capabilities, ..naga::front::wgsl::Options::new() };
-    let module = naga::front::wgsl::Frontend::new_with_options(options)
-        .parse(&source)
-        .unwrap_or_else(|e| panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source)));
-    let info = Validator::new(ValidationFlags::all(), capabilities)
-        .validate(&module)
-        .unwrap_or_else(|e| panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source)));
+    let module =
+        naga::front::wgsl::Frontend::new_with_options(options).parse(&source).unwrap_or_else(|e| {
+            panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source))
+        });
+    let info =
+        Validator::new(ValidationFlags::all(), capabilities).validate(&module).unwrap_or_else(
+            |e| panic!("{} {}\n{}", spec.name, prelude.label, e.emit_to_string(&source)),
+        );
     (module, info)
 }
 
@@ -64,7 +66,12 @@ fn every_variant_is_valid_and_matches_its_spec() {
                 panic!("{what}: `{}` is not in storage", binding.name)
             };
             let written = binding.written || (prelude.shared && !binding.uniform);
-            assert_eq!(access.contains(naga::StorageAccess::STORE), written, "{what}: {}", binding.name);
+            assert_eq!(
+                access.contains(naga::StorageAccess::STORE),
+                written,
+                "{what}: {}",
+                binding.name
+            );
             let naga::TypeInner::Array { stride, .. } = module.types[variable.ty].inner else {
                 panic!("{what}: `{}` is not an array", binding.name)
             };
@@ -92,10 +99,14 @@ fn every_backend_language_is_written() {
         let wide = prelude.features.contains(wgpu::Features::SHADER_INT64);
 
         let options = back::spv::Options { lang_version: (1, 3), ..Default::default() };
-        back::spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{what}: SPIR-V: {e}"));
+        back::spv::write_vec(&module, &info, &options, None)
+            .unwrap_or_else(|e| panic!("{what}: SPIR-V: {e}"));
 
-        let options =
-            back::msl::Options { lang_version: (2, 3), fake_missing_bindings: true, ..Default::default() };
+        let options = back::msl::Options {
+            lang_version: (2, 3),
+            fake_missing_bindings: true,
+            ..Default::default()
+        };
         back::msl::write_string(&module, &info, &options, &Default::default())
             .unwrap_or_else(|e| panic!("{what}: MSL: {e}"));
 
@@ -121,10 +132,17 @@ fn every_backend_language_is_written() {
                 entry_point: spec.name.into(),
                 multiview: None,
             };
-            back::glsl::Writer::new(&mut glsl, &module, &info, &options, &pipeline, Default::default())
-                .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"))
-                .write()
-                .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"));
+            back::glsl::Writer::new(
+                &mut glsl,
+                &module,
+                &info,
+                &options,
+                &pipeline,
+                Default::default(),
+            )
+            .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"))
+            .write()
+            .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"));
         }
     }
 }

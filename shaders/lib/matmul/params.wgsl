@@ -1,6 +1,8 @@
 struct Params {
   columns: u32,       // N: output columns of one matrix of this page
-  column_base: u32,   // first output column in a row of out
+  column_begin: u32,  // columns of this dispatch
+  column_end: u32,
+  column_base: u32,   // column of out that the page's column 0 goes to, modulo 2^32
   depth: u32,         // K
   x_stride: u32,      // values from row to row of x
   out_stride: u32,    // values from row to row of out

@@ -30,7 +30,7 @@ fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 
 fn store_one(slot: u32, column: u32, value: f32) {
-  if column < params.columns { out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value; }
+  if column < params.column_end { out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value; }
 }
 
 fn store_two(slot: u32, column: u32, a: f32, b: f32) {

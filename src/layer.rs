@@ -1,0 +1,728 @@
+//! A whole MoE layer: from hidden states to output, recorded in one pass (ARCHITECTURE 1).
+use crate::kernel::scoped;
+use crate::ops::expert_choice::{self, DropArgs};
+use crate::ops::matmul::{
+    self, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
+};
+use crate::ops::plan_count::{self, Gates, Scales};
+use crate::ops::plan_scan::{self, Losses, Stats};
+use crate::ops::{combine, plan_fill, scores, token_choice};
+use crate::routing::{Activation, ExpertChoice, Routing, Scope};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL};
+use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use wgpu::util::DeviceExt;
+
+/// A layer as plain data.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// D: hidden size.
+    pub hidden: u32,
+    /// F: intermediate size of one expert.
+    pub intermediate: u32,
+    /// E: routed experts.
+    pub experts: u32,
+    /// Shared experts, each of the routed ones' shape; a shared FFN of intermediate size m F is m of them.
+    pub shared_experts: u32,
+    /// Activation of the experts.
+    pub activation: Activation,
+    /// How experts and tokens find each other.
+    pub routing: Routing,
+}
+
+impl Settings {
+    /// Shape of the layer's weights, shared experts included.
+    pub fn expert_shape(&self, weight_type: crate::WeightType) -> ExpertShape {
+        ExpertShape {
+            experts: self.experts + self.shared_experts,
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            weight_type,
+        }
+    }
+}
+
+/// A tensor on the device that a layer keeps: a buffer and a range of it.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    buffer: wgpu::Buffer,
+    offset: u64,
+    size: u64,
+}
+
+impl Tensor {
+    /// Keeps a caller's tensor where it lies.
+    pub fn from_slice(slice: Slice<'_>) -> Self {
+        Self { buffer: slice.buffer.clone(), offset: slice.offset, size: slice.size }
+    }
+
+    /// Uploads values.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where memory runs out.
+    pub fn new<T: bytemuck::NoUninit>(
+        ctx: &Context,
+        name: &'static str,
+        data: &[T],
+    ) -> Result<Self> {
+        let buffer = scoped(ctx.device(), || {
+            ctx.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                label: Some(name),
+                contents: bytemuck::cast_slice(data),
+                usage: wgpu::BufferUsages::STORAGE
+                    | wgpu::BufferUsages::COPY_DST
+                    | wgpu::BufferUsages::COPY_SRC,
+            })
+        })?;
+        Ok(Self::from_slice((&buffer).into()))
+    }
+
+    /// The range, to bind.
+    pub fn slice(&self) -> Slice<'_> {
+        Slice::new(&self.buffer, self.offset, self.size)
+    }
+}
+
+/// The router's own weights.
+#[derive(Clone, Debug)]
+pub struct Router {
+    /// `Wr [E, D]` f32.
+    pub weight: Tensor,
+    /// `[E]` f32, added to what experts are chosen by, never to what they weigh.
+    pub bias: Option<Tensor>,
+    /// `[E + 1]` f32: a factor for tokens that n experts took (EC-DLM's scaling table).
+    pub by_count: Option<Tensor>,
+    /// `[E]` f32: a factor of each expert's gates (DiffusionGemma).
+    pub by_expert: Option<Tensor>,
+}
+
+/// Sequences of a batch, for expert choice within each: token ranges and capacities, read when the work runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequences<'a> {
+    /// Sequences.
+    pub count: u32,
+    /// `[count + 1]` u32: token ranges.
+    pub offsets: Slice<'a>,
+    /// `[count]` u32: tokens of each that are not padding; all where absent.
+    pub lengths: Option<Slice<'a>>,
+    /// `[count]` u32: tokens that each expert takes of each sequence. Past what `max_experts_per_token` stands for, slots
+    /// are cut off and counted as ignored.
+    pub capacity: Slice<'a>,
+}
+
+/// What a layer is bound to.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// `[tokens, D]` f32, read.
+    pub hidden: Slice<'a>,
+    /// `[tokens, D]` f32, written; in a range apart from `hidden`, the same buffer allowed.
+    pub out: Slice<'a>,
+    /// T.
+    pub tokens: u32,
+    /// Whether the layer's output is added to what `out` holds (a residual) rather than replacing it.
+    pub add: bool,
+    /// Sequences of expert choice; one of all tokens, with the rule's own `experts_per_token`, where absent.
+    pub sequences: Option<Sequences<'a>>,
+    /// Upper bound of the slots of expert choice, where the sequences' lengths are known better than the worst case that
+    /// the layer must assume.
+    pub routed_slots: Option<u32>,
+    /// Scratch to share with other layers recorded in order on one queue; its own where absent.
+    pub scratch: Option<&'a Scratch>,
+}
+
+impl<'a> Batch<'a> {
+    /// One sequence of `tokens`, output replaced.
+    pub fn new(hidden: Slice<'a>, out: Slice<'a>, tokens: u32) -> Self {
+        Self { hidden, out, tokens, add: false, sequences: None, routed_slots: None, scratch: None }
+    }
+}
+
+/// Buffers between the kernels of a layer. Layers bound to one share them: they must then run in order.
+#[derive(Clone, Debug, Default)]
+pub struct Scratch {
+    buffers: Arc<Mutex<HashMap<(&'static str, u64), wgpu::Buffer>>>,
+}
+
+impl Scratch {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn get(&self, ctx: &Context, name: &'static str, bytes: u64) -> Result<Tensor> {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = buffers.get(&(name, bytes)) {
+            return Ok(Tensor { buffer: buffer.clone(), offset: 0, size: bytes });
+        }
+        let buffer = ctx.scratch(name, bytes)?;
+        buffers.insert((name, bytes), buffer.clone());
+        Ok(Tensor { buffer, offset: 0, size: bytes })
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> u64 {
+        let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.values().map(wgpu::Buffer::size).sum()
+    }
+}
+
+/// A layer: its kernels, compiled, and its weights. Clones share both.
+#[derive(Clone, Debug)]
+pub struct MoeLayer {
+    ctx: Context,
+    settings: Settings,
+    router: Router,
+    weights: ExpertWeights,
+    kernels: Arc<Kernels>,
+}
+
+#[derive(Debug)]
+struct Kernels {
+    logits: Logits,
+    scores: Option<scores::Scores>,
+    choice: Choice,
+    drop: Option<expert_choice::ExpertChoice>,
+    count: plan_count::PlanCount,
+    scan: plan_scan::PlanScan,
+    fill: plan_fill::PlanFill,
+    gate_up: [GroupedMatmul; 2],
+    down: [GroupedMatmul; 2],
+    combine: combine::Combine,
+}
+
+#[derive(Debug)]
+enum Choice {
+    Experts(expert_choice::ExpertChoice),
+    Tokens(token_choice::TokenChoice),
+}
+
+impl MoeLayer {
+    /// A layer from settings and weights. Compiles every kernel it can need, those that the context has not made yet.
+    ///
+    /// # Errors
+    ///
+    /// Settings that make no sense ([`Routing::check`]), weights or router tensors of another shape, or what wgpu refuses.
+    pub fn new(
+        ctx: &Context,
+        settings: Settings,
+        router: Router,
+        weights: ExpertWeights,
+    ) -> Result<Self> {
+        let Settings { hidden, intermediate, experts, .. } = settings;
+        crate::ops::not_zero(&[("hidden", hidden), ("intermediate", intermediate)])?;
+        settings.routing.check(experts)?;
+        let shape = weights.shape();
+        if shape != settings.expert_shape(shape.weight_type) {
+            return Err(Error::invalid("weights", format!("{shape:?} do not fit {settings:?}")));
+        }
+        router.weight.slice().expect("router weight", &[experts.into(), hidden.into()], 4)?;
+        for (name, tensor, length) in [
+            ("router bias", &router.bias, experts),
+            ("by_count", &router.by_count, experts + 1),
+            ("by_expert", &router.by_expert, experts),
+        ] {
+            if let Some(tensor) = tensor {
+                tensor.slice().expect(name, &[length.into()], 4)?;
+            }
+        }
+        let routing = settings.routing;
+        // Logits that are chosen by and weighed with as they are need no scores.
+        let plain = routing.from_logits()
+            && routing.gate() == plan_count::GateRule::Softmax
+            && router.bias.is_none();
+        let drop = matches!(routing, Routing::TokenChoice(rule) if rule.capacity_factor.is_some());
+        let gate_up =
+            |class| GroupedMatmul::new(ctx, &shape, Stage::GateUp(settings.activation), class);
+        let down = |class| GroupedMatmul::new(ctx, &shape, Stage::Down, class);
+        let kernels = Kernels {
+            logits: Logits::new(ctx, hidden, experts)?,
+            scores: if plain { None } else { Some(scores::Scores::new(ctx)?) },
+            choice: match routing {
+                Routing::ExpertChoice(_) => Choice::Experts(expert_choice::ExpertChoice::new(ctx)?),
+                Routing::TokenChoice(rule) => Choice::Tokens(token_choice::TokenChoice::new(
+                    ctx,
+                    experts,
+                    rule.top,
+                    rule.groups,
+                )?),
+            },
+            drop: if drop { Some(expert_choice::ExpertChoice::new(ctx)?) } else { None },
+            count: plan_count::PlanCount::new(ctx)?,
+            scan: plan_scan::PlanScan::new(ctx)?,
+            fill: plan_fill::PlanFill::new(ctx)?,
+            gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
+            down: [down(Class::Skinny)?, down(Class::Tile)?],
+            combine: combine::Combine::new(ctx)?,
+        };
+        Ok(Self { ctx: ctx.clone(), settings, router, weights, kernels: Arc::new(kernels) })
+    }
+
+    /// The same router and experts under another rule; the weights' pages are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`MoeLayer::new`].
+    pub fn with_routing(&self, routing: Routing) -> Result<Self> {
+        let settings = Settings { routing, ..self.settings };
+        Self::new(&self.ctx, settings, self.router.clone(), self.weights.clone())
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &ExpertWeights {
+        &self.weights
+    }
+
+    /// The router's own weights.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+
+    /// Bound of the routed slots of a batch (METHODS 2, 3).
+    fn routed_slots(&self, batch: &Batch<'_>) -> Result<u32> {
+        let (tokens, experts) = (batch.tokens, self.settings.experts);
+        let slots = match self.settings.routing {
+            Routing::TokenChoice(rule) => u64::from(tokens) * u64::from(rule.top),
+            Routing::ExpertChoice(rule) => match (batch.sequences, rule.scope) {
+                (Some(sequences), Scope::Sequence) => {
+                    // At most floor(N k / E), or 1, of each sequence: T k / E and one for each sequence, in sum.
+                    let most = u64::from(tokens) * u64::from(rule.max_experts_per_token)
+                        / u64::from(experts)
+                        + u64::from(sequences.count);
+                    most.min(tokens.into()) * u64::from(experts)
+                }
+                _ => {
+                    let k = rule.max_experts_per_token;
+                    u64::from(ExpertChoice::capacity(k, tokens, experts)) * u64::from(experts)
+                }
+            },
+        };
+        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound.into()));
+        u32::try_from(slots)
+            .map_err(|_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits")))
+    }
+
+    /// Makes what is needed to run the layer on these slices. Zero tokens make an empty step.
+    ///
+    /// # Errors
+    ///
+    /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<LayerStep> {
+        let Settings { hidden, intermediate, experts, shared_experts, routing, .. } = self.settings;
+        let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
+        batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
+        batch.out.expect("out", &[tokens.into(), hidden.into()], 4)?;
+        if batch.hidden.overlaps(&batch.out) {
+            return Err(Error::Overlap { written: "out", other: "hidden" });
+        }
+        let own = Scratch::new();
+        let scratch = batch.scratch.unwrap_or(&own);
+        let stats = scratch.get(ctx, "stats", Stats::bytes(experts))?;
+        if tokens == 0 {
+            return Ok(LayerStep {
+                parts: vec![],
+                stats,
+                plan: None,
+                assigned: None,
+                gates: None,
+                selection: None,
+            });
+        }
+        let shape = PlanShape {
+            tokens,
+            experts,
+            shared_experts,
+            routed_slots: self.routed_slots(batch)?,
+            tile_rows: tile_rows(ctx),
+            skinny_rows: SKINNY_ROWS,
+        };
+        let slots = shape.slots()?;
+        let pairs = u64::from(tokens) * u64::from(experts) * 4;
+        let get = |name, bytes| scratch.get(ctx, name, bytes);
+        let logits = get("logits", pairs)?;
+        let gates = get("gates", pairs)?;
+        let assigned =
+            get("assigned", u64::from(experts) * bits::columns(tokens as usize) as u64 * 4)?;
+        let plan = get("plan", shape.bytes()?)?;
+        let mut parts = vec![];
+
+        // Router.
+        parts.push(kernels.logits.bind(
+            tokens,
+            LogitsArgs {
+                x: batch.hidden,
+                weights: self.router.weight.slice(),
+                logits: logits.slice(),
+            },
+        )?);
+        let (s, r) = match &kernels.scores {
+            None => (logits.clone(), logits.clone()),
+            Some(scores) => {
+                let (s, r) = (get("s", pairs)?, get("r", pairs)?);
+                let args = scores::Args {
+                    logits: logits.slice(),
+                    bias: self.router.bias.as_ref().map(Tensor::slice),
+                    s: s.slice(),
+                    r: r.slice(),
+                };
+                parts.push(scores.bind(
+                    scores::Dims { tokens, experts },
+                    routing.score(),
+                    routing.from_logits(),
+                    args,
+                )?);
+                (s, r)
+            }
+        };
+        let whole = Tensor::new(ctx, "offsets", &[0, tokens])?;
+        let mut offsets = None;
+        match (&kernels.choice, routing) {
+            (Choice::Experts(choice), Routing::ExpertChoice(rule)) => {
+                let capacity = ExpertChoice::capacity(rule.experts_per_token, tokens, experts);
+                let capacity = Tensor::new(ctx, "capacity", &[capacity])?;
+                let alone = Sequences {
+                    count: 1,
+                    offsets: whole.slice(),
+                    lengths: None,
+                    capacity: capacity.slice(),
+                };
+                let sequences = batch.sequences.unwrap_or(alone);
+                offsets = batch.sequences.map(|s| s.offsets);
+                let dims = expert_choice::Dims { tokens, experts, sequences: sequences.count };
+                let args = expert_choice::Args {
+                    r: r.slice(),
+                    offsets: sequences.offsets,
+                    lengths: sequences.lengths,
+                    capacity: sequences.capacity,
+                    assigned: assigned.slice(),
+                };
+                parts.push(choice.bind(dims, args)?);
+            }
+            (Choice::Tokens(choice), _) => {
+                let args =
+                    token_choice::Args { r: r.slice(), coresets: None, assigned: assigned.slice() };
+                parts.push(choice.bind(tokens, args)?);
+            }
+            (Choice::Experts(_), _) => unreachable!("kernels are made for the routing"),
+        }
+
+        // Plan.
+        let source = if routing.gate() == plan_count::GateRule::Softmax { &logits } else { &s };
+        let gate_args = Gates {
+            rule: routing.gate(),
+            source: source.slice(),
+            scale: routing.scale(),
+            scales: Scales {
+                by_count: self.router.by_count.as_ref().map(Tensor::slice),
+                by_expert: self.router.by_expert.as_ref().map(Tensor::slice),
+            },
+            gates: gates.slice(),
+        };
+        let count = |gates| {
+            kernels.count.bind(
+                &shape,
+                plan_count::Args { assigned: assigned.slice(), gates, plan: plan.slice() },
+            )
+        };
+        parts.push(count(Some(gate_args))?);
+        let dropped = get("dropped", u64::from(experts) * 4)?;
+        let mut losses = None;
+        if let (Some(choice), Routing::TokenChoice(rule)) = (&kernels.drop, routing) {
+            let capacity =
+                Tensor::new(ctx, "capacity", &[rule.capacity(tokens, experts).unwrap_or(tokens)])?;
+            let args = DropArgs {
+                gates: gates.slice(),
+                offsets: whole.slice(),
+                capacity: capacity.slice(),
+                assigned: assigned.slice(),
+                dropped: dropped.slice(),
+            };
+            parts.push(choice.bind_drop(tokens, experts, args)?);
+            parts.push(count(None)?);
+            losses = Some(Losses { counts: dropped.slice(), dropped: experts, ignored: 0 });
+        }
+        let args = plan_scan::Args { losses, offsets, plan: plan.slice(), stats: stats.slice() };
+        parts.push(kernels.scan.bind(&shape, args)?);
+        let args = plan_fill::Args {
+            assigned: assigned.slice(),
+            gates: gates.slice(),
+            plan: plan.slice(),
+        };
+        parts.push(kernels.fill.bind(&shape, args)?);
+
+        // Experts: `h` in stretches of slots, `y` in stretches of columns, each within a binding.
+        let most_rows =
+            (ctx.max_binding() / 4 / u64::from(intermediate)).clamp(1, slots.into()) as u32;
+        let stretches: Vec<Range<u32>> = chunks(slots, most_rows);
+        let h: Vec<Tensor> = ["h", "h1", "h2", "h3", "h4", "h5", "h6", "h7"]
+            .iter()
+            .zip(&stretches)
+            .map(|(name, rows)| {
+                get(name, u64::from(rows.end - rows.start) * u64::from(intermediate) * 4)
+            })
+            .collect::<Result<_>>()?;
+        if h.len() < stretches.len() {
+            let (need, have) =
+                (u64::from(slots) * u64::from(intermediate) * 4, 8 * ctx.max_binding());
+            return Err(Error::Limit {
+                name: "tokens",
+                limit: "8 * max_storage_buffer_binding_size",
+                need,
+                have,
+            });
+        }
+        let classes: &[usize] = if tokens <= SKINNY_ROWS { &[0] } else { &[0, 1] };
+        let [gate_up_pages, down_pages] = self.weights.page_counts();
+        for (rows, h) in stretches.iter().zip(&h) {
+            for page in 0..gate_up_pages {
+                for &class in classes {
+                    parts.push(kernels.gate_up[class].bind(matmul::Args {
+                        x: batch.hidden,
+                        shape: &shape,
+                        plan: plan.slice(),
+                        weights: &self.weights,
+                        page,
+                        out: h.slice(),
+                        slots: rows.clone(),
+                        columns: 0..intermediate,
+                        x_slot: 0,
+                        out_slot: rows.start,
+                    })?);
+                }
+            }
+        }
+        let most_columns = (ctx.max_binding() / 4 / u64::from(slots))
+            .min(hidden.next_multiple_of(PANEL).into()) as u32;
+        let most_columns = most_columns / PANEL * PANEL;
+        if most_columns == 0 {
+            let need = u64::from(slots) * 4 * u64::from(PANEL);
+            let limit = "max_storage_buffer_binding_size";
+            return Err(Error::Limit { name: "tokens", limit, need, have: ctx.max_binding() });
+        }
+        for columns in chunks(hidden, most_columns) {
+            let y = get("y", u64::from(slots) * u64::from(columns.end - columns.start) * 4)?;
+            for (rows, h) in stretches.iter().zip(&h) {
+                for page in 0..down_pages {
+                    for &class in classes {
+                        parts.push(kernels.down[class].bind(matmul::Args {
+                            x: h.slice(),
+                            shape: &shape,
+                            plan: plan.slice(),
+                            weights: &self.weights,
+                            page,
+                            out: y.slice(),
+                            slots: rows.clone(),
+                            columns: columns.clone(),
+                            x_slot: rows.start,
+                            out_slot: 0,
+                        })?);
+                    }
+                }
+            }
+            parts.push(kernels.combine.bind(
+                &shape,
+                combine::Args {
+                    y: y.slice(),
+                    plan: plan.slice(),
+                    out: batch.out,
+                    columns,
+                    hidden,
+                    add: batch.add,
+                },
+            )?);
+        }
+        Ok(LayerStep {
+            parts,
+            stats,
+            plan: Some((shape, plan)),
+            assigned: Some(assigned),
+            gates: Some(gates),
+            selection: Some((logits, s, r)),
+        })
+    }
+}
+
+/// `0..n` in stretches of at most `step`.
+fn chunks(n: u32, step: u32) -> Vec<Range<u32>> {
+    (0..n).step_by(step as usize).map(|i| i..i.saturating_add(step).min(n)).collect()
+}
+
+/// A layer bound to a batch. Recording it makes nothing; what the bound buffers hold is read when the work runs.
+#[derive(Clone, Debug)]
+pub struct LayerStep {
+    parts: Vec<Step>,
+    stats: Tensor,
+    plan: Option<(PlanShape, Tensor)>,
+    assigned: Option<Tensor>,
+    gates: Option<Tensor>,
+    selection: Option<(Tensor, Tensor, Tensor)>,
+}
+
+impl LayerStep {
+    /// Records the layer as one pass of `encoder`.
+    pub fn record(&self, encoder: &mut wgpu::CommandEncoder) {
+        if !self.parts.is_empty() {
+            let descriptor =
+                wgpu::ComputePassDescriptor { label: Some("moe layer"), ..Default::default() };
+            self.record_in(&mut encoder.begin_compute_pass(&descriptor));
+        }
+    }
+
+    /// Records the layer into a pass of the caller's.
+    pub fn record_in(&self, pass: &mut wgpu::ComputePass<'_>) {
+        for part in &self.parts {
+            part.record(pass);
+        }
+    }
+
+    /// The dispatches, in order.
+    pub fn dispatches(&self) -> impl Iterator<Item = &crate::Dispatch> {
+        self.parts.iter().flat_map(Step::dispatches)
+    }
+
+    /// What the step did, `[8 + E]` u32 ([`Stats::from_words`]); there after it ran.
+    pub fn stats(&self) -> Slice<'_> {
+        self.stats.slice()
+    }
+
+    /// The plan and its shape; none for a step of zero tokens.
+    pub fn plan(&self) -> Option<(PlanShape, Slice<'_>)> {
+        self.plan.as_ref().map(|(shape, plan)| (*shape, plan.slice()))
+    }
+
+    /// The bit set `[E, ceil(T / 32)]`.
+    pub fn assigned(&self) -> Option<Slice<'_>> {
+        self.assigned.as_ref().map(Tensor::slice)
+    }
+
+    /// Gates `[T, E]` f32, at assigned pairs.
+    pub fn gates(&self) -> Option<Slice<'_>> {
+        self.gates.as_ref().map(Tensor::slice)
+    }
+
+    /// Logits, scores `s` and selection values `r`, each `[T, E]` f32 (one buffer where a rule needs no scores).
+    pub fn selection(&self) -> Option<[Slice<'_>; 3]> {
+        self.selection.as_ref().map(|(g, s, r)| [g.slice(), s.slice(), r.slice()])
+    }
+}
+
+/// The router on the host.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRouter<'a> {
+    /// `[E, D]`.
+    pub weight: &'a [f32],
+    /// `[E]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[E + 1]`.
+    pub by_count: Option<&'a [f32]>,
+    /// `[E]`.
+    pub by_expert: Option<&'a [f32]>,
+}
+
+/// Sequences on the host: offsets `[n + 1]`, lengths `[n]`, capacities `[n]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSequences<'a> {
+    /// Token ranges.
+    pub offsets: &'a [u32],
+    /// Tokens that are not padding.
+    pub lengths: Option<&'a [u32]>,
+    /// Tokens that each expert takes.
+    pub capacity: &'a [u32],
+}
+
+/// A layer's routing on the CPU: what each twin makes of the values before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostRouting {
+    /// The bit set `[E, ceil(T / 32)]`.
+    pub assigned: Vec<u32>,
+    /// Gates `[T, E]`, 0 elsewhere.
+    pub gates: Vec<f32>,
+    /// Tokens that each expert dropped.
+    pub dropped: Vec<u32>,
+}
+
+/// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]` (the device's own, for an
+/// exact comparison, or [`matmul::cpu_logits`] and [`scores::cpu`]).
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu_routing(
+    settings: &Settings,
+    router: &HostRouter<'_>,
+    sequences: Option<HostSequences<'_>>,
+    [logits, s, r]: [&[f32]; 3],
+) -> HostRouting {
+    let experts = settings.experts as usize;
+    let tokens = (logits.len() / experts) as u32;
+    let routing = settings.routing;
+    let assigned = match routing {
+        Routing::ExpertChoice(rule) => {
+            let capacity =
+                [ExpertChoice::capacity(rule.experts_per_token, tokens, settings.experts)];
+            let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: &capacity };
+            let HostSequences { offsets, lengths, capacity } = sequences.unwrap_or(alone);
+            expert_choice::cpu(r, experts, offsets, lengths, capacity)
+        }
+        Routing::TokenChoice(rule) => {
+            token_choice::cpu(r, experts, rule.top as usize, rule.groups, &|_, _| true)
+        }
+    };
+    let source = if routing.gate() == plan_count::GateRule::Softmax { logits } else { s };
+    let scales = Scales { by_count: router.by_count, by_expert: router.by_expert };
+    let mut gates =
+        plan_count::cpu(&assigned, source, experts, routing.gate(), routing.scale(), scales);
+    let capacity = match routing {
+        Routing::TokenChoice(rule) => rule.capacity(tokens, settings.experts),
+        Routing::ExpertChoice(_) => None,
+    };
+    let Some(capacity) = capacity else {
+        return HostRouting { assigned, gates, dropped: vec![0; experts] };
+    };
+    let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
+    for t in 0..tokens as usize {
+        for e in 0..experts {
+            if !bits::get(&kept, tokens as usize, e, t) {
+                gates[t * experts + e] = 0.0;
+            }
+        }
+    }
+    HostRouting { assigned: kept, gates, dropped }
+}
+
+/// An expert's matrix on the host, `[out, in]`; shared experts follow the routed ones.
+pub type HostExperts<'a> =
+    &'a (dyn Fn(u32, crate::weights::Projection) -> crate::weights::HostWeights<'a> + Sync);
+
+/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is `x [D]`, given its gates
+/// `[E]` and which experts took it.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu_token(
+    settings: &Settings,
+    experts: HostExperts<'_>,
+    x: &[f32],
+    chosen: &[(u32, f32)],
+) -> Vec<f32> {
+    use crate::weights::Projection::{Down, Gate, Up};
+    let mut out = vec![0f64; x.len()];
+    let shared = (settings.experts..settings.experts + settings.shared_experts).map(|e| (e, 1.0));
+    for (e, gate) in chosen.iter().copied().chain(shared) {
+        let [g, u, d] = [Gate, Up, Down].map(|p| experts(e, p));
+        let weights: [&dyn Fn(usize) -> f32; 3] = [&|i| g.get(i), &|i| u.get(i), &|i| d.get(i)];
+        let y = matmul::cpu_expert(x, settings.intermediate as usize, settings.activation, weights);
+        for (out, y) in out.iter_mut().zip(y) {
+            *out += f64::from(gate) * f64::from(y);
+        }
+    }
+    out.into_iter().map(|v| v as f32).collect()
+}

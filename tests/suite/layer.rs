@@ -1,0 +1,251 @@
+//! The whole layer against the CPU twins.
+use crate::common::{Output, assert_close, assert_same, contexts, gpu, random};
+use half::{bf16, f16};
+use wgmoe::layer::{Batch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token};
+use wgmoe::ops::plan_count::GateRule;
+use wgmoe::ops::plan_scan::Stats;
+use wgmoe::ops::token_choice::Groups;
+use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::{Activation, Context, ExpertWeights, Gpu, WeightType, bits};
+
+const TOKEN_CHOICE: TokenChoice = TokenChoice {
+    score: Score::Sigmoid,
+    gate: GateRule::Normalised,
+    top: 4,
+    groups: None,
+    scale: 2.5,
+    capacity_factor: None,
+};
+
+const EXPERT_CHOICE: ExpertChoice = ExpertChoice {
+    score: Score::Softmax,
+    normalise: Normalise::AfterSelection,
+    scope: Scope::Batch,
+    experts_per_token: 3,
+    max_experts_per_token: 3,
+};
+
+fn settings(
+    hidden: u32,
+    intermediate: u32,
+    experts: u32,
+    shared_experts: u32,
+    routing: Routing,
+) -> Settings {
+    Settings {
+        hidden,
+        intermediate,
+        experts,
+        shared_experts,
+        activation: Activation::Silu,
+        routing,
+    }
+}
+
+/// Host weights of every expert, of the type they are stored as.
+struct Experts {
+    values: Vec<[Vec<f32>; 3]>,
+    rounded: Vec<[Vec<f32>; 3]>,
+}
+
+impl Experts {
+    fn new(settings: &Settings, weight_type: WeightType) -> Self {
+        let size = (settings.hidden * settings.intermediate) as usize;
+        let round = |v: &f32| match weight_type {
+            WeightType::F32 => *v,
+            WeightType::F16 => f16::from_f32(*v).to_f32(),
+            WeightType::Bf16 => bf16::from_f32(*v).to_f32(),
+        };
+        let all = settings.experts + settings.shared_experts;
+        let values: Vec<[Vec<f32>; 3]> = (0..all)
+            .map(|e| {
+                [0, 1, 2].map(|p| {
+                    random(u64::from(e * 3 + p) + 1000, size).iter().map(|v| v * 0.3).collect()
+                })
+            })
+            .collect();
+        let rounded = values
+            .iter()
+            .map(|m| [0, 1, 2].map(|p: usize| m[p].iter().map(round).collect()))
+            .collect();
+        Self { values, rounded }
+    }
+
+    fn index(p: Projection) -> usize {
+        match p {
+            Projection::Gate => 0,
+            Projection::Up => 1,
+            Projection::Down => 2,
+        }
+    }
+
+    fn upload(&self, gpu: &Gpu, weights: &ExpertWeights) {
+        for (e, m) in self.values.iter().enumerate() {
+            for p in [Projection::Gate, Projection::Up, Projection::Down] {
+                weights
+                    .write(&gpu.queue, e as u32, p, HostWeights::F32(&m[Self::index(p)]))
+                    .unwrap();
+            }
+        }
+    }
+}
+
+struct Case {
+    settings: Settings,
+    weight_type: WeightType,
+    page_limit: Option<u64>,
+    tokens: u32,
+    bias: bool,
+}
+
+/// Runs a layer, checks routing exactly and the output within tolerance, and returns the output.
+fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
+    let Case { settings, tokens, .. } = *case;
+    let (d, e) = (settings.hidden as usize, settings.experts as usize);
+    let what = format!("{:?} {settings:?} T {tokens} {:?}", ctx.variant(), case.weight_type);
+    let experts = Experts::new(&settings, case.weight_type);
+    let weights =
+        ExpertWeights::new(ctx, settings.expert_shape(case.weight_type), case.page_limit).unwrap();
+    experts.upload(gpu, &weights);
+    let router_weight = random(1, e * d);
+    let bias: Vec<f32> = random(2, e).iter().map(|v| v * 0.1).collect();
+    let router = Router {
+        weight: Tensor::new(ctx, "router", &router_weight).unwrap(),
+        bias: case.bias.then(|| Tensor::new(ctx, "bias", &bias).unwrap()),
+        by_count: None,
+        by_expert: None,
+    };
+    let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let x = random(3, tokens as usize * d);
+    let hidden = gpu.upload(&x);
+    let out = Output::f32s(gpu, tokens as usize * d);
+    let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), tokens)).unwrap();
+    let run = || {
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        step.record(&mut encoder);
+        gpu.queue.submit([encoder.finish()]);
+        out.get::<f32>(gpu)
+    };
+    let got = run();
+    assert_eq!(
+        run().iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+        got.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+        "{what}: twice"
+    );
+
+    let [logits, s, r] = step
+        .selection()
+        .unwrap()
+        .map(|t| gpu.download::<f32>(t.buffer).unwrap()[..tokens as usize * e].to_vec());
+    let want_logits = wgmoe::ops::matmul::cpu_logits(&x, &router_weight, d);
+    assert_close(&logits, &want_logits, 1e-5 * (d as f32).sqrt(), 1e-5, &format!("{what}: logits"));
+    let host = HostRouter {
+        weight: &router_weight,
+        bias: case.bias.then_some(&bias),
+        by_count: None,
+        by_expert: None,
+    };
+    let want = cpu_routing(&settings, &host, None, [&logits, &s, &r]);
+    let assigned: Vec<u32> = gpu.download(step.assigned().unwrap().buffer).unwrap();
+    assert_same(&assigned[..want.assigned.len()], &want.assigned, &format!("{what}: assigned"));
+    let stats = Stats::from_words(&gpu.download::<u32>(step.stats().buffer).unwrap()).unwrap();
+    let slots: u32 = want.assigned.iter().map(|w| w.count_ones()).sum();
+    assert_eq!((stats.slots, stats.dropped), (slots, want.dropped.iter().sum()), "{what}: stats");
+
+    let host =
+        |e: u32, p: Projection| HostWeights::F32(&experts.rounded[e as usize][Experts::index(p)]);
+    for t in 0..tokens as usize {
+        let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens as usize, t)
+            .into_iter()
+            .map(|i| (i as u32, want.gates[t * e + i]))
+            .collect();
+        let want = cpu_token(&settings, &host, &x[t * d..][..d], &chosen);
+        let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+        assert_close(
+            &got[t * d..][..d],
+            &want,
+            2e-5 * scale + 1e-6,
+            2e-5,
+            &format!("{what}: token {t}"),
+        );
+    }
+    got
+}
+
+#[test]
+fn matches_the_twins() {
+    let Some(gpu) = gpu() else { return };
+    let ec = Routing::ExpertChoice(EXPERT_CHOICE);
+    let tc = Routing::TokenChoice(TOKEN_CHOICE);
+    let grouped = Routing::TokenChoice(TokenChoice {
+        groups: Some(Groups { count: 4, top: 2 }),
+        ..TOKEN_CHOICE
+    });
+    let dropping = Routing::TokenChoice(TokenChoice { capacity_factor: Some(1.0), ..TOKEN_CHOICE });
+    let sigmoid = Routing::ExpertChoice(ExpertChoice { score: Score::Sigmoid, ..EXPERT_CHOICE });
+    let before = Routing::ExpertChoice(ExpertChoice {
+        normalise: Normalise::BeforeSelection,
+        ..EXPERT_CHOICE
+    });
+    // A software driver takes seconds to compile a matmul: all rules with one weight type, all types with one rule.
+    let rules = [
+        (settings(64, 32, 16, 1, tc), 40),
+        (settings(32, 48, 8, 2, ec), 130),
+        (settings(64, 32, 16, 0, grouped), 70),
+        (settings(64, 32, 12, 1, dropping), 50),
+        (settings(64, 32, 4, 0, sigmoid), 3),
+        (settings(64, 32, 6, 1, before), 9),
+    ];
+    let shapes = [
+        (settings(7, 5, 9, 1, ec), 33),
+        (settings(36, 20, 16, 0, tc), 70),
+        (settings(1, 1, 4, 0, tc), 1),
+        (settings(132, 68, 5, 0, tc), 65),
+    ];
+    for ctx in contexts(&gpu) {
+        let start = std::time::Instant::now();
+        let run = |(settings, tokens), weight_type| {
+            check(
+                &gpu,
+                &ctx,
+                &Case { settings, weight_type, page_limit: None, tokens, bias: tokens % 2 == 0 },
+            );
+        };
+        for case in rules.into_iter().chain(shapes) {
+            run(case, WeightType::F32);
+        }
+        for weight_type in [WeightType::F16, WeightType::Bf16] {
+            run(rules[0], weight_type);
+            run(shapes[0], weight_type);
+        }
+        eprintln!("{:?}: {} pipelines, {:?}", ctx.variant(), ctx.pipelines(), start.elapsed());
+    }
+}
+
+#[test]
+fn gelu_and_page_sizes() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for weight_type in [WeightType::F32, WeightType::Bf16] {
+            let base = settings(72, 96, 6, 1, Routing::TokenChoice(TOKEN_CHOICE));
+            let settings = Settings { activation: Activation::Gelu, ..base };
+            let run = |page_limit| {
+                check(
+                    &gpu,
+                    &ctx,
+                    &Case { settings, weight_type, page_limit, tokens: 50, bias: true },
+                )
+            };
+            let whole = run(None);
+            // Two experts a page; pages of one expert's columns.
+            for limit in [2 * 96 * 72 * 4 + 100, 40 * 96 * 4] {
+                assert_same(
+                    &run(Some(limit)),
+                    &whole,
+                    &format!("{:?} page limit {limit}", ctx.variant()),
+                );
+            }
+        }
+    }
+}
