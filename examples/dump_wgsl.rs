@@ -6,7 +6,8 @@ use wgmoe::kernel::Prelude;
 
 /// Letters, digits and dashes of a variant's label.
 fn file_part(label: &str) -> String {
-    let words: Vec<&str> = label.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect();
+    let words: Vec<&str> =
+        label.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect();
     words.join("-")
 }
 
