@@ -139,7 +139,8 @@ fn expert_choice(
         to = columns * 32u;
     }
     var ties = 0u;
-    let last = (to + 31u) / 32u;
+    // An empty sequence has no words: where it lies inside one, that word belongs to others.
+    let last = select((to + 31u) / 32u, 0u, begin >= to);
     for (var w0 = begin / 32u; w0 < last; w0 += LANES) {
         let w = w0 + first;
         var higher = 0u;

@@ -1,5 +1,5 @@
 // Token groups: how many experts a token has, and their gates; expert groups: how many tokens an expert has, and ranks.
-//   assigned [experts, columns] bit set, columns = ceil(tokens / 32)
+//   assigned [experts, columns] bit set, columns = ceil(tokens / 32); bits past the last token count for nothing
 //   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
 //   by_count [experts + 1] f32 where has_by_count; by_expert [experts] f32 where has_by_expert
 //   gates [tokens, experts] f32, written at assigned pairs alone:
@@ -50,7 +50,7 @@ fn plan_count(
 }
 
 fn tokens_of_column(index: u32, column: u32, columns: u32) {
-    load_column(index, column, columns, params.experts);
+    load_column(index, column, columns, params.experts, params.tokens);
     let slot = index / LANES;
     let first = index % LANES;
     let t = column * 32u + slot;
@@ -147,7 +147,7 @@ fn experts_of_group(index: u32, group: u32, columns: u32) {
     let high = min(low + stretch, columns);
     var count = 0u;
     for (var w = low; live && w < high; w++) {
-        count += countOneBits(assigned[e * columns + w]);
+        count += countOneBits(assigned[e * columns + w] & token_bits(w, params.tokens));
     }
     partial_counts[index] = count;
     workgroupBarrier();

@@ -44,7 +44,7 @@ fn plan_fill(
     if column >= columns {
         return;
     }
-    load_column(index, column, columns, params.experts);
+    load_column(index, column, columns, params.experts, params.tokens);
     let bit = index / LANES;
     let t = column * 32u + bit;
     if t >= params.tokens {

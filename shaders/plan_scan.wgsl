@@ -1,6 +1,7 @@
 // Counts to offsets: offsets of experts and of tokens, active experts, tiles, statistics. One workgroup.
 //   plan: in: counts where the offsets will stand; out: head, both offsets, active, items of the two row classes
-//   losses [dropped experts + ignored words] u32, added up; offsets [ranges + 1], of which those changed by clamping are counted
+//   losses [dropped experts + ignored words] u32, added up; offsets [ranges + 1], of which those that
+//   decrease or exceed the tokens are counted
 //   stats [8 + experts]: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, 0, 0; tokens of each expert
 // Shared experts follow the routed ones and hold every token. Slots past `slots` are cut off and counted as ignored.
 // Items: an expert with n rows gets n / TILE whole tiles, and for what is left one skinny item if it is at most SKINNY rows,
@@ -144,7 +145,7 @@ fn plan_scan(lane: Lane) {
         plan[2] = item_scan.total.x;
         plan[3] = item_scan.total.y;
         let cut = scan.total.x - total;
-        stats[0] = total - min(total, params.shared_experts * params.tokens);
+        stats[0] = min(token_scan.total.x - params.shared_experts * params.tokens, params.slots);
         stats[1] = scan.total.y;
         stats[2] = losses_scan.total.x;
         stats[3] = losses_scan.total.y + cut;

@@ -126,7 +126,8 @@ fn token_choice(
             k = select(0u, k, k < last.x || (k == last.x && e > last.y));
             var at = e;
             for (var i = 0u; i < LIST; i++) {
-                let better = k > keys[i];
+                // What an earlier place gave up may tie with what follows it, and is the lower expert then.
+                let better = k > keys[i] || (k == keys[i] && at < indices[i]);
                 let lower = vec2(select(k, keys[i], better), select(at, indices[i], better));
                 keys[i] = select(keys[i], k, better);
                 indices[i] = select(indices[i], at, better);

@@ -113,7 +113,8 @@ impl Gpu {
     /// [`Error::Device`] where the device is lost.
     pub fn wait(&self) -> Result<()> {
         let poll = self.device.poll(wgpu::PollType::wait_indefinitely());
-        poll.map(|_| ()).map_err(|e| Error::Device(e.to_string()))
+        poll.map_err(|e| Error::Device(e.to_string()))?;
+        crate::kernel::alive(&self.device)
     }
 
     /// Copies `buffer` back. Waits for the GPU.
@@ -122,6 +123,7 @@ impl Gpu {
     ///
     /// [`Error::ReadBack`] if mapping fails, [`Error::Device`] if the copy is refused.
     pub fn download<T: bytemuck::Pod>(&self, buffer: &wgpu::Buffer) -> Result<Vec<T>> {
+        crate::kernel::alive(&self.device)?;
         let staging = crate::kernel::scoped(&self.device, || {
             let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("download"),

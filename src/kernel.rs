@@ -4,7 +4,6 @@ use bytemuck::NoUninit;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, PoisonError};
-use wgpu::util::DeviceExt;
 
 /// Every kernel of the crate. `tests/suite/shaders.rs` validates each one in each variant, no GPU needed.
 pub const SPECS: &[&Spec] = crate::ops::SPECS;
@@ -225,6 +224,7 @@ impl Context {
         if !missing.is_empty() {
             return Err(Error::Feature { missing });
         }
+        alive(device)?;
         let nothing = scoped(device, || {
             device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("nothing"),
@@ -283,6 +283,7 @@ impl Context {
     /// A buffer of ours, written by kernels and readable by copies.
     pub(crate) fn scratch(&self, name: &'static str, size: u64) -> Result<wgpu::Buffer> {
         self.within(name, size)?;
+        alive(self.device())?;
         scoped(self.device(), || {
             self.device().create_buffer(&wgpu::BufferDescriptor {
                 label: Some(name),
@@ -312,6 +313,7 @@ impl Context {
         if !missing.is_empty() {
             return Err(Error::Feature { missing });
         }
+        alive(self.device())?;
         let kernel = Arc::new(scoped(self.device(), || {
             Kernel::new(self.device(), spec, &key.1, self.inner.cache.as_ref())
         })?);
@@ -334,6 +336,27 @@ pub(crate) fn scoped<T>(device: &wgpu::Device, make: impl FnOnce() -> T) -> Resu
         Some(e) => Err(Error::Device(e.to_string())),
         None => Ok(made),
     }
+}
+
+/// Fails if the device is lost. wgpu tells no error scope of that, but the buffers of a lost device cannot be mapped.
+pub(crate) fn alive(device: &wgpu::Device) -> Result<()> {
+    uniform(device, Some("probe"), &[0; 4]).map(|_| ())
+}
+
+/// A uniform buffer holding `contents`; wgpu's own helper panics on a lost device.
+fn uniform(device: &wgpu::Device, label: Option<&str>, contents: &[u8]) -> Result<wgpu::Buffer> {
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label,
+        size: (contents.len() as u64).next_multiple_of(4),
+        usage: wgpu::BufferUsages::UNIFORM,
+        mapped_at_creation: true,
+    });
+    match buffer.get_mapped_range_mut(..) {
+        Ok(mut view) => view.slice(..contents.len()).copy_from_slice(contents),
+        Err(e) => return Err(Error::Device(format!("the device is lost, or out of memory ({e})"))),
+    }
+    buffer.unmap();
+    Ok(buffer)
 }
 
 /// A compiled kernel and its layout.
@@ -411,11 +434,7 @@ impl Kernel {
         let device = ctx.device();
         let label = Some(self.spec.name);
         let bind_group = scoped(device, || {
-            let params = device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                label,
-                contents: bytemuck::bytes_of(params),
-                usage: wgpu::BufferUsages::UNIFORM,
-            });
+            let params = uniform(device, label, bytemuck::bytes_of(params))?;
             let mut entries =
                 vec![wgpu::BindGroupEntry { binding: 0, resource: params.as_entire_binding() }];
             for (binding, s) in (1..).zip(slices) {
@@ -426,12 +445,13 @@ impl Kernel {
                 });
                 entries.push(wgpu::BindGroupEntry { binding, resource });
             }
-            device.create_bind_group(&wgpu::BindGroupDescriptor {
+            let layout = &self.layout;
+            Ok(device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label,
-                layout: &self.layout,
+                layout,
                 entries: &entries,
-            })
-        })?;
+            }))
+        })??;
         Ok(Dispatch { kernel: self.clone(), bind_group, groups })
     }
 }

@@ -80,7 +80,10 @@ impl PlanShape {
     /// As [`PlanShape::slots`].
     pub fn tiles(&self) -> Result<u32> {
         let slots = self.slots()?;
-        Ok(slots / self.tile_rows + (slots / (self.skinny_rows + 1)).min(self.all_experts()))
+        let experts = self.experts.saturating_add(self.shared_experts);
+        (slots / self.tile_rows.max(1))
+            .checked_add((slots / self.skinny_rows.saturating_add(1)).min(experts))
+            .ok_or_else(|| Error::invalid("tokens", "too many slots: their tiles overflow"))
     }
 
     /// Bound of the items of the skinny kernel.
@@ -89,7 +92,8 @@ impl PlanShape {
     ///
     /// As [`PlanShape::slots`].
     pub fn skinny(&self) -> Result<u32> {
-        Ok(if self.skinny_rows == 0 { 0 } else { self.slots()?.min(self.all_experts()) })
+        let experts = self.experts.saturating_add(self.shared_experts);
+        Ok(if self.skinny_rows == 0 { 0 } else { self.slots()?.min(experts) })
     }
 
     /// Where each section lies.
@@ -251,7 +255,7 @@ impl HostPlan {
             while row < end {
                 let rest = end - row;
                 let item = [e as u32, row as u32];
-                if rest <= shape.skinny_rows as usize {
+                if rest < shape.tile_rows as usize && rest <= shape.skinny_rows as usize {
                     plan.skinny.0.push(item);
                     row = end;
                 } else {

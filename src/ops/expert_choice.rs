@@ -33,6 +33,9 @@ params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
 /// Neighbouring experts of one workgroup.
 const EXPERTS: u32 = 8;
+/// Most tokens of the layout with one lane an expert, which loops over them five times: lavapipe (Mesa 22.3) ends the loops
+/// of an invocation, without a word, after 65,535 iterations in all.
+const SERIAL_TOKENS: u32 = 8192;
 
 fn prelude(variant: Variant, masked: bool) -> Prelude {
     let (label, lanes, bins) = match variant.target {
@@ -168,8 +171,6 @@ pub struct DropArgs<'a> {
 #[derive(Clone, Debug)]
 pub struct ExpertChoice {
     ctx: Context,
-    kernel: Arc<Kernel>,
-    masked: Arc<Kernel>,
 }
 
 impl ExpertChoice {
@@ -179,11 +180,17 @@ impl ExpertChoice {
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self {
-            ctx: ctx.clone(),
-            kernel: ctx.kernel(&SPEC, prelude(ctx.variant(), false))?,
-            masked: ctx.kernel(&SPEC, prelude(ctx.variant(), true))?,
-        })
+        let op = Self { ctx: ctx.clone() };
+        op.kernel(1, false)?;
+        op.kernel(1, true)?;
+        Ok(op)
+    }
+
+    /// The kernel for this many tokens, made now if it is the first of its kind.
+    fn kernel(&self, tokens: u32, masked: bool) -> Result<Arc<Kernel>> {
+        let variant = self.ctx.variant();
+        let target = if tokens > SERIAL_TOKENS { Target::Gpu } else { variant.target };
+        self.ctx.kernel(&SPEC, prelude(Variant { target, ..variant }, masked))
     }
 
     /// Chooses `capacity[b]` tokens of each sequence for each expert.
@@ -212,7 +219,7 @@ impl ExpertChoice {
         let slices =
             [args.r, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
         let groups = u64::from(experts.div_ceil(EXPERTS)) * u64::from(sequences);
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(self.kernel(tokens, false)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 
     /// Drops the lowest gates of experts that hold more tokens than `capacity[0]`.
@@ -234,9 +241,7 @@ impl ExpertChoice {
         let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
         let slices =
             [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
-        Ok(self
-            .masked
-            .dispatch(&self.ctx, &params, &slices, experts.div_ceil(EXPERTS).into())?
-            .into())
+        let groups = experts.div_ceil(EXPERTS).into();
+        Ok(self.kernel(tokens, true)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

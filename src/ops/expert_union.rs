@@ -89,7 +89,6 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct ExpertUnion {
     ctx: Context,
-    kernel: Arc<Kernel>,
 }
 
 impl ExpertUnion {
@@ -99,7 +98,20 @@ impl ExpertUnion {
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        let op = Self { ctx: ctx.clone() };
+        op.kernel(1, 1)?;
+        Ok(op)
+    }
+
+    /// The kernel for these sizes, made now if it is the first of its kind. With few lanes a block of all tokens may take
+    /// more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
+    fn kernel(&self, experts: u32, columns: u32) -> Result<Arc<Kernel>> {
+        let variant = self.ctx.variant();
+        let long = u64::from(experts.div_ceil(8)) * u64::from(columns) > 32_768;
+        self.ctx.kernel(
+            &SPEC,
+            prelude(Variant { target: if long { Target::Gpu } else { variant.target }, ..variant }),
+        )
     }
 
     /// Unions of blocks.
@@ -126,6 +138,7 @@ impl ExpertUnion {
             expert_bytes_high: (expert_bytes >> 32) as u32,
         };
         let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
+        let kernel = self.kernel(experts, tokens.div_ceil(32))?;
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -69,6 +69,14 @@ pub(crate) fn few_experts(experts: u32) -> crate::Result<()> {
     }
 }
 
+impl crate::Variant {
+    /// The variant for kernels of which one lane loops over all columns of the bit set: with few lanes, more tokens than
+    /// this take more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
+    pub(crate) fn for_tokens(self, tokens: u32) -> Self {
+        if tokens > 1 << 18 { Self { target: crate::Target::Gpu, ..self } } else { self }
+    }
+}
+
 /// The element type of kernels that move rows whole.
 pub(crate) fn vector(width: u32) -> &'static str {
     if width == 4 { "alias Vector = vec4<f32>;\n" } else { "alias Vector = f32;\n" }

@@ -143,7 +143,6 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct PlanCount {
     ctx: Context,
-    kernel: Arc<Kernel>,
 }
 
 impl PlanCount {
@@ -153,7 +152,14 @@ impl PlanCount {
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        let op = Self { ctx: ctx.clone() };
+        op.kernel(1)?;
+        Ok(op)
+    }
+
+    /// The kernel for this many tokens, made now if it is the first of its kind.
+    fn kernel(&self, tokens: u32) -> Result<Arc<Kernel>> {
+        self.ctx.kernel(&SPEC, prelude(self.ctx.variant().for_tokens(tokens)))
     }
 
     /// Counts, ranks and gates of an assignment.
@@ -207,8 +213,8 @@ impl PlanCount {
         let [source, by_count, by_expert] =
             [source, by_count, by_expert].map(|s| or_nothing(&self.ctx, s));
         let slices = [args.assigned, source, by_count, by_expert, gates, args.plan];
-        let [lanes, expert_lanes] = lanes(self.ctx.variant().target);
+        let [lanes, expert_lanes] = lanes(self.ctx.variant().for_tokens(tokens).target);
         let groups = columns + u64::from(experts.div_ceil(32 * lanes / expert_lanes));
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(self.kernel(tokens)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

@@ -107,7 +107,6 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct PlanScan {
     ctx: Context,
-    kernel: Arc<Kernel>,
 }
 
 impl PlanScan {
@@ -117,7 +116,14 @@ impl PlanScan {
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        let op = Self { ctx: ctx.clone() };
+        op.kernel(1)?;
+        Ok(op)
+    }
+
+    /// The kernel for this many tokens, made now if it is the first of its kind.
+    fn kernel(&self, tokens: u32) -> Result<Arc<Kernel>> {
+        self.ctx.kernel(&SPEC, prelude(self.ctx.variant().for_tokens(tokens)))
     }
 
     /// Offsets, items and statistics.
@@ -152,6 +158,6 @@ impl PlanScan {
         };
         let losses = or_nothing(&self.ctx, args.losses.map(|l| l.counts));
         let slices = [losses, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
+        Ok(self.kernel(shape.tokens)?.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

@@ -1,4 +1,16 @@
 //! Integration tests, one binary.
+mod assign;
+mod cases;
+mod combine;
 mod common;
+mod errors;
+mod expert_choice;
+mod expert_union;
+mod gather;
+mod golden;
 mod layer;
+mod noop;
+mod plan;
+mod scores;
 mod shaders;
+mod token_choice;

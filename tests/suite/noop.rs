@@ -1,0 +1,218 @@
+//! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
+use wgmoe::ops::*;
+use wgmoe::wgpu::{self, BufferUsages};
+use wgmoe::{Context, PlanShape, SPECS, Score, Slice, Step, Target, Variant};
+
+/// Kernels that only `MoeLayer` records.
+const ELSEWHERE: &[&str] = &["matmul_register", "matmul_skinny", "matmul_tile"];
+
+fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {
+    device.create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 4 * words.max(4),
+        usage: BufferUsages::STORAGE,
+        mapped_at_creation: false,
+    })
+}
+
+/// A slice of the first `words` words of a buffer.
+fn words(buffer: &wgpu::Buffer, words: u64) -> Slice<'_> {
+    Slice::new(buffer, 0, 4 * words)
+}
+
+fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
+    let (t, e) = (u64::from(tokens), u64::from(experts));
+    let columns = t.div_ceil(32);
+    let b: Vec<wgpu::Buffer> = (0..8).map(|_| buffer(ctx.device(), (t * e).max(1 << 22))).collect();
+    let shape = PlanShape {
+        tokens,
+        experts,
+        shared_experts: 1,
+        routed_slots: 4 * tokens,
+        tile_rows: 32,
+        skinny_rows: 8,
+    };
+    let plan = words(&b[7], u64::from(shape.sections()?.words));
+    let pairs = |i: usize| words(&b[i], t * e);
+    let bits = |i: usize| words(&b[i], columns * e);
+    Ok(vec![
+        scores::Scores::new(ctx)?.bind(
+            scores::Dims { tokens, experts },
+            Score::Softmax,
+            false,
+            scores::Args {
+                logits: pairs(0),
+                bias: Some(words(&b[1], e)),
+                s: pairs(2),
+                r: pairs(3),
+            },
+        )?,
+        expert_choice::ExpertChoice::new(ctx)?.bind(
+            expert_choice::Dims { tokens, experts, sequences: 2 },
+            expert_choice::Args {
+                r: pairs(0),
+                offsets: words(&b[1], 3),
+                lengths: None,
+                capacity: words(&b[2], 2),
+                assigned: bits(3),
+            },
+        )?,
+        expert_choice::ExpertChoice::new(ctx)?.bind_drop(
+            tokens,
+            experts,
+            expert_choice::DropArgs {
+                gates: pairs(0),
+                offsets: words(&b[1], 2),
+                capacity: words(&b[2], 1),
+                assigned: bits(3),
+                dropped: words(&b[4], e),
+            },
+        )?,
+        token_choice::TokenChoice::new(ctx, experts, 4, None)?
+            .bind(tokens, token_choice::Args { r: pairs(0), coresets: None, assigned: bits(1) })?,
+        token_choice::TokenChoice::new(
+            ctx,
+            experts,
+            9,
+            Some(token_choice::Groups { count: 8, top: 4 }),
+        )?
+        .bind(
+            tokens,
+            token_choice::Args {
+                r: pairs(0),
+                coresets: Some(token_choice::Coresets {
+                    blocks: 3,
+                    coreset: words(&b[1], 3 * e.div_ceil(32)),
+                    block_of: words(&b[2], t),
+                }),
+                assigned: bits(3),
+            },
+        )?,
+        assign::Assign::new(ctx)?.bind(
+            assign::Dims { tokens, experts, top: 4 },
+            assign::Args {
+                ids: words(&b[0], 4 * t),
+                weights: words(&b[1], 4 * t),
+                assigned: bits(2),
+                gates: pairs(3),
+                ignored: words(&b[4], columns),
+            },
+        )?,
+        plan_count::PlanCount::new(ctx)?.bind(
+            &shape,
+            plan_count::Args {
+                assigned: bits(0),
+                gates: Some(plan_count::Gates {
+                    rule: plan_count::GateRule::Softmax,
+                    source: pairs(1),
+                    scale: 1.0,
+                    scales: plan_count::Scales { by_count: None, by_expert: Some(words(&b[2], e)) },
+                    gates: pairs(3),
+                }),
+                plan,
+            },
+        )?,
+        plan_count::PlanCount::new(ctx)?
+            .bind(&shape, plan_count::Args { assigned: bits(0), gates: None, plan })?,
+        plan_scan::PlanScan::new(ctx)?.bind(
+            &shape,
+            plan_scan::Args { losses: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
+        )?,
+        plan_fill::PlanFill::new(ctx)?
+            .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
+        gather::Gather::new(ctx)?.bind(
+            gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
+            gather::Args {
+                x: words(&b[0], 6 * t),
+                token_of: words(&b[1], 2 * t),
+                out: words(&b[2], 12 * t),
+            },
+        )?,
+        combine::Combine::new(ctx)?.bind(
+            &shape,
+            combine::Args {
+                y: words(&b[0], 8 * u64::from(shape.slots()?)),
+                plan,
+                out: words(&b[1], 8 * t),
+                columns: 0..8,
+                hidden: 8,
+                add: true,
+            },
+        )?,
+        expert_union::ExpertUnion::new(ctx)?.bind(
+            expert_union::Dims { tokens, experts, blocks: 5, expert_bytes: 1 << 33 },
+            expert_union::Args {
+                assigned: bits(0),
+                offsets: words(&b[1], 6),
+                members: words(&b[2], 5 * e.div_ceil(32)),
+                counts: words(&b[3], 5),
+                bytes: words(&b[4], 10),
+            },
+        )?,
+    ])
+}
+
+#[test]
+fn every_op_records_under_default_limits() {
+    let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor {
+        required_limits: wgpu::Limits::default(),
+        required_features: wgpu::Features::empty(),
+        ..Default::default()
+    });
+    for target in [Target::Gpu, Target::Cpu] {
+        let variant = Variant { target, subgroups: false };
+        let ctx = Context::with_variant(&device, variant, None).unwrap();
+        // 70,000 tokens: more groups than a dimension of the grid holds.
+        for (tokens, experts) in [(33, 40), (70_000, 16)] {
+            let steps = steps(&ctx, tokens, experts).unwrap();
+            let mut recorded: Vec<&str> = vec![];
+            let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+            let mut encoder = device.create_command_encoder(&Default::default());
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            for step in &steps {
+                assert!(!step.dispatches().is_empty());
+                step.record(&mut pass);
+                step.record(&mut pass);
+                recorded.extend(step.dispatches().iter().map(wgmoe::Dispatch::name));
+            }
+            drop(pass);
+            queue.submit([encoder.finish()]);
+            assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
+            for spec in SPECS.iter().filter(|s| !ELSEWHERE.contains(&s.name)) {
+                assert!(
+                    recorded.contains(&spec.name),
+                    "{} was not recorded: add it above",
+                    spec.name
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn no_tokens_are_no_work() {
+    let (device, _) = wgpu::Device::noop(&Default::default());
+    let ctx = Context::new(&device).unwrap();
+    let b = buffer(&device, 64);
+    let nothing = words(&b, 0);
+    let dims = scores::Dims { tokens: 0, experts: 4 };
+    let args = scores::Args { logits: nothing, bias: None, s: nothing, r: nothing };
+    let step = scores::Scores::new(&ctx).unwrap().bind(dims, Score::Sigmoid, true, args).unwrap();
+    assert!(step.dispatches().is_empty());
+    let args = token_choice::Args { r: nothing, coresets: None, assigned: nothing };
+    let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
+    assert!(op.bind(0, args).unwrap().dispatches().is_empty());
+    let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
+    let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
+    assert!(gather::Gather::new(&ctx).unwrap().bind(dims, args).unwrap().dispatches().is_empty());
+    let dims = expert_choice::Dims { tokens: 0, experts: 4, sequences: 1 };
+    let args = expert_choice::Args {
+        r: nothing,
+        offsets: words(&b, 2),
+        lengths: None,
+        capacity: words(&b, 1),
+        assigned: nothing,
+    };
+    let op = expert_choice::ExpertChoice::new(&ctx).unwrap();
+    assert!(op.bind(dims, args).unwrap().dispatches().is_empty());
+}

@@ -1,0 +1,387 @@
+//! The three plan kernels together.
+use crate::{cases, common::*};
+use wgmoe::ops::plan_count::{self, GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::plan_fill::{self, PlanFill};
+use wgmoe::ops::plan_scan::{self, Losses, PlanScan, Stats};
+use wgmoe::plan::HostPlan;
+use wgmoe::{Context, Gpu, PlanShape, bits};
+
+/// What a device made of an assignment.
+struct Made {
+    plan: Vec<u32>,
+    gates: Vec<f32>,
+    stats: Stats,
+}
+
+/// How gates are made: rule, source, scale, factors.
+type How<'a> = (GateRule, &'a [f32], f32, Scales<&'a [f32]>);
+/// Losses (counts, how many are drops) and offsets to report.
+type Reports<'a> = (Option<(&'a [u32], u32)>, Option<&'a [u32]>);
+
+fn make(
+    gpu: &Gpu,
+    ctx: &Context,
+    shape: &PlanShape,
+    assigned: &[u32],
+    (rule, source, scale, scales): How<'_>,
+    (losses, offsets): Reports<'_>,
+) -> Made {
+    let plan = Output::u32s(gpu, shape.bytes().unwrap() as usize / 4);
+    let stats = Output::u32s(gpu, 8 + shape.experts as usize);
+    let gates = Output::f32s(gpu, source.len());
+    let (a, s) = (gpu.upload(assigned), gpu.upload(source));
+    let by_count = scales.by_count.map(|s| gpu.upload(s));
+    let by_expert = scales.by_expert.map(|s| gpu.upload(s));
+    let counts = losses.map(|(l, dropped)| (gpu.upload(l), dropped, l.len() as u32 - dropped));
+    let ranges = offsets.map(|o| gpu.upload(o));
+    let gate_args = Gates {
+        rule,
+        source: (&s).into(),
+        scale,
+        scales: Scales {
+            by_count: by_count.as_ref().map(Into::into),
+            by_expert: by_expert.as_ref().map(Into::into),
+        },
+        gates: gates.slice(),
+    };
+    let count =
+        plan_count::Args { assigned: (&a).into(), gates: Some(gate_args), plan: plan.slice() };
+    let scan = plan_scan::Args {
+        losses: counts.as_ref().map(|(c, dropped, ignored)| Losses {
+            counts: c.into(),
+            dropped: *dropped,
+            ignored: *ignored,
+        }),
+        offsets: ranges.as_ref().map(Into::into),
+        plan: plan.slice(),
+        stats: stats.slice(),
+    };
+    let fill = plan_fill::Args { assigned: (&a).into(), gates: gates.slice(), plan: plan.slice() };
+    let step = PlanCount::new(ctx).unwrap().bind(shape, count).unwrap();
+    let step = step.then(PlanScan::new(ctx).unwrap().bind(shape, scan).unwrap());
+    run(gpu, &step.then(PlanFill::new(ctx).unwrap().bind(shape, fill).unwrap()));
+    let stats = Stats::from_words(&stats.get::<u32>(gpu)).unwrap();
+    Made { plan: plan.get(gpu), gates: gates.get(gpu), stats }
+}
+
+const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
+
+/// Makes the plan and compares it with the twin's, whole; the words no section's list fills keep their poison.
+fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &str) {
+    let what = format!("{} {shape:?} {what}", cases::name(ctx));
+    let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
+    let source = cases::values("random", 77, tokens * experts);
+    let how = (GateRule::Plain, &source[..], 1.0, PLAIN);
+    let made = make(gpu, ctx, shape, assigned, how, (None, None));
+    let want = HostPlan::cpu(shape, assigned, &source);
+    let got = HostPlan::from_words(shape, &made.plan).unwrap();
+    assert_same(&got.expert_offsets, &want.expert_offsets, &format!("{what}: expert_offsets"));
+    assert_same(&got.token_offsets, &want.token_offsets, &format!("{what}: token_offsets"));
+    assert_same(&got.active, &want.active, &format!("{what}: active"));
+    assert_same(&got.skinny.1, &want.skinny.1, &format!("{what}: skinny_offsets"));
+    assert_same(&got.skinny.0, &want.skinny.0, &format!("{what}: skinny_items"));
+    assert_same(&got.tiles.1, &want.tiles.1, &format!("{what}: tile_offsets"));
+    assert_same(&got.tiles.0, &want.tiles.0, &format!("{what}: tile_items"));
+    assert_same(&got.token_of, &want.token_of, &format!("{what}: token_of"));
+    assert_same(&got.slot_of, &want.slot_of, &format!("{what}: slot_of"));
+    assert_same(&got.gate_of, &want.gate_of, &format!("{what}: gate_of"));
+
+    let at = shape.sections().unwrap();
+    let slots = got.token_of.len() as u32;
+    for (name, first, used, end) in [
+        ("active", at.active, got.active.len() as u32, at.skinny_offsets),
+        ("skinny_items", at.skinny_items, 2 * got.skinny.0.len() as u32, at.tile_items),
+        ("tile_items", at.tile_items, 2 * got.tiles.0.len() as u32, at.ranks),
+        ("token_of", at.token_of, slots, at.gate_of),
+        ("gate_of", at.gate_of, slots, at.slot_of),
+        ("slot_of", at.slot_of, slots, at.words),
+    ] {
+        let rest = &made.plan[(first + used) as usize..end as usize];
+        assert!(rest.iter().all(|&w| w == u32::MAX), "{what}: {name}: written past the list");
+    }
+
+    let tokens_per_expert: Vec<u32> =
+        (0..experts).map(|e| bits::tokens_of(assigned, tokens, e).len() as u32).collect();
+    let routed: u32 = tokens_per_expert.iter().sum();
+    let stats = Stats {
+        slots: routed.min(shape.slots().unwrap()),
+        unique_experts: want.active.len() as u32,
+        dropped: 0,
+        ignored: (routed + shape.shared_experts * shape.tokens) - slots,
+        untouched: (0..tokens).filter(|&t| bits::experts_of(assigned, tokens, t).is_empty()).count()
+            as u32,
+        clamped: 0,
+        tokens_per_expert,
+    };
+    assert_eq!(made.stats, stats, "{what}");
+}
+
+/// Bits of all experts.
+fn ones(assigned: &[u32], tokens: usize, experts: usize) -> u32 {
+    (0..experts).map(|e| bits::tokens_of(assigned, tokens, e).len() as u32).sum()
+}
+
+#[test]
+fn equals_twin() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+        for (tokens, experts) in [(1, 1), (31, 5), (33, 40), (64, 96), (100, 384), (65, 1024)] {
+            for (i, probability) in [0.0, 0.1, 0.6, 1.0].into_iter().enumerate() {
+                let assigned = cases::assignment(i as u64, tokens, experts, probability);
+                for shared_experts in [0, 1, 2] {
+                    for (tile_rows, skinny_rows) in
+                        [(16, 0), (16, 4), (64, 16), (1, 0), (8, 7), (8, 8)]
+                    {
+                        let shape = PlanShape {
+                            tokens: tokens as u32,
+                            experts: experts as u32,
+                            shared_experts,
+                            routed_slots: ones(&assigned, tokens, experts) + 3 * i as u32,
+                            tile_rows,
+                            skinny_rows,
+                        };
+                        check(&gpu, &ctx, &shape, &assigned, "");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_expert_nobody_wants() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (50, 300);
+    let mut assigned = bits::empty(tokens, experts);
+    for t in 0..tokens {
+        bits::set(&mut assigned, tokens, if t % 3 == 0 { 299 } else { 7 }, t);
+    }
+    let shape = PlanShape {
+        tokens: 50,
+        experts: 300,
+        shared_experts: 0,
+        routed_slots: 50,
+        tile_rows: 16,
+        skinny_rows: 3,
+    };
+    for ctx in contexts(&gpu) {
+        check(&gpu, &ctx, &shape, &assigned, "two experts");
+    }
+}
+
+#[test]
+fn slots_past_the_bound_are_cut_off() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (70, 40);
+    let assigned = cases::assignment(3, tokens, experts, 0.3);
+    let all = ones(&assigned, tokens, experts);
+    for ctx in contexts(&gpu) {
+        for routed_slots in [0, 1, all / 2, all - 1, all] {
+            for shared_experts in [0, 1, 2] {
+                let shape = PlanShape {
+                    tokens: tokens as u32,
+                    experts: experts as u32,
+                    shared_experts,
+                    routed_slots,
+                    tile_rows: 16,
+                    skinny_rows: 4,
+                };
+                check(&gpu, &ctx, &shape, &assigned, "cut off");
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_past_the_last_token_are_ignored() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (70, 40);
+    let mut assigned = cases::assignment(3, tokens, experts, 0.3);
+    let shape = PlanShape {
+        tokens: 70,
+        experts: 40,
+        shared_experts: 1,
+        routed_slots: ones(&assigned, tokens, experts),
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    for e in 0..experts {
+        assigned[e * 3 + 2] |= u32::MAX << (tokens % 32);
+    }
+    for ctx in contexts(&gpu) {
+        check(&gpu, &ctx, &shape, &assigned, "stale bits");
+    }
+}
+
+#[test]
+fn long_batches() {
+    let Some(gpu) = gpu() else { return };
+    for (tokens, experts, probability, shared_experts) in
+        [(65_536, 4, 1.0, 0), (65_537, 16, 0.5, 1), (65_536, 256, 0.03, 1), (2_200_000, 1, 0.2, 0)]
+    {
+        let assigned = cases::assignment(5, tokens, experts, probability);
+        let shape = PlanShape {
+            tokens: tokens as u32,
+            experts: experts as u32,
+            shared_experts,
+            routed_slots: ones(&assigned, tokens, experts),
+            tile_rows: 32,
+            skinny_rows: 8,
+        };
+        for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+            check(&gpu, &ctx, &shape, &assigned, "");
+        }
+    }
+}
+
+#[test]
+fn gates_equal_twin() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+        for (tokens, experts, probability) in
+            [(1, 1, 1.0), (33, 40, 0.2), (70, 96, 0.03), (40, 1024, 0.3)]
+        {
+            let assigned = cases::assignment(6, tokens, experts, probability);
+            let shape = PlanShape {
+                tokens: tokens as u32,
+                experts: experts as u32,
+                shared_experts: 1,
+                routed_slots: ones(&assigned, tokens, experts),
+                tile_rows: 16,
+                skinny_rows: 4,
+            };
+            let by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
+            let by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
+            for (seed, kind) in cases::KINDS.iter().enumerate() {
+                for rule in [GateRule::Softmax, GateRule::Normalised, GateRule::Plain] {
+                    let mut source = cases::values(kind, seed as u64, tokens * experts);
+                    if rule != GateRule::Softmax {
+                        // Scores lie in [0, 1].
+                        source
+                            .iter_mut()
+                            .for_each(|s| *s = if s.is_finite() { s.abs().min(1.0) } else { 0.0 });
+                    }
+                    for (scale, scales) in [
+                        (1.0, PLAIN),
+                        (2.5, Scales { by_count: Some(&by_count[..]), by_expert: None }),
+                        (1.0, Scales { by_count: None, by_expert: Some(&by_expert[..]) }),
+                        (
+                            0.5,
+                            Scales {
+                                by_count: Some(&by_count[..]),
+                                by_expert: Some(&by_expert[..]),
+                            },
+                        ),
+                    ] {
+                        let what =
+                            format!("{} {kind} {rule:?} T {tokens} E {experts}", cases::name(&ctx));
+                        let how = (rule, &source[..], scale, scales);
+                        let made = make(&gpu, &ctx, &shape, &assigned, how, (None, None));
+                        let want =
+                            plan_count::cpu(&assigned, &source, experts, rule, scale, scales);
+                        let pair =
+                            |i: &usize| bits::get(&assigned, tokens, i % experts, i / experts);
+                        let [got, want] = [&made.gates, &want]
+                            .map(|g| (0..g.len()).filter(pair).map(|i| g[i]).collect::<Vec<f32>>());
+                        // Sums of up to 1,024 terms in f32; below exp(-87), and subnormal: 0 is allowed.
+                        assert_close(&got, &want, 2e-36, 4e-6, &what);
+                        let rest = (0..made.gates.len()).filter(|i| !pair(i));
+                        assert!(
+                            rest.into_iter().all(|i| made.gates[i].is_nan()),
+                            "{what}: written elsewhere"
+                        );
+                        let plan = HostPlan::from_words(&shape, &made.plan).unwrap();
+                        let twin = HostPlan::cpu(&shape, &assigned, &made.gates);
+                        assert_same(&plan.gate_of, &twin.gate_of, &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_plan_of_given_gates() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (40, 12);
+    let assigned = cases::assignment(2, tokens, experts, 0.3);
+    let gates = cases::values("random", 1, tokens * experts);
+    let shape = PlanShape {
+        tokens: 40,
+        experts: 12,
+        shared_experts: 1,
+        routed_slots: ones(&assigned, tokens, experts),
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    for ctx in contexts(&gpu) {
+        let plan = Output::u32s(&gpu, shape.bytes().unwrap() as usize / 4);
+        let stats = Output::u32s(&gpu, 8 + experts);
+        let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
+        let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
+        let scan = plan_scan::Args {
+            losses: None,
+            offsets: None,
+            plan: plan.slice(),
+            stats: stats.slice(),
+        };
+        let fill =
+            plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
+        let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();
+        let step = step.then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap());
+        run(&gpu, &step.then(PlanFill::new(&ctx).unwrap().bind(&shape, fill).unwrap()));
+        let got = HostPlan::from_words(&shape, &plan.get::<u32>(&gpu)).unwrap();
+        assert_eq!(got, HostPlan::cpu(&shape, &assigned, &gates), "{}", cases::name(&ctx));
+    }
+}
+
+#[test]
+fn statistics_add_up_what_was_lost() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (300, 600);
+    let assigned = cases::assignment(2, tokens, experts, 0.004);
+    let source = cases::values("random", 1, tokens * experts);
+    let shape = PlanShape {
+        tokens: 300,
+        experts: 600,
+        shared_experts: 0,
+        routed_slots: ones(&assigned, tokens, experts),
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    let losses: Vec<u32> = (0..610).map(|i| i * i % 17).collect();
+    let offsets = [0, 40, 30, 90, 301, 300, 300, u32::MAX];
+    for ctx in contexts(&gpu) {
+        let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
+        let reports = (Some((&losses[..], 600)), Some(&offsets[..]));
+        let stats = make(&gpu, &ctx, &shape, &assigned, how, reports).stats;
+        assert_eq!(stats.dropped, losses[..600].iter().sum::<u32>());
+        assert_eq!(stats.ignored, losses[600..].iter().sum::<u32>());
+        // 30 and the first 300 decrease, 301 and the last exceed the tokens.
+        assert_eq!(stats.clamped, 4);
+        let twice = make(&gpu, &ctx, &shape, &assigned, how, reports).stats;
+        assert_eq!(stats, twice);
+    }
+}
+
+#[test]
+fn twice_gives_equal_bits() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (1000, 96);
+    let assigned = cases::assignment(2, tokens, experts, 0.1);
+    let source = cases::values("random", 1, tokens * experts);
+    let shape = PlanShape {
+        tokens: 1000,
+        experts: 96,
+        shared_experts: 1,
+        routed_slots: ones(&assigned, tokens, experts),
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    for ctx in contexts(&gpu) {
+        let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
+        let [a, b] = [(); 2].map(|()| make(&gpu, &ctx, &shape, &assigned, how, (None, None)));
+        assert_same(&a.plan, &b.plan, "plan");
+        assert_same(&cases::exact(&a.gates), &cases::exact(&b.gates), "gates");
+    }
+}

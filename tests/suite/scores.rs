@@ -1,0 +1,149 @@
+use crate::{cases, common::*};
+use wgmoe::ops::scores::{Args, Dims, Scores, cpu};
+use wgmoe::{Context, Gpu, Score};
+
+/// `(s, r)` of the device.
+fn scores(
+    gpu: &Gpu,
+    ctx: &Context,
+    logits: &[f32],
+    experts: usize,
+    score: Score,
+    from_logits: bool,
+    bias: Option<&[f32]>,
+) -> (Vec<f32>, Vec<f32>) {
+    let (g, b) = (gpu.upload(logits), bias.map(|b| gpu.upload(b)));
+    let [s, r] = [(); 2].map(|()| Output::f32s(gpu, logits.len()));
+    let args =
+        Args { logits: (&g).into(), bias: b.as_ref().map(Into::into), s: s.slice(), r: r.slice() };
+    let dims = Dims { tokens: (logits.len() / experts) as u32, experts: experts as u32 };
+    run(gpu, &Scores::new(ctx).unwrap().bind(dims, score, from_logits, args).unwrap());
+    (s.get(gpu), r.get(gpu))
+}
+
+/// Rows of every kind, then random ones with a steep range.
+fn awkward_logits(experts: usize) -> Vec<f32> {
+    let mut logits: Vec<f32> = vec![];
+    for (seed, kind) in cases::KINDS.iter().enumerate() {
+        logits.extend(cases::values(kind, seed as u64, 3 * experts));
+    }
+    logits.extend(cases::values("random", 99, 7 * experts).iter().map(|g| g * 16.0));
+    // One finite logit among none, at the far end.
+    let mut row = cases::values("nan", 5, experts);
+    row[experts - 1] = -3.0;
+    logits.extend(row);
+    logits
+}
+
+#[test]
+fn equals_twin() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for experts in [1, 5, 40, 96, 384, 1024] {
+            let logits = awkward_logits(experts);
+            let bias = cases::values("random", 7, experts);
+            for score in [Score::Softmax, Score::Sigmoid] {
+                for from_logits in [false, true] {
+                    for bias in [None, Some(&bias[..])] {
+                        let what = format!(
+                            "{} E {experts} {score:?} from_logits {from_logits} bias {}",
+                            cases::name(&ctx),
+                            bias.is_some()
+                        );
+                        let (s, r) = scores(&gpu, &ctx, &logits, experts, score, from_logits, bias);
+                        let (want, _) = cpu(&logits, experts, score, from_logits, bias);
+                        // exp_negative is 0 below -87, where exp is at most 1.7e-38; sums of up to 1024 terms in f32.
+                        assert_close(&s, &want, 2e-38, 2e-6, &what);
+                        // The selection value follows exactly from the device's own score.
+                        let selection: Vec<f32> = (0..s.len())
+                            .map(|i| {
+                                let value = if from_logits || logits[i].is_nan() {
+                                    logits[i]
+                                } else {
+                                    s[i]
+                                };
+                                bias.map_or(value, |b| flush(flush(value) + b[i % experts]))
+                            })
+                            .collect();
+                        let r: Vec<f32> =
+                            r.iter().map(|&r| if bias.is_some() { flush(r) } else { r }).collect();
+                        assert_same(&cases::exact(&r), &cases::exact(&selection), &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Devices may take subnormal operands and results as 0 (WGSL, floating-point evaluation).
+fn flush(v: f32) -> f32 {
+    if v.is_subnormal() || v == 0.0 { 0.0 } else { v }
+}
+
+#[test]
+fn within_a_few_ulp_of_f64() {
+    let Some(gpu) = gpu() else { return };
+    // Rows of two logits: softmax gives 1 / (1 + exp(x)) and its rest, sigmoid the same of one.
+    let mut logits = vec![];
+    for i in 0..20_000 {
+        logits.extend([0.0, i as f32 * -0.00434]);
+    }
+    for ctx in contexts(&gpu) {
+        for score in [Score::Softmax, Score::Sigmoid] {
+            let (s, _) = scores(&gpu, &ctx, &logits, 2, score, false, None);
+            let mut worst = (0.0f64, 0.0);
+            for (row, got) in logits.chunks_exact(2).zip(s.chunks_exact(2)) {
+                let x = f64::from(row[1]);
+                let z = x.exp();
+                let low = z / (1.0 + z);
+                let high = if score == Score::Softmax { 1.0 / (1.0 + z) } else { 0.5 };
+                for (&got, want) in got.iter().zip([high, low]) {
+                    let ulp = f64::from((want as f32).next_up() - want as f32);
+                    let error = (f64::from(got) - want).abs() / ulp;
+                    if error > worst.0 {
+                        worst = (error, x);
+                    }
+                }
+            }
+            println!("{} {score:?}: {:.2} ulp at {}", cases::name(&ctx), worst.0, worst.1);
+            // exp_negative 2 ulp, a sum, and a division that WGSL lets be 2.5 ulp off.
+            assert!(
+                worst.0 <= 6.0,
+                "{} {score:?}: {:.2} ulp at {}",
+                cases::name(&ctx),
+                worst.0,
+                worst.1
+            );
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_finite_logit_are_zero() {
+    let Some(gpu) = gpu() else { return };
+    let rows =
+        [[f32::NAN; 3], [f32::NEG_INFINITY; 3], [f32::INFINITY, f32::NAN, f32::NEG_INFINITY]];
+    let finite = [f32::INFINITY, 1.0, f32::INFINITY];
+    let logits: Vec<f32> = rows.iter().chain([&finite]).flatten().copied().collect();
+    for ctx in contexts(&gpu) {
+        let (s, _) = scores(&gpu, &ctx, &logits, 3, Score::Softmax, false, None);
+        assert_same(&s, &[[0.0; 3], [0.0; 3], [0.0; 3], [0.5, 0.0, 0.5]].concat(), "softmax");
+        let (s, _) = scores(&gpu, &ctx, &logits, 3, Score::Sigmoid, false, None);
+        assert_same(&s[..9], &[0.0; 9], "sigmoid");
+    }
+}
+
+#[test]
+fn many_rows() {
+    let Some(gpu) = gpu() else { return };
+    // More rows than a grid's dimension holds.
+    let logits = cases::values("random", 1, 2 * 70_001);
+    let (want, _) = cpu(&logits, 2, Score::Softmax, true, None);
+    for ctx in contexts(&gpu) {
+        let (s, r) = scores(&gpu, &ctx, &logits, 2, Score::Softmax, true, None);
+        assert_close(&s, &want, 0.0, 2e-6, &cases::name(&ctx));
+        assert_same(&r, &logits, &cases::name(&ctx));
+        let again = scores(&gpu, &ctx, &logits, 2, Score::Softmax, true, None);
+        assert_same(&cases::exact(&again.0), &cases::exact(&s), "twice");
+    }
+}
