@@ -17,7 +17,7 @@ pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
 //LATER pub use layer::{MoeLayer, Settings};
 pub use plan::PlanShape;
-pub use routing::{Activation, Score};
+pub use routing::{Activation, BlockRule, Score};
 pub use slice::Slice;
 //LATER pub use weights::{ExpertWeights, WeightType};
 pub use wgpu;

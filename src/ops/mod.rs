@@ -6,6 +6,7 @@ use crate::kernel::Spec;
 
 pub mod assign;
 pub mod combine;
+pub mod coreset;
 pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
@@ -21,6 +22,7 @@ pub(crate) const SPECS: &[&Spec] = &[
     &expert_choice::SPEC,
     &token_choice::SPEC,
     &assign::SPEC,
+    &coreset::SPEC,
     &plan_count::SPEC,
     &plan_scan::SPEC,
     &plan_fill::SPEC,
