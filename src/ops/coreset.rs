@@ -3,7 +3,7 @@
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::routing::BlockRule;
-use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits, order};
+use crate::{Context, Error, Result, Slice, Step, Target, bits, order};
 use std::sync::Arc;
 
 /// See `shaders/coreset.wgsl`.
@@ -21,10 +21,8 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
-            for rule in ["mass", "capacity", "vote", "union"] {
-                all.push(prelude(Variant { target, subgroups: false }, rule));
-            }
+        for lanes in [256, 32, 8] {
+            all.extend(RULES.map(|rule| prelude(lanes, rule)));
         }
         all
     },
@@ -39,16 +37,24 @@ pub(crate) const WIDE: &str = include_str!("../../shaders/lib/wide.wgsl");
 pub(crate) const VOTES: &str = include_str!("../../shaders/lib/votes.wgsl");
 pub(crate) const ELECTION: &str = include_str!("../../shaders/lib/election.wgsl");
 
-fn prelude(variant: Variant, rule: &'static str) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{rule}, {wg} lanes a block"))
-        .constant("WG", wg)
+const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
+
+/// Lanes of a block. A software driver's barriers cost by the lane; but Mesa's (22.3) ends all loops of an invocation, without
+/// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
+pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
+    match target {
+        Target::Gpu => 256,
+        Target::Cpu if experts > 256 => 32,
+        Target::Cpu => 8,
+    }
+}
+
+fn prelude(lanes: u32, rule: &'static str) -> Prelude {
+    let number = (1..).zip(RULES).find(|&(_, r)| r == rule).map_or(0, |(i, _)| i);
+    Prelude::new(format!("{rule}, {lanes} lanes a block"))
+        .constant("WG", lanes)
         .constant("MOST", crate::plan::MAX_EXPERTS)
-        .constant(
-            "RULE",
-            ["", "mass", "capacity", "vote", "union"].iter().position(|&r| r == rule).unwrap_or(0)
-                as u32,
-        )
+        .constant("RULE", number)
         .piece(GRID)
         .piece(KEYS)
         .piece(OFFSETS)
@@ -227,7 +233,7 @@ impl Coreset {
             BlockRule::Vote(_) => "vote",
             BlockRule::Union(_) => "union",
         };
-        let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), name))?;
+        let kernel = ctx.kernel(&SPEC, prelude(lanes(ctx.variant().target, experts), name))?;
         Ok(Self { ctx: ctx.clone(), rule, experts, kernel })
     }
 

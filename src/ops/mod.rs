@@ -14,6 +14,7 @@ pub mod plan_count;
 pub mod plan_fill;
 pub mod plan_scan;
 pub mod scores;
+pub mod sequence_top;
 pub mod token_choice;
 
 /// Every kernel.
@@ -23,6 +24,7 @@ pub(crate) const SPECS: &[&Spec] = &[
     &token_choice::SPEC,
     &assign::SPEC,
     &coreset::SPEC,
+    &sequence_top::SPEC,
     &plan_count::SPEC,
     &plan_scan::SPEC,
     &plan_fill::SPEC,

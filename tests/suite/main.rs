@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
 mod common;
 mod coreset;
+mod sequence_top;
 mod shaders;
