@@ -3,3 +3,4 @@ mod common;
 mod coreset;
 mod sequence_top;
 mod shaders;
+mod union_mean;
