@@ -1,6 +1,7 @@
 // Per block: which experts its tokens use, how many, and the bytes of their weights.
 //   assigned [experts, ceil(tokens / 32)] bit set; offsets [blocks + 1] u32
 //   members [blocks, ceil(experts / 32)] bit set; counts [blocks] u32; bytes [blocks, 2] u32 (low, high word)
+//   totals [4] u32 where has_totals: the counts of blocks with tokens, and those blocks, are added (low, high word each)
 // Grid: blocks groups; a lane works on 32 experts at a time.
 
 struct Params {
@@ -9,6 +10,7 @@ struct Params {
     blocks: u32,
     expert_bytes_low: u32,
     expert_bytes_high: u32,
+    has_totals: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -17,9 +19,17 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> members: array<u32>;
 @group(0) @binding(4) var<storage, read_write> counts: array<u32>;
 @group(0) @binding(5) var<storage, read_write> bytes: array<u32>;
+@group(0) @binding(6) var<storage, read_write> totals: array<atomic<u32>>;
 
 var<workgroup> total: atomic<u32>;
 var<workgroup> chunk_words: array<atomic<u32>, 32>;
+
+// totals[2 i] as 64 bits += n
+fn add_total(i: u32, n: u32) {
+    if atomicAdd(&totals[2u * i], n) > 0xffffffffu - n {
+        atomicAdd(&totals[2u * i + 1u], 1u);
+    }
+}
 
 @compute @workgroup_size(WG)
 fn expert_union(
@@ -59,6 +69,10 @@ fn expert_union(
     if index == 0u {
         let n = atomicLoad(&total);
         counts[block] = n;
+        if params.has_totals == 1u && range.y > range.x {
+            add_total(0u, n);
+            add_total(1u, 1u);
+        }
         // n * bytes in 64 bits, n <= 1024: the low word in two halves.
         let low = (params.expert_bytes_low & 0xffffu) * n;
         let middle = (params.expert_bytes_low >> 16u) * n + (low >> 16u);

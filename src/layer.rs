@@ -6,8 +6,8 @@ use crate::ops::matmul::{
 };
 use crate::ops::plan_count::{self, Gates, Scales};
 use crate::ops::plan_scan::{self, Losses, Stats};
-use crate::ops::{combine, plan_fill, scores, token_choice};
-use crate::routing::{Activation, ExpertChoice, Routing, Scope};
+use crate::ops::{combine, coreset, plan_fill, scores, sequence_top, token_choice};
+use crate::routing::{Activation, ExpertChoice, Routing, Scope, SequenceTop, TokenChoice};
 use crate::weights::{ExpertShape, ExpertWeights, PANEL};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
 use std::collections::HashMap;
@@ -113,6 +113,20 @@ pub struct Sequences<'a> {
     pub capacity: Slice<'a>,
 }
 
+/// Blocks of tokens that are decoded together, for block-level rules; read when the work runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks<'a> {
+    /// Blocks.
+    pub count: u32,
+    /// `[count + 1]` u32: token ranges, none across a sequence. Tokens outside all blocks are padding: no experts.
+    pub offsets: Slice<'a>,
+    /// `[tokens]` u32: tokens with 0 have no say in their block's coreset (TEAM); all have one where absent.
+    pub marks: Option<Slice<'a>>,
+}
+
+/// Tokens of a block where a batch brings no blocks of its own, as LLaDA2.x decodes.
+pub const BLOCK: u32 = 32;
+
 /// What a layer is bound to.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
@@ -126,6 +140,8 @@ pub struct Batch<'a> {
     pub add: bool,
     /// Sequences of expert choice; one of all tokens, with the rule's own `experts_per_token`, where absent.
     pub sequences: Option<Sequences<'a>>,
+    /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent.
+    pub blocks: Option<Blocks<'a>>,
     /// Upper bound of the slots of expert choice, where the sequences' lengths are known better than the worst case that
     /// the layer must assume.
     pub routed_slots: Option<u32>,
@@ -136,7 +152,16 @@ pub struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// One sequence of `tokens`, output replaced.
     pub fn new(hidden: Slice<'a>, out: Slice<'a>, tokens: u32) -> Self {
-        Self { hidden, out, tokens, add: false, sequences: None, routed_slots: None, scratch: None }
+        Self {
+            hidden,
+            out,
+            tokens,
+            add: false,
+            sequences: None,
+            blocks: None,
+            routed_slots: None,
+            scratch: None,
+        }
     }
 }
 
@@ -197,6 +222,16 @@ struct Kernels {
 enum Choice {
     Experts(expert_choice::ExpertChoice),
     Tokens(token_choice::TokenChoice),
+    Blocks(Box<BlockChoice>),
+    Pairs(sequence_top::SequenceTop),
+}
+
+/// Each token's own choice, for the votes; the election; the choice inside the coreset.
+#[derive(Debug)]
+struct BlockChoice {
+    own: Option<token_choice::TokenChoice>,
+    coreset: coreset::Coreset,
+    inside: token_choice::TokenChoice,
 }
 
 impl MoeLayer {
@@ -242,12 +277,20 @@ impl MoeLayer {
             scores: if plain { None } else { Some(scores::Scores::new(ctx)?) },
             choice: match routing {
                 Routing::ExpertChoice(_) => Choice::Experts(expert_choice::ExpertChoice::new(ctx)?),
-                Routing::TokenChoice(rule) => Choice::Tokens(token_choice::TokenChoice::new(
-                    ctx,
-                    experts,
-                    rule.top,
-                    rule.groups,
-                )?),
+                Routing::TokenChoice(rule) => {
+                    let own = |top| token_choice::TokenChoice::new(ctx, experts, top, None);
+                    let inside =
+                        token_choice::TokenChoice::new(ctx, experts, rule.top, rule.groups)?;
+                    match rule.coreset {
+                        None => Choice::Tokens(inside),
+                        Some(block) => Choice::Blocks(Box::new(BlockChoice {
+                            own: block.own_top(rule.top).map(own).transpose()?,
+                            coreset: coreset::Coreset::new(ctx, experts, block)?,
+                            inside,
+                        })),
+                    }
+                }
+                Routing::SequenceTop(_) => Choice::Pairs(sequence_top::SequenceTop::new(ctx)?),
             },
             drop: if drop { Some(expert_choice::ExpertChoice::new(ctx)?) } else { None },
             count: plan_count::PlanCount::new(ctx)?,
@@ -289,7 +332,8 @@ impl MoeLayer {
     fn routed_slots(&self, batch: &Batch<'_>) -> Result<u32> {
         let (tokens, experts) = (batch.tokens, self.settings.experts);
         let slots = match self.settings.routing {
-            Routing::TokenChoice(rule) => u64::from(tokens) * u64::from(rule.top),
+            Routing::TokenChoice(TokenChoice { top, .. })
+            | Routing::SequenceTop(SequenceTop { top, .. }) => u64::from(tokens) * u64::from(top),
             Routing::ExpertChoice(rule) => match (batch.sequences, rule.scope) {
                 (Some(sequences), Scope::Sequence) => {
                     // At most floor(N k / E), or 1, of each sequence: T k / E and one for each sequence, in sum.
@@ -332,6 +376,7 @@ impl MoeLayer {
                 plan: None,
                 assigned: None,
                 gates: None,
+                coreset: None,
                 selection: None,
             });
         }
@@ -383,6 +428,7 @@ impl MoeLayer {
         };
         let whole = Tensor::new(ctx, "offsets", &[0, tokens])?;
         let mut offsets = None;
+        let mut coreset = None;
         match (&kernels.choice, routing) {
             (Choice::Experts(choice), Routing::ExpertChoice(rule)) => {
                 let capacity = ExpertChoice::capacity(rule.experts_per_token, tokens, experts);
@@ -410,7 +456,66 @@ impl MoeLayer {
                     token_choice::Args { r: r.slice(), coresets: None, assigned: assigned.slice() };
                 parts.push(choice.bind(tokens, args)?);
             }
-            (Choice::Experts(_), _) => unreachable!("kernels are made for the routing"),
+            (Choice::Blocks(choice), _) => {
+                let count = tokens.div_ceil(BLOCK);
+                let ends: Vec<u32> =
+                    (0..=count).map(|i| i.saturating_mul(BLOCK).min(tokens)).collect();
+                let alone = Tensor::new(ctx, "blocks", &ends)?;
+                let blocks =
+                    batch.blocks.unwrap_or(Blocks { count, offsets: alone.slice(), marks: None });
+                offsets = batch.blocks.map(|b| b.offsets);
+                let chunks = u64::from(experts.div_ceil(32));
+                let members = get("coreset", u64::from(blocks.count) * chunks * 4)?;
+                let block_of = get("block_of", u64::from(tokens) * 4)?;
+                // Each token's own choice stands where the final one will: it is read before that is written.
+                if let Some(own) = &choice.own {
+                    let args = token_choice::Args {
+                        r: r.slice(),
+                        coresets: None,
+                        assigned: assigned.slice(),
+                    };
+                    parts.push(own.bind(tokens, args)?);
+                }
+                let args = coreset::Args {
+                    r: r.slice(),
+                    own: choice.own.as_ref().map(|_| assigned.slice()),
+                    offsets: blocks.offsets,
+                    marks: blocks.marks,
+                    members: members.slice(),
+                    block_of: block_of.slice(),
+                };
+                parts.push(
+                    choice.coreset.bind(coreset::Dims { tokens, blocks: blocks.count }, args)?,
+                );
+                let coresets = token_choice::Coresets {
+                    blocks: blocks.count,
+                    coreset: members.slice(),
+                    block_of: block_of.slice(),
+                };
+                let args = token_choice::Args {
+                    r: r.slice(),
+                    coresets: Some(coresets),
+                    assigned: assigned.slice(),
+                };
+                parts.push(choice.inside.bind(tokens, args)?);
+                coreset = Some(members);
+            }
+            (Choice::Pairs(choice), Routing::SequenceTop(rule)) => {
+                let sequences =
+                    batch.sequences.map_or((1, whole.slice()), |s| (s.count, s.offsets));
+                offsets = batch.sequences.map(|s| s.offsets);
+                let dims =
+                    sequence_top::Dims { tokens, experts, sequences: sequences.0, top: rule.top };
+                let args = sequence_top::Args {
+                    r: r.slice(),
+                    offsets: sequences.1,
+                    assigned: assigned.slice(),
+                };
+                parts.push(choice.bind(dims, args)?);
+            }
+            (Choice::Experts(_) | Choice::Pairs(_), _) => {
+                unreachable!("kernels are made for the routing")
+            }
         }
 
         // Plan.
@@ -544,6 +649,7 @@ impl MoeLayer {
             plan: Some((shape, plan)),
             assigned: Some(assigned),
             gates: Some(gates),
+            coreset,
             selection: Some((logits, s, r)),
         })
     }
@@ -562,6 +668,7 @@ pub struct LayerStep {
     plan: Option<(PlanShape, Tensor)>,
     assigned: Option<Tensor>,
     gates: Option<Tensor>,
+    coreset: Option<Tensor>,
     selection: Option<(Tensor, Tensor, Tensor)>,
 }
 
@@ -607,6 +714,11 @@ impl LayerStep {
         self.gates.as_ref().map(Tensor::slice)
     }
 
+    /// The coresets `[blocks, ceil(E / 32)]` of a block-level rule.
+    pub fn coreset(&self) -> Option<Slice<'_>> {
+        self.coreset.as_ref().map(Tensor::slice)
+    }
+
     /// Logits, scores `s` and selection values `r`, each `[T, E]` f32 (one buffer where a rule needs no scores).
     pub fn selection(&self) -> Option<[Slice<'_>; 3]> {
         self.selection.as_ref().map(|(g, s, r)| [g.slice(), s.slice(), r.slice()])
@@ -637,9 +749,29 @@ pub struct HostSequences<'a> {
     pub capacity: &'a [u32],
 }
 
+/// Blocks on the host: offsets `[n + 1]`, marks `[T]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostBlocks<'a> {
+    /// Token ranges.
+    pub offsets: &'a [u32],
+    /// Tokens with 0 have no say.
+    pub marks: Option<&'a [u32]>,
+}
+
+/// What a batch brings of its own, on the host; as in [`Batch`] where absent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostBatch<'a> {
+    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop).
+    pub sequences: Option<HostSequences<'a>>,
+    /// Blocks of block-level rules.
+    pub blocks: Option<HostBlocks<'a>>,
+}
+
 /// A layer's routing on the CPU: what each twin makes of the values before it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostRouting {
+    /// The coresets `[blocks, ceil(E / 32)]` of a block-level rule.
+    pub coreset: Option<Vec<u32>>,
     /// The bit set `[E, ceil(T / 32)]`.
     pub assigned: Vec<u32>,
     /// Gates `[T, E]`, 0 elsewhere.
@@ -657,22 +789,46 @@ pub struct HostRouting {
 pub fn cpu_routing(
     settings: &Settings,
     router: &HostRouter<'_>,
-    sequences: Option<HostSequences<'_>>,
+    batch: HostBatch<'_>,
     [logits, s, r]: [&[f32]; 3],
 ) -> HostRouting {
     let experts = settings.experts as usize;
     let tokens = (logits.len() / experts) as u32;
     let routing = settings.routing;
+    let mut coreset = None;
     let assigned = match routing {
         Routing::ExpertChoice(rule) => {
             let capacity =
                 [ExpertChoice::capacity(rule.experts_per_token, tokens, settings.experts)];
             let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: &capacity };
-            let HostSequences { offsets, lengths, capacity } = sequences.unwrap_or(alone);
+            let HostSequences { offsets, lengths, capacity } = batch.sequences.unwrap_or(alone);
             expert_choice::cpu(r, experts, offsets, lengths, capacity)
         }
-        Routing::TokenChoice(rule) => {
-            token_choice::cpu(r, experts, rule.top as usize, rule.groups, &|_, _| true)
+        Routing::TokenChoice(TokenChoice { top, groups, coreset: None, .. }) => {
+            token_choice::cpu(r, experts, top as usize, groups, &|_, _| true)
+        }
+        Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
+            let ends: Vec<u32> =
+                (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect();
+            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, marks: None });
+            let own = rule
+                .own_top(top)
+                .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
+            let own = own.unwrap_or_default();
+            let (members, block_of) =
+                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.marks);
+            let eligible = |t: usize, e: usize| {
+                let row = block_of[t] as usize * experts.div_ceil(32);
+                block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
+            };
+            let assigned = token_choice::cpu(r, experts, top as usize, groups, &eligible);
+            coreset = Some(members);
+            assigned
+        }
+        Routing::SequenceTop(rule) => {
+            let whole = [0, tokens];
+            let offsets = batch.sequences.map_or(&whole[..], |s| s.offsets);
+            sequence_top::cpu(r, experts, rule.top as usize, offsets)
         }
     };
     let source = if routing.gate() == plan_count::GateRule::Softmax { logits } else { s };
@@ -681,10 +837,10 @@ pub fn cpu_routing(
         plan_count::cpu(&assigned, source, experts, routing.gate(), routing.scale(), scales);
     let capacity = match routing {
         Routing::TokenChoice(rule) => rule.capacity(tokens, settings.experts),
-        Routing::ExpertChoice(_) => None,
+        Routing::ExpertChoice(_) | Routing::SequenceTop(_) => None,
     };
     let Some(capacity) = capacity else {
-        return HostRouting { assigned, gates, dropped: vec![0; experts] };
+        return HostRouting { coreset, assigned, gates, dropped: vec![0; experts] };
     };
     let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
     for t in 0..tokens as usize {
@@ -694,7 +850,7 @@ pub fn cpu_routing(
             }
         }
     }
-    HostRouting { assigned: kept, gates, dropped }
+    HostRouting { coreset, assigned: kept, gates, dropped }
 }
 
 /// An expert's matrix on the host, `[out, in]`; shared experts follow the routed ones.

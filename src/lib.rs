@@ -18,7 +18,7 @@ pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
 pub use layer::{MoeLayer, Settings};
 pub use plan::PlanShape;
-pub use routing::{Activation, Routing, Score};
+pub use routing::{Activation, BlockRule, Routing, Score};
 pub use slice::Slice;
 pub use weights::{ExpertWeights, WeightType};
 pub use wgpu;

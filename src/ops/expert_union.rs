@@ -1,7 +1,7 @@
 //! The experts that a block's tokens use together: the bytes that decoding the block must read (METHODS 4).
-use super::{GRID, OFFSETS, few_experts};
+use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, Target, Variant, bits};
+use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits};
 use std::sync::Arc;
 
 /// See `shaders/expert_union.wgsl`.
@@ -15,6 +15,7 @@ pub const SPEC: Spec = Spec {
         write("members", 4),
         write("counts", 4),
         write("bytes", 8),
+        write("totals", 4),
     ],
     variants: || {
         [Target::Gpu, Target::Cpu]
@@ -23,7 +24,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32, has_totals: u32 }
 
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 8 } else { 256 };
@@ -55,6 +56,58 @@ pub fn cpu(
     }
     let bytes = counts.iter().map(|&n: &u32| u64::from(n) * expert_bytes).collect();
     (members, counts, bytes)
+}
+
+/// A running mean of the experts of a block, as [`ExpertUnion::bind_mean`] keeps it on the device: exact, in any order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Distinct experts, summed over blocks that have tokens.
+    pub experts: u64,
+    /// Those blocks.
+    pub blocks: u64,
+}
+
+impl Totals {
+    /// Bytes of the buffer.
+    pub const BYTES: u64 = 16;
+
+    /// From the words of the buffer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Size`] unless there are 4.
+    pub fn from_words(words: &[u32]) -> Result<Self> {
+        match *words {
+            [a, b, c, d] => {
+                let wide = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+                Ok(Self { experts: wide(a, b), blocks: wide(c, d) })
+            }
+            _ => Err(Error::Size {
+                name: "words",
+                expected: Self::BYTES,
+                got: 4 * words.len() as u64,
+            }),
+        }
+    }
+
+    /// The CPU twin: adds the counts of these blocks.
+    ///
+    /// # Panics
+    ///
+    /// If there is not one offset more than counts.
+    pub fn add(&mut self, counts: &[u32], offsets: &[u32], tokens: usize) {
+        let ranges = super::expert_choice::ranges(offsets, tokens);
+        assert_eq!(ranges.len(), counts.len(), "offsets");
+        for (&n, _) in counts.iter().zip(ranges).filter(|(_, range)| !range.is_empty()) {
+            self.experts += u64::from(n);
+            self.blocks += 1;
+        }
+    }
+
+    /// Distinct experts of a block in the mean; 0 without blocks.
+    pub fn mean(&self) -> f64 {
+        if self.blocks == 0 { 0.0 } else { self.experts as f64 / self.blocks as f64 }
+    }
 }
 
 /// Sizes of one dispatch.
@@ -120,6 +173,21 @@ impl ExpertUnion {
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        self.bind_with(dims, args, None)
+    }
+
+    /// As [`ExpertUnion::bind`], and adds to a running mean over layers and steps: `totals`, `[4]` u32, read and written (see
+    /// [`Totals`]; zeros to begin with). Any number of layers may add to one.
+    ///
+    /// # Errors
+    ///
+    /// As [`ExpertUnion::bind`].
+    pub fn bind_mean(&self, dims: Dims, args: Args<'_>, totals: Slice<'_>) -> Result<Step> {
+        totals.expect("totals", &[4], 4)?;
+        self.bind_with(dims, args, Some(totals))
+    }
+
+    fn bind_with(&self, dims: Dims, args: Args<'_>, totals: Option<Slice<'_>>) -> Result<Step> {
         let Dims { tokens, experts, blocks, expert_bytes } = dims;
         few_experts(experts)?;
         if blocks == 0 || tokens == 0 {
@@ -136,8 +204,10 @@ impl ExpertUnion {
             blocks,
             expert_bytes_low: expert_bytes as u32, // the low word
             expert_bytes_high: (expert_bytes >> 32) as u32,
+            has_totals: totals.is_some().into(),
         };
-        let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes];
+        let totals = or_nothing(&self.ctx, totals);
+        let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes, totals];
         let kernel = self.kernel(experts, tokens.div_ceil(32))?;
         Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }

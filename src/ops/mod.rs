@@ -6,6 +6,7 @@ use crate::kernel::Spec;
 
 pub mod assign;
 pub mod combine;
+pub mod coreset;
 pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
@@ -17,6 +18,7 @@ pub mod plan_count;
 pub mod plan_fill;
 pub mod plan_scan;
 pub mod scores;
+pub mod sequence_top;
 pub mod token_choice;
 
 /// Every kernel.
@@ -25,6 +27,8 @@ pub(crate) const SPECS: &[&Spec] = &[
     &expert_choice::SPEC,
     &token_choice::SPEC,
     &assign::SPEC,
+    &coreset::SPEC,
+    &sequence_top::SPEC,
     &plan_count::SPEC,
     &plan_scan::SPEC,
     &plan_fill::SPEC,

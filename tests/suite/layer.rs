@@ -1,11 +1,15 @@
 //! The whole layer against the CPU twins.
 use crate::common::{Output, assert_close, assert_same, contexts, gpu, random};
 use half::{bf16, f16};
-use wgmoe::layer::{Batch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token};
+use wgmoe::layer::{
+    Batch, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token,
+};
 use wgmoe::ops::plan_count::GateRule;
 use wgmoe::ops::plan_scan::Stats;
 use wgmoe::ops::token_choice::Groups;
-use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
+};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Activation, Context, ExpertWeights, Gpu, WeightType, bits};
 
@@ -16,6 +20,7 @@ const TOKEN_CHOICE: TokenChoice = TokenChoice {
     groups: None,
     scale: 2.5,
     capacity_factor: None,
+    coreset: None,
 };
 
 const EXPERT_CHOICE: ExpertChoice = ExpertChoice {
@@ -146,9 +151,13 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
         by_count: None,
         by_expert: None,
     };
-    let want = cpu_routing(&settings, &host, None, [&logits, &s, &r]);
+    let want = cpu_routing(&settings, &host, HostBatch::default(), [&logits, &s, &r]);
     let assigned: Vec<u32> = gpu.download(step.assigned().unwrap().buffer).unwrap();
     assert_same(&assigned[..want.assigned.len()], &want.assigned, &format!("{what}: assigned"));
+    if let Some(coreset) = &want.coreset {
+        let got: Vec<u32> = gpu.download(step.coreset().unwrap().buffer).unwrap();
+        assert_same(&got[..coreset.len()], coreset, &format!("{what}: coreset"));
+    }
     let stats = Stats::from_words(&gpu.download::<u32>(step.stats().buffer).unwrap()).unwrap();
     let slots: u32 = want.assigned.iter().map(|w| w.count_ones()).sum();
     assert_eq!((stats.slots, stats.dropped), (slots, want.dropped.iter().sum()), "{what}: stats");
@@ -183,6 +192,13 @@ fn matches_the_twins() {
         ..TOKEN_CHOICE
     });
     let dropping = Routing::TokenChoice(TokenChoice { capacity_factor: Some(1.0), ..TOKEN_CHOICE });
+    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..TOKEN_CHOICE });
+    let pairs = Routing::SequenceTop(SequenceTop {
+        score: Score::Softmax,
+        gate: GateRule::Normalised,
+        top: 4,
+        scale: 1.0,
+    });
     let sigmoid = Routing::ExpertChoice(ExpertChoice { score: Score::Sigmoid, ..EXPERT_CHOICE });
     let before = Routing::ExpertChoice(ExpertChoice {
         normalise: Normalise::BeforeSelection,
@@ -196,6 +212,11 @@ fn matches_the_twins() {
         (settings(64, 32, 12, 1, dropping), 50),
         (settings(64, 32, 4, 0, sigmoid), 3),
         (settings(64, 32, 6, 1, before), 9),
+        (settings(64, 32, 40, 1, block(BlockRule::Mass { p: 0.4, floor: 6 })), 70),
+        (settings(64, 32, 40, 1, block(BlockRule::Capacity(10))), 70),
+        (settings(64, 32, 40, 1, block(BlockRule::Vote(7))), 70),
+        (settings(64, 32, 40, 1, block(BlockRule::Union(2))), 70),
+        (settings(64, 32, 40, 1, pairs), 70),
     ];
     let shapes = [
         (settings(7, 5, 9, 1, ec), 33),

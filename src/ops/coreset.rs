@@ -1,0 +1,275 @@
+//! The experts that each block of tokens elects, for its tokens to choose among (METHODS 4; dMoE, arXiv 2605.30876;
+//! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
+use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::routing::BlockRule;
+use crate::{Context, Error, Result, Slice, Step, Target, bits, order};
+use std::sync::Arc;
+
+/// See `shaders/coreset.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "coreset",
+    body: include_str!("../../shaders/coreset.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("r", 4),
+        read("own", 4),
+        read("offsets", 8),
+        read("marks", 4),
+        write("members", 4),
+        write("block_of", 4),
+    ],
+    variants: || {
+        let mut all = vec![];
+        for lanes in [256, 32, 8] {
+            all.extend(RULES.map(|rule| prelude(lanes, rule)));
+        }
+        all
+    },
+};
+
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_marks: u32 }
+
+/// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
+pub const MAX_BLOCK: u32 = 1024;
+
+pub(crate) const WIDE: &str = include_str!("../../shaders/lib/wide.wgsl");
+pub(crate) const VOTES: &str = include_str!("../../shaders/lib/votes.wgsl");
+pub(crate) const ELECTION: &str = include_str!("../../shaders/lib/election.wgsl");
+
+const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
+
+/// Lanes of a block. A software driver's barriers cost by the lane; but Mesa's (22.3) ends all loops of an invocation, without
+/// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
+pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
+    match target {
+        Target::Gpu => 256,
+        Target::Cpu if experts > 256 => 32,
+        Target::Cpu => 8,
+    }
+}
+
+fn prelude(lanes: u32, rule: &'static str) -> Prelude {
+    let number = (1..).zip(RULES).find(|&(_, r)| r == rule).map_or(0, |(i, _)| i);
+    Prelude::new(format!("{rule}, {lanes} lanes a block"))
+        .constant("WG", lanes)
+        .constant("MOST", crate::plan::MAX_EXPERTS)
+        .constant("RULE", number)
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(OFFSETS)
+        .piece(WIDE)
+        .piece(VOTES)
+        .piece(ELECTION)
+}
+
+/// `p` in units of 2^-24, 2^24 and above meaning all.
+pub(crate) fn mass_units(p: f32) -> u32 {
+    (f64::from(p) * f64::from(1 << 24)).round_ties_even().min(f64::from(1 << 24)) as u32
+}
+
+/// What a score counts as a vote, in units of 2^-24: clamped to +-2047, half to even, NaN 0.
+pub fn vote(r: f32) -> i64 {
+    if r.is_nan() {
+        0
+    } else {
+        (f64::from(r).clamp(-2047.0, 2047.0) * f64::from(1 << 24)).round_ties_even() as i64
+    }
+}
+
+/// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `r` is
+/// `[tokens, experts]`; `own` the bit set `[experts, ceil(tokens / 32)]` of each token's own choice over all experts, of
+/// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `marks` `[tokens]`.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    rule: BlockRule,
+    r: &[f32],
+    experts: usize,
+    own: &[u32],
+    offsets: &[u32],
+    marks: Option<&[u32]>,
+) -> (Vec<u32>, Vec<u32>) {
+    let tokens = r.len() / experts;
+    let mut members = vec![];
+    let mut block_of = vec![u32::MAX; tokens];
+    for (block, range) in super::expert_choice::ranges(offsets, tokens).into_iter().enumerate() {
+        block_of[range.clone()].fill(block as u32);
+        let voters: Vec<usize> = range
+            .clone()
+            .take(MAX_BLOCK as usize)
+            .filter(|&t| marks.is_none_or(|m| m[t] != 0))
+            .collect();
+        let chosen: Vec<usize> = if range.is_empty() {
+            vec![]
+        } else if voters.is_empty() {
+            (0..experts).collect()
+        } else {
+            elect(rule, r, experts, &voters, |e, t| bits::get(own, tokens, e, t))
+        };
+        let mut row = vec![0u32; experts.div_ceil(32)];
+        for e in chosen {
+            row[e / 32] |= 1 << (e % 32);
+        }
+        members.extend(row);
+    }
+    (members, block_of)
+}
+
+/// The coreset that these tokens elect.
+fn elect(
+    rule: BlockRule,
+    r: &[f32],
+    experts: usize,
+    voters: &[usize],
+    own: impl Fn(usize, usize) -> bool,
+) -> Vec<usize> {
+    let has_vote = |e: usize| voters.iter().any(|&t| own(e, t));
+    let votes = || -> Vec<i64> {
+        let of = |e: usize| {
+            voters.iter().filter(|&&t| own(e, t)).map(|&t| vote(r[t * experts + e])).sum()
+        };
+        (0..experts).map(of).collect()
+    };
+    // Highest first, ties to the lower expert: the sort is stable.
+    let ranked = |votes: &[i64]| -> Vec<usize> {
+        let mut all: Vec<usize> = (0..experts).collect();
+        all.sort_by_key(|&e| std::cmp::Reverse(votes[e]));
+        all
+    };
+    match rule {
+        BlockRule::Union(_) => (0..experts).filter(|&e| has_vote(e)).collect(),
+        BlockRule::Capacity(count) => {
+            let best = |e: usize| {
+                let column = voters.iter().map(|&t| r[t * experts + e]);
+                column.min_by(|&a, &b| order::descending(a, b)).unwrap_or(f32::NAN)
+            };
+            order::top(0..experts, count as usize, best)
+        }
+        BlockRule::Vote(count) => {
+            let mut all = ranked(&votes());
+            all.truncate(count as usize);
+            all
+        }
+        BlockRule::Mass { p, floor } => {
+            let floor = floor.max(1) as usize;
+            let units = i128::from(mass_units(p));
+            if units >= 1 << 24 {
+                let (mut chosen, others): (Vec<usize>, Vec<usize>) =
+                    (0..experts).partition(|&e| has_vote(e));
+                let missing = floor.saturating_sub(chosen.len());
+                chosen.extend(others.into_iter().take(missing));
+                return chosen;
+            }
+            let votes = votes();
+            let whole: i128 = votes.iter().map(|&v| i128::from(v)).sum();
+            let all = ranked(&votes);
+            let mut chosen = vec![];
+            let mut sum = 0i128;
+            for &e in &all {
+                // Past the mass, and past the floor.
+                if (whole <= 0 || sum << 24 > units * whole) && chosen.len() >= floor {
+                    break;
+                }
+                chosen.push(e);
+                sum += i128::from(votes[e]);
+            }
+            chosen
+        }
+    }
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `r`; 0 is a no-op.
+    pub tokens: u32,
+    /// Blocks.
+    pub blocks: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, experts]` f32, read: selection values.
+    pub r: Slice<'a>,
+    /// `[experts, ceil(tokens / 32)]` u32, read: bit set of each token's own choice over all experts, without groups, of
+    /// [`BlockRule::own_top`] experts; absent where that is `None`.
+    pub own: Option<Slice<'a>>,
+    /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
+    pub offsets: Slice<'a>,
+    /// `[tokens]` u32, read: tokens with 0 have no say, and a block where no token has one elects all experts (TEAM); all
+    /// have one where absent.
+    pub marks: Option<Slice<'a>>,
+    /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
+    pub members: Slice<'a>,
+    /// `[tokens]` u32, written whole: block of each token, `u32::MAX` for tokens outside all blocks.
+    pub block_of: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct Coreset {
+    ctx: Context,
+    rule: BlockRule,
+    experts: u32,
+    kernel: Arc<Kernel>,
+}
+
+impl Coreset {
+    /// Compiles the kernel of a rule.
+    ///
+    /// # Errors
+    ///
+    /// As [`BlockRule::check`]; [`Error::Invalid`] for zero or too many experts; [`Error::Device`] where wgpu refuses it.
+    pub fn new(ctx: &Context, experts: u32, rule: BlockRule) -> Result<Self> {
+        few_experts(experts)?;
+        rule.check(experts)?;
+        let name = match rule {
+            BlockRule::Mass { .. } => "mass",
+            BlockRule::Capacity(_) => "capacity",
+            BlockRule::Vote(_) => "vote",
+            BlockRule::Union(_) => "union",
+        };
+        let kernel = ctx.kernel(&SPEC, prelude(lanes(ctx.variant().target, experts), name))?;
+        Ok(Self { ctx: ctx.clone(), rule, experts, kernel })
+    }
+
+    /// Elects the coresets of blocks.
+    ///
+    /// # Errors
+    ///
+    /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        let Dims { tokens, blocks } = dims;
+        let experts = self.experts;
+        not_zero(&[("blocks", blocks)])?;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        if let Some(own) = args.own {
+            own.expect("own", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        } else if self.rule.own_top(1).is_some() {
+            return Err(Error::invalid(
+                "own",
+                format!("{:?} needs each token's own choice", self.rule),
+            ));
+        }
+        if let Some(marks) = args.marks {
+            marks.expect("marks", &[tokens.into()], 4)?;
+        }
+        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
+        args.block_of.expect("block_of", &[tokens.into()], 4)?;
+        let (count, mass) = self.rule.count_and_mass();
+        let params =
+            Params { tokens, experts, blocks, count, mass, has_marks: args.marks.is_some().into() };
+        let own = or_nothing(&self.ctx, args.own);
+        let marks = or_nothing(&self.ctx, args.marks);
+        let slices = [args.r, own, args.offsets, marks, args.members, args.block_of];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
+    }
+}
