@@ -2,13 +2,17 @@
 
 pub mod bits;
 mod error;
+mod exact;
 mod gpu;
 pub mod kernel;
 //LATER pub mod layer;
 pub mod ops;
 pub mod order;
 pub mod plan;
+pub mod report;
 pub mod routing;
+pub mod scaling;
+pub mod schedule;
 mod slice;
 //LATER pub mod weights;
 

@@ -1,3 +1,4 @@
 //! Integration tests, one binary.
 mod common;
+mod schedule;
 mod shaders;
