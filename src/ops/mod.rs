@@ -5,6 +5,7 @@
 use crate::kernel::Spec;
 
 pub mod assign;
+pub mod capacity;
 pub mod combine;
 pub mod expert_choice;
 pub mod expert_union;
@@ -18,6 +19,7 @@ pub mod token_choice;
 /// Every kernel.
 pub(crate) const SPECS: &[&Spec] = &[
     &scores::SPEC,
+    &capacity::SPEC,
     &expert_choice::SPEC,
     &token_choice::SPEC,
     &assign::SPEC,

@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
+mod capacity;
 mod common;
 mod schedule;
 mod shaders;
