@@ -2,6 +2,7 @@
 
 pub mod bits;
 mod error;
+mod exact;
 mod gpu;
 pub mod kernel;
 pub mod layer;
@@ -9,7 +10,10 @@ pub mod model;
 pub mod ops;
 pub mod order;
 pub mod plan;
+pub mod report;
 pub mod routing;
+pub mod scaling;
+pub mod schedule;
 mod slice;
 pub mod weights;
 

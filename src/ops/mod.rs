@@ -5,6 +5,7 @@
 use crate::kernel::Spec;
 
 pub mod assign;
+pub mod capacity;
 pub mod combine;
 pub mod coreset;
 pub mod expert_choice;
@@ -24,6 +25,7 @@ pub mod token_choice;
 /// Every kernel.
 pub(crate) const SPECS: &[&Spec] = &[
     &scores::SPEC,
+    &capacity::SPEC,
     &expert_choice::SPEC,
     &token_choice::SPEC,
     &assign::SPEC,

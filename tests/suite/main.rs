@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 mod assign;
+mod capacity;
 mod cases;
 mod combine;
 mod common;
@@ -12,6 +13,7 @@ mod golden;
 mod layer;
 mod noop;
 mod plan;
+mod schedule;
 mod scores;
 mod sequence_top;
 mod shaders;
