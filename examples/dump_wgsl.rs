@@ -1,33 +1,40 @@
 //! Writes the WGSL of every kernel in every variant, for other compilers to look at:
 //! `cargo run --example dump_wgsl -- DIR` makes `DIR/name.variant.wgsl`, one file each. Needs no GPU.
-use std::{collections::BTreeSet, fs, path::Path, process::ExitCode};
+use std::{collections::HashMap, fs, path::Path, process::ExitCode};
 use wgmoe::SPECS;
 use wgmoe::kernel::Prelude;
 
-/// Letters, digits and dashes of a variant's label.
+/// Letters and digits of a variant's label, joined by dashes.
 fn file_part(label: &str) -> String {
     let words: Vec<&str> =
         label.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect();
     words.join("-")
 }
 
-fn write_all(dir: &Path) -> Result<usize, Box<dyn std::error::Error>> {
+fn write_all(dir: &Path) -> std::io::Result<usize> {
     fs::create_dir_all(dir)?;
-    let mut names = BTreeSet::new();
+    let mut written: HashMap<String, String> = HashMap::new();
     for spec in SPECS {
         for prelude in (spec.variants)() {
             for shared in [false, true] {
                 let prelude = Prelude { shared, ..prelude.clone() };
+                let source = spec.source(&prelude);
                 let shared = if shared { ".shared" } else { "" };
-                let name = format!("{}.{}{shared}.wgsl", spec.name, file_part(&prelude.label));
-                fs::write(dir.join(&name), spec.source(&prelude))?;
-                if !names.insert(name.clone()) {
-                    return Err(format!("two variants are called {name}").into());
+                let name = format!("{}.{}{shared}", spec.name, file_part(&prelude.label));
+                // Labels may be alike, also on file systems that do not tell case; the text decides.
+                let mut unique = name.clone();
+                for n in 2.. {
+                    match written.get(&unique.to_lowercase()) {
+                        Some(other) if *other != source => unique = format!("{name}-{n}"),
+                        _ => break,
+                    }
                 }
+                fs::write(dir.join(format!("{unique}.wgsl")), &source)?;
+                written.insert(unique.to_lowercase(), source);
             }
         }
     }
-    Ok(names.len())
+    Ok(written.len())
 }
 
 fn main() -> ExitCode {

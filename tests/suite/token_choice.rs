@@ -75,6 +75,7 @@ fn groups() {
         (31, 32, 4, 32, 3), // groups of one: none has two experts
         (5, 6, 6, 3, 2),    // fewer experts in the groups than K
         (17, 1024, 16, 32, 5),
+        (17, 1024, 64, 32, 32),
         (17, 96, 4, 1, 1),
     ] {
         for (seed, kind) in cases::KINDS.iter().enumerate() {
