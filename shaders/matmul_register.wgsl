@@ -3,7 +3,8 @@
 //   weights, weights_up [experts, columns, depth] in the layout of lib/matmul/layout.wgsl
 //   items of up to TILE_ROWS rows of one expert, from the plan or dense; a lane has all of them and 8 columns (GATED: 4 of
 //   each matrix)
-// Grid: ceil(columns / TILE_COLUMNS) * items groups, items slowest; a workgroup is WG lanes.
+// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * items groups, items slowest; a workgroup of WG lanes takes SPAN stretches of
+// TILE_COLUMNS columns, one after the other, since a group that finds nothing to do costs 0.6 us.
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in registers.
 
 @compute @workgroup_size(WG)
@@ -12,52 +13,57 @@ fn matmul_register(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let across = (params.column_end - params.column_begin + TILE_COLUMNS - 1u) / TILE_COLUMNS;
+  let across = (params.column_end - params.column_begin + SPAN * TILE_COLUMNS - 1u) / (SPAN * TILE_COLUMNS);
   let id = flat(group, groups);
   let tile = tile_at(id / across);
   if tile.rows == 0u { return; }
-  let column = params.column_begin + id % across * TILE_COLUMNS + 2u * lane;
+  let x0 = rows_at(tile, 0u, lane);
+  let x1 = rows_at(tile, 8u, lane);
+  for (var i = 0u; i < SPAN; i++) {
+    let first = params.column_begin + (id % across * SPAN + i) * TILE_COLUMNS;
+    if first >= params.column_end { return; }
+    stretch(tile, first + 2u * lane, x0, x1);
+  }
+}
+
+// The columns of one stretch. Tests stand at the loops' ends: llvmpipe runs the body of a `for` once more with all lanes off.
+fn stretch(tile: Tile, column: u32, x0: RowBases, x1: RowBases) {
   let block = block_at(tile.expert, column);
   let steps = steps_of(tile);
-  let x0 = rows_at(tile, 0u, lane);
   var s0 = Octet();
-  if TILE_ROWS == 8u && tile.rows <= 2u {
-    for (var k = 0u; k < steps; k++) {
+  var s1 = Octet();
+  var k = 0u;
+  if TILE_ROWS > 8u {
+    loop {
+      let w = load_pairs(block, k);
+      add_octet(&s0, w, load_rows(x0, k));
+      add_octet(&s1, w, load_rows(x1, k));
+      continuing { k += 1u; break if k >= steps; }
+    }
+  } else if tile.rows <= 2u {
+    loop {
       let w = load_pairs(block, k);
       let x = load_rows(x0, k);
       s0.r0 = add(s0.r0, w, row_of(x, 0u));
       s0.r1 = add(s0.r1, w, row_of(x, 1u));
+      continuing { k += 1u; break if k >= steps; }
     }
-    store_octet(tile, 0u, column, s0);
-    return;
-  }
-  if TILE_ROWS == 8u && tile.rows <= 4u {
-    for (var k = 0u; k < steps; k++) {
+  } else if tile.rows <= 4u {
+    loop {
       let w = load_pairs(block, k);
       let x = load_rows(x0, k);
       s0.r0 = add(s0.r0, w, row_of(x, 0u));
       s0.r1 = add(s0.r1, w, row_of(x, 1u));
       s0.r2 = add(s0.r2, w, row_of(x, 2u));
       s0.r3 = add(s0.r3, w, row_of(x, 3u));
+      continuing { k += 1u; break if k >= steps; }
     }
-    store_octet(tile, 0u, column, s0);
-    return;
-  }
-  let x1 = rows_at(tile, 8u, lane);
-  let x2 = rows_at(tile, 16u, lane);
-  let x3 = rows_at(tile, 24u, lane);
-  var s1 = Octet();
-  var s2 = Octet();
-  var s3 = Octet();
-  for (var k = 0u; k < steps; k++) {
-    let w = load_pairs(block, k);
-    add_octet(&s0, w, load_rows(x0, k));
-    if TILE_ROWS > 8u { add_octet(&s1, w, load_rows(x1, k)); }
-    if TILE_ROWS > 16u { add_octet(&s2, w, load_rows(x2, k)); }
-    if TILE_ROWS > 24u { add_octet(&s3, w, load_rows(x3, k)); }
+  } else {
+    loop {
+      add_octet(&s0, load_pairs(block, k), load_rows(x0, k));
+      continuing { k += 1u; break if k >= steps; }
+    }
   }
   store_octet(tile, 0u, column, s0);
   if TILE_ROWS > 8u { store_octet(tile, 8u, column, s1); }
-  if TILE_ROWS > 16u { store_octet(tile, 16u, column, s2); }
-  if TILE_ROWS > 24u { store_octet(tile, 24u, column, s3); }
 }

@@ -68,7 +68,9 @@ impl PlanShape {
         u64::from(self.shared_experts)
             .checked_mul(self.tokens.into())
             .and_then(|s| u32::try_from(s + u64::from(self.routed_slots)).ok())
-            .ok_or_else(|| Error::invalid("tokens", "too many slots: shared experts times tokens overflow"))
+            .ok_or_else(|| {
+                Error::invalid("tokens", "too many slots: shared experts times tokens overflow")
+            })
     }
 
     /// Bound of the items of the tile kernel.
@@ -101,7 +103,9 @@ impl PlanShape {
     /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than [`MAX_EXPERTS`], or a plan of 2^32
     /// words or more.
     pub fn sections(&self) -> Result<Sections> {
-        for (name, n) in [("tokens", self.tokens), ("experts", self.experts), ("tile_rows", self.tile_rows)] {
+        for (name, n) in
+            [("tokens", self.tokens), ("experts", self.experts), ("tile_rows", self.tile_rows)]
+        {
             if n == 0 {
                 return Err(Error::invalid(name, "must not be 0"));
             }
@@ -109,13 +113,15 @@ impl PlanShape {
         if self.experts > MAX_EXPERTS || self.shared_experts > MAX_EXPERTS {
             return Err(Error::invalid("experts", format!("at most {MAX_EXPERTS}")));
         }
-        let (e, x, t) = (u64::from(self.experts), u64::from(self.all_experts()), u64::from(self.tokens));
+        let (e, x, t) =
+            (u64::from(self.experts), u64::from(self.all_experts()), u64::from(self.tokens));
         let s = u64::from(self.slots()?);
         let mut at = 8u64;
         let mut section = |words: u64| {
             let first = at;
             at += words;
-            u32::try_from(first).map_err(|_| Error::invalid("tokens", "the plan would not fit 2^32 words"))
+            u32::try_from(first)
+                .map_err(|_| Error::invalid("tokens", "the plan would not fit 2^32 words"))
         };
         let sections = Sections {
             expert_offsets: section(x + 1)?,
@@ -173,7 +179,8 @@ impl HostPlan {
     /// As [`PlanShape::sections`]; [`Error::Size`] if `words` are fewer than the shape's, or hold no plan.
     pub fn from_words(shape: &PlanShape, words: &[u32]) -> Result<Self> {
         let at = shape.sections()?;
-        let short = Error::Size { name: "words", expected: shape.bytes()?, got: words.len() as u64 * 4 };
+        let short =
+            Error::Size { name: "words", expected: shape.bytes()?, got: words.len() as u64 * 4 };
         let take = |first: u32, n: u32| -> Result<Vec<u32>> {
             let first = first as usize;
             words.get(first..first + n as usize).map(<[u32]>::to_vec).ok_or_else(|| short.clone())
@@ -189,9 +196,15 @@ impl HostPlan {
                 pairs(take(at.skinny_items, 2 * head[3].min(shape.skinny()?))?),
                 take(at.skinny_offsets, x + 1)?,
             ),
-            tiles: (pairs(take(at.tile_items, 2 * head[2].min(shape.tiles()?))?), take(at.tile_offsets, x + 1)?),
+            tiles: (
+                pairs(take(at.tile_items, 2 * head[2].min(shape.tiles()?))?),
+                take(at.tile_offsets, x + 1)?,
+            ),
             token_of: take(at.token_of, head[0].min(shape.slots()?))?,
-            gate_of: take(at.gate_of, head[0].min(shape.slots()?))?.into_iter().map(f32::from_bits).collect(),
+            gate_of: take(at.gate_of, head[0].min(shape.slots()?))?
+                .into_iter()
+                .map(f32::from_bits)
+                .collect(),
             slot_of: take(at.slot_of, head[0].min(shape.slots()?))?,
         })
     }
@@ -203,7 +216,8 @@ impl HostPlan {
     /// If `assigned` or `gates` are not of the shape's sizes.
     pub fn cpu(shape: &PlanShape, assigned: &[u32], gates: &[f32]) -> Self {
         let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
-        let bound = u64::from(shape.routed_slots) + u64::from(shape.shared_experts) * u64::from(shape.tokens);
+        let bound = u64::from(shape.routed_slots)
+            + u64::from(shape.shared_experts) * u64::from(shape.tokens);
         let mut plan = Self {
             expert_offsets: vec![0],
             token_offsets: vec![0],
@@ -217,8 +231,11 @@ impl HostPlan {
         let mut slots_of_token = vec![vec![]; tokens];
         for e in 0..experts + shape.shared_experts as usize {
             let routed = e < experts;
-            let of_expert: Vec<usize> =
-                if routed { crate::bits::tokens_of(assigned, tokens, e) } else { (0..tokens).collect() };
+            let of_expert: Vec<usize> = if routed {
+                crate::bits::tokens_of(assigned, tokens, e)
+            } else {
+                (0..tokens).collect()
+            };
             if routed && !of_expert.is_empty() {
                 plan.active.push(e as u32);
             }

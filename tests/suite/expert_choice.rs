@@ -129,7 +129,9 @@ fn sizes_and_kinds() {
 #[test]
 fn model_sizes() {
     let Some(gpu) = gpu() else { return };
-    for (tokens, experts, capacity) in [(512, 512, 32), (4096, 64, 512), (1000, 384, 21), (8192, 9, 8192)] {
+    for (tokens, experts, capacity) in
+        [(512, 512, 32), (4096, 64, 512), (1000, 384, 21), (8192, 9, 8192)]
+    {
         for kind in ["random", "ties", "equal", "mixed"] {
             let r = cases::values(kind, 1, tokens * experts);
             let choice = Choice {
