@@ -317,7 +317,7 @@ impl Routing {
     /// Routes on the twins and in every variant; each result goes to `compare`, by name.
     fn everywhere(&self, file: &File, gpu: Option<&Gpu>, compare: impl Fn(&str, &Routed)) {
         compare(&format!("{}, CPU twins", file.name), &self.twin());
-        for gpu in gpu {
+        if let Some(gpu) = gpu {
             for ctx in contexts(gpu) {
                 compare(&format!("{}, {:?}", file.name, ctx.variant()), &self.device(gpu, &ctx));
             }
@@ -337,9 +337,8 @@ fn block(file: &File, gpu: Option<&Gpu>) {
     let defined = file.u8s("token_is_defined").unwrap_or(vec![1; tokens]);
     routing.everywhere(file, gpu, |what, got| {
         assert_eq!(got.coreset.len(), want_coreset.len(), "{what}");
-        for i in 0..want_coreset.len() {
-            let (b, e) = (i / experts, i % experts);
-            assert_eq!(got.coreset[i], want_coreset[i], "{what}: block {b}, expert {e}");
+        for (i, (got, want)) in got.coreset.iter().zip(&want_coreset).enumerate() {
+            assert_eq!(got, want, "{what}: block {}, expert {}", i / experts, i % experts);
         }
         let places = |t: usize| t * routing.top..(t + 1) * routing.top;
         for t in (0..tokens).filter(|&t| defined[t] == 1) {
