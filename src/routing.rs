@@ -284,7 +284,8 @@ impl BlockRule {
         }
     }
 
-    /// The most experts that a block of `tokens` tokens can elect, `top` being K of the model.
+    /// The most experts that a block of `tokens` tokens can elect, `top` being K of the model; with marks any block can elect
+    /// all.
     pub fn most(self, tokens: u32, top: u32, experts: u32) -> u32 {
         match self {
             Self::Mass { floor, .. } => tokens.saturating_mul(top).max(floor).min(experts),

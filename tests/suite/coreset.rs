@@ -173,12 +173,28 @@ fn long_blocks_and_many_experts() {
     }
 }
 
+/// As in prefill: thousands of blocks, of 1 to 3 tokens each.
+#[test]
+fn many_blocks_in_one_dispatch() {
+    let Some(gpu) = gpu() else { return };
+    let (experts, blocks) = (40, 3000u32);
+    let offsets: Vec<u32> = (0..=blocks).map(|b| 2 * b + b % 3 % 2).collect();
+    let r = scores(31, 0, 2 * blocks as usize, experts);
+    for rule in [BlockRule::Mass { p: 0.6, floor: 2 }, BlockRule::Capacity(5), BlockRule::Union(2)]
+    {
+        let own = own_choice(rule, &r, experts, 4);
+        Case { rule, r: &r, experts, own: &own, offsets: &offsets, marks: None }
+            .check(&gpu, "many blocks");
+    }
+}
+
 /// Sums that need more than 32 bits, and as many loop iterations as there can be.
 #[test]
 fn the_heaviest_block() {
     let Some(gpu) = gpu() else { return };
-    let (tokens, experts) = (1024, 1024);
-    for (value, last) in [(2047.0, 1.0), (-2047.0, 1.0), (1e9, -1e9)] {
+    let tokens = 1024;
+    let values = [(2047.0, 1.0), (-2047.0, 1.0), (1e9, -1e9)];
+    for (experts, (value, last)) in [1024, 256].into_iter().flat_map(|e| values.map(|v| (e, v))) {
         let mut r = vec![value; tokens * experts];
         for (i, x) in r.iter_mut().enumerate().filter(|(i, _)| i % 7 == 0) {
             *x = last * (i % 13) as f32;
@@ -188,8 +204,8 @@ fn the_heaviest_block() {
             BlockRule::Mass { p: 0.5, floor: 1 },
             BlockRule::Mass { p: 0.9999, floor: 1 },
             BlockRule::Mass { p: 1.0, floor: 1 },
-            BlockRule::Vote(999),
-            BlockRule::Capacity(500),
+            BlockRule::Vote(experts as u32 - 25),
+            BlockRule::Capacity(experts as u32 / 2),
         ] {
             Case { rule, r: &r, experts, own: &own, offsets: &[0, 1024], marks: None }
                 .check(&gpu, "heavy");
@@ -249,6 +265,36 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
             let both = Case { rule, r: &r, experts, own: &own, offsets: &[0, 13, 32], marks: None }
                 .on(&gpu, &ctx);
             assert_eq!(both.0, [alone(first).0, alone(second).0].concat(), "{rule:?}");
+        }
+    }
+    // And so they route: the coresets, then each token's choice inside its own, with groups.
+    let groups = Some(token_choice::Groups { count: 8, top: 4 });
+    for rule in rules(96) {
+        for ctx in contexts(&gpu) {
+            let route = |r: &[f32], offsets: &[u32]| -> Vec<Vec<usize>> {
+                let tokens = r.len() / experts;
+                let own = own_choice(rule, r, experts, 6);
+                let (members, block_of) =
+                    Case { rule, r, experts, own: &own, offsets, marks: None }.on(&gpu, &ctx);
+                let assigned = Output::u32s(&gpu, experts * bits::columns(tokens));
+                let [rs, ms, bs] = [gpu.upload(r), gpu.upload(&members), gpu.upload(&block_of)];
+                let args = token_choice::Args {
+                    r: (&rs).into(),
+                    coresets: Some(token_choice::Coresets {
+                        blocks: offsets.len() as u32 - 1,
+                        coreset: (&ms).into(),
+                        block_of: (&bs).into(),
+                    }),
+                    assigned: assigned.slice(),
+                };
+                let op = token_choice::TokenChoice::new(&ctx, experts as u32, 6, groups)
+                    .expect("a choice");
+                run(&gpu, &op.bind(tokens as u32, args).expect("bind"));
+                let assigned: Vec<u32> = assigned.get(&gpu);
+                (0..tokens).map(|t| bits::experts_of(&assigned, tokens, t)).collect()
+            };
+            let alone = [route(first, &[0, 13]), route(second, &[0, 19])].concat();
+            assert_eq!(route(&r, &[0, 13, 32]), alone, "{rule:?}");
         }
     }
     let rule = BlockRule::Vote(18);

@@ -10,6 +10,7 @@ mod expert_choice;
 mod expert_union;
 mod gather;
 mod golden;
+mod golden_blocks;
 mod layer;
 mod noop;
 mod plan;
