@@ -3,7 +3,7 @@ use crate::common::{Output, assert_close, assert_same, contexts, gpu, random, ru
 use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
-use wgmoe::schedule::{Schedule, ScheduleKind, slot_bound};
+use wgmoe::schedule::{Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::{Context, Error, Gpu, PlanShape, Score, Slice, Variant, bits, wgpu};
 
 /// Runs the kernel: (capacities, k).
@@ -143,6 +143,39 @@ fn masked_counts_are_exact() {
                     assert_eq!(got, cpu(source, n as usize, 1024, &[0, n], None), "{m} of {n}");
                 }
             }
+        }
+    }
+}
+
+/// A staircase with one step for the very f32 that is wanted shows whether the device's quotient is that one, ties included.
+#[test]
+fn quotients_are_the_nearest_f32() {
+    let Some(gpu) = gpu() else { return };
+    let mut cases = vec![];
+    for n in [1 << 25, 1 << 26, 1 << 31, 3 << 30, u32::MAX, (1 << 31) + 1, (1 << 24) - 1, 513] {
+        for i in 1..16 {
+            // Near a half (ties, where the length is a power of two), near 1 (which may round to 1), and anywhere.
+            cases.extend([(n / 2 + i, n), (n - i, n), (n / 17 * i, n), (i, n)]);
+        }
+    }
+    for ctx in contexts(&gpu) {
+        let op = Capacity::new(&ctx).unwrap();
+        for &(m, n) in &cases {
+            let key = mask_ratio(m, n).to_bits() + 1;
+            let steps = gpu.upload(&[[0, 0], [key, 1], [key + 1, 2]]);
+            let [masked, offsets] = [gpu.upload(&[m]), gpu.upload(&[0, n])];
+            let [capacity, k] = [0; 2].map(|_| Output::u32s(&gpu, 1));
+            let args = Args {
+                source: Source::Masked { masked: (&masked).into(), steps: (&steps).into() },
+                offsets: (&offsets).into(),
+                lengths: None,
+                capacity_of: capacity.slice(),
+                k_of: k.slice(),
+            };
+            let dims = Dims { tokens: n, experts: 1024, sequences: 1 };
+            run(&gpu, &op.bind(dims, args).unwrap());
+            assert_eq!(k.get::<u32>(&gpu), [1], "{m} / {n}, {:?}", ctx.variant());
+            assert_eq!(capacity.get::<u32>(&gpu), [(n / 1024).max(1)], "{m} / {n}");
         }
     }
 }
