@@ -111,10 +111,14 @@ impl Spec {
             "{enable}// {}, variant: {}\n{}\n{}",
             self.name, prelude.label, prelude.text, self.body
         );
-        (0..).zip(self.bindings).filter(|&(i, b)| b.is_shared(prelude, i)).fold(source, |source, (_, b)| {
-            let [read, write] = ["read", "read_write"].map(|access| format!("var<storage, {access}> {}:", b.name));
-            source.replace(&read, &write)
-        })
+        (0..).zip(self.bindings).filter(|&(i, b)| b.is_shared(prelude, i)).fold(
+            source,
+            |source, (_, b)| {
+                let [read, write] = ["read", "read_write"]
+                    .map(|access| format!("var<storage, {access}> {}:", b.name));
+                source.replace(&read, &write)
+            },
+        )
     }
 }
 
