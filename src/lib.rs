@@ -9,6 +9,7 @@ pub mod model;
 pub mod ops;
 pub mod order;
 pub mod plan;
+pub mod profile;
 pub mod routing;
 mod slice;
 pub mod weights;
