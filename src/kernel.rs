@@ -459,7 +459,7 @@ impl Kernel {
                 entries: &entries,
             }))
         })??;
-        Ok(Dispatch { kernel: self.clone(), bind_group, groups })
+        Ok(Dispatch { kernel: self.clone(), bind_group, groups, stage: None })
     }
 }
 
@@ -525,12 +525,22 @@ pub struct Dispatch {
     kernel: Arc<Kernel>,
     bind_group: wgpu::BindGroup,
     groups: [u32; 3],
+    stage: Option<&'static str>,
 }
 
 impl Dispatch {
     /// Name of the kernel.
     pub fn name(&self) -> &'static str {
         self.kernel.spec.name
+    }
+
+    /// What it computes, where several parts of a layer use one kernel: `logits`, `gate_up`, `down`.
+    pub fn stage(&self) -> Option<&'static str> {
+        self.stage
+    }
+
+    pub(crate) fn of_stage(self, stage: &'static str) -> Self {
+        Self { stage: Some(stage), ..self }
     }
 
     /// Records it.
