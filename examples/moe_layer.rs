@@ -14,8 +14,8 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostSequences, MoeLayer, Router, Sequences, Settings, Tensor,
-    cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
+    Settings, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::model::{self, MODELS, Model};
 use wgmoe::ops::plan_count::GateRule;
@@ -168,7 +168,7 @@ fn shrink(model: &Model, experts: u32) -> Settings {
             rule.groups = rule.groups.and_then(|Groups { count, top }| {
                 let size = model.settings.experts / count;
                 let groups = experts / size;
-                let fits = experts % size == 0;
+                let fits = experts.is_multiple_of(size);
                 let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
                 (fits && top <= groups).then_some(Groups { count: groups, top })
             });
@@ -869,7 +869,7 @@ fn on_cpu(
         describe(model.name, &narrow, model, options.weights)
     ));
     notes.push(format!(
-        "checked: experts token by token against expert by expert, within {OUTPUT:e} of a token's largest value"
+        "checked: tokens of each expert and experts of each token by the rule; experts token by token against expert by expert, within {OUTPUT:e} of a token's largest value"
     ));
     notes.push(
         "kernel times: of the CPU twins, which are written to be read, not to be fast".into(),
@@ -926,6 +926,7 @@ fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleRepo
     );
     lap("choice");
     let slots: u32 = routed.assigned.iter().map(|w| w.count_ones()).sum();
+    check_counts(&mut checks, data, &settings, &routed, slots);
     let shape = PlanShape {
         tokens: tokens as u32,
         experts: settings.experts,
@@ -980,6 +981,32 @@ fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleRepo
         kernels: sum_up(kernels),
         dropped: routed.dropped.iter().sum(),
     })
+}
+
+/// How many tokens and experts a choice must join, by the rule alone.
+fn check_counts(
+    checks: &mut Checks<'_>,
+    data: &Data,
+    settings: &Settings,
+    routed: &HostRouting,
+    slots: u32,
+) {
+    let tokens = data.tokens();
+    let mut of_expert = (0..settings.experts as usize)
+        .map(|e| bits::tokens_of(&routed.assigned, tokens, e).len() as u32);
+    match settings.routing {
+        Routing::TokenChoice(rule) => {
+            let dropped: u32 = routed.dropped.iter().sum();
+            checks.same("slots and dropped", &[slots + dropped], &[tokens as u32 * rule.top]);
+            let most = rule.capacity(tokens as u32, settings.experts).unwrap_or(u32::MAX);
+            checks.same("experts over capacity", &[of_expert.any(|n| n > most)], &[false]);
+        }
+        Routing::ExpertChoice(_) => {
+            let each: u32 = data.capacity(settings.routing).unwrap_or_default().iter().sum();
+            checks.same("tokens of an expert", &[of_expert.all(|n| n == each)], &[true]);
+        }
+        _ => {}
+    }
 }
 
 /// The report as text.
