@@ -703,7 +703,7 @@ fn bench_layer(bench: &Bench, c: &mut Criterion) {
         ("original", Routing::TokenChoice(original)),
         ("mass(0.6, 8)", block(BlockRule::Mass { p: 0.6, floor: 8 })),
         (&format!("capacity({})", of_256(48)), block(BlockRule::Capacity(of_256(48)))),
-        (&format!("vote({})", of_256(36)), block(BlockRule::Vote(of_256(36)))),
+        (&format!("vote({})", of_256(38)), block(BlockRule::Vote(of_256(38)))),
         ("union(2)", block(BlockRule::Union(2))),
         ("sequence_top", Routing::SequenceTop(SequenceTop { score, gate, top, scale })),
         (
