@@ -369,7 +369,11 @@ impl GroupedMatmul {
         let groups = u64::from(bound)
             * u64::from((end - begin).div_ceil(self.problem.tile_columns(&self.ctx)));
         let slices = [args.x, args.plan, weights, up, args.out];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let stage = match self.stage {
+            Stage::GateUp(_) => "gate_up",
+            Stage::Down => "down",
+        };
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage(stage).into())
     }
 }
 
@@ -485,7 +489,7 @@ impl Logits {
         let columns = u64::from(experts.div_ceil(problem.tile_columns(&self.ctx)));
         let groups = columns * u64::from(tokens.div_ceil(rows));
         let slices = [args.x, self.ctx.nothing(), args.weights, args.weights, args.logits];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
     }
 }
 
