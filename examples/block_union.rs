@@ -186,7 +186,7 @@ fn shrink(routing: Routing, from: u32, to: u32) -> Routing {
                 let size = from / count;
                 let groups = to / size;
                 let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
-                (to % size == 0 && top <= groups).then_some(Groups { count: groups, top })
+                (to.is_multiple_of(size) && top <= groups).then_some(Groups { count: groups, top })
             }),
             coreset: rule.coreset.map(|block| match block {
                 BlockRule::Mass { p, floor } => BlockRule::Mass { p, floor: part(floor) },

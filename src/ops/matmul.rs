@@ -278,7 +278,7 @@ impl GroupedMatmul {
             weight_type: shape.weight_type,
             layout: Layout::Packed,
             depth_lanes: depth_lanes(depth),
-            quad_columns: columns % 4 == 0,
+            quad_columns: columns.is_multiple_of(4),
             class,
         };
         Ok(Self { ctx: ctx.clone(), stage, problem, kernel: problem.kernel(ctx)? })
@@ -409,7 +409,7 @@ pub fn cpu_expert(
 }
 
 fn depth_lanes(depth: u32) -> u32 {
-    [8, 4].into_iter().find(|n| depth % n == 0).unwrap_or(1)
+    [8, 4].into_iter().find(|n| depth.is_multiple_of(*n)).unwrap_or(1)
 }
 
 /// Buffers of router logits.
@@ -450,7 +450,7 @@ impl Logits {
                 weight_type: WeightType::F32,
                 layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                 depth_lanes,
-                quad_columns: experts % 4 == 0,
+                quad_columns: experts.is_multiple_of(4),
                 class,
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
