@@ -23,7 +23,9 @@ use wgmoe::ops::plan_scan::Stats;
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{combine, expert_choice, expert_union, matmul, scores};
 use wgmoe::plan::HostPlan;
-use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
+};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, bits, wgpu};
 
@@ -156,6 +158,24 @@ fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     if matches!(own, Routing::ExpertChoice(_)) {
         rules.rotate_right(1);
     }
+    // Block-level rules, with the shares of 256 experts that their papers use.
+    let share = |of_256: u32| (experts * of_256).div_ceil(256).max(1);
+    for (name, rule) in [
+        ("block mass(0.6, 8)", BlockRule::Mass { p: 0.6, floor: 8.min(experts) }),
+        ("block capacity(48/256)", BlockRule::Capacity(share(48))),
+        ("block vote(38/256)", BlockRule::Vote(share(38))),
+        ("block union(3)", BlockRule::Union(3.min(experts))),
+    ] {
+        let routing = Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..token_choice });
+        rules.push(Rule { name, routing });
+    }
+    let pairs = SequenceTop {
+        score: token_choice.score,
+        gate: token_choice.gate,
+        top: k.min(experts),
+        scale: token_choice.scale,
+    };
+    rules.push(Rule { name: "sequence top", routing: Routing::SequenceTop(pairs) });
     rules
 }
 
@@ -569,7 +589,8 @@ impl OnGpu<'_> {
                 (rule.score, rule.normalise == Normalise::AfterSelection)
             }
             Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-            _ => (Score::Softmax, false),
+            Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
+            _ => unreachable!("every rule is listed"),
         };
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
@@ -906,7 +927,8 @@ fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleRepo
     let (score, from_logits) = match rule.routing {
         Routing::ExpertChoice(rule) => (rule.score, rule.normalise == Normalise::AfterSelection),
         Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-        _ => (Score::Softmax, false),
+        Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
+        _ => unreachable!("every rule is listed"),
     };
     let logits = matmul::cpu_logits(&data.x, &data.router, d);
     lap("logits");
@@ -997,7 +1019,14 @@ fn check_counts(
     match settings.routing {
         Routing::TokenChoice(rule) => {
             let dropped: u32 = routed.dropped.iter().sum();
-            checks.same("slots and dropped", &[slots + dropped], &[tokens as u32 * rule.top]);
+            let all = tokens as u32 * rule.top;
+            // A token may find fewer than K experts in its block's coreset.
+            let fits = if rule.coreset.is_some() {
+                slots + dropped <= all
+            } else {
+                slots + dropped == all
+            };
+            checks.same("slots and dropped", &[fits], &[true]);
             let most = rule.capacity(tokens as u32, settings.experts).unwrap_or(u32::MAX);
             checks.same("experts over capacity", &[of_expert.any(|n| n > most)], &[false]);
         }
@@ -1005,7 +1034,8 @@ fn check_counts(
             let each: u32 = data.capacity(settings.routing).unwrap_or_default().iter().sum();
             checks.same("tokens of an expert", &[of_expert.all(|n| n == each)], &[true]);
         }
-        _ => {}
+        Routing::SequenceTop(rule) => checks.same("slots", &[slots], &[tokens as u32 * rule.top]),
+        _ => unreachable!("every rule is listed"),
     }
 }
 
