@@ -14,6 +14,7 @@ mod golden_blocks;
 mod layer;
 mod noop;
 mod plan;
+mod ragged_layer;
 mod schedule;
 mod scores;
 mod sequence_top;
