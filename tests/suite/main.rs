@@ -16,6 +16,7 @@ mod layer;
 mod noop;
 mod plan;
 mod profile;
+mod ragged_layer;
 mod schedule;
 mod scores;
 mod sequence_top;
