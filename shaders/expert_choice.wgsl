@@ -40,6 +40,30 @@ fn token_key(e: u32, t: u32) -> u32 {
     return key(r[t * params.experts + e]);
 }
 
+// Where a pass of the select is.
+struct At { e: u32, slot: u32, end: u32, shift: u32, prefix: u32 }
+
+// Counts a token whose key begins with the prefix.
+fn count(at: At, t: u32) {
+    var k = 0u;
+    if t < at.end {
+        k = token_key(at.e, t);
+    }
+    // Two shifts: one of 32 is undefined.
+    if k != 0u && ((k >> at.shift) >> 8u) == ((at.prefix >> at.shift) >> 8u) {
+        bin_add(((k >> at.shift) & 255u) * EXPERTS + at.slot);
+    }
+}
+
+// Adds the bits of a token that is above the threshold, or equal to it: x and y.
+fn compare(bits: vec2<u32>, e: u32, t: u32, end: u32, threshold: u32) -> vec2<u32> {
+    var k = 0u;
+    if t < end {
+        k = token_key(e, t);
+    }
+    return bits | (vec2(u32(k > threshold), u32(k == threshold && k != 0u)) << vec2(t % 32u));
+}
+
 @compute @workgroup_size(WG)
 fn expert_choice(
     @builtin(local_invocation_index) index: u32,
@@ -82,12 +106,16 @@ fn expert_choice(
         workgroupBarrier();
         let prefix = prefixes[slot];
         let need = needs[slot];
-        for (var t = start + first; t < end; t += LANES) {
-            let k = token_key(e, t);
-            // Two shifts: one of 32 is undefined.
-            if k != 0u && ((k >> shift) >> 8u) == ((prefix >> shift) >> 8u) {
-                bin_add(((k >> shift) & 255u) * EXPERTS + slot);
-            }
+        let at = At(e, slot, end, shift, prefix);
+        for (var t = start + first; t < end; t += 8u * LANES) {
+            count(at, t);
+            count(at, t + LANES);
+            count(at, t + 2u * LANES);
+            count(at, t + 3u * LANES);
+            count(at, t + 4u * LANES);
+            count(at, t + 5u * LANES);
+            count(at, t + 6u * LANES);
+            count(at, t + 7u * LANES);
         }
         workgroupBarrier();
         // Each lane sums a stretch of bins; the one in whose stretch the need is met from above finds the bin.
@@ -143,16 +171,22 @@ fn expert_choice(
     let last = select((to + 31u) / 32u, 0u, begin >= to);
     for (var w0 = begin / 32u; w0 < last; w0 += LANES) {
         let w = w0 + first;
-        var higher = 0u;
-        var equal = 0u;
+        var bits = vec2(0u);
         if w < last {
             let high = min(end, w * 32u + 32u);
-            for (var t = max(start, w * 32u); t < high; t++) {
-                let k = token_key(e, t);
-                higher |= u32(k > threshold) << (t % 32u);
-                equal |= u32(k == threshold && k != 0u) << (t % 32u);
+            for (var t = max(start, w * 32u); t < high; t += 8u) {
+                bits = compare(bits, e, t, high, threshold);
+                bits = compare(bits, e, t + 1u, high, threshold);
+                bits = compare(bits, e, t + 2u, high, threshold);
+                bits = compare(bits, e, t + 3u, high, threshold);
+                bits = compare(bits, e, t + 4u, high, threshold);
+                bits = compare(bits, e, t + 5u, high, threshold);
+                bits = compare(bits, e, t + 6u, high, threshold);
+                bits = compare(bits, e, t + 7u, high, threshold);
             }
         }
+        let higher = bits.x;
+        var equal = bits.y;
         totals[index] = countOneBits(equal);
         workgroupBarrier();
         var before = ties;
@@ -165,6 +199,10 @@ fn expert_choice(
         // The lowest `room` ties of the word.
         var room = need - min(need, before);
         var take = higher;
+        if room >= countOneBits(equal) {
+            take |= equal;
+            equal = 0u;
+        }
         while equal != 0u && room > 0u {
             take |= equal & (~equal + 1u);
             equal &= equal - 1u;

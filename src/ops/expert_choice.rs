@@ -33,9 +33,9 @@ params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
 /// Neighbouring experts of one workgroup.
 const EXPERTS: u32 = 8;
-/// Most tokens of the layout with one lane an expert, which loops over them five times: lavapipe (Mesa 22.3) ends the loops
-/// of an invocation, without a word, after 65,535 iterations in all.
-const SERIAL_TOKENS: u32 = 8192;
+/// Most tokens of the layout with one lane an expert, which takes 21 steps of a loop for 32 of them: lavapipe (Mesa 22.3)
+/// ends the loops of an invocation, without a word, after 65,535 iterations in all.
+const SERIAL_TOKENS: u32 = 80_000;
 
 fn prelude(variant: Variant, masked: bool) -> Prelude {
     let (label, lanes, bins) = match variant.target {
