@@ -696,17 +696,16 @@ fn check_layer(
     let (tokens, e, d) = (BLOCK as usize, settings.experts as usize, settings.hidden as usize);
     let none = || Error::Device("an empty step".into());
     let [logits, s, r] = step.selection().ok_or_else(none)?;
-    let [logits, s, r]: [Vec<f32>; 3] =
-        [gpu.download(logits.buffer)?, gpu.download(s.buffer)?, gpu.download(r.buffer)?];
+    let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
     let router = HostRouter { weight: &data.router, bias: None, by_count: None, by_expert: None };
     let marks = rule.marked.then_some(&data.marks[..]);
     let batch =
         HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, marks }) };
     let want = cpu_routing(settings, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
-        checks.same("the layer's coreset", &gpu.download::<u32>(got.buffer)?, want);
+        checks.same("the layer's coreset", &gpu.download::<u32>(got)?, want);
     }
-    let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?.buffer)?;
+    let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
     checks.same("the layer's choice", &assigned, &want.assigned);
     let expert = |e: u32, p: Projection| data.expert(e, p);
     let twin = |t: usize| {

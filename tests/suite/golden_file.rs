@@ -3,11 +3,11 @@
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::PathBuf;
-use wgmoe::layer::{HostBatch, HostRouter, Settings, cpu_routing, cpu_token};
+use wgmoe::layer::{HostBatch, HostBlocks, HostRouter, Settings, cpu_routing, cpu_token};
 use wgmoe::ops::plan_count::GateRule;
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{matmul, scores};
-use wgmoe::routing::{Activation, Routing, Score, TokenChoice};
+use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, bits, layer};
 
@@ -23,9 +23,10 @@ pub(crate) fn folder() -> PathBuf {
     )
 }
 
-/// The header of a `group_limited` case.
+/// The header of a `group_limited` or `block_coreset` case.
 #[derive(Deserialize)]
 struct Header {
+    kind: String,
     sequences: u32,
     tokens: u32,
     experts: u32,
@@ -37,6 +38,23 @@ struct Header {
     score: String,
     routed_scaling_factor: f32,
     shared_experts: u32,
+    /// Tokens of a block; each sequence begins a new one, its last may be short.
+    block: Option<u32>,
+    top_p: Option<f32>,
+    min_coreset: Option<u32>,
+}
+
+impl Header {
+    fn coreset(&self) -> Option<BlockRule> {
+        Some(BlockRule::Mass { p: self.top_p?, floor: self.min_coreset? })
+    }
+
+    fn blocks(&self) -> Option<Vec<u32>> {
+        let block = self.block.filter(|&n| n > 0)? as usize;
+        let starts = (0..self.sequences)
+            .flat_map(|b| (0..self.tokens).step_by(block).map(move |t| b * self.tokens + t));
+        Some(starts.chain([self.sequences * self.tokens]).collect())
+    }
 }
 
 /// A recorded layer of LLaDA2: what went in, its weights, what came out.
@@ -51,6 +69,10 @@ pub(crate) struct Layer {
     bias: Vec<f32>,
     /// Gate, up `[F, D]`, down `[D, F]` of each expert, the shared ones last.
     experts: Vec<[Vec<f32>; 3]>,
+    /// Offsets of the blocks, of a block-level rule.
+    pub(crate) blocks: Option<Vec<u32>>,
+    /// `[tokens]`: whether the reference's output is one; not of tokens for which it picked experts arbitrarily.
+    pub(crate) defined: Vec<bool>,
     /// `[tokens, D]`.
     pub(crate) y: Vec<f32>,
 }
@@ -71,10 +93,15 @@ impl Layer {
         let text = text.ok_or("no `case` in the header")?;
         let case: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
-        if case["kind"] != "group_limited" || tensors.tensor("y").is_err() {
+        let kinds = ["group_limited", "block_coreset"];
+        if !kinds.iter().any(|kind| case["kind"] == *kind) || tensors.tensor("y").is_err() {
             return Ok(None);
         }
         let case: Header = serde_json::from_value(case).map_err(|e| e.to_string())?;
+        let (coreset, blocks) = (case.coreset(), case.blocks());
+        if case.kind == "block_coreset" && (coreset.is_none() || blocks.is_none()) {
+            return Err("no rule or no blocks".into());
+        }
         let read = |name: &str, shape: &[u32]| -> Result<Vec<f32>, String> {
             let tensor = tensors.tensor(name).map_err(|e| format!("`{name}`: {e}"))?;
             let want: usize = shape.iter().map(|&n| n as usize).product();
@@ -130,12 +157,21 @@ impl Layer {
                 groups: Some(Groups { count: case.groups, top: case.groups_per_token }),
                 scale: case.routed_scaling_factor,
                 capacity_factor: None,
-                coreset: None,
+                coreset,
             }),
         };
         settings.routing.check(e).map_err(|e| e.to_string())?;
+        let defined = match tensors.tensor("token_is_defined") {
+            Err(_) => vec![true; tokens as usize],
+            Ok(t) if t.dtype() == Dtype::U8 && t.data().len() == tokens as usize => {
+                t.data().iter().map(|&d| d != 0).collect()
+            }
+            Ok(_) => return Err(format!("`token_is_defined`: expected u8 [{tokens}]")),
+        };
         Ok(Some(Self {
             settings,
+            blocks,
+            defined,
             tokens,
             x: read("x", &[tokens, d])?,
             router_weight: read("router_weight", &[e, d])?,
@@ -158,7 +194,9 @@ impl Layer {
             by_count: None,
             by_expert: None,
         };
-        let routed = cpu_routing(&self.settings, &router, HostBatch::default(), [&logits, &s, &r]);
+        let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, marks: None });
+        let batch = HostBatch { sequences: None, blocks };
+        let routed = cpu_routing(&self.settings, &router, batch, [&logits, &s, &r]);
         let host = |e: u32, p: Projection| HostWeights::F32(&self.experts[e as usize][index(p)]);
         (0..tokens)
             .flat_map(|t| {
@@ -188,16 +226,25 @@ impl Layer {
         let layer = MoeLayer::new(ctx, self.settings, router, weights)?;
         let hidden = gpu.upload(&self.x);
         let out = gpu.upload(&vec![f32::NAN; self.y.len()]);
-        let batch = layer::Batch::new((&hidden).into(), (&out).into(), self.tokens);
+        let mut batch = layer::Batch::new((&hidden).into(), (&out).into(), self.tokens);
+        let offsets = self.blocks.as_ref().map(|blocks| gpu.upload(blocks));
+        batch.blocks = offsets.as_ref().map(|offsets| layer::Blocks {
+            count: (offsets.size() / 4 - 1) as u32,
+            offsets: offsets.into(),
+            marks: None,
+        });
         gpu.run_layer(&layer.bind(&batch)?)?;
         gpu.download(&out)
     }
 
-    /// The largest difference from the recorded output, and whether every value is within tolerance.
+    /// The largest difference from the recorded output, and whether every value is within tolerance; over the tokens whose
+    /// output is defined.
     pub(crate) fn compare(&self, got: &[f32]) -> (f32, bool) {
         let mut worst = 0f32;
         let mut ok = got.len() == self.y.len();
-        for (got, want) in got.iter().zip(&self.y) {
+        let d = self.settings.hidden as usize;
+        let pairs = got.iter().zip(&self.y).enumerate();
+        for (_, (got, want)) in pairs.filter(|(i, _)| self.defined[i / d]) {
             let error = (got - want).abs();
             ok &= error <= ATOL + RTOL * want.abs(); // false for NaN
             worst = if error.is_nan() { f32::INFINITY } else { worst.max(error) };

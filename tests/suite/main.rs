@@ -12,6 +12,7 @@ mod gather;
 mod golden;
 mod golden_blocks;
 mod golden_file;
+mod golden_layers;
 mod layer;
 mod noop;
 mod plan;
