@@ -116,13 +116,15 @@ fn choose(index: u32, bit: u32, row: Row, choice: Choice) {
                 word &= word - 1u;
                 var k = key(r[row.base + e]);
                 k = select(0u, k, k < last.x || (k == last.x && e > last.y));
-                for (var i = LIST - 1u; i > 0u; i--) {
-                    let moved = select(e, indices[i - 1u], k > keys[i - 1u]);
-                    indices[i] = select(indices[i], moved, k > keys[i]);
-                    keys[i] = max(keys[i], min(keys[i - 1u], k));
+                // Each place keeps its own, or takes the new one, or the one above. Drivers unroll a loop over all of an
+                // array, which must be: rounds are limited (Mesa 22.3), and registers have no index.
+                var above = vec2<u32>(0xffffffffu, 0u);
+                for (var i = 0u; i < LIST; i++) {
+                    let here = vec2(keys[i], indices[i]);
+                    keys[i] = max(here.x, min(above.x, k));
+                    indices[i] = select(here.y, select(e, above.y, k > above.x), k > here.x);
+                    above = here;
                 }
-                indices[0] = select(indices[0], e, k > keys[0]);
-                keys[0] = max(keys[0], k);
             }
         }
         let rounds = min(LIST, choice.top - taken);
