@@ -1,2 +1,761 @@
-//! `cargo bench`. Every case is checked against the CPU before it is timed.
-fn main() {}
+//! `cargo bench --bench moe`: a group for each op, and the layer. Every case is compared with the CPU twin (the largest ones
+//! in sampled rows) before it is timed; a case that a filter leaves out is not even made. With `-- --test` each case is
+//! compared and run once.
+//!
+//! A time is that of one submission: encoding, submitting and waiting. Below criterion's estimate of the mean stands the
+//! least. Elements are (token, expert) pairs for routing and plans, floating-point operations on routed rows for matmuls, W1
+//! and W2, tokens for a block. Variants of a case run in turns, so that they meet the same state of the machine.
+//!
+//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
+//! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
+mod cases;
+
+use cases::{BIAS, GATE, INDEX, SCORES, TABLE, Work, X, close, fill, mix, round, same};
+use criterion::measurement::WallTime;
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
+    criterion_main,
+};
+use std::cell::{Cell, OnceCell};
+use std::time::{Duration, Instant};
+use wgmoe::layer::LayerStep;
+use wgmoe::ops::matmul::{Class, GroupedMatmul, SKINNY_ROWS, Stage, cpu_row, tile_rows};
+use wgmoe::ops::plan_count::{GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::plan_fill::PlanFill;
+use wgmoe::ops::plan_scan::{PlanScan, Stats};
+use wgmoe::ops::token_choice::Groups;
+use wgmoe::ops::{
+    assign, capacity, combine, coreset, expert_choice, expert_union, gather, plan_count, plan_fill,
+    plan_scan, scores, sequence_top, token_choice,
+};
+use wgmoe::plan::HostPlan;
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, Normalise, Routing, Scope, SequenceTop, TokenChoice,
+};
+use wgmoe::schedule::{Schedule, ScheduleKind};
+use wgmoe::weights::{ExpertShape, HostWeights, Projection};
+use wgmoe::{
+    Context, ExpertWeights, Gpu, MoeLayer, PlanShape, Score, Step, Target, Variant, WeightType,
+    bits, wgpu,
+};
+
+/// Work that was compared with its twin, to be recorded again and again.
+enum Ready {
+    Step(Step),
+    Layer(Box<LayerStep>),
+}
+
+impl From<Step> for Ready {
+    fn from(step: Step) -> Self {
+        Self::Step(step)
+    }
+}
+
+/// The device, and a context for each variant that is timed, its name first.
+struct Bench {
+    gpu: Gpu,
+    contexts: Vec<(String, Context)>,
+    full: bool,
+}
+
+impl Bench {
+    /// The GPU, or `None` with a note; `MOE_REQUIRE_GPU=1` makes absence a failure.
+    fn open() -> Option<Self> {
+        let gpu = match Gpu::new() {
+            Ok(gpu) => gpu,
+            Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+            Err(e) => {
+                eprintln!("skipped: {e}");
+                return None;
+            }
+        };
+        let i = &gpu.info;
+        eprintln!(
+            "adapter: {} ({:?}), driver: {} {}, backend: {}",
+            i.name, i.device_type, i.driver, i.driver_info, i.backend
+        );
+        let full = std::env::var_os("WGMOE_BENCH_VARIANTS").is_some();
+        let best = Variant::best(&gpu.device);
+        let mut variants = vec![best];
+        variants.extend(if full { Variant::all(&gpu.device) } else { vec![Variant::PORTABLE] });
+        let mut contexts: Vec<(String, Context)> = vec![];
+        for v in variants {
+            let layout = if v.target == Target::Cpu { "cpu" } else { "gpu" };
+            let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
+            if !contexts.iter().any(|(n, _)| *n == name) {
+                contexts
+                    .push((name, Context::with_variant(&gpu.device, v, None).expect("a context")));
+            }
+        }
+        Some(Self { gpu, contexts, full })
+    }
+
+    /// The variant that the device gets by default, alone: for work that takes long to compile or to run in another.
+    fn best(&self) -> &[(String, Context)] {
+        if self.full { &self.contexts } else { &self.contexts[..1] }
+    }
+
+    fn time(&self, work: &Ready) -> Duration {
+        let start = Instant::now();
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        match work {
+            Ready::Step(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
+            Ready::Layer(step) => step.record(&mut encoder),
+        }
+        self.gpu.queue.submit([encoder.finish()]);
+        self.gpu.device.poll(wgpu::PollType::wait_indefinitely()).expect("the device");
+        start.elapsed()
+    }
+
+    /// Times a case in these variants, each run in turn with the others. `prepare` makes and checks the work.
+    fn case(
+        &self,
+        group: &mut BenchmarkGroup<'_, WallTime>,
+        name: &str,
+        contexts: &[(String, Context)],
+        throughput: Throughput,
+        prepare: impl Fn(&Context, &str) -> Ready,
+    ) {
+        let ready = OnceCell::new();
+        group.throughput(throughput);
+        for (i, (variant, _)) in contexts.iter().enumerate() {
+            let fastest = Cell::new((Duration::MAX, 0));
+            group.bench_function(BenchmarkId::new(name, variant), |b| {
+                let ready: &Vec<Ready> = ready.get_or_init(|| {
+                    contexts.iter().map(|(v, ctx)| prepare(ctx, &format!("{name}, {v}"))).collect()
+                });
+                b.iter_custom(|n| {
+                    let mut sum = Duration::ZERO;
+                    for _ in 0..n {
+                        for (j, work) in ready.iter().enumerate() {
+                            let time = self.time(work);
+                            if i == j {
+                                sum += time;
+                                let (least, runs) = fastest.get();
+                                fastest.set((time.min(least), runs + 1));
+                            }
+                        }
+                    }
+                    sum
+                });
+            });
+            let (least, runs) = fastest.get();
+            if runs > 1 {
+                println!("{:24}least:  {least:.2?} of {runs} runs", "");
+            }
+        }
+    }
+
+    /// A buffer of `n` words that no kernel would write: as f32, NaN.
+    fn poisoned(&self, n: u32) -> wgpu::Buffer {
+        self.gpu.upload(&vec![u32::MAX; n as usize])
+    }
+
+    fn download<T: bytemuck::Pod>(&self, buffer: &wgpu::Buffer) -> Vec<T> {
+        self.gpu.download(buffer).expect("read back")
+    }
+}
+
+/// Logits `[tokens, experts]`, and the bit set of each token's top `top`.
+fn chosen(tokens: u32, experts: u32, top: usize) -> (Vec<f32>, Vec<u32>) {
+    let logits = fill(SCORES, tokens * experts, 8.0);
+    let assigned = token_choice::cpu(&logits, experts as usize, top, None, &|_, _| true);
+    (logits, assigned)
+}
+
+fn pairs(tokens: u32, experts: u32) -> Throughput {
+    Throughput::Elements(u64::from(tokens) * u64::from(experts))
+}
+
+fn columns(tokens: u32) -> u32 {
+    tokens.div_ceil(32)
+}
+
+fn bench_scores(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("scores");
+    for (name, tokens, experts, score) in [
+        ("LLaDA2 sigmoid T32 E256", 32, 256, Score::Sigmoid),
+        ("LLaDA2 sigmoid T512 E256", 512, 256, Score::Sigmoid),
+        ("EC-DLM softmax T4096 E512", 4096, 512, Score::Softmax),
+    ] {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
+            let (logits, bias) = (fill(SCORES, tokens * experts, 8.0), fill(BIAS, experts, 0.1));
+            let gpu = &bench.gpu;
+            let (logits_in, bias_in) = (gpu.upload(&logits), gpu.upload(&bias));
+            let [s, r] = [(); 2].map(|()| bench.poisoned(tokens * experts));
+            let args = scores::Args {
+                logits: (&logits_in).into(),
+                bias: Some((&bias_in).into()),
+                s: (&s).into(),
+                r: (&r).into(),
+            };
+            let op = scores::Scores::new(ctx).unwrap();
+            let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
+            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s"));
+            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r"));
+            step.into()
+        });
+    }
+}
+
+/// The choice of `capacity` tokens for each expert, compared whole.
+fn expert_choice_step(
+    bench: &Bench,
+    ctx: &Context,
+    [tokens, experts, capacity]: [u32; 3],
+    what: &str,
+) -> Ready {
+    let gpu = &bench.gpu;
+    let r = fill(SCORES, tokens * experts, 1.0);
+    let (r_in, offsets, take) = (gpu.upload(&r), gpu.upload(&[0, tokens]), gpu.upload(&[capacity]));
+    let assigned = bench.poisoned(experts * columns(tokens));
+    let args = expert_choice::Args {
+        r: (&r_in).into(),
+        offsets: (&offsets).into(),
+        lengths: None,
+        capacity: (&take).into(),
+        assigned: (&assigned).into(),
+    };
+    let op = expert_choice::ExpertChoice::new(ctx).unwrap();
+    let step = op.bind(expert_choice::Dims { tokens, experts, sequences: 1 }, args).unwrap();
+    gpu.run(&step).unwrap();
+    let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
+    same(&bench.download(&assigned), &want, what);
+    step.into()
+}
+
+fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("expert_choice");
+    for (name, shape) in [
+        ("OP1a T512 E512 C32", [512, 512, 32]),
+        ("OP1b T4096 E64 C256", [4096, 64, 256]),
+        ("EC-DLM T512 E512 C20", [512, 512, 20]),
+    ] {
+        bench.case(&mut group, name, &bench.contexts, pairs(shape[0], shape[1]), |ctx, what| {
+            expert_choice_step(bench, ctx, shape, what)
+        });
+    }
+    group.finish();
+    // How its time grows: with tokens at equal experts and an eighth of the tokens each, with experts, with the capacity.
+    for (axis, shapes) in [
+        ("tokens", vec![[1024, 64, 128], [4096, 64, 512], [16384, 64, 2048], [65536, 64, 8192]]),
+        ("experts", vec![[4096, 16, 512], [4096, 64, 512], [4096, 256, 512], [4096, 512, 512]]),
+        ("capacity", vec![[4096, 64, 8], [4096, 64, 256], [4096, 64, 2048]]),
+    ] {
+        let mut group = c.benchmark_group(format!("expert_choice over {axis}"));
+        for shape in shapes {
+            let [tokens, experts, capacity] = shape;
+            let name = format!("T{tokens} E{experts} C{capacity}");
+            let best = &bench.contexts[..1];
+            bench.case(&mut group, &name, best, pairs(tokens, experts), |ctx, what| {
+                expert_choice_step(bench, ctx, shape, what)
+            });
+        }
+    }
+}
+
+fn token_choice_step(
+    bench: &Bench,
+    ctx: &Context,
+    [tokens, experts, top]: [u32; 3],
+    groups: Option<Groups>,
+    what: &str,
+) -> Ready {
+    let gpu = &bench.gpu;
+    let r = fill(SCORES, tokens * experts, 1.0);
+    let r_in = gpu.upload(&r);
+    let assigned = bench.poisoned(experts * columns(tokens));
+    let args =
+        token_choice::Args { r: (&r_in).into(), coresets: None, assigned: (&assigned).into() };
+    let op = token_choice::TokenChoice::new(ctx, experts, top, groups).unwrap();
+    let step = op.bind(tokens, args).unwrap();
+    gpu.run(&step).unwrap();
+    let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
+    same(&bench.download(&assigned), &want, what);
+    step.into()
+}
+
+fn bench_token_choice(bench: &Bench, c: &mut Criterion) {
+    let groups = Some(Groups { count: 8, top: 4 });
+    let mut group = c.benchmark_group("token_choice");
+    for (name, shape, groups) in [
+        ("LLaDA2 T32 E256 K8 of 4 of 8 groups", [32, 256, 8], groups),
+        ("LLaDA2 T4096 E256 K8 of 4 of 8 groups", [4096, 256, 8], groups),
+        ("SDAR T4096 E128 K8", [4096, 128, 8], None),
+    ] {
+        bench.case(&mut group, name, &bench.contexts, pairs(shape[0], shape[1]), |ctx, what| {
+            token_choice_step(bench, ctx, shape, groups, what)
+        });
+    }
+    group.finish();
+    let mut group = c.benchmark_group("token_choice over top");
+    for top in [1, 4, 8, 32] {
+        let name = format!("T4096 E256 K{top}");
+        bench.case(&mut group, &name, &bench.contexts[..1], pairs(4096, 256), |ctx, what| {
+            token_choice_step(bench, ctx, [4096, 256, top], None, what)
+        });
+    }
+}
+
+fn bench_coreset(bench: &Bench, c: &mut Criterion) {
+    const EXPERTS: u32 = 256;
+    let mut group = c.benchmark_group("coreset");
+    for (name, tokens, rule) in [
+        ("mass(0.6, 8) T32 E256", 32, BlockRule::Mass { p: 0.6, floor: 8 }),
+        ("capacity(48) T32 E256", 32, BlockRule::Capacity(48)),
+        ("vote(38) T32 E256", 32, BlockRule::Vote(38)),
+        ("union(3) T32 E256", 32, BlockRule::Union(3)),
+        ("mass(0.6, 8) T4096 E256", 4096, BlockRule::Mass { p: 0.6, floor: 8 }),
+    ] {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, EXPERTS), |ctx, what| {
+            let gpu = &bench.gpu;
+            // Positive, as sigmoid scores are.
+            let r: Vec<f32> = fill(SCORES, tokens * EXPERTS, 1.0).iter().map(|v| v + 0.5).collect();
+            let top = rule.own_top(8).unwrap_or(8) as usize;
+            let own = token_choice::cpu(&r, EXPERTS as usize, top, None, &|_, _| true);
+            let blocks = tokens / 32;
+            let offsets: Vec<u32> = (0..=blocks).map(|b| b * 32).collect();
+            let (r_in, own_in, offsets_in) =
+                (gpu.upload(&r), gpu.upload(&own), gpu.upload(&offsets));
+            let (members, block_of) =
+                (bench.poisoned(blocks * EXPERTS / 32), bench.poisoned(tokens));
+            let args = coreset::Args {
+                r: (&r_in).into(),
+                own: rule.own_top(8).map(|_| (&own_in).into()),
+                offsets: (&offsets_in).into(),
+                marks: None,
+                members: (&members).into(),
+                block_of: (&block_of).into(),
+            };
+            let op = coreset::Coreset::new(ctx, EXPERTS, rule).unwrap();
+            let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
+            same(&bench.download(&members), &want.0, &format!("{what}: members"));
+            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of"));
+            step.into()
+        });
+    }
+}
+
+fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("sequence_top");
+    for (name, tokens, experts, top) in
+        [("T512 E64 K8", 512, 64, 8), ("T4096 E256 K8", 4096, 256, 8)]
+    {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
+            let gpu = &bench.gpu;
+            let r = fill(SCORES, tokens * experts, 1.0);
+            let (r_in, offsets) = (gpu.upload(&r), gpu.upload(&[0, tokens]));
+            let assigned = bench.poisoned(experts * columns(tokens));
+            let args = sequence_top::Args {
+                r: (&r_in).into(),
+                offsets: (&offsets).into(),
+                assigned: (&assigned).into(),
+            };
+            let dims = sequence_top::Dims { tokens, experts, sequences: 1, top };
+            let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
+            same(&bench.download(&assigned), &want, what);
+            step.into()
+        });
+    }
+}
+
+fn bench_capacity(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("capacity");
+    let sequences = 64;
+    let throughput = Throughput::Elements(sequences.into());
+    bench.case(&mut group, "EC-DLM 64 sequences", &bench.contexts, throughput, |ctx, what| {
+        let gpu = &bench.gpu;
+        let (tokens, experts) = (sequences * 512, 512);
+        let schedule = Schedule::new(ScheduleKind::CosineReverse, 8, 32);
+        let ratios: Vec<f32> = fill(SCORES, sequences, 1.0).iter().map(|v| v + 0.5).collect();
+        let offsets: Vec<u32> = (0..=sequences).map(|b| b * 512).collect();
+        let steps = schedule.steps().unwrap().upload(&gpu.device).unwrap();
+        let (ratios_in, offsets_in) = (gpu.upload(&ratios), gpu.upload(&offsets));
+        let [capacity_of, k_of] = [(); 2].map(|()| bench.poisoned(sequences));
+        let args = capacity::Args {
+            source: capacity::Source::Ratios {
+                ratios: (&ratios_in).into(),
+                steps: (&steps).into(),
+            },
+            offsets: (&offsets_in).into(),
+            lengths: None,
+            capacity_of: (&capacity_of).into(),
+            k_of: (&k_of).into(),
+        };
+        let dims = capacity::Dims { tokens, experts, sequences };
+        let step = capacity::Capacity::new(ctx).unwrap().bind(dims, args).unwrap();
+        gpu.run(&step).unwrap();
+        let source = capacity::HostSource::Ratios(&schedule, &ratios);
+        let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
+        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of"));
+        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of"));
+        step.into()
+    });
+}
+
+fn bench_assign(bench: &Bench, c: &mut Criterion) {
+    const TOP: u32 = 8;
+    let mut group = c.benchmark_group("assign");
+    for (name, tokens, experts) in [("T32 E256 K8", 32, 256), ("T4096 E256 K8", 4096u32, 256u32)] {
+        let throughput = Throughput::Elements(u64::from(tokens * TOP));
+        bench.case(&mut group, name, &bench.contexts[..1], throughput, |ctx, what| {
+            let gpu = &bench.gpu;
+            // Some ids are out of range, some repeated.
+            let ids: Vec<u32> = (0..tokens * TOP).map(|i| mix(INDEX, i) % (experts + 4)).collect();
+            let weights = fill(SCORES, tokens * TOP, 1.0);
+            let (ids_in, weights_in) = (gpu.upload(&ids), gpu.upload(&weights));
+            let assigned = bench.poisoned(experts * columns(tokens));
+            let gates = gpu.upload(&vec![0f32; (tokens * experts) as usize]);
+            let ignored = bench.poisoned(columns(tokens));
+            let args = assign::Args {
+                ids: (&ids_in).into(),
+                weights: (&weights_in).into(),
+                assigned: (&assigned).into(),
+                gates: (&gates).into(),
+                ignored: (&ignored).into(),
+            };
+            let dims = assign::Dims { tokens, experts, top: TOP };
+            let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"));
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates"));
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored"));
+            step.into()
+        });
+    }
+}
+
+/// A plan on the device, its three kernels, and what it holds.
+struct Planned {
+    shape: PlanShape,
+    plan: wgpu::Buffer,
+    step: Step,
+    host: HostPlan,
+}
+
+/// Makes the plan of an assignment, gates from logits; compared whole.
+fn plan(
+    bench: &Bench,
+    ctx: &Context,
+    [tokens, experts]: [u32; 2],
+    logits: &[f32],
+    assigned: &[u32],
+    what: &str,
+) -> Planned {
+    let gpu = &bench.gpu;
+    let slots: u32 = assigned.iter().map(|w| w.count_ones()).sum();
+    let shape = PlanShape {
+        tokens,
+        experts,
+        shared_experts: 0,
+        routed_slots: slots,
+        tile_rows: tile_rows(ctx),
+        skinny_rows: SKINNY_ROWS,
+    };
+    let (assigned_in, logits_in) = (gpu.upload(assigned), gpu.upload(logits));
+    let gates = gpu.upload(&vec![0f32; logits.len()]);
+    let plan = bench.poisoned((shape.bytes().unwrap() / 4) as u32);
+    let stats = bench.poisoned(8 + experts);
+    let how = Gates {
+        rule: GateRule::Softmax,
+        source: (&logits_in).into(),
+        scale: 1.0,
+        scales: Scales { by_count: None, by_expert: None },
+        gates: (&gates).into(),
+    };
+    let count = plan_count::Args {
+        assigned: (&assigned_in).into(),
+        gates: Some(how),
+        plan: (&plan).into(),
+    };
+    let scan = plan_scan::Args {
+        losses: None,
+        offsets: None,
+        plan: (&plan).into(),
+        stats: (&stats).into(),
+    };
+    let fill = plan_fill::Args {
+        assigned: (&assigned_in).into(),
+        gates: (&gates).into(),
+        plan: (&plan).into(),
+    };
+    let step = PlanCount::new(ctx).unwrap().bind(&shape, count).unwrap();
+    let step = step.then(PlanScan::new(ctx).unwrap().bind(&shape, scan).unwrap());
+    let step = step.then(PlanFill::new(ctx).unwrap().bind(&shape, fill).unwrap());
+    gpu.run(&step).unwrap();
+    let got: Vec<f32> = bench.download(&gates);
+    let e = experts as usize;
+    let want = plan_count::cpu(
+        assigned,
+        logits,
+        e,
+        GateRule::Softmax,
+        1.0,
+        Scales { by_count: None, by_expert: None },
+    );
+    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates"));
+    let host = HostPlan::from_words(&shape, &bench.download::<u32>(&plan)).unwrap();
+    assert!(host == HostPlan::cpu(&shape, assigned, &got), "{what}: the plan differs");
+    let stats = Stats::from_words(&bench.download::<u32>(&stats)).unwrap();
+    assert_eq!((stats.slots, stats.ignored), (slots, 0), "{what}: statistics");
+    Planned { shape, plan, step, host }
+}
+
+fn bench_plan(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("plan");
+    for (name, tokens, experts) in
+        [("T32 E256 K8", 32, 256), ("T512 E64 K8", 512, 64), ("T4096 E256 K8", 4096, 256)]
+    {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
+            let (logits, assigned) = chosen(tokens, experts, 8);
+            plan(bench, ctx, [tokens, experts], &logits, &assigned, what).step.into()
+        });
+    }
+}
+
+fn bench_gather(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("gather");
+    for (name, rows, hidden) in
+        [("OP3 4096 rows of 2048", 4096u32, 2048u32), ("600000 rows of 16", 600_000, 16)]
+    {
+        let bytes = Throughput::BytesDecimal(2 * 4 * u64::from(rows) * u64::from(hidden));
+        bench.case(&mut group, name, &bench.contexts[..1], bytes, |ctx, what| {
+            let gpu = &bench.gpu;
+            let x = fill(TABLE, rows * hidden, 1.0);
+            let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
+            let (x_in, token_of_in) = (gpu.upload(&x), gpu.upload(&token_of));
+            let out = bench.poisoned(rows * hidden);
+            let args = gather::Args {
+                x: (&x_in).into(),
+                token_of: (&token_of_in).into(),
+                out: (&out).into(),
+            };
+            let dims = gather::Dims { tokens: rows, slots: rows, hidden };
+            let step = gather::Gather::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            same(&bench.download(&out), &gather::cpu(&x, hidden as usize, &token_of), what);
+            step.into()
+        });
+    }
+}
+
+/// OP2: 32 experts of [2048, 512], 64 slots each, through a plan in which each token has one expert.
+fn bench_matmul(bench: &Bench, c: &mut Criterion) {
+    const EXPERTS: u32 = 32;
+    const ROWS: u32 = 64;
+    const DEPTH: u32 = 2048;
+    const COLUMNS: u32 = 512;
+    let mut group = c.benchmark_group("matmul");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    for (name, weight_type) in
+        [("OP2 32x[64,2048]x[2048,512] f32", WeightType::F32), ("OP2 bf16", WeightType::Bf16)]
+    {
+        let flops = 2 * u64::from(EXPERTS * ROWS) * u64::from(DEPTH * COLUMNS);
+        bench.case(&mut group, name, bench.best(), Throughput::Elements(flops), |ctx, what| {
+            let gpu = &bench.gpu;
+            let tokens = EXPERTS * ROWS;
+            let mut assigned = bits::empty(tokens as usize, EXPERTS as usize);
+            for t in 0..tokens as usize {
+                bits::set(&mut assigned, tokens as usize, t / ROWS as usize, t);
+            }
+            let logits = fill(SCORES, tokens * EXPERTS, 1.0);
+            let planned = plan(bench, ctx, [tokens, EXPERTS], &logits, &assigned, what);
+            let (x, w) = (fill(X, tokens * DEPTH, 1.0), fill(GATE, EXPERTS * COLUMNS * DEPTH, 1.0));
+            let shape =
+                ExpertShape { experts: EXPERTS, hidden: COLUMNS, intermediate: DEPTH, weight_type };
+            let weights = ExpertWeights::new(ctx, shape, None).unwrap();
+            for (e, w) in (0..).zip(w.chunks_exact((COLUMNS * DEPTH) as usize)) {
+                weights.write(&gpu.queue, e, Projection::Down, HostWeights::F32(w)).unwrap();
+            }
+            let (x_in, out) = (gpu.upload(&x), bench.poisoned(tokens * COLUMNS));
+            let op = GroupedMatmul::new(ctx, &shape, Stage::Down, Class::Tile).unwrap();
+            let step = (0..weights.page_counts()[1])
+                .map(|page| {
+                    op.bind(wgmoe::ops::matmul::Args {
+                        x: (&x_in).into(),
+                        shape: &planned.shape,
+                        plan: (&planned.plan).into(),
+                        weights: &weights,
+                        page,
+                        out: (&out).into(),
+                        slots: 0..tokens,
+                        columns: 0..COLUMNS,
+                        x_slot: 0,
+                        out_slot: 0,
+                    })
+                    .unwrap()
+                })
+                .fold(Step::default(), Step::then);
+            gpu.run(&step).unwrap();
+            let got: Vec<f32> = bench.download(&out);
+            for slot in (0..tokens as usize).step_by(131) {
+                let first = slot / ROWS as usize * (COLUMNS * DEPTH) as usize;
+                let row = &x[slot * DEPTH as usize..][..DEPTH as usize];
+                let weight = |i: usize| round(w[first + i], weight_type);
+                let want: Vec<f32> =
+                    cpu_row(row, &weight, COLUMNS as usize).into_iter().map(|v| v as f32).collect();
+                let got = &got[slot * COLUMNS as usize..][..COLUMNS as usize];
+                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}"));
+            }
+            assert!(got.iter().all(|v| v.is_finite()), "{what}: not finite");
+            step.into()
+        });
+    }
+}
+
+fn bench_combine(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("combine");
+    for (name, tokens, experts, hidden) in [
+        ("LLaDA2 T32 K8 D2048", 32, 256, 2048),
+        ("W2 T512 K8 D512", 512, 64, 512),
+        ("T4096 K8 D512", 4096u32, 64, 512u32),
+    ] {
+        let bytes = 4 * u64::from(tokens) * u64::from(hidden) * (8 + 1);
+        let best = &bench.contexts[..1];
+        bench.case(&mut group, name, best, Throughput::BytesDecimal(bytes), |ctx, what| {
+            let gpu = &bench.gpu;
+            let (logits, assigned) = chosen(tokens, experts, 8);
+            let planned = plan(bench, ctx, [tokens, experts], &logits, &assigned, what);
+            let y = fill(TABLE, planned.shape.slots().unwrap() * hidden, 1.0);
+            let (y_in, out) = (gpu.upload(&y), bench.poisoned(tokens * hidden));
+            let args = combine::Args {
+                y: (&y_in).into(),
+                plan: (&planned.plan).into(),
+                out: (&out).into(),
+                columns: 0..hidden,
+                hidden,
+                add: false,
+            };
+            let step = combine::Combine::new(ctx).unwrap().bind(&planned.shape, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = combine::cpu(&planned.host, &y, hidden as usize, None);
+            close(&bench.download(&out), &want, 1e-6, 1e-5, what);
+            step.into()
+        });
+    }
+}
+
+fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("expert_union");
+    for (name, tokens, experts) in
+        [("one block T32 E256", 32, 256), ("128 blocks T4096 E256", 4096u32, 256u32)]
+    {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
+            let gpu = &bench.gpu;
+            let (_, assigned) = chosen(tokens, experts, 8);
+            let blocks = tokens / 32;
+            let offsets: Vec<u32> = (0..=blocks).map(|b| b * 32).collect();
+            let expert_bytes = 6 << 20;
+            let (assigned_in, offsets_in) = (gpu.upload(&assigned), gpu.upload(&offsets));
+            let members = bench.poisoned(blocks * experts.div_ceil(32));
+            let (counts, bytes) = (bench.poisoned(blocks), bench.poisoned(blocks * 2));
+            let args = expert_union::Args {
+                assigned: (&assigned_in).into(),
+                offsets: (&offsets_in).into(),
+                members: (&members).into(),
+                counts: (&counts).into(),
+                bytes: (&bytes).into(),
+            };
+            let dims = expert_union::Dims { tokens, experts, blocks, expert_bytes };
+            let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let (t, e) = (tokens as usize, experts as usize);
+            let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);
+            same(&bench.download(&members), &want.0, &format!("{what}: members"));
+            same(&bench.download(&counts), &want.1, &format!("{what}: counts"));
+            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes"));
+            step.into()
+        });
+    }
+}
+
+fn bench_layer(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("layer");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    let gpu = &bench.gpu;
+    for (name, work, weight_type, slots) in [
+        ("W1 f32", Work::w1(), WeightType::F32, 32 * 8),
+        ("W1 bf16", Work::w1(), WeightType::Bf16, 32 * 8),
+        ("W2 f32", Work::w2(), WeightType::F32, 64 * 64),
+    ] {
+        let flops = Throughput::Elements(work.flops(slots));
+        bench.case(&mut group, name, bench.best(), flops, |ctx, what| {
+            let layer = work.layer(gpu, ctx, weight_type);
+            Ready::Layer(Box::new(work.bind(gpu, &layer, what)))
+        });
+    }
+
+    // A block of LLaDA2.0-mini under each rule, over the same weights.
+    let experts = if std::env::var_os("WGMOE_BENCH_FULL").is_some() { 256 } else { 64 };
+    let work = Work::block(experts);
+    let Routing::TokenChoice(original) = work.settings.routing else { unreachable!() };
+    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..original });
+    let TokenChoice { score, gate, top, scale, .. } = original;
+    let of_256 = |n: u32| n * experts / 256;
+    let rules = [
+        ("original", Routing::TokenChoice(original)),
+        ("mass(0.6, 8)", block(BlockRule::Mass { p: 0.6, floor: 8 })),
+        (&format!("capacity({})", of_256(48)), block(BlockRule::Capacity(of_256(48)))),
+        (&format!("vote({})", of_256(38)), block(BlockRule::Vote(of_256(38)))),
+        ("union(2)", block(BlockRule::Union(2))),
+        ("sequence_top", Routing::SequenceTop(SequenceTop { score, gate, top, scale })),
+        (
+            "expert_choice",
+            Routing::ExpertChoice(ExpertChoice {
+                score,
+                normalise: Normalise::AfterSelection,
+                scope: Scope::Batch,
+                experts_per_token: top,
+                max_experts_per_token: top,
+            }),
+        ),
+    ];
+    for (variant, ctx) in bench.best() {
+        let contexts = [(variant.clone(), ctx.clone())];
+        let layer: OnceCell<MoeLayer> = OnceCell::new();
+        for (rule, routing) in rules {
+            let name = format!("LLaDA2-mini block of 32, {experts} experts bf16, {rule}");
+            let tokens = Throughput::Elements(work.tokens.into());
+            bench.case(&mut group, &name, &contexts, tokens, |ctx, what| {
+                let layer = layer.get_or_init(|| work.layer(gpu, ctx, WeightType::Bf16));
+                let layer = layer.with_routing(routing).unwrap();
+                Ready::Layer(Box::new(work.bind(gpu, &layer, what)))
+            });
+        }
+    }
+}
+
+fn all(c: &mut Criterion) {
+    let Some(bench) = Bench::open() else { return };
+    bench_scores(&bench, c);
+    bench_expert_choice(&bench, c);
+    bench_token_choice(&bench, c);
+    bench_coreset(&bench, c);
+    bench_sequence_top(&bench, c);
+    bench_capacity(&bench, c);
+    bench_assign(&bench, c);
+    bench_plan(&bench, c);
+    bench_gather(&bench, c);
+    bench_matmul(&bench, c);
+    bench_combine(&bench, c);
+    bench_expert_union(&bench, c);
+    bench_layer(&bench, c);
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .nresamples(2000);
+    targets = all
+}
+criterion_main!(benches);

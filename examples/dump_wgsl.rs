@@ -16,10 +16,10 @@ fn write_all(dir: &Path) -> std::io::Result<usize> {
     let mut written: HashMap<String, String> = HashMap::new();
     for spec in SPECS {
         for prelude in (spec.variants)() {
-            for shared in [false, true] {
+            for shared in [0, u32::MAX] {
                 let prelude = Prelude { shared, ..prelude.clone() };
                 let source = spec.source(&prelude);
-                let shared = if shared { ".shared" } else { "" };
+                let shared = if shared != 0 { ".shared" } else { "" };
                 let name = format!("{}.{}{shared}", spec.name, file_part(&prelude.label));
                 // Labels may be alike, also on file systems that do not tell case; the text decides.
                 let mut unique = name.clone();

@@ -1,9 +1,9 @@
 // out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
-// out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)          (GATED)
+// out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
 // for 1 to TILE_ROWS (8 or 4) slots of one expert: weights are read once, 16 bytes a load, and are what it costs.
 //
-//   x        [rows, K] f32; row(s) = token_of[slot] (GATHER) or s
-//   plan     u32: offsets, token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
+//   x        [rows, K] f32; row(s) = token_of[s] (GATHER) or s
+//   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 2 * COLUMNS, GATED COLUMNS.
@@ -19,13 +19,17 @@ const STEP_DEPTH: u32 = STEP_CHUNKS * WEIGHT_LANES;
 // the load of x: with one, the weights waited behind it.
 const X_ROWS: u32 = WG * 4u / STEP_DEPTH;
 const_assert X_ROWS >= TILE_ROWS;                       // so COLUMNS >= TILE_ROWS * WEIGHT_LANES
-const X_TILE: u32 = STEP_DEPTH * X_ROWS;
-const SUMS: u32 = WG * TILE_ROWS;                       // two columns a lane, half of the parts
+const RUN_FOURS: u32 = RUN * WEIGHT_LANES / 4u;         // fours of k in a run
 
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;
 
-// Two tiles of x, [k][row], in turn: one barrier a step. At the end the sums of the parts.
-var<workgroup> values: array<f32, max(2u * X_TILE, SUMS)>;
+// Two tiles of x in turn (one barrier a step), [tile][part][k / 4][k % 4][row / 4][row % 4]. Dimensions of their own,
+// because an index that is constant once inlined needs no bounds check and folds into the load's offset: with one flat
+// array wgpu's and browsers' checks took half of the instructions. Not array<vec4>: to WGSL, lanes that store
+// different components of one vector race.
+var<workgroup> x_tile: array<array<array<array<array<array<f32, 4>, X_ROWS / 4u>, 4>, RUN_FOURS>, SPLIT>, 2>;
+// Sums that half of the parts hand to the other half: two vectors a lane.
+var<workgroup> handed: array<array<vec4<f32>, 2>, WG / 2u>;
 
 struct Run {
     w0: vec4<u32>,
@@ -58,62 +62,76 @@ fn load_run_tail(up: bool, base: u32, chunk: u32, left: u32) -> Run {
     return run;
 }
 
-fn put_x(at: u32, v: vec4<f32>) {
-    values[at] = v.x;
-    values[at + X_ROWS] = v.y;
-    values[at + 2u * X_ROWS] = v.z;
-    values[at + 3u * X_ROWS] = v.w;
+fn put_x(tile: u32, four: u32, row: u32, v: vec4<f32>) {
+    let part = four / RUN_FOURS;
+    let k4 = four % RUN_FOURS;
+    x_tile[tile][part][k4][0][row / 4u][row % 4u] = v.x;
+    x_tile[tile][part][k4][1][row / 4u][row % 4u] = v.y;
+    x_tile[tile][part][k4][2][row / 4u][row % 4u] = v.z;
+    x_tile[tile][part][k4][3][row / 4u][row % 4u] = v.w;
 }
 
-// Four rows at one k; compilers make one 16-byte read of them.
-fn x_four(at: u32) -> vec4<f32> {
-    return vec4<f32>(values[at], values[at + 1u], values[at + 2u], values[at + 3u]);
+// Rows 0 to 3 (half 0) or 4 to 7 at one k; compilers make one 16-byte read of them.
+fn x_four(tile: u32, part: u32, k4: u32, j: u32, half: u32) -> vec4<f32> {
+    return vec4<f32>(
+        x_tile[tile][part][k4][j][half][0], x_tile[tile][part][k4][j][half][1],
+        x_tile[tile][part][k4][j][half][2], x_tile[tile][part][k4][j][half][3],
+    );
 }
 
-fn add_one(sums: Sums, at: u32, left: f32, right: f32) -> Sums {
-    let top = x_four(at);
+fn add_one(sums: Sums, tile: u32, part: u32, k4: u32, j: u32, left: f32, right: f32) -> Sums {
+    let top = x_four(tile, part, k4, j, 0u);
     var next = sums;
     next.top_left = fma(top, vec4<f32>(left), sums.top_left);
     next.top_right = fma(top, vec4<f32>(right), sums.top_right);
     if TILE_ROWS > 4u {
-        let bottom = x_four(at + 4u);
+        let bottom = x_four(tile, part, k4, j, 1u);
         next.bottom_left = fma(bottom, vec4<f32>(left), sums.bottom_left);
         next.bottom_right = fma(bottom, vec4<f32>(right), sums.bottom_right);
     }
     return next;
 }
 
-fn add_four(sums: Sums, at: u32, left: vec4<f32>, right: vec4<f32>) -> Sums {
-    var next = add_one(sums, at, left.x, right.x);
-    next = add_one(next, at + X_ROWS, left.y, right.y);
-    next = add_one(next, at + 2u * X_ROWS, left.z, right.z);
-    return add_one(next, at + 3u * X_ROWS, left.w, right.w);
+fn add_four(sums: Sums, tile: u32, part: u32, k4: u32, left: vec4<f32>, right: vec4<f32>) -> Sums {
+    var next = add_one(sums, tile, part, k4, 0u, left.x, right.x);
+    next = add_one(next, tile, part, k4, 1u, left.y, right.y);
+    next = add_one(next, tile, part, k4, 2u, left.z, right.z);
+    return add_one(next, tile, part, k4, 3u, left.w, right.w);
 }
 
-fn add_vector(sums: Sums, at: u32, left: vec4<u32>, right: vec4<u32>) -> Sums {
-    var next = add_four(sums, at, unpack_low(left), unpack_low(right));
-    if WEIGHT_LANES > 4u {
-        next = add_four(next, at + 4u * X_ROWS, unpack_high(left), unpack_high(right));
+// Vector `index` of a run.
+fn add_vector(sums: Sums, tile: u32, part: u32, index: u32, left: vec4<u32>, right: vec4<u32>) -> Sums {
+    const FOURS = WEIGHT_LANES / 4u;
+    var next = add_four(sums, tile, part, index * FOURS, unpack_low(left), unpack_low(right));
+    if FOURS > 1u {
+        next = add_four(next, tile, part, index * FOURS + 1u, unpack_high(left), unpack_high(right));
     }
     return next;
 }
 
-fn add_run(sums: Sums, at: u32, left: Run, right: Run) -> Sums {
-    var next = add_vector(sums, at, left.w0, right.w0);
-    next = add_vector(next, at + WEIGHT_LANES * X_ROWS, left.w1, right.w1);
-    next = add_vector(next, at + 2u * WEIGHT_LANES * X_ROWS, left.w2, right.w2);
-    return add_vector(next, at + 3u * WEIGHT_LANES * X_ROWS, left.w3, right.w3);
+fn add_run(sums: Sums, tile: u32, part: u32, left: Run, right: Run) -> Sums {
+    var next = add_vector(sums, tile, part, 0u, left.w0, right.w0);
+    next = add_vector(next, tile, part, 1u, left.w1, right.w1);
+    next = add_vector(next, tile, part, 2u, left.w2, right.w2);
+    return add_vector(next, tile, part, 3u, left.w3, right.w3);
 }
 
-fn put_sum(at: u32, plane: u32, v: vec4<f32>) {
-    values[at] = v.x;
-    values[at + plane] = v.y;
-    values[at + 2u * plane] = v.z;
-    values[at + 3u * plane] = v.w;
-}
-
-fn get_sum(at: u32, plane: u32) -> vec4<f32> {
-    return vec4<f32>(values[at], values[at + plane], values[at + 2u * plane], values[at + 3u * plane]);
+// The sum over the parts of two vectors, in pairs, halving, always in this order; right in part 0.
+fn sum_parts(lane: u32, mine: array<vec4<f32>, 2>) -> array<vec4<f32>, 2> {
+    var sum = mine;
+    for (var count = WG / 2u; count >= COLUMNS; count /= 2u) {
+        workgroupBarrier();
+        if lane >= count && lane < 2u * count {
+            handed[lane - count][0] = sum[0];
+            handed[lane - count][1] = sum[1];
+        }
+        workgroupBarrier();
+        if lane < count {
+            sum[0] += handed[lane][0];
+            sum[1] += handed[lane][1];
+        }
+    }
+    return sum;
 }
 
 fn store_rows(tile: Tile, row: u32, column: u32, v: vec4<f32>) {
@@ -136,8 +154,11 @@ fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) 
 }
 
 @compute @workgroup_size(WG)
-fn matmul_skinny(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>) {
+fn matmul_skinny(
+    @builtin(local_invocation_index) lane: u32,
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+) {
     let across = (params.column_end - params.column_begin + OUT_COLUMNS - 1u) / OUT_COLUMNS;
     let id = flat(group, groups);
     let tile = tile_at(id / across);
@@ -149,10 +170,9 @@ fn matmul_skinny(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_
 
     // What this lane brings of x: four values of one row. Rows first along lanes: k first put 32 lanes on one bank.
     let row = lane % X_ROWS;
-    let k = lane / X_ROWS * 4u;
+    let four = lane / X_ROWS;
+    let k = four * 4u;
     let x_row = x_base(x_row_of(tile.first + min(row, tile.rows - 1u)));
-    let x_put = k * X_ROWS + row;
-    let x_get = part * (RUN * WEIGHT_LANES * X_ROWS);
 
     let last_column = params.columns - 1u;
     let left_at = weight_base(tile.expert, min(column, last_column));
@@ -167,51 +187,30 @@ fn matmul_skinny(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_
         let count = select(0u, chunks - chunk, chunk < chunks);
         let left = load_run_tail(false, left_at, chunk, count);
         let right = load_run_tail(GATED, right_at, chunk, count);
-        let at = steps % 2u * X_TILE;
-        put_x(at + x_put, load_x_tail(x_row, steps * STEP_DEPTH + k));
+        put_x(steps % 2u, four, row, load_x_tail(x_row, steps * STEP_DEPTH + k));
         workgroupBarrier();
-        sums = add_run(sums, at + x_get, left, right);
+        sums = add_run(sums, steps % 2u, part, left, right);
     }
     for (var i = steps; i > 0u; i--) {
         let step = i - 1u;
         let chunk = step * STEP_CHUNKS + part * RUN;
-        let at = step % 2u * X_TILE;
         // x first: loads return in order, and x must be there before the barrier, the weights only after it.
         let brought = load_x(x_row, step * STEP_DEPTH + k);
         let left = load_run(false, left_at, chunk);
         let right = load_run(GATED, right_at, chunk);
-        put_x(at + x_put, brought);
+        put_x(step % 2u, four, row, brought);
         workgroupBarrier();
-        sums = add_run(sums, at + x_get, left, right);
+        sums = add_run(sums, step % 2u, part, left, right);
     }
 
-    // The parts are added in pairs, halving, always in this order.
-    for (var half = SPLIT / 2u; half > 0u; half /= 2u) {
-        let plane = half * COLUMNS;
-        workgroupBarrier();
-        if part >= half && part < 2u * half {
-            let at = lane - plane;
-            put_sum(at, plane, sums.top_left);
-            put_sum(at + 4u * plane, plane, sums.top_right);
-            if TILE_ROWS > 4u {
-                put_sum(at + 8u * plane, plane, sums.bottom_left);
-                put_sum(at + 12u * plane, plane, sums.bottom_right);
-            }
-        }
-        workgroupBarrier();
-        if part < half {
-            sums.top_left += get_sum(lane, plane);
-            sums.top_right += get_sum(lane + 4u * plane, plane);
-            if TILE_ROWS > 4u {
-                sums.bottom_left += get_sum(lane + 8u * plane, plane);
-                sums.bottom_right += get_sum(lane + 12u * plane, plane);
-            }
-        }
-    }
+    let top = sum_parts(lane, array<vec4<f32>, 2>(sums.top_left, sums.top_right));
     if part == 0u {
-        finish(tile, 0u, column, sums.top_left, sums.top_right);
-        if TILE_ROWS > 4u {
-            finish(tile, 4u, column, sums.bottom_left, sums.bottom_right);
+        finish(tile, 0u, column, top[0], top[1]);
+    }
+    if TILE_ROWS > 4u {
+        let bottom = sum_parts(lane, array<vec4<f32>, 2>(sums.bottom_left, sums.bottom_right));
+        if part == 0u {
+            finish(tile, 4u, column, bottom[0], bottom[1]);
         }
     }
 }

@@ -1,4 +1,5 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
+use crate::layer::LayerStep;
 use crate::{Error, Result, Step};
 use wgpu::util::DeviceExt;
 
@@ -31,13 +32,17 @@ impl Gpu {
     /// [`Error::NoGpu`] if there is no such adapter or it refuses the device.
     pub async fn open(adapter: Option<&str>) -> Result<Self> {
         let none = |e: &dyn std::fmt::Display| Error::NoGpu(e.to_string());
-        let adapter = match adapter {
+        // wgpu's own reading of `WGPU_ADAPTER_NAME` panics where no adapter has the name.
+        let named = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|n| !n.is_empty());
+        let adapter = match adapter.or(named.as_deref()) {
             None => {
                 let descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+                let options = wgpu::RequestAdapterOptions {
+                    power_preference: wgpu::PowerPreference::from_env().unwrap_or_default(),
+                    ..Default::default()
+                };
                 let instance = wgpu::Instance::new(descriptor);
-                wgpu::util::initialize_adapter_from_env_or_default(&instance, None)
-                    .await
-                    .map_err(|e| none(&e))?
+                instance.request_adapter(&options).await.map_err(|e| none(&e))?
             }
             Some(want) => {
                 let all = Self::adapters().await;
@@ -106,6 +111,20 @@ impl Gpu {
         self.wait()
     }
 
+    /// Records a layer's step, submits it, and waits.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::run`].
+    pub fn run_layer(&self, step: &LayerStep) -> Result<()> {
+        crate::kernel::scoped(&self.device, || {
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            step.record(&mut encoder);
+            self.queue.submit([encoder.finish()]);
+        })?;
+        self.wait()
+    }
+
     /// Waits for all submitted work.
     ///
     /// # Errors
@@ -117,22 +136,26 @@ impl Gpu {
         crate::kernel::alive(&self.device)
     }
 
-    /// Copies `buffer` back. Waits for the GPU.
+    /// Copies a buffer, or a range of one, back. Waits for the GPU.
     ///
     /// # Errors
     ///
     /// [`Error::ReadBack`] if mapping fails, [`Error::Device`] if the copy is refused.
-    pub fn download<T: bytemuck::Pod>(&self, buffer: &wgpu::Buffer) -> Result<Vec<T>> {
+    pub fn download<'a, T: bytemuck::Pod>(
+        &self,
+        slice: impl Into<crate::Slice<'a>>,
+    ) -> Result<Vec<T>> {
+        let crate::Slice { buffer, offset, size } = slice.into();
         crate::kernel::alive(&self.device)?;
         let staging = crate::kernel::scoped(&self.device, || {
             let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("download"),
-                size: buffer.size(),
+                size,
                 usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
                 mapped_at_creation: false,
             });
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
+            encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, size);
             self.queue.submit([encoder.finish()]);
             staging
         })?;

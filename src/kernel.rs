@@ -37,6 +37,13 @@ pub struct Binding {
     pub uniform: bool,
 }
 
+impl Binding {
+    /// Whether the binding at this place, which is only read, is declared `read_write` all the same.
+    fn is_shared(&self, prelude: &Prelude, place: u32) -> bool {
+        !self.written && !self.uniform && prelude.shared >> place & 1 == 1
+    }
+}
+
 /// A binding that is read.
 pub(crate) const fn read(name: &'static str, item: u64) -> Binding {
     Binding { name, written: false, item, uniform: false }
@@ -62,8 +69,9 @@ pub struct Prelude {
     pub features: wgpu::Features,
     /// The text.
     pub text: String,
-    /// Whether the bindings are declared `read_write`, for slices that share a buffer.
-    pub shared: bool,
+    /// Bit set of the bindings (bit 0 is binding 1) that are declared `read_write` though they are only read, because their
+    /// slice shares a buffer with one that is written. Those that are written, and [`Binding::uniform`] ones, take no notice.
+    pub shared: u32,
 }
 
 impl Prelude {
@@ -103,15 +111,14 @@ impl Spec {
             "{enable}// {}, variant: {}\n{}\n{}",
             self.name, prelude.label, prelude.text, self.body
         );
-        if !prelude.shared {
-            return source;
-        }
-        self.bindings.iter().filter(|b| !b.uniform).fold(source, |source, b| {
-            source.replace(
-                &format!("var<storage, read> {}:", b.name),
-                &format!("var<storage, read_write> {}:", b.name),
-            )
-        })
+        (0..).zip(self.bindings).filter(|&(i, b)| b.is_shared(prelude, i)).fold(
+            source,
+            |source, (_, b)| {
+                let [read, write] = ["read", "read_write"]
+                    .map(|access| format!("var<storage, {access}> {}:", b.name));
+                source.replace(&read, &write)
+            },
+        )
     }
 }
 
@@ -385,7 +392,7 @@ impl Kernel {
         };
         let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
         for (i, b) in (1..).zip(spec.bindings) {
-            let read_only = !b.written && (b.uniform || !prelude.shared);
+            let read_only = !b.written && !b.is_shared(prelude, i - 1);
             entries.push(entry(i, wgpu::BufferBindingType::Storage { read_only }));
         }
         let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
@@ -426,7 +433,7 @@ impl Kernel {
     ) -> Result<Dispatch> {
         assert_eq!(slices.len(), self.spec.bindings.len(), "{}: bindings", self.spec.name);
         let shared = check(ctx, self.spec, slices)?;
-        if shared && !self.prelude.shared {
+        if shared != self.prelude.shared {
             let prelude = Prelude { shared, ..self.prelude.clone() };
             return ctx.kernel(self.spec, prelude)?.dispatch(ctx, params, slices, groups);
         }
@@ -452,12 +459,12 @@ impl Kernel {
                 entries: &entries,
             }))
         })??;
-        Ok(Dispatch { kernel: self.clone(), bind_group, groups })
+        Ok(Dispatch { kernel: self.clone(), bind_group, groups, stage: None })
     }
 }
 
-/// Checks of slices that hold for every kernel; true where two of them share a buffer and one is written.
-fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<bool> {
+/// Checks of slices that hold for every kernel; the bindings of [`Prelude::shared`].
+fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<u32> {
     let alignment = u64::from(ctx.limits().min_storage_buffer_offset_alignment);
     for (b, s) in spec.bindings.iter().zip(slices) {
         let name = b.name;
@@ -477,7 +484,7 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<bool> {
         }
         ctx.within(name, s.size)?;
     }
-    let mut shared = false;
+    let mut shared = 0;
     for (i, (a, s)) in spec.bindings.iter().zip(slices).enumerate() {
         for (j, (b, t)) in spec.bindings.iter().zip(slices).enumerate() {
             if a.written && i != j {
@@ -489,7 +496,9 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<bool> {
                         format!("must not lie in the buffer of `{}`, which is written", a.name);
                     return Err(Error::invalid(b.name, reason));
                 }
-                shared |= s.buffer == t.buffer;
+                if s.buffer == t.buffer && !b.written {
+                    shared |= 1 << j;
+                }
             }
         }
     }
@@ -516,12 +525,22 @@ pub struct Dispatch {
     kernel: Arc<Kernel>,
     bind_group: wgpu::BindGroup,
     groups: [u32; 3],
+    stage: Option<&'static str>,
 }
 
 impl Dispatch {
     /// Name of the kernel.
     pub fn name(&self) -> &'static str {
         self.kernel.spec.name
+    }
+
+    /// What it computes, where several parts of a layer use one kernel: `logits`, `gate_up`, `down`.
+    pub fn stage(&self) -> Option<&'static str> {
+        self.stage
+    }
+
+    pub(crate) fn of_stage(self, stage: &'static str) -> Self {
+        Self { stage: Some(stage), ..self }
     }
 
     /// Records it.

@@ -270,7 +270,7 @@ impl MoeLayer {
         }
         let routing = settings.routing;
         // Logits that are chosen by and weighed with as they are need no scores.
-        let plain = routing.from_logits()
+        let plain = routing.by_logits()
             && routing.gate() == plan_count::GateRule::Softmax
             && router.bias.is_none();
         let drop = matches!(routing, Routing::TokenChoice(rule) if rule.capacity_factor.is_some());
@@ -434,7 +434,7 @@ impl MoeLayer {
                 parts.push(scores.bind(
                     scores::Dims { tokens, experts },
                     routing.score(),
-                    routing.from_logits(),
+                    routing.by_logits(),
                     args,
                 )?);
                 (s, r)

@@ -10,6 +10,7 @@ pub mod model;
 pub mod ops;
 pub mod order;
 pub mod plan;
+pub mod profile;
 pub mod report;
 pub mod routing;
 pub mod scaling;

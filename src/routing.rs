@@ -155,7 +155,7 @@ impl Routing {
                 }
                 if let Some(Groups { count, top }) = rule.groups {
                     not_zero(&[("group count", count), ("group top", top)])?;
-                    if experts % count != 0 || count > MAX_GROUPS || top > count {
+                    if !experts.is_multiple_of(count) || count > MAX_GROUPS || top > count {
                         let reason = format!(
                             "{top} of {count} groups: they must divide {experts} experts and be at most {MAX_GROUPS}"
                         );
@@ -197,7 +197,7 @@ impl Routing {
     }
 
     /// Whether experts are chosen by logits rather than by scores.
-    pub(crate) fn from_logits(&self) -> bool {
+    pub(crate) fn by_logits(&self) -> bool {
         match self {
             Self::ExpertChoice(rule) => rule.normalise == Normalise::AfterSelection,
             Self::TokenChoice(TokenChoice { gate, .. })

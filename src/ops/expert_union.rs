@@ -149,7 +149,7 @@ impl ExpertUnion {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
         op.kernel(1, 1)?;
@@ -171,7 +171,7 @@ impl ExpertUnion {
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero or too many experts, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
         self.bind_with(dims, args, None)
     }

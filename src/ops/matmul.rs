@@ -89,6 +89,12 @@ impl Problem {
                 let quad_columns = depth_lanes != 1;
                 for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
                     for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
+                        // The activation is a piece of its own: once is enough.
+                        if activation == Some(Activation::Gelu)
+                            && (depth_lanes, weight_type) != (8, WeightType::Bf16)
+                        {
+                            continue;
+                        }
                         all.push(Self {
                             activation,
                             gather: activation.is_some(),
@@ -272,7 +278,7 @@ impl GroupedMatmul {
             weight_type: shape.weight_type,
             layout: Layout::Packed,
             depth_lanes: depth_lanes(depth),
-            quad_columns: columns % 4 == 0,
+            quad_columns: columns.is_multiple_of(4),
             class,
         };
         Ok(Self { ctx: ctx.clone(), stage, problem, kernel: problem.kernel(ctx)? })
@@ -369,7 +375,11 @@ impl GroupedMatmul {
         let groups = u64::from(bound)
             * u64::from((end - begin).div_ceil(self.problem.tile_columns(&self.ctx)));
         let slices = [args.x, args.plan, weights, up, args.out];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let stage = match self.stage {
+            Stage::GateUp(_) => "gate_up",
+            Stage::Down => "down",
+        };
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage(stage).into())
     }
 }
 
@@ -399,7 +409,7 @@ pub fn cpu_expert(
 }
 
 fn depth_lanes(depth: u32) -> u32 {
-    [8, 4].into_iter().find(|n| depth % n == 0).unwrap_or(1)
+    [8, 4].into_iter().find(|n| depth.is_multiple_of(*n)).unwrap_or(1)
 }
 
 /// Buffers of router logits.
@@ -440,7 +450,7 @@ impl Logits {
                 weight_type: WeightType::F32,
                 layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                 depth_lanes,
-                quad_columns: experts % 4 == 0,
+                quad_columns: experts.is_multiple_of(4),
                 class,
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
@@ -485,7 +495,7 @@ impl Logits {
         let columns = u64::from(experts.div_ceil(problem.tile_columns(&self.ctx)));
         let groups = columns * u64::from(tokens.div_ceil(rows));
         let slices = [args.x, self.ctx.nothing(), args.weights, args.weights, args.logits];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) fn tile_columns(problem: &Problem) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Problem) -> Prelude {
-    let aligned = problem.depth_lanes % 4 == 0 && problem.quad_columns;
+    let aligned = problem.depth_lanes.is_multiple_of(4) && problem.quad_columns;
     common(problem, Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS)).piece(
         if aligned {
             include_str!("../../shaders/lib/matmul/out_vec4.wgsl")
@@ -39,7 +39,7 @@ pub(crate) fn common(problem: &Problem, prelude: Prelude) -> Prelude {
         .piece(super::GRID)
         .piece(include_str!("../../shaders/lib/matmul/params.wgsl"))
         .piece(problem.tile_piece())
-        .piece(if problem.depth_lanes % 4 == 0 {
+        .piece(if problem.depth_lanes.is_multiple_of(4) {
             include_str!("../../shaders/lib/matmul/x_vec4.wgsl")
         } else {
             include_str!("../../shaders/lib/matmul/x_scalar.wgsl")

@@ -180,7 +180,7 @@ impl TokenChoice {
         }
         if let Some(Groups { count, top }) = groups {
             not_zero(&[("group count", count), ("group top", top)])?;
-            if experts % count != 0 || count > MAX_GROUPS {
+            if !experts.is_multiple_of(count) || count > MAX_GROUPS {
                 let reason = format!(
                     "{count} groups, must divide {experts} experts and be at most {MAX_GROUPS}"
                 );

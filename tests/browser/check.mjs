@@ -60,13 +60,18 @@ if (!paths.length) {
   process.exit(2);
 }
 
+// 64-bit integers are wgpu's own, not WebGPU's: kernels that use them are variants for native drivers alone.
+const native = paths.filter((path) => /\bu64\b/.test(readFileSync(path, 'utf8')));
+const checked = paths.filter((path) => !native.includes(path));
+
 let refused = 0;
-for (const path of paths) {
+for (const path of checked) {
   const errors = await errorsOf(readFileSync(path, 'utf8'));
   if (!errors.length) continue;
   refused++;
   console.log(`refused  ${path}`);
   for (const error of errors) console.log(`    ${error}`);
 }
-console.log(`${paths.length - refused} passed, ${refused} failed`);
+console.log(`${native.length} files with 64-bit integers left out`);
+console.log(`${checked.length - refused} passed, ${refused} failed`);
 process.exit(refused ? 1 : 0);

@@ -1,6 +1,7 @@
 //! What the reference implementations returned, on the CPU twins and on the GPU in every variant. Reads every
 //! `*.safetensors` of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names, and goes by each file's header: its
 //! `__metadata__.case` is JSON with a `kind`.
+use crate::golden_file::{self, Layer};
 use crate::{cases, common::*};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -99,8 +100,7 @@ impl File {
 
 /// Every golden file, by name.
 pub(crate) fn files() -> Vec<File> {
-    let folder = std::env::var_os("WGMOE_GOLDEN")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), PathBuf::from);
+    let folder = golden_file::folder();
     let entries =
         std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut paths: Vec<PathBuf> = entries
@@ -130,8 +130,9 @@ const KINDS: &[(&str, Check)] = &[
 pub(crate) struct Report {
     /// Choices that hang on values within a few ulp of each other and fell the other way.
     close_calls: usize,
-    /// Largest difference of a gate.
+    /// Largest difference of a gate, and of a layer's output.
     worst_gate: f32,
+    worst_output: f32,
 }
 
 #[test]
@@ -151,8 +152,8 @@ fn reference_outputs() {
     }
     uncovered.dedup();
     println!(
-        "{covered} files agree; {} choices at a boundary fell the other way; gates differ by {:e} at most",
-        report.close_calls, report.worst_gate
+        "{covered} files agree; {} choices at a boundary fell the other way; gates differ by {:e} at most, layer outputs by {:e}",
+        report.close_calls, report.worst_gate, report.worst_output
     );
     if !uncovered.is_empty() {
         println!("kinds not yet covered: {}", uncovered.join(", "));
@@ -511,7 +512,23 @@ fn group_limited(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
         };
         compare_gates(what, &gates, &want_gates, alike, report);
     });
-    // The layer's output `y` from `x`, `router_weight`, the experts' and the shared experts' weights: here.
+    let Some(layer) =
+        Layer::read(&file.bytes).unwrap_or_else(|e| panic!("{}: {e}", file.path.display()))
+    else {
+        return; // routing alone was recorded
+    };
+    let name = file.path.file_name().unwrap_or_default().to_string_lossy();
+    let mut compare = |variant: &str, got: Vec<f32>| {
+        let (error, ok) = layer.compare(&got);
+        assert!(ok, "{name}, {variant}: `y` differs by {error:e}");
+        report.worst_output = report.worst_output.max(error);
+    };
+    compare("CPU twins", layer.on_cpu());
+    if let Some(gpu) = gpu {
+        for ctx in contexts(gpu) {
+            compare(&cases::name(&ctx), layer.on_gpu(gpu, &ctx).expect("the layer's output"));
+        }
+    }
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
+use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router, Settings, Tensor};
+use wgmoe::model::find;
 use wgmoe::ops::*;
+use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages};
-use wgmoe::{BlockRule, Context, PlanShape, SPECS, Score, Slice, Step, Target, Variant};
-
-/// Kernels that only `MoeLayer` records.
-const ELSEWHERE: &[&str] = &["matmul_register", "matmul_skinny", "matmul_tile"];
+use wgmoe::{
+    Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Step, Target, Variant, WeightType,
+};
 
 fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {
     device.create_buffer(&wgpu::BufferDescriptor {
@@ -167,6 +169,19 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
                 add: true,
             },
         )?,
+        capacity::Capacity::new(ctx)?.bind(
+            capacity::Dims { tokens, experts, sequences: 2 },
+            capacity::Args {
+                source: capacity::Source::Ratios {
+                    ratios: words(&b[0], 2),
+                    steps: words(&b[1], 8),
+                },
+                offsets: words(&b[2], 3),
+                lengths: None,
+                capacity_of: words(&b[3], 2),
+                k_of: words(&b[4], 2),
+            },
+        )?,
         expert_union::ExpertUnion::new(ctx)?.bind(
             expert_union::Dims { tokens, experts, blocks: 5, expert_bytes: 1 << 33 },
             expert_union::Args {
@@ -180,6 +195,41 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
     ])
 }
 
+/// Layers of every kind of rule, bound to `tokens` tokens.
+fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<LayerStep>> {
+    let (x, out) = (
+        buffer(ctx.device(), 64 * u64::from(tokens)),
+        buffer(ctx.device(), 64 * u64::from(tokens)),
+    );
+    let settings = find("llada2-mini").unwrap().settings;
+    let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
+    let coreset = |coreset| Routing::TokenChoice(TokenChoice { coreset: Some(coreset), ..rule });
+    let pairs = SequenceTop { score: Score::Softmax, gate: rule.gate, top: 8, scale: 1.0 };
+    let rules = [
+        settings.routing,
+        find("ec-dlm").unwrap().settings.routing,
+        Routing::TokenChoice(TokenChoice { capacity_factor: Some(1.25), ..rule }),
+        coreset(BlockRule::Mass { p: 0.6, floor: 16 }),
+        coreset(BlockRule::Capacity(48)),
+        coreset(BlockRule::Vote(38)),
+        coreset(BlockRule::Union(3)),
+        Routing::SequenceTop(pairs),
+    ];
+    rules
+        .into_iter()
+        .map(|routing| {
+            let settings =
+                Settings { hidden: 64, intermediate: 32, experts: 64, routing, ..settings };
+            let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), None)?;
+            let weight = Tensor::new(ctx, "router", &vec![0f32; 64 * 64])?;
+            let router = Router { weight, bias: None, by_count: None, by_expert: None };
+            let layer = MoeLayer::new(ctx, settings, router, weights)?;
+            let n = 64 * u64::from(tokens);
+            layer.bind(&Batch::new(words(&x, n), words(&out, n), tokens))
+        })
+        .collect()
+}
+
 #[test]
 fn every_op_records_under_default_limits() {
     let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor {
@@ -187,13 +237,13 @@ fn every_op_records_under_default_limits() {
         required_features: wgpu::Features::empty(),
         ..Default::default()
     });
+    let mut recorded: Vec<&str> = vec![];
     for target in [Target::Gpu, Target::Cpu] {
         let variant = Variant { target, subgroups: false };
         let ctx = Context::with_variant(&device, variant, None).unwrap();
         // 70,000 tokens: more groups than a dimension of the grid holds.
         for (tokens, experts) in [(33, 40), (70_000, 16)] {
             let steps = steps(&ctx, tokens, experts).unwrap();
-            let mut recorded: Vec<&str> = vec![];
             let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
             let mut encoder = device.create_command_encoder(&Default::default());
             let mut pass = encoder.begin_compute_pass(&Default::default());
@@ -206,14 +256,20 @@ fn every_op_records_under_default_limits() {
             drop(pass);
             queue.submit([encoder.finish()]);
             assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
-            for spec in SPECS.iter().filter(|s| !ELSEWHERE.contains(&s.name)) {
-                assert!(
-                    recorded.contains(&spec.name),
-                    "{} was not recorded: add it above",
-                    spec.name
-                );
+        }
+        for tokens in [1, 33, 5000] {
+            for step in layers(&ctx, tokens).unwrap() {
+                let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+                let mut encoder = device.create_command_encoder(&Default::default());
+                step.record(&mut encoder);
+                queue.submit([encoder.finish()]);
+                assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
+                recorded.extend(step.dispatches().map(wgmoe::Dispatch::name));
             }
         }
+    }
+    for spec in SPECS {
+        assert!(recorded.contains(&spec.name), "{} was not recorded: add it above", spec.name);
     }
 }
 

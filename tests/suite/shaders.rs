@@ -7,7 +7,7 @@ use wgmoe::{SPECS, wgpu};
 fn all() -> impl Iterator<Item = (&'static Spec, Prelude)> {
     SPECS.iter().flat_map(|&spec| {
         (spec.variants)().into_iter().flat_map(move |prelude| {
-            [false, true].map(|shared| (spec, Prelude { shared, ..prelude.clone() }))
+            [0, u32::MAX].map(|shared| (spec, Prelude { shared, ..prelude.clone() }))
         })
     })
 }
@@ -65,7 +65,7 @@ fn every_variant_is_valid_and_matches_its_spec() {
             let naga::AddressSpace::Storage { access } = variable.space else {
                 panic!("{what}: `{}` is not in storage", binding.name)
             };
-            let written = binding.written || (prelude.shared && !binding.uniform);
+            let written = binding.written || (prelude.shared != 0 && !binding.uniform);
             assert_eq!(
                 access.contains(naga::StorageAccess::STORE),
                 written,

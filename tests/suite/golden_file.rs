@@ -1,0 +1,207 @@
+//! Recorded layers of a reference implementation: golden files that hold a whole layer, from hidden states to output. Used
+//! by the tests and by `examples/moe_layer.rs`, so it reports what it finds rather than panic.
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use std::path::PathBuf;
+use wgmoe::layer::{HostBatch, HostRouter, Settings, cpu_routing, cpu_token};
+use wgmoe::ops::plan_count::GateRule;
+use wgmoe::ops::token_choice::Groups;
+use wgmoe::ops::{matmul, scores};
+use wgmoe::routing::{Activation, Routing, Score, TokenChoice};
+use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, bits, layer};
+
+/// How far an output may be from the recorded one: `ATOL + RTOL |want|`.
+pub(crate) const ATOL: f32 = 1e-5;
+pub(crate) const RTOL: f32 = 1e-4;
+
+/// The folder of golden files: the one that `WGMOE_GOLDEN` names, else `tests/golden`.
+pub(crate) fn folder() -> PathBuf {
+    std::env::var_os("WGMOE_GOLDEN").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")),
+        PathBuf::from,
+    )
+}
+
+/// The header of a `group_limited` case.
+#[derive(Deserialize)]
+struct Header {
+    sequences: u32,
+    tokens: u32,
+    experts: u32,
+    hidden: u32,
+    intermediate: u32,
+    experts_per_token: u32,
+    groups: u32,
+    groups_per_token: u32,
+    score: String,
+    routed_scaling_factor: f32,
+    shared_experts: u32,
+}
+
+/// A recorded layer of LLaDA2: what went in, its weights, what came out.
+pub(crate) struct Layer {
+    pub(crate) settings: Settings,
+    pub(crate) tokens: u32,
+    /// `[tokens, D]`.
+    pub(crate) x: Vec<f32>,
+    /// `[E, D]`.
+    router_weight: Vec<f32>,
+    /// `[E]`.
+    bias: Vec<f32>,
+    /// Gate, up `[F, D]`, down `[D, F]` of each expert, the shared ones last.
+    experts: Vec<[Vec<f32>; 3]>,
+    /// `[tokens, D]`.
+    pub(crate) y: Vec<f32>,
+}
+
+fn index(projection: Projection) -> usize {
+    match projection {
+        Projection::Gate => 0,
+        Projection::Up => 1,
+        Projection::Down => 2,
+    }
+}
+
+impl Layer {
+    /// The layer in a file; none where the file is of another kind or holds no whole layer.
+    pub(crate) fn read(bytes: &[u8]) -> Result<Option<Self>, String> {
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
+        let text = metadata.metadata().as_ref().and_then(|m| m.get("case"));
+        let text = text.ok_or("no `case` in the header")?;
+        let case: serde_json::Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+        if case["kind"] != "group_limited" || tensors.tensor("y").is_err() {
+            return Ok(None);
+        }
+        let case: Header = serde_json::from_value(case).map_err(|e| e.to_string())?;
+        let read = |name: &str, shape: &[u32]| -> Result<Vec<f32>, String> {
+            let tensor = tensors.tensor(name).map_err(|e| format!("`{name}`: {e}"))?;
+            let want: usize = shape.iter().map(|&n| n as usize).product();
+            if tensor.dtype() != Dtype::F32 || tensor.data().len() != 4 * want {
+                return Err(format!("`{name}`: expected f32 {shape:?}"));
+            }
+            Ok(bytemuck::pod_collect_to_vec(tensor.data()))
+        };
+        let (d, f, e, shared) = (case.hidden, case.intermediate, case.experts, case.shared_experts);
+        if [d, f, e, case.sequences, case.tokens].contains(&0) {
+            return Err("a size of 0".into());
+        }
+        let tokens = case.sequences * case.tokens;
+        let [gate, up, down] =
+            [("gate_proj", [e, f, d]), ("up_proj", [e, f, d]), ("down_proj", [e, d, f])]
+                .map(|(name, shape)| read(name, &shape));
+        let matrices = [gate?, up?, down?];
+        let size = (d * f) as usize;
+        let mut experts: Vec<[Vec<f32>; 3]> = (0..e as usize)
+            .map(|e| [0, 1, 2].map(|p: usize| matrices[p][e * size..][..size].to_vec()))
+            .collect();
+        if shared > 0 {
+            // One FFN of m F is m shared experts of F: rows of gate and up, columns of down.
+            let [gate, up, down] = [
+                read("shared_gate_proj", &[shared * f, d])?,
+                read("shared_up_proj", &[shared * f, d])?,
+                read("shared_down_proj", &[d, shared * f])?,
+            ];
+            for m in 0..shared as usize {
+                let rows = |w: &[f32]| w[m * size..][..size].to_vec();
+                let columns = down
+                    .chunks_exact((shared * f) as usize)
+                    .flat_map(|row| row[m * f as usize..][..f as usize].to_vec())
+                    .collect();
+                experts.push([rows(&gate), rows(&up), columns]);
+            }
+        }
+        let score = match case.score.as_str() {
+            "sigmoid" => Score::Sigmoid,
+            "softmax" => Score::Softmax,
+            other => return Err(format!("score `{other}`")),
+        };
+        let settings = Settings {
+            hidden: d,
+            intermediate: f,
+            experts: e,
+            shared_experts: shared,
+            activation: Activation::Silu,
+            routing: Routing::TokenChoice(TokenChoice {
+                score,
+                gate: GateRule::Normalised,
+                top: case.experts_per_token,
+                groups: Some(Groups { count: case.groups, top: case.groups_per_token }),
+                scale: case.routed_scaling_factor,
+                capacity_factor: None,
+                coreset: None,
+            }),
+        };
+        settings.routing.check(e).map_err(|e| e.to_string())?;
+        Ok(Some(Self {
+            settings,
+            tokens,
+            x: read("x", &[tokens, d])?,
+            router_weight: read("router_weight", &[e, d])?,
+            bias: read("expert_bias", &[e])?,
+            experts,
+            y: read("y", &[tokens, d])?,
+        }))
+    }
+
+    /// The output on the CPU twins.
+    pub(crate) fn on_cpu(&self) -> Vec<f32> {
+        let Settings { hidden, experts, .. } = self.settings;
+        let Routing::TokenChoice(rule) = self.settings.routing else { unreachable!("as read") };
+        let (d, e, tokens) = (hidden as usize, experts as usize, self.tokens as usize);
+        let logits = matmul::cpu_logits(&self.x, &self.router_weight, d);
+        let (s, r) = scores::cpu(&logits, e, rule.score, false, Some(&self.bias));
+        let router = HostRouter {
+            weight: &self.router_weight,
+            bias: Some(&self.bias),
+            by_count: None,
+            by_expert: None,
+        };
+        let routed = cpu_routing(&self.settings, &router, HostBatch::default(), [&logits, &s, &r]);
+        let host = |e: u32, p: Projection| HostWeights::F32(&self.experts[e as usize][index(p)]);
+        (0..tokens)
+            .flat_map(|t| {
+                let chosen: Vec<(u32, f32)> = bits::experts_of(&routed.assigned, tokens, t)
+                    .into_iter()
+                    .map(|i| (i as u32, routed.gates[t * e + i]))
+                    .collect();
+                cpu_token(&self.settings, &host, &self.x[t * d..][..d], &chosen)
+            })
+            .collect()
+    }
+
+    /// The output on the GPU, weights in f32.
+    pub(crate) fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
+        let weights = ExpertWeights::new(ctx, self.settings.expert_shape(WeightType::F32), None)?;
+        for (e, matrices) in (0..).zip(&self.experts) {
+            for p in [Projection::Gate, Projection::Up, Projection::Down] {
+                weights.write(&gpu.queue, e, p, HostWeights::F32(&matrices[index(p)]))?;
+            }
+        }
+        let router = layer::Router {
+            weight: layer::Tensor::new(ctx, "router", &self.router_weight)?,
+            bias: Some(layer::Tensor::new(ctx, "bias", &self.bias)?),
+            by_count: None,
+            by_expert: None,
+        };
+        let layer = MoeLayer::new(ctx, self.settings, router, weights)?;
+        let hidden = gpu.upload(&self.x);
+        let out = gpu.upload(&vec![f32::NAN; self.y.len()]);
+        let batch = layer::Batch::new((&hidden).into(), (&out).into(), self.tokens);
+        gpu.run_layer(&layer.bind(&batch)?)?;
+        gpu.download(&out)
+    }
+
+    /// The largest difference from the recorded output, and whether every value is within tolerance.
+    pub(crate) fn compare(&self, got: &[f32]) -> (f32, bool) {
+        let mut worst = 0f32;
+        let mut ok = got.len() == self.y.len();
+        for (got, want) in got.iter().zip(&self.y) {
+            let error = (got - want).abs();
+            ok &= error <= ATOL + RTOL * want.abs(); // false for NaN
+            worst = if error.is_nan() { f32::INFINITY } else { worst.max(error) };
+        }
+        (worst, ok)
+    }
+}

@@ -1,0 +1,40 @@
+//! The profiling mode.
+use crate::common::{assert_same, gpu};
+use wgmoe::ops::gather::{Args, Dims, Gather};
+use wgmoe::{Context, Step};
+
+/// More dispatches than a query set holds; they run in order, and each is named.
+#[test]
+fn times_every_dispatch() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let op = Gather::new(&ctx).unwrap();
+    let reversed: Vec<u32> = (0..4).rev().collect();
+    let values: Vec<f32> = (0..16).map(|i| i as f32).collect();
+    let (x, out) = (gpu.upload(&values), gpu.upload(&[f32::NAN; 16]));
+    let token_of = gpu.upload(&reversed);
+    let bind = |x, out| {
+        let dims = Dims { tokens: 4, slots: 4, hidden: 4 };
+        op.bind(dims, Args { x, token_of: (&token_of).into(), out }).unwrap()
+    };
+    let [there, back] = [bind((&x).into(), (&out).into()), bind((&out).into(), (&x).into())];
+    let dispatches = there.dispatches().iter().chain(back.dispatches()).cycle();
+
+    let alone = gpu.profile_alone(dispatches.clone().take(3)).unwrap();
+    let want: Vec<f32> = (0..16).map(|i| ((3 - i / 4) * 4 + i % 4) as f32).collect();
+    assert_same(&gpu.download::<f32>(&out).unwrap(), &want, "after three");
+    assert_same(&gpu.download::<f32>(&x).unwrap(), &values, "after three");
+    assert!(alone.iter().all(|&(name, ms)| name == "gather" && ms > 0.0));
+    assert_eq!(alone.len(), 3);
+
+    for count in [0, 1, 2048, 2049, 5000] {
+        match gpu.profile(dispatches.clone().take(count)).unwrap() {
+            Some(times) => {
+                assert_eq!(times.len(), count);
+                assert!(times.iter().all(|&(name, ms)| name == "gather" && ms >= 0.0));
+            }
+            None => eprintln!("{count} dispatches: no timestamps that can be used"),
+        }
+    }
+    assert_eq!(gpu.profile(Step::default().dispatches()).unwrap().map_or(0, |t| t.len()), 0);
+}

@@ -1,0 +1,308 @@
+//! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
+//! recordings, and a token-choice layer turned into an expert-choice one.
+use crate::common::{Output, assert_close, assert_same, gpu, random};
+use wgmoe::layer::{
+    Batch, HostBatch, HostRouter, HostSequences, LayerStep, MoeLayer, Router, Sequences, Settings,
+    Tensor, cpu_routing, cpu_token,
+};
+use wgmoe::ops::expert_choice::ranges;
+use wgmoe::ops::plan_count::GateRule;
+use wgmoe::ops::plan_scan::Stats;
+use wgmoe::report::Report;
+use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::schedule::{capacity, slot_bound};
+use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::{Activation, Context, ExpertWeights, Gpu, Slice, Variant, WeightType, bits, wgpu};
+
+const D: usize = 32;
+const F: usize = 16;
+const E: usize = 8;
+
+/// Token ranges of 1, 7, 512 and 513 tokens and two more, some of whose tokens are padding.
+const SPANS: [u32; 6] = [1, 7, 512, 513, 20, 3];
+const LENGTHS: [u32; 6] = [1, 5, 500, 513, 0, 1];
+/// Experts per token of each sequence: little, uneven, more than there are.
+const K: [[u32; 6]; 2] = [[1, 2, 1, 3, 2, 4], [8, 4, 3, 1, 8, 1000]];
+const K_MAX: u32 = 8;
+
+fn offsets() -> Vec<u32> {
+    let sums = SPANS.iter().scan(0, |sum, n| {
+        *sum += n;
+        Some(*sum)
+    });
+    std::iter::once(0).chain(sums).collect()
+}
+
+fn capacities(k: [u32; 6]) -> Vec<u32> {
+    LENGTHS.iter().zip(k).map(|(&n, k)| capacity(n, k, E as u32)).collect()
+}
+
+/// Tokens that are no sequence's.
+fn padding() -> Vec<usize> {
+    let tokens = offsets()[SPANS.len()] as usize;
+    let of = ranges(&offsets(), tokens).into_iter().zip(LENGTHS);
+    of.flat_map(|(range, n)| range.start + n as usize..range.end).collect()
+}
+
+const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
+    score: Score::Softmax,
+    normalise: Normalise::AfterSelection,
+    scope: Scope::Sequence,
+    experts_per_token: 2,
+    max_experts_per_token: K_MAX,
+});
+
+const TOKEN_CHOICE: Routing = Routing::TokenChoice(TokenChoice {
+    score: Score::Softmax,
+    gate: GateRule::Softmax,
+    top: 2,
+    groups: None,
+    scale: 1.0,
+    capacity_factor: None,
+    coreset: None,
+});
+
+/// A layer with its weights on the host.
+struct Case {
+    layer: MoeLayer,
+    router: Vec<f32>,
+    experts: Vec<[Vec<f32>; 3]>,
+}
+
+impl Case {
+    fn new(gpu: &Gpu, ctx: &Context, shared_experts: u32, routing: Routing) -> Self {
+        let settings = Settings {
+            hidden: D as u32,
+            intermediate: F as u32,
+            experts: E as u32,
+            shared_experts,
+            activation: Activation::Silu,
+            routing,
+        };
+        let shape = settings.expert_shape(WeightType::F32);
+        // Two experts a page.
+        let limit = 2 * (F.next_multiple_of(32) * D * 4) as u64;
+        let weights = ExpertWeights::new(ctx, shape, Some(limit)).unwrap();
+        let experts: Vec<[Vec<f32>; 3]> = (0..u64::from(shape.experts))
+            .map(|e| [0, 1, 2].map(|p| random(500 + 3 * e + p, D * F)))
+            .collect();
+        let router = random(11, E * D);
+        let tensors = Router {
+            weight: Tensor::new(ctx, "router", &router).unwrap(),
+            bias: None,
+            by_count: None,
+            by_expert: None,
+        };
+        let layer = MoeLayer::new(ctx, settings, tensors, weights).unwrap();
+        let case = Self { layer, router, experts };
+        case.upload(gpu);
+        case
+    }
+
+    fn upload(&self, gpu: &Gpu) {
+        for (e, matrices) in (0..).zip(&self.experts) {
+            for (p, m) in [Projection::Gate, Projection::Up, Projection::Down].iter().zip(matrices)
+            {
+                self.layer.weights().write(&gpu.queue, e, *p, HostWeights::F32(m)).unwrap();
+            }
+        }
+    }
+
+    /// What `settings` make of `x`, from the device's own logits: the bits, and the output.
+    fn twin(
+        &self,
+        settings: &Settings,
+        x: &[f32],
+        selection: [&[f32]; 3],
+        sequences: Option<HostSequences<'_>>,
+    ) -> (Vec<u32>, Vec<f32>) {
+        let router =
+            HostRouter { weight: &self.router, bias: None, by_count: None, by_expert: None };
+        let batch = HostBatch { sequences, ..HostBatch::default() };
+        let want = cpu_routing(settings, &router, batch, selection);
+        let expert = |e: u32, p: Projection| {
+            let [gate, up, down] = &self.experts[e as usize];
+            HostWeights::F32(match p {
+                Projection::Gate => gate,
+                Projection::Up => up,
+                Projection::Down => down,
+            })
+        };
+        let tokens = x.len() / D;
+        let rows = x.chunks_exact(D).enumerate().flat_map(|(t, x)| {
+            let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens, t)
+                .into_iter()
+                .map(|e| (e as u32, want.gates[t * E + e]))
+                .collect();
+            cpu_token(settings, &expert, x, &chosen)
+        });
+        let out = rows.collect();
+        (want.assigned, out)
+    }
+}
+
+/// A tensor of a step, as long as it is.
+fn get<T: bytemuck::Pod>(gpu: &Gpu, slice: Slice<'_>) -> Vec<T> {
+    let size = slice.size as usize / std::mem::size_of::<T>();
+    gpu.download::<T>(slice.buffer).unwrap()[..size].to_vec()
+}
+
+fn copy(encoder: &mut wgpu::CommandEncoder, from: Slice<'_>, to: Slice<'_>) {
+    encoder.copy_buffer_to_buffer(from.buffer, from.offset, to.buffer, to.offset, from.size);
+}
+
+/// Buffers, bind groups, pipelines and shader modules of a device.
+fn objects(gpu: &Gpu) -> [isize; 4] {
+    let hal = gpu.device.get_internal_counters().hal;
+    [
+        hal.buffers.read(),
+        hal.bind_groups.read(),
+        hal.compute_pipelines.read(),
+        hal.shader_modules.read(),
+    ]
+}
+
+fn run(gpu: &Gpu, step: &LayerStep) {
+    let mut encoder = gpu.device.create_command_encoder(&Default::default());
+    step.record(&mut encoder);
+    gpu.queue.submit([encoder.finish()]);
+    gpu.wait().unwrap();
+}
+
+/// One bound step, recorded twice into one submission, with other capacities in its buffer the second time.
+#[test]
+fn capacities_change_between_records_of_one_step() {
+    // A device of its own: what other tests make would be counted too.
+    let Some(Ok(gpu)) = gpu().map(|_| Gpu::new()) else { return };
+    let offsets = offsets();
+    let tokens = offsets[SPANS.len()];
+    let n = tokens as usize;
+    let x = random(3, n * D);
+    for variant in Variant::all(&gpu.device) {
+        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        for shared in [1, 0] {
+            let case = Case::new(&gpu, &ctx, shared, EXPERT_CHOICE);
+            let hidden = gpu.upload(&x);
+            let out = Output::f32s(&gpu, n * D);
+            let capacity = Output::u32s(&gpu, SPANS.len());
+            let lengths = gpu.upload(&LENGTHS);
+            let offset_buffer = gpu.upload(&offsets);
+            let mut batch = Batch::new((&hidden).into(), out.slice(), tokens);
+            batch.sequences = Some(Sequences {
+                count: SPANS.len() as u32,
+                offsets: (&offset_buffer).into(),
+                lengths: Some((&lengths).into()),
+                capacity: capacity.slice(),
+            });
+            batch.routed_slots = Some(slot_bound(LENGTHS, E as u32, K_MAX).unwrap());
+            let step = case.layer.bind(&batch).unwrap();
+            let given = K.map(|k| gpu.upload(&capacities(k)));
+            let words = bits::empty(n, E).len();
+            let log = [0; 2].map(|_| {
+                [Output::f32s(&gpu, n * D), Output::u32s(&gpu, words), Output::u32s(&gpu, 8 + E)]
+            });
+
+            let made = (objects(&gpu), ctx.pipelines());
+            let mut encoder = gpu.device.create_command_encoder(&Default::default());
+            for (given, [out_log, bit_log, stat_log]) in given.iter().zip(&log) {
+                copy(&mut encoder, given.into(), capacity.slice());
+                step.record(&mut encoder);
+                copy(&mut encoder, out.slice(), out_log.slice());
+                copy(&mut encoder, step.assigned().unwrap(), bit_log.slice());
+                copy(&mut encoder, step.stats(), stat_log.slice());
+            }
+            assert_eq!((objects(&gpu), ctx.pipelines()), made, "recording makes nothing");
+            assert!(made.0.iter().all(|&n| n > 0), "the counters count: {made:?}");
+            gpu.queue.submit([encoder.finish()]);
+            gpu.wait().unwrap();
+
+            let [logits, s, r] = step.selection().unwrap().map(|t| get::<f32>(&gpu, t));
+            let mut results = vec![];
+            for (k, [out_log, bit_log, stat_log]) in K.into_iter().zip(&log) {
+                let what = format!("{variant:?}, {shared} shared, k {k:?}");
+                let capacity = capacities(k);
+                let sequences = HostSequences {
+                    offsets: &offsets,
+                    lengths: Some(&LENGTHS),
+                    capacity: &capacity,
+                };
+                let settings = case.layer.settings();
+                let (want_bits, want) = case.twin(settings, &x, [&logits, &s, &r], Some(sequences));
+                let got_bits: Vec<u32> = bit_log.get(&gpu);
+                let got: Vec<f32> = out_log.get(&gpu);
+                assert_same(&got_bits, &want_bits, &what);
+                let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+                assert_close(&got, &want, 2e-5 * largest, 1e-4, &what);
+
+                // Every expert has what the schedule says, and no padding.
+                let stats = Stats::from_words(&stat_log.get::<u32>(&gpu)).unwrap();
+                let each: u32 = capacity.iter().sum();
+                assert_eq!(stats.tokens_per_expert, [each; E], "{what}");
+                assert_eq!((stats.slots, stats.ignored), (each * E as u32, 0), "{what}");
+                let padding = padding();
+                assert_eq!(padding.len(), 36);
+                for &t in &padding {
+                    assert!(bits::experts_of(&got_bits, n, t).is_empty(), "{what}: token {t}");
+                    let row = &got[t * D..][..D];
+                    // Shared experts know nothing of padding.
+                    assert_eq!(row.iter().all(|&v| v == 0.0), shared == 0, "{what}: token {t}");
+                }
+                let report = Report::new(&stats, tokens).with_padding(padding.len() as u32);
+                assert_eq!((report.tokens, report.load.imbalance()), (tokens - 36, 1.0), "{what}");
+                let untouched = (0..n).filter(|&t| bits::experts_of(&got_bits, n, t).is_empty());
+                assert_eq!(report.untouched as usize, untouched.count() - 36, "{what}");
+                results.push((got_bits, got));
+            }
+            assert!(results[0].0 != results[1].0 && results[0].1 != results[1].1, "{variant:?}");
+        }
+    }
+}
+
+/// A token-choice layer under expert choice: the same pages, the twin's result.
+#[test]
+fn another_rule_shares_the_pages() {
+    let Some(Ok(gpu)) = gpu().map(|_| Gpu::new()) else { return };
+    let n = 70;
+    let x = random(4, n * D);
+    for variant in Variant::all(&gpu.device) {
+        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        let mut case = Case::new(&gpu, &ctx, 1, TOKEN_CHOICE);
+        // Staging buffers, and those that only probe the device, go when it has nothing left to do.
+        let counters = || {
+            gpu.queue.submit([]);
+            gpu.device.poll(wgpu::PollType::wait_indefinitely()).unwrap();
+            gpu.device.get_internal_counters().hal
+        };
+        let before = counters();
+        let retrofit = case.layer.with_routing(EXPERT_CHOICE).unwrap();
+        let after = counters();
+        assert!(before.buffers.read() > 0 && before.buffer_memory.read() > 0);
+        assert_eq!(after.buffers.read(), before.buffers.read(), "no buffer is made");
+        assert_eq!(after.buffer_memory.read(), before.buffer_memory.read());
+        assert_eq!(retrofit.weights().bytes(), case.layer.weights().bytes());
+        assert_eq!(retrofit.weights().page_counts(), case.layer.weights().page_counts());
+        assert_eq!(
+            retrofit.settings(),
+            &Settings { routing: EXPERT_CHOICE, ..*case.layer.settings() }
+        );
+
+        // What is written through the one, the other reads.
+        for (e, matrices) in case.experts.iter_mut().enumerate() {
+            *matrices = [0, 1, 2].map(|p| random(900 + 3 * e as u64 + p, D * F));
+        }
+        case.upload(&gpu);
+        let hidden = gpu.upload(&x);
+        for layer in [&case.layer, &retrofit] {
+            let what = format!("{variant:?}, {:?}", layer.settings().routing);
+            let out = Output::f32s(&gpu, n * D);
+            let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), n as u32)).unwrap();
+            run(&gpu, &step);
+            let [logits, s, r] = step.selection().unwrap().map(|t| get::<f32>(&gpu, t));
+            let (want_bits, want) = case.twin(layer.settings(), &x, [&logits, &s, &r], None);
+            let got: Vec<u32> = get(&gpu, step.assigned().unwrap());
+            assert_same(&got, &want_bits, &what);
+            let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+            assert_close(&out.get::<f32>(&gpu), &want, 2e-5 * largest, 1e-4, &what);
+        }
+    }
+}
