@@ -49,7 +49,7 @@ fn scores(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_work
     finite = team_max(lane, finite);
 
     let infinite = highest == 0xff800000u;
-    let top = value_of_key(highest);
+    let top = bitcast<f32>(bits_of_key(highest));
     var sum = 0.0;
     if params.softmax == 1u {
         for (var e = first; e < params.experts; e += LANES) {

@@ -6,7 +6,9 @@ use crate::ops::matmul::{
 };
 use crate::ops::plan_count::{self, Gates, Scales};
 use crate::ops::plan_scan::{self, Losses, Stats};
-use crate::ops::{combine, coreset, plan_fill, scores, sequence_top, token_choice};
+use crate::ops::{
+    block_choice, block_plan, combine, coreset, plan_fill, scores, sequence_top, token_choice,
+};
 use crate::routing::{Activation, ExpertChoice, Routing, Scope, SequenceTop, TokenChoice};
 use crate::weights::{ExpertShape, ExpertWeights, PANEL};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
@@ -213,6 +215,7 @@ struct Kernels {
     count: plan_count::PlanCount,
     scan: plan_scan::PlanScan,
     fill: plan_fill::PlanFill,
+    block_plan: block_plan::BlockPlan,
     gate_up: [GroupedMatmul; 2],
     down: [GroupedMatmul; 2],
     combine: combine::Combine,
@@ -229,6 +232,8 @@ enum Choice {
 /// Each token's own choice, for the votes; the election; the choice inside the coreset.
 #[derive(Debug)]
 struct BlockChoice {
+    /// All three at once, for few tokens; none where there are too many experts.
+    fused: Option<block_choice::BlockChoice>,
     own: Option<token_choice::TokenChoice>,
     coreset: coreset::Coreset,
     inside: token_choice::TokenChoice,
@@ -284,6 +289,14 @@ impl MoeLayer {
                     match rule.coreset {
                         None => Choice::Tokens(inside),
                         Some(block) => Choice::Blocks(Box::new(BlockChoice {
+                            fused: if experts <= block_choice::MAX_EXPERTS {
+                                let (top, groups) = (rule.top, rule.groups);
+                                Some(block_choice::BlockChoice::new(
+                                    ctx, experts, block, top, groups,
+                                )?)
+                            } else {
+                                None
+                            },
                             own: block.own_top(rule.top).map(own).transpose()?,
                             coreset: coreset::Coreset::new(ctx, experts, block)?,
                             inside,
@@ -296,6 +309,7 @@ impl MoeLayer {
             count: plan_count::PlanCount::new(ctx)?,
             scan: plan_scan::PlanScan::new(ctx)?,
             fill: plan_fill::PlanFill::new(ctx)?,
+            block_plan: block_plan::BlockPlan::new(ctx)?,
             gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
             down: [down(Class::Skinny)?, down(Class::Tile)?],
             combine: combine::Combine::new(ctx)?,
@@ -466,38 +480,53 @@ impl MoeLayer {
                 offsets = batch.blocks.map(|b| b.offsets);
                 let chunks = u64::from(experts.div_ceil(32));
                 let members = get("coreset", u64::from(blocks.count) * chunks * 4)?;
-                let block_of = get("block_of", u64::from(tokens) * 4)?;
-                // Each token's own choice stands where the final one will: it is read before that is written.
-                if let Some(own) = &choice.own {
+                let dims = block_choice::Dims { tokens, blocks: blocks.count };
+                let fused = choice.fused.as_ref();
+                if let Some(fused) = fused.filter(|_| block_choice::BlockChoice::fits(dims)) {
+                    let args = block_choice::Args {
+                        r: r.slice(),
+                        offsets: blocks.offsets,
+                        marks: blocks.marks,
+                        assigned: assigned.slice(),
+                        members: members.slice(),
+                    };
+                    parts.push(fused.bind(dims, args)?);
+                } else {
+                    let block_of = get("block_of", u64::from(tokens) * 4)?;
+                    // Each token's own choice stands where the final one will: it is read before that is written.
+                    if let Some(own) = &choice.own {
+                        let args = token_choice::Args {
+                            r: r.slice(),
+                            coresets: None,
+                            assigned: assigned.slice(),
+                        };
+                        parts.push(own.bind(tokens, args)?);
+                    }
+                    let args = coreset::Args {
+                        r: r.slice(),
+                        own: choice.own.as_ref().map(|_| assigned.slice()),
+                        offsets: blocks.offsets,
+                        marks: blocks.marks,
+                        members: members.slice(),
+                        block_of: block_of.slice(),
+                    };
+                    parts.push(
+                        choice
+                            .coreset
+                            .bind(coreset::Dims { tokens, blocks: blocks.count }, args)?,
+                    );
+                    let coresets = token_choice::Coresets {
+                        blocks: blocks.count,
+                        coreset: members.slice(),
+                        block_of: block_of.slice(),
+                    };
                     let args = token_choice::Args {
                         r: r.slice(),
-                        coresets: None,
+                        coresets: Some(coresets),
                         assigned: assigned.slice(),
                     };
-                    parts.push(own.bind(tokens, args)?);
+                    parts.push(choice.inside.bind(tokens, args)?);
                 }
-                let args = coreset::Args {
-                    r: r.slice(),
-                    own: choice.own.as_ref().map(|_| assigned.slice()),
-                    offsets: blocks.offsets,
-                    marks: blocks.marks,
-                    members: members.slice(),
-                    block_of: block_of.slice(),
-                };
-                parts.push(
-                    choice.coreset.bind(coreset::Dims { tokens, blocks: blocks.count }, args)?,
-                );
-                let coresets = token_choice::Coresets {
-                    blocks: blocks.count,
-                    coreset: members.slice(),
-                    block_of: block_of.slice(),
-                };
-                let args = token_choice::Args {
-                    r: r.slice(),
-                    coresets: Some(coresets),
-                    assigned: assigned.slice(),
-                };
-                parts.push(choice.inside.bind(tokens, args)?);
                 coreset = Some(members);
             }
             (Choice::Pairs(choice), Routing::SequenceTop(rule)) => {
@@ -536,31 +565,46 @@ impl MoeLayer {
                 plan_count::Args { assigned: assigned.slice(), gates, plan: plan.slice() },
             )
         };
-        parts.push(count(Some(gate_args))?);
-        let dropped = get("dropped", u64::from(experts) * 4)?;
-        let mut losses = None;
-        if let (Some(choice), Routing::TokenChoice(rule)) = (&kernels.drop, routing) {
-            let capacity =
-                Tensor::new(ctx, "capacity", &[rule.capacity(tokens, experts).unwrap_or(tokens)])?;
-            let args = DropArgs {
-                gates: gates.slice(),
-                offsets: whole.slice(),
-                capacity: capacity.slice(),
+        if kernels.drop.is_none() && tokens <= block_plan::MAX_TOKENS {
+            let args = block_plan::Args {
                 assigned: assigned.slice(),
-                dropped: dropped.slice(),
+                gates: gate_args,
+                offsets,
+                plan: plan.slice(),
+                stats: stats.slice(),
             };
-            parts.push(choice.bind_drop(tokens, experts, args)?);
-            parts.push(count(None)?);
-            losses = Some(Losses { counts: dropped.slice(), dropped: experts, ignored: 0 });
+            parts.push(kernels.block_plan.bind(&shape, args)?);
+        } else {
+            parts.push(count(Some(gate_args))?);
+            let dropped = get("dropped", u64::from(experts) * 4)?;
+            let mut losses = None;
+            if let (Some(choice), Routing::TokenChoice(rule)) = (&kernels.drop, routing) {
+                let capacity = Tensor::new(
+                    ctx,
+                    "capacity",
+                    &[rule.capacity(tokens, experts).unwrap_or(tokens)],
+                )?;
+                let args = DropArgs {
+                    gates: gates.slice(),
+                    offsets: whole.slice(),
+                    capacity: capacity.slice(),
+                    assigned: assigned.slice(),
+                    dropped: dropped.slice(),
+                };
+                parts.push(choice.bind_drop(tokens, experts, args)?);
+                parts.push(count(None)?);
+                losses = Some(Losses { counts: dropped.slice(), dropped: experts, ignored: 0 });
+            }
+            let args =
+                plan_scan::Args { losses, offsets, plan: plan.slice(), stats: stats.slice() };
+            parts.push(kernels.scan.bind(&shape, args)?);
+            let args = plan_fill::Args {
+                assigned: assigned.slice(),
+                gates: gates.slice(),
+                plan: plan.slice(),
+            };
+            parts.push(kernels.fill.bind(&shape, args)?);
         }
-        let args = plan_scan::Args { losses, offsets, plan: plan.slice(), stats: stats.slice() };
-        parts.push(kernels.scan.bind(&shape, args)?);
-        let args = plan_fill::Args {
-            assigned: assigned.slice(),
-            gates: gates.slice(),
-            plan: plan.slice(),
-        };
-        parts.push(kernels.fill.bind(&shape, args)?);
 
         // Experts: `h` in stretches of slots, `y` in stretches of columns, each within a binding.
         let most_rows =

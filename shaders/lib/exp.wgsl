@@ -29,8 +29,3 @@ fn softmax_term(g: u32, highest: f32, infinite: bool) -> f32 {
     }
     return exp_negative(bitcast<f32>(g) - highest);
 }
-
-// The f32 of a key.
-fn value_of_key(k: u32) -> f32 {
-    return bitcast<f32>(select(~k, k & 0x7fffffffu, (k >> 31u) == 1u));
-}

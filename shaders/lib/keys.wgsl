@@ -9,6 +9,11 @@ fn key(bits: u32) -> u32 {
     return select(b | 0x80000000u, ~b, (b >> 31u) == 1u);
 }
 
+// The f32 of a key, as bits; a NaN for that of NaN.
+fn bits_of_key(k: u32) -> u32 {
+    return select(~k, k & 0x7fffffffu, (k >> 31u) == 1u);
+}
+
 fn is_nan(bits: u32) -> bool {
     return (bits & 0x7fffffffu) > 0x7f800000u;
 }

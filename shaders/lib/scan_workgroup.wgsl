@@ -1,4 +1,4 @@
-// Exclusive prefix sums over a workgroup, workgroup memory only..
+// Exclusive prefix sums over a workgroup, workgroup memory only.
 // Contract: all WG lanes call, in uniform control flow; x of the result: the sum over lower lanes, y: over all.
 struct Lane {
     @builtin(local_invocation_index) index: u32,

@@ -37,7 +37,7 @@ pub(crate) const WIDE: &str = include_str!("../../shaders/lib/wide.wgsl");
 pub(crate) const VOTES: &str = include_str!("../../shaders/lib/votes.wgsl");
 pub(crate) const ELECTION: &str = include_str!("../../shaders/lib/election.wgsl");
 
-const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
+pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 
 /// Lanes of a block. A software driver's barriers cost by the lane; but Mesa's (22.3) ends all loops of an invocation, without
 /// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
@@ -49,12 +49,26 @@ pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
     }
 }
 
+/// What a rule is called in labels.
+pub(crate) fn rule_name(rule: BlockRule) -> &'static str {
+    match rule {
+        BlockRule::Mass { .. } => "mass",
+        BlockRule::Capacity(_) => "capacity",
+        BlockRule::Vote(_) => "vote",
+        BlockRule::Union(_) => "union",
+    }
+}
+
+/// What `RULE` is in the WGSL.
+pub(crate) fn rule_number(name: &str) -> u32 {
+    (1..).zip(RULES).find(|&(_, rule)| rule == name).map_or(0, |(i, _)| i)
+}
+
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
-    let number = (1..).zip(RULES).find(|&(_, r)| r == rule).map_or(0, |(i, _)| i);
     Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
         .constant("MOST", crate::plan::MAX_EXPERTS)
-        .constant("RULE", number)
+        .constant("RULE", rule_number(rule))
         .piece(GRID)
         .piece(KEYS)
         .piece(OFFSETS)
@@ -227,13 +241,8 @@ impl Coreset {
     pub fn new(ctx: &Context, experts: u32, rule: BlockRule) -> Result<Self> {
         few_experts(experts)?;
         rule.check(experts)?;
-        let name = match rule {
-            BlockRule::Mass { .. } => "mass",
-            BlockRule::Capacity(_) => "capacity",
-            BlockRule::Vote(_) => "vote",
-            BlockRule::Union(_) => "union",
-        };
-        let kernel = ctx.kernel(&SPEC, prelude(lanes(ctx.variant().target, experts), name))?;
+        let lanes = lanes(ctx.variant().target, experts);
+        let kernel = ctx.kernel(&SPEC, prelude(lanes, rule_name(rule)))?;
         Ok(Self { ctx: ctx.clone(), rule, experts, kernel })
     }
 

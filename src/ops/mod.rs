@@ -5,6 +5,8 @@
 use crate::kernel::Spec;
 
 pub mod assign;
+pub mod block_choice;
+pub mod block_plan;
 pub mod capacity;
 pub mod combine;
 pub mod coreset;
@@ -34,6 +36,8 @@ pub(crate) const SPECS: &[&Spec] = &[
     &plan_count::SPEC,
     &plan_scan::SPEC,
     &plan_fill::SPEC,
+    &block_choice::SPEC,
+    &block_plan::SPEC,
     &gather::SPEC,
     &matmul_register::SPEC,
     &matmul_tile::SPEC,

@@ -30,6 +30,8 @@ params! {
     expert_offsets: u32, token_offsets: u32, ranks: u32,
 }
 
+pub(crate) const COUNT: &str = include_str!("../../shaders/lib/plan_count.wgsl");
+
 fn lanes(target: Target) -> [u32; 2] {
     match target {
         Target::Gpu => [8, 32],
@@ -40,12 +42,14 @@ fn lanes(target: Target) -> [u32; 2] {
 fn prelude(variant: Variant) -> Prelude {
     let [lanes, expert_lanes] = lanes(variant.target);
     Prelude::new(if lanes > 1 { "many lanes a row" } else { "one lane a row" })
+        .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", expert_lanes)
         .piece(GRID)
         .piece(KEYS)
         .piece(EXP)
         .piece(COLUMNS)
+        .piece(COUNT)
 }
 
 /// How the gates of a token's experts come from its logits or scores.
@@ -57,6 +61,17 @@ pub enum GateRule {
     Normalised,
     /// Scores as they are.
     Plain,
+}
+
+impl GateRule {
+    /// What `rule` is in the WGSL.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Softmax => 1,
+            Self::Normalised => 2,
+            Self::Plain => 3,
+        }
+    }
 }
 
 /// What gates are multiplied by, beside a constant.
@@ -128,6 +143,23 @@ pub struct Gates<'a> {
     pub gates: Slice<'a>,
 }
 
+impl Gates<'_> {
+    /// Errors for slices that do not fit.
+    pub(crate) fn check(&self, shape: &PlanShape) -> Result<()> {
+        let PlanShape { tokens, experts, .. } = *shape;
+        let pairs = [tokens.into(), experts.into()];
+        self.source.expect("source", &pairs, 4)?;
+        self.gates.expect("gates", &pairs, 4)?;
+        if let Some(s) = self.scales.by_count {
+            s.expect("by_count", &[u64::from(experts) + 1], 4)?;
+        }
+        if let Some(s) = self.scales.by_expert {
+            s.expect("by_expert", &[experts.into()], 4)?;
+        }
+        Ok(())
+    }
+}
+
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
@@ -175,7 +207,6 @@ impl PlanCount {
         few_experts(experts)?;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));
-        let pairs = [tokens.into(), experts.into()];
         args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
         args.plan.expect("plan", &[at.words.into()], 4)?;
         let nothing = self.ctx.scratch("no gates", 16)?;
@@ -191,19 +222,8 @@ impl PlanCount {
         let [mut source, mut by_count, mut by_expert] = [None; 3];
         let mut gates = Slice::from(&nothing);
         if let Some(g) = args.gates {
-            g.source.expect("source", &pairs, 4)?;
-            g.gates.expect("gates", &pairs, 4)?;
-            if let Some(s) = g.scales.by_count {
-                s.expect("by_count", &[u64::from(experts) + 1], 4)?;
-            }
-            if let Some(s) = g.scales.by_expert {
-                s.expect("by_expert", &[experts.into()], 4)?;
-            }
-            params.rule = match g.rule {
-                GateRule::Softmax => 1,
-                GateRule::Normalised => 2,
-                GateRule::Plain => 3,
-            };
+            g.check(shape)?;
+            params.rule = g.rule.number();
             params.has_by_count = g.scales.by_count.is_some().into();
             params.has_by_expert = g.scales.by_expert.is_some().into();
             params.scale = g.scale;

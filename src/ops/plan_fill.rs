@@ -23,12 +23,16 @@ params! {
     token_of: u32, gate_of: u32, slot_of: u32,
 }
 
+pub(crate) const FILL: &str = include_str!("../../shaders/lib/plan_fill.wgsl");
+
 fn prelude(variant: Variant) -> Prelude {
     let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
+        .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .piece(GRID)
         .piece(COLUMNS)
+        .piece(FILL)
 }
 
 /// Buffers of one dispatch.

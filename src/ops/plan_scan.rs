@@ -24,11 +24,15 @@ params! {
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
 
+/// The scan of a plan's counts, and the prefix sums it is made of.
+pub(crate) const SCAN: &str = concat!(
+    include_str!("../../shaders/lib/scan_workgroup.wgsl"),
+    include_str!("../../shaders/lib/plan_scan.wgsl")
+);
+
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{wg} lanes"))
-        .constant("WG", wg)
-        .piece(include_str!("../../shaders/lib/scan_workgroup.wgsl"))
+    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(SCAN)
 }
 
 /// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.

@@ -2,6 +2,7 @@
 //! (METHODS 3 and 4; group limits: DeepSeek-V3, LLaDA2.0).
 use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::plan::MAX_EXPERTS;
 use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits, order};
 use std::sync::Arc;
 
@@ -31,6 +32,13 @@ pub const MAX_TOP: u32 = 64;
 /// Most groups of experts.
 pub const MAX_GROUPS: u32 = 32;
 
+pub(crate) const CHOICE: &str = include_str!("../../shaders/lib/choice.wgsl");
+
+/// Experts that a lane keeps at a time, for choices of `top`.
+pub(crate) fn list_of(top: u32) -> u32 {
+    [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
+}
+
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
     let (label, lanes) = match variant.target {
         Target::Gpu => ("eight lanes a token", 8),
@@ -39,11 +47,14 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
     let label =
         format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
     Prelude::new(label)
+        .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("LIST", list)
         .constant("GROUPS", groups)
+        .constant("MOST", MAX_EXPERTS)
         .piece(GRID)
         .piece(KEYS)
+        .piece(CHOICE)
 }
 
 /// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
@@ -151,6 +162,14 @@ impl TokenChoice {
     /// [`Error::Invalid`] for zero experts, `top` of 0, above `experts` or [`MAX_TOP`], groups that do not divide the experts
     /// or are more than [`MAX_GROUPS`]; [`Error::Device`] where wgpu refuses the kernel.
     pub fn new(ctx: &Context, experts: u32, top: u32, groups: Option<Groups>) -> Result<Self> {
+        Self::check(experts, top, groups)?;
+        let groups = groups.filter(|g| g.count > 1);
+        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
+        let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
+        Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
+    }
+
+    pub(crate) fn check(experts: u32, top: u32, groups: Option<Groups>) -> Result<()> {
         few_experts(experts)?;
         not_zero(&[("top", top)])?;
         if top > experts.min(MAX_TOP) {
@@ -171,17 +190,7 @@ impl TokenChoice {
                 return Err(Error::invalid("groups", format!("{top} of {count} groups")));
             }
         }
-        let groups = groups.filter(|g| g.count > 1);
-        let list = if top <= 4 {
-            4
-        } else if top <= 8 {
-            8
-        } else {
-            16
-        };
-        let kernel =
-            ctx.kernel(&SPEC, prelude(ctx.variant(), list, if groups.is_some() { 32 } else { 1 }))?;
-        Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
+        Ok(())
     }
 
     /// Chooses the experts of `tokens` tokens.

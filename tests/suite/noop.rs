@@ -35,6 +35,8 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
         skinny_rows: 8,
     };
     let plan = words(&b[7], u64::from(shape.sections()?.words));
+    let few = PlanShape { tokens: tokens.min(32), ..shape };
+    let few_pairs = |i: usize| words(&b[i], u64::from(few.tokens) * e);
     let pairs = |i: usize| words(&b[i], t * e);
     let bits = |i: usize| words(&b[i], columns * e);
     Ok(vec![
@@ -122,6 +124,32 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
         )?,
         plan_fill::PlanFill::new(ctx)?
             .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
+        block_choice::BlockChoice::new(ctx, experts, BlockRule::Vote(4), 4, None)?.bind(
+            block_choice::Dims { tokens: few.tokens, blocks: 2 },
+            block_choice::Args {
+                r: few_pairs(0),
+                offsets: words(&b[1], 3),
+                marks: Some(words(&b[2], few.tokens.into())),
+                assigned: words(&b[3], e),
+                members: words(&b[4], 2 * e.div_ceil(32)),
+            },
+        )?,
+        block_plan::BlockPlan::new(ctx)?.bind(
+            &few,
+            block_plan::Args {
+                assigned: words(&b[0], e),
+                gates: plan_count::Gates {
+                    rule: plan_count::GateRule::Normalised,
+                    source: few_pairs(1),
+                    scale: 1.0,
+                    scales: plan_count::Scales { by_count: None, by_expert: None },
+                    gates: few_pairs(2),
+                },
+                offsets: None,
+                plan: words(&b[7], u64::from(few.sections()?.words)),
+                stats: words(&b[3], 8 + e),
+            },
+        )?,
         gather::Gather::new(ctx)?.bind(
             gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
             gather::Args {

@@ -1,0 +1,181 @@
+//! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election and the choice inside
+//! the coresets in one dispatch (METHODS 4). It gives what [`token_choice`], [`coreset`] and
+//! [`token_choice`] give one after the other, whose CPU twins are its own.
+use super::coreset::{ELECTION, VOTES, WIDE, rule_number};
+use super::token_choice::{CHOICE, Groups, TokenChoice, list_of};
+use super::{GRID, KEYS, OFFSETS, coreset, not_zero, or_nothing, token_choice};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::routing::BlockRule;
+use crate::{Context, Error, Result, Slice, Step, Target};
+use std::sync::Arc;
+
+/// See `shaders/block_choice.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "block_choice",
+    body: include_str!("../../shaders/block_choice.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("r", 4),
+        read("offsets", 8),
+        read("marks", 4),
+        write("assigned", 4),
+        write("members", 4),
+    ],
+    variants: || {
+        let mut all = vec![];
+        for target in [Target::Gpu, Target::Cpu] {
+            for rule in coreset::RULES {
+                for (list, groups) in [(4, 1), (8, 1), (8, 32), (16, 32)] {
+                    all.push(prelude(target, rule, list, groups));
+                }
+            }
+        }
+        all
+    },
+};
+
+params! {
+    tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32, count: u32, mass: u32,
+    has_marks: u32,
+}
+
+/// Most tokens: a column of the bit set.
+pub const MAX_TOKENS: u32 = 32;
+/// Most experts, by workgroup memory.
+pub const MAX_EXPERTS: u32 = 384;
+/// Most blocks: one lane's loops over all of them must stay within 65,535 rounds (lavapipe 22.3).
+pub const MAX_BLOCKS: u32 = 8;
+
+fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
+    // A software driver's barriers cost by the lane.
+    let (wg, lanes) = match target {
+        Target::Gpu => (256, 8),
+        Target::Cpu => (8, 1),
+    };
+    let groups_too = if groups > 1 { ", groups" } else { "" };
+    Prelude::new(format!("{rule}, {wg} lanes, {list} experts at a time{groups_too}"))
+        .constant("WG", wg)
+        .constant("LANES", lanes)
+        .constant("LIST", list)
+        .constant("GROUPS", groups)
+        .constant("MOST", MAX_EXPERTS)
+        .constant("RULE", rule_number(rule))
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(OFFSETS)
+        .piece(WIDE)
+        .piece(VOTES)
+        .piece(ELECTION)
+        .piece(CHOICE)
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `r`, at most [`MAX_TOKENS`]; 0 is a no-op.
+    pub tokens: u32,
+    /// Blocks, at most [`MAX_BLOCKS`].
+    pub blocks: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, experts]` f32, read: selection values.
+    pub r: Slice<'a>,
+    /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
+    pub offsets: Slice<'a>,
+    /// `[tokens]` u32, read: tokens with 0 have no say, as for [`coreset`].
+    pub marks: Option<Slice<'a>>,
+    /// `[experts]` u32, written whole: the bit set.
+    pub assigned: Slice<'a>,
+    /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
+    pub members: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct BlockChoice {
+    ctx: Context,
+    experts: u32,
+    rule: BlockRule,
+    top: u32,
+    groups: Option<Groups>,
+    kernel: Arc<Kernel>,
+}
+
+impl BlockChoice {
+    /// Compiles the kernel of a rule, for choices of `top` experts.
+    ///
+    /// # Errors
+    ///
+    /// As [`TokenChoice::new`] and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
+    /// experts.
+    pub fn new(
+        ctx: &Context,
+        experts: u32,
+        rule: BlockRule,
+        top: u32,
+        groups: Option<Groups>,
+    ) -> Result<Self> {
+        if experts > MAX_EXPERTS {
+            return Err(Error::invalid("experts", format!("{experts}, at most {MAX_EXPERTS}")));
+        }
+        TokenChoice::check(experts, top, groups)?;
+        TokenChoice::check(experts, rule.own_top(top).unwrap_or(top), None)?;
+        rule.check(experts)?;
+        let groups = groups.filter(|g| g.count > 1);
+        let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
+        let target = ctx.variant().target;
+        let of_groups = if groups.is_some() { token_choice::MAX_GROUPS } else { 1 };
+        let kernel =
+            ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
+        Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, kernel })
+    }
+
+    /// Whether one dispatch can do a batch of this many tokens and blocks.
+    pub fn fits(dims: Dims) -> bool {
+        dims.tokens <= MAX_TOKENS && dims.blocks <= MAX_BLOCKS
+    }
+
+    /// Elects the coresets of blocks, and chooses the experts of tokens inside them.
+    ///
+    /// # Errors
+    ///
+    /// Zero or too many blocks, too many tokens, or a slice that does not fit ([`Error`]).
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        let Dims { tokens, blocks } = dims;
+        let experts = self.experts;
+        not_zero(&[("blocks", blocks)])?;
+        if !Self::fits(dims) {
+            let reason = format!("{dims:?}, at most {MAX_TOKENS} tokens and {MAX_BLOCKS} blocks");
+            return Err(Error::invalid("dims", reason));
+        }
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        if let Some(marks) = args.marks {
+            marks.expect("marks", &[tokens.into()], 4)?;
+        }
+        args.assigned.expect("assigned", &[experts.into()], 4)?;
+        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
+        let (count, mass) = self.rule.count_and_mass();
+        let params = Params {
+            tokens,
+            experts,
+            blocks,
+            own_top: self.rule.own_top(self.top).unwrap_or(0),
+            top: self.top,
+            group_count: self.groups.map_or(1, |g| g.count),
+            group_top: self.groups.map_or(1, |g| g.top),
+            count,
+            mass,
+            has_marks: args.marks.is_some().into(),
+        };
+        let marks = or_nothing(&self.ctx, args.marks);
+        let slices = [args.r, args.offsets, marks, args.assigned, args.members];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
+    }
+}

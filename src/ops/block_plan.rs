@@ -1,0 +1,146 @@
+//! The plan of up to 32 tokens in one dispatch: what [`plan_count`], [`plan_scan`] and [`plan_fill`](super::plan_fill) do
+//! one after the other (ARCHITECTURE 1). Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
+//! [`plan_count::cpu`].
+use super::plan_count::{self, Gates};
+use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use std::sync::Arc;
+
+/// See `shaders/block_plan.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "block_plan",
+    body: include_str!("../../shaders/block_plan.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("assigned", 4),
+        read("source", 4),
+        read("by_count", 4),
+        read("by_expert", 4),
+        read("offsets", 4),
+        write("gates", 4),
+        write("plan", 4),
+        write("stats", 4),
+    ],
+    variants: || [Target::Gpu, Target::Cpu].map(prelude).into(),
+};
+
+params! {
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
+    drop_count: u32, ignore_count: u32, range_count: u32, tile_rows: u32, skinny_rows: u32, expert_offsets: u32,
+    token_offsets: u32, active_experts: u32, skinny_offsets: u32, skinny_items: u32, tile_offsets: u32, tile_items: u32,
+    ranks: u32, token_of: u32, gate_of: u32, slot_of: u32,
+}
+
+/// Most tokens: a column of the bit set.
+pub const MAX_TOKENS: u32 = 32;
+
+fn prelude(target: Target) -> Prelude {
+    let lanes = if target == Target::Cpu { 1 } else { 8 };
+    Prelude::new(format!("{lanes} lanes a token"))
+        .constant("WG", 32 * lanes)
+        .constant("LANES", lanes)
+        .constant("EXPERT_LANES", 1)
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(EXP)
+        .piece(COLUMNS)
+        .piece(plan_count::COUNT)
+        .piece(plan_scan::SCAN)
+        .piece(super::plan_fill::FILL)
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[experts]` u32, read: the bit set.
+    pub assigned: Slice<'a>,
+    /// Gates to make.
+    pub gates: Gates<'a>,
+    /// `[n]` u32, read: offsets whose clamped ones are to be counted.
+    pub offsets: Option<Slice<'a>>,
+    /// A plan of the shape, written whole.
+    pub plan: Slice<'a>,
+    /// `[8 + experts]` u32, written whole: see [`Stats`](plan_scan::Stats).
+    pub stats: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct BlockPlan {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl BlockPlan {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant().target))? })
+    }
+
+    /// Gates, and the whole plan.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens; or a slice that does not fit.
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        let PlanShape { tokens, experts, shared_experts, tile_rows, skinny_rows, .. } = *shape;
+        if tokens > MAX_TOKENS {
+            return Err(Error::invalid("tokens", format!("{tokens}, at most {MAX_TOKENS}")));
+        }
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        few_experts(experts)?;
+        let at = shape.sections()?;
+        args.assigned.expect("assigned", &[experts.into()], 4)?;
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.stats.expect("stats", &[8 + u64::from(experts)], 4)?;
+        args.gates.check(shape)?;
+        let scales = args.gates.scales;
+        let params = Params {
+            tokens,
+            experts,
+            shared_experts,
+            slots: shape.slots()?,
+            rule: args.gates.rule.number(),
+            has_by_count: scales.by_count.is_some().into(),
+            has_by_expert: scales.by_expert.is_some().into(),
+            scale: args.gates.scale,
+            drop_count: 0,
+            ignore_count: 0,
+            range_count: args.offsets.map_or(0, |o| (o.size / 4) as u32),
+            tile_rows,
+            skinny_rows,
+            expert_offsets: at.expert_offsets,
+            token_offsets: at.token_offsets,
+            active_experts: at.active,
+            skinny_offsets: at.skinny_offsets,
+            skinny_items: at.skinny_items,
+            tile_offsets: at.tile_offsets,
+            tile_items: at.tile_items,
+            ranks: at.ranks,
+            token_of: at.token_of,
+            gate_of: at.gate_of,
+            slot_of: at.slot_of,
+        };
+        let [by_count, by_expert, offsets] =
+            [scales.by_count, scales.by_expert, args.offsets].map(|s| or_nothing(&self.ctx, s));
+        let gates = args.gates;
+        let slices = [
+            args.assigned,
+            gates.source,
+            by_count,
+            by_expert,
+            offsets,
+            gates.gates,
+            args.plan,
+            args.stats,
+        ];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
+    }
+}

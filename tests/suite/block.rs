@@ -1,0 +1,379 @@
+//! One block at once: the fused choice against the twins of the kernels that it stands for, the fused plan against those
+//! kernels' bits, and the dispatches of a layer that decodes a block.
+use crate::common::{Output, assert_same, contexts, gpu, random, run};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, Settings, Tensor};
+use wgmoe::ops::plan_count::{self, GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::plan_fill::{self, PlanFill};
+use wgmoe::ops::plan_scan::{self, PlanScan};
+use wgmoe::ops::token_choice::{self, Groups};
+use wgmoe::ops::{block_choice, block_plan, coreset};
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
+};
+use wgmoe::{
+    Activation, Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, bits, wgpu,
+};
+
+/// Contexts that differ for kernels without subgroup operations.
+fn targets(gpu: &Gpu) -> Vec<Context> {
+    contexts(gpu).into_iter().filter(|ctx| !ctx.variant().subgroups).collect()
+}
+
+/// Selection values: scores, few values that tie, all equal, NaN and infinities among them, NaN alone.
+fn values(kind: usize, tokens: usize, experts: usize) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(kind as u64 + 7);
+    let mut r = random((tokens * experts + kind) as u64, tokens * experts);
+    match kind {
+        0 => r.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-4.0 * *x).exp())),
+        1 => r.iter_mut().for_each(|x| *x = (*x * 3.0).round() / 4.0),
+        2 => r.fill(0.25),
+        3 => {
+            let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 0.0, -1e30, 3000.0];
+            for x in &mut r {
+                if rng.random_range(0..3) == 0 {
+                    *x = odd[rng.random_range(0..odd.len())];
+                }
+            }
+            let t = rng.random_range(0..tokens);
+            r[t * experts..][..experts].fill(f32::NAN);
+        }
+        _ => r.fill(f32::NAN),
+    }
+    r
+}
+
+struct Case<'a> {
+    rule: BlockRule,
+    experts: usize,
+    top: usize,
+    groups: Option<Groups>,
+    r: &'a [f32],
+    offsets: &'a [u32],
+    marks: Option<&'a [u32]>,
+}
+
+impl Case<'_> {
+    /// The bit set and the coresets, by the twins.
+    fn cpu(&self) -> (Vec<u32>, Vec<u32>) {
+        let Self { rule, experts, top, groups, r, offsets, marks } = *self;
+        let own = rule
+            .own_top(top as u32)
+            .map(|k| token_choice::cpu(r, experts, k as usize, None, &|_, _| true))
+            .unwrap_or_default();
+        let (members, block_of) = coreset::cpu(rule, r, experts, &own, offsets, marks);
+        let eligible = |t: usize, e: usize| {
+            let row = block_of[t] as usize * experts.div_ceil(32);
+            block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
+        };
+        (token_choice::cpu(r, experts, top, groups, &eligible), members)
+    }
+
+    #[track_caller]
+    fn check(&self, gpu: &Gpu) {
+        let Self { rule, experts, top, groups, r, offsets, marks } = *self;
+        let (tokens, blocks) = (r.len() / experts, offsets.len() - 1);
+        let want = self.cpu();
+        let [r, at] = [gpu.upload(r), gpu.upload(offsets)];
+        let marked = marks.map(|m| gpu.upload(m));
+        for ctx in targets(gpu) {
+            let assigned = Output::u32s(gpu, experts);
+            let members = Output::u32s(gpu, blocks * experts.div_ceil(32));
+            let args = block_choice::Args {
+                r: (&r).into(),
+                offsets: (&at).into(),
+                marks: marked.as_ref().map(Into::into),
+                assigned: assigned.slice(),
+                members: members.slice(),
+            };
+            let dims = block_choice::Dims { tokens: tokens as u32, blocks: blocks as u32 };
+            let op = block_choice::BlockChoice::new(&ctx, experts as u32, rule, top as u32, groups)
+                .expect("a rule");
+            run(gpu, &op.bind(dims, args).expect("bind"));
+            let what = format!(
+                "{:?} {rule:?} T {tokens} E {experts} {groups:?} {offsets:?} {marks:?}",
+                ctx.variant()
+            );
+            assert_same(&members.get::<u32>(gpu), &want.1, &format!("{what}: coresets"));
+            assert_same(&assigned.get::<u32>(gpu), &want.0, &format!("{what}: assigned"));
+        }
+    }
+}
+
+/// Every rule at counts that suit E experts and K, of each kind once.
+fn rules(experts: u32, top: u32) -> [BlockRule; 4] {
+    [
+        BlockRule::Mass { p: 0.6, floor: 8.min(experts) },
+        BlockRule::Capacity(48.min(experts)),
+        BlockRule::Vote(experts.div_ceil(7)),
+        BlockRule::Union(3.min(top)),
+    ]
+}
+
+#[test]
+fn the_choice_of_a_block_is_that_of_three_kernels() {
+    let Some(gpu) = gpu() else { return };
+    for (tokens, experts) in [(1, 1), (5, 40), (31, 96), (32, 255), (32, 256), (32, 384)] {
+        let top = 8.min(experts);
+        for rule in rules(experts as u32, top as u32) {
+            for kind in 0..5 {
+                let r = values(kind, tokens, experts);
+                let groups = (experts % 8 == 0).then_some(Groups { count: 8, top: 4 });
+                for groups in [None, groups.filter(|_| kind % 2 == 1)] {
+                    let offsets = &[0, tokens as u32];
+                    Case { rule, experts, top, groups, r: &r, offsets, marks: None }.check(&gpu);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn several_blocks_of_a_column_and_marks() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (32, 96);
+    let marks: Vec<u32> = (0..32).map(|t| if t < 13 { 0 } else { t % 3 }).collect();
+    // Side by side; gaps before, between and behind; empty ones; offsets that decrease or pass the end.
+    let offsets: [&[u32]; 4] =
+        [&[0, 13, 32], &[3, 9, 9, 20], &[5, 2, 30, 7, 99], &[0, 1, 2, 3, 4, 5, 6, 7, 32]];
+    for rule in rules(96, 8) {
+        for kind in [0, 1, 3] {
+            let r = values(kind, tokens, experts);
+            for offsets in offsets {
+                for (marks, groups) in
+                    [(None, None), (Some(&marks[..]), Groups { count: 8, top: 3 }.into())]
+                {
+                    Case { rule, experts, top: 8, groups, r: &r, offsets, marks }.check(&gpu);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn many_experts_a_token() {
+    let Some(gpu) = gpu() else { return };
+    let r = values(1, 32, 96);
+    for (top, rule) in
+        [(33, BlockRule::Vote(40)), (64, BlockRule::Union(20)), (1, BlockRule::Vote(5))]
+    {
+        for groups in [None, Some(Groups { count: 32, top: 15 })] {
+            Case { rule, experts: 96, top, groups, r: &r, offsets: &[0, 32], marks: None }
+                .check(&gpu);
+        }
+    }
+}
+
+#[test]
+fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
+    let Some(gpu) = gpu() else { return };
+    for (tokens, experts, shared_experts) in
+        [(1, 1, 0), (5, 40, 1), (31, 255, 2), (32, 256, 1), (32, 1024, 0)]
+    {
+        let mut rng = StdRng::seed_from_u64(u64::from(experts));
+        let (t, e) = (tokens as usize, experts as usize);
+        let mut assigned = bits::empty(t, e);
+        for i in 0..e {
+            // Some experts that nobody wants, one that everybody wants; bits past the last token.
+            assigned[i] = match i % 5 {
+                0 | 1 => 0,
+                2 => 1 << rng.random_range(0..32u32),
+                _ if i == 3 => u32::MAX,
+                _ => rng.random::<u32>() & rng.random::<u32>() & rng.random::<u32>(),
+            };
+        }
+        let mut source = random(5, t * e);
+        source[0] = f32::NAN;
+        source[t * e / 2] = f32::INFINITY;
+        let [by_count, by_expert] = [gpu.upload(&random(6, e + 1)), gpu.upload(&random(7, e))];
+        let [bits, source] = [gpu.upload(&assigned), gpu.upload(&source)];
+        let offsets = gpu.upload(&[0u32, 9, 4, 99, tokens]);
+        let count: u32 = assigned.iter().map(|w| w.count_ones()).sum();
+        for (rule, slots, scaled) in [
+            (GateRule::Softmax, count, false),
+            (GateRule::Normalised, count.div_ceil(2), true),
+            (GateRule::Plain, count + 9, false),
+        ] {
+            let shape = PlanShape {
+                tokens,
+                experts,
+                shared_experts,
+                routed_slots: slots,
+                tile_rows: 8,
+                skinny_rows: 3,
+            };
+            let words = (shape.bytes().unwrap() / 4) as usize;
+            for ctx in targets(&gpu) {
+                let outputs = || {
+                    [words, 8 + e]
+                        .map(|n| Output::u32s(&gpu, n))
+                        .into_iter()
+                        .chain([Output::f32s(&gpu, t * e)])
+                        .collect::<Vec<_>>()
+                };
+                let (a, b) = (outputs(), outputs());
+                let make = |gates| Gates {
+                    rule,
+                    source: (&source).into(),
+                    scale: 2.5,
+                    scales: Scales {
+                        by_count: scaled.then(|| (&by_count).into()),
+                        by_expert: scaled.then(|| (&by_expert).into()),
+                    },
+                    gates,
+                };
+                let assigned = (&bits).into();
+                let args = plan_count::Args {
+                    assigned,
+                    gates: Some(make(a[2].slice())),
+                    plan: a[0].slice(),
+                };
+                let offsets = Some((&offsets).into());
+                let scan = plan_scan::Args {
+                    losses: None,
+                    offsets,
+                    plan: a[0].slice(),
+                    stats: a[1].slice(),
+                };
+                let fill = plan_fill::Args { assigned, gates: a[2].slice(), plan: a[0].slice() };
+                let steps = PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap();
+                let steps = steps
+                    .then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap())
+                    .then(PlanFill::new(&ctx).unwrap().bind(&shape, fill).unwrap());
+                run(&gpu, &steps);
+                let args = block_plan::Args {
+                    assigned,
+                    gates: make(b[2].slice()),
+                    offsets,
+                    plan: b[0].slice(),
+                    stats: b[1].slice(),
+                };
+                let op = block_plan::BlockPlan::new(&ctx).unwrap();
+                let step = op.bind(&shape, args).unwrap();
+                assert_eq!(step.dispatches().len(), 1);
+                run(&gpu, &step);
+                for (name, (a, b)) in ["plan", "stats", "gates"].iter().zip(a.iter().zip(&b)) {
+                    let what =
+                        format!("{:?} T {tokens} E {experts} {rule:?}: {name}", ctx.variant());
+                    assert_same(&b.get::<u32>(&gpu), &a.get::<u32>(&gpu), &what);
+                }
+            }
+        }
+    }
+}
+
+/// Dispatches between the logits and the first matmul of the experts.
+fn between(
+    ctx: &Context,
+    tokens: u32,
+    experts: u32,
+    blocks: Option<u32>,
+    routing: Routing,
+) -> Vec<&'static str> {
+    let settings = Settings {
+        hidden: 4,
+        intermediate: 4,
+        experts,
+        shared_experts: 1,
+        activation: Activation::Silu,
+        routing,
+    };
+    let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32), None).unwrap();
+    let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
+    let router = Router {
+        weight: tensor(4 * experts),
+        bias: Some(tensor(experts)),
+        by_count: None,
+        by_expert: None,
+    };
+    let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let [hidden, out, offsets] = [tensor(4 * tokens), tensor(4 * tokens), tensor(65)];
+    let blocks = blocks.map(|count| Blocks {
+        count,
+        offsets: wgmoe::Slice { size: 4 * (u64::from(count) + 1), ..offsets.slice() },
+        marks: None,
+    });
+    let step =
+        layer.bind(&Batch { blocks, ..Batch::new(hidden.slice(), out.slice(), tokens) }).unwrap();
+    let names: Vec<_> = step.dispatches().map(wgmoe::Dispatch::name).collect();
+    let matmuls: Vec<usize> =
+        (0..names.len()).filter(|&i| names[i].starts_with("matmul")).collect();
+    names[matmuls[0] + 1..matmuls[1]].to_vec()
+}
+
+#[test]
+fn a_decoding_block_takes_three_dispatches_before_its_experts() {
+    let (device, _) = wgpu::Device::noop(&wgpu::DeviceDescriptor {
+        required_limits: wgpu::Limits::default(),
+        ..Default::default()
+    });
+    for target in [Target::Gpu, Target::Cpu] {
+        let variant = Variant { target, subgroups: false };
+        let ctx = Context::with_variant(&device, variant, None).unwrap();
+        let rule = TokenChoice {
+            score: Score::Sigmoid,
+            gate: GateRule::Normalised,
+            top: 8,
+            groups: Some(Groups { count: 8, top: 4 }),
+            scale: 2.5,
+            capacity_factor: None,
+            coreset: None,
+        };
+        let block =
+            |rule: TokenChoice, coreset| Routing::TokenChoice(TokenChoice { coreset, ..rule });
+        for coreset in rules(256, 8) {
+            let routing = block(rule, Some(coreset));
+            for blocks in [None, Some(1), Some(8)] {
+                let names = between(&ctx, 32, 256, blocks, routing);
+                assert_eq!(names, ["scores", "block_choice", "block_plan"], "{coreset:?}");
+            }
+            // More blocks, tokens or experts than one workgroup takes.
+            assert!(!between(&ctx, 32, 256, Some(9), routing).contains(&"block_choice"));
+            assert!(!between(&ctx, 33, 256, None, routing).contains(&"block_choice"));
+            assert!(!between(&ctx, 32, 392, None, routing).contains(&"block_choice"));
+        }
+        assert_eq!(between(&ctx, 32, 256, None, block(rule, None)).len(), 3);
+        let experts = ExpertChoice {
+            score: Score::Softmax,
+            normalise: Normalise::AfterSelection,
+            scope: Scope::Batch,
+            experts_per_token: 8,
+            max_experts_per_token: 8,
+        };
+        assert_eq!(between(&ctx, 32, 256, None, Routing::ExpertChoice(experts)).len(), 3);
+        let pairs =
+            SequenceTop { score: Score::Softmax, gate: GateRule::Normalised, top: 8, scale: 1.0 };
+        let names = between(&ctx, 32, 256, None, Routing::SequenceTop(pairs));
+        assert_eq!((names[0], *names.last().unwrap()), ("scores", "block_plan"));
+        // Drops come between the gates and the plan.
+        let dropping = TokenChoice { capacity_factor: Some(1.0), ..rule };
+        assert!(!between(&ctx, 32, 256, None, block(dropping, None)).contains(&"block_plan"));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let (device, _) = wgpu::Device::noop(&Default::default());
+    let ctx = Context::new(&device).unwrap();
+    let new = |experts, rule, top| block_choice::BlockChoice::new(&ctx, experts, rule, top, None);
+    assert!(new(385, BlockRule::Vote(8), 8).is_err());
+    assert!(new(64, BlockRule::Vote(65), 8).is_err());
+    assert!(new(64, BlockRule::Vote(8), 65).is_err());
+    assert!(new(128, BlockRule::Union(65), 8).is_err());
+    let op = new(64, BlockRule::Vote(8), 8).unwrap();
+    let tensor = |n: usize| Tensor::new(&ctx, "zeros", &vec![0u32; n]).unwrap();
+    let [r, offsets, assigned, members] = [32 * 64, 2, 64, 2].map(tensor);
+    let args = block_choice::Args {
+        r: r.slice(),
+        offsets: offsets.slice(),
+        marks: None,
+        assigned: assigned.slice(),
+        members: members.slice(),
+    };
+    let bind = |tokens, blocks, args| op.bind(block_choice::Dims { tokens, blocks }, args);
+    assert!(bind(32, 1, args).is_ok());
+    assert!(bind(0, 1, args).unwrap().dispatches().is_empty());
+    assert!(bind(32, 0, args).is_err() && bind(33, 1, args).is_err() && bind(32, 9, args).is_err());
+    assert!(bind(32, 1, block_choice::Args { marks: Some(offsets.slice()), ..args }).is_err());
+    assert!(bind(32, 1, block_choice::Args { assigned: offsets.slice(), ..args }).is_err());
+}
