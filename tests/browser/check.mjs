@@ -11,8 +11,6 @@ import { readdirSync, readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
-const BATCH = 8;
-
 Object.assign(globalThis, globals);
 const adapter = await create(['backend=null']).requestAdapter();
 const requiredFeatures = ['shader-f16', 'subgroups'].filter((f) => adapter.features.has(f));
@@ -40,11 +38,18 @@ const kernel = (guard) => `
     if ${guard} { workgroupBarrier(); }
     out[lane] = shared_sum;
   }`;
-const good = await errorsOf(kernel('true'));
-const bad = await errorsOf(kernel('lane < 32u'));
-if (good.length || !bad.some((e) => /uniform/.test(e))) {
-  console.error('this check does not work: it must accept a plain kernel and refuse a barrier in non-uniform control flow, and said', { good, bad });
-  process.exit(2);
+const [selfTest, child] = ['--self-test', '--verdict'].map((flag) => process.argv[2] === flag);
+if (selfTest) {
+  const good = await errorsOf(kernel('true'));
+  const bad = await errorsOf(kernel('lane < 32u'));
+  const works = !good.length && bad.some((e) => /uniform/.test(e));
+  if (!works) console.error('it must accept a plain kernel and refuse a barrier in non-uniform control flow, and said', { good, bad });
+  process.exit(works ? 0 : 1);
+}
+if (child) {
+  const errors = await errorsOf(readFileSync(process.argv[3], 'utf8'));
+  if (errors.length) console.log([`refused  ${process.argv[3]}`, ...errors.map((error) => `    ${error}`)].join('\n'));
+  process.exit(errors.length ? 1 : 0);
 }
 
 const paths = process.argv.slice(2).flatMap((path) =>
@@ -58,40 +63,28 @@ if (!paths.length) {
 const native = paths.filter((path) => /\bu64\b/.test(readFileSync(path, 'utf8')));
 const checked = paths.filter((path) => !native.includes(path));
 
-// The compiler's node binding crashes or hangs now and then after some dozen modules in one process: batches of a few, each
-// in a process of its own, tried again where it died without a verdict.
-if (checked.length > BATCH) {
-  let refused = 0;
-  for (let i = 0; i < checked.length; i += BATCH) {
-    const batch = checked.slice(i, i + BATCH);
-    let run;
-    for (let attempt = 0; attempt < 5; attempt++) {
-      run = spawnSync(process.execPath, [fileURLToPath(import.meta.url), ...batch], { encoding: 'utf8', timeout: 60_000 });
-      if (run.status === 0 || run.status === 1) break;
-    }
-    if (run.status !== 0 && run.status !== 1) {
-      console.error(`no verdict on ${batch.join(' ')}: ${run.signal ?? run.status}\n${run.stderr}`);
-      process.exit(2);
-    }
-    const lines = run.stdout.split('\n').filter((line) => line && !/ passed, | left out$/.test(line));
-    if (lines.length) console.log(lines.join('\n'));
-    refused += lines.filter((line) => line.startsWith('refused')).length;
+// The compiler's node binding crashes or hangs in one process of ten or so: each file has a process of its own, started
+// again where it died without a verdict.
+function verdict(...args) {
+  for (let attempt = 0; attempt < 20; attempt++) {
+    const run = spawnSync(process.execPath, [fileURLToPath(import.meta.url), ...args], { encoding: 'utf8', timeout: 20_000 });
+    if (run.status === 0 || run.status === 1) return run;
   }
-  finish(refused);
+  console.error(`no verdict on ${args.join(' ')}`);
+  process.exit(2);
 }
 
+const self = verdict('--self-test');
+if (self.status !== 0) {
+  console.error(`this check does not work: ${self.stderr}`);
+  process.exit(2);
+}
 let refused = 0;
 for (const path of checked) {
-  const errors = await errorsOf(readFileSync(path, 'utf8'));
-  if (!errors.length) continue;
-  refused++;
-  console.log(`refused  ${path}`);
-  for (const error of errors) console.log(`    ${error}`);
+  const run = verdict('--verdict', path);
+  refused += run.status;
+  if (run.status) process.stdout.write(run.stdout);
 }
-finish(refused);
-
-function finish(refused) {
-  console.log(`${native.length} files with 64-bit integers left out`);
-  console.log(`${checked.length - refused} passed, ${refused} failed`);
-  process.exit(refused ? 1 : 0);
-}
+console.log(`${native.length} files with 64-bit integers left out`);
+console.log(`${checked.length - refused} passed, ${refused} failed`);
+process.exit(refused ? 1 : 0);
