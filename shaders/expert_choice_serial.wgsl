@@ -5,8 +5,8 @@
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many keys reach
 // each of eight pivots. The first pivots are guessed from a sample, so that one pass is mostly enough for the bracket to hold
 // no more than CANDIDATES tokens. The last pass sets the bits above the bracket and collects the tokens inside, among
-// which the rest is found in workgroup memory. Wrong guesses cost passes: at most 12, as each one divides the
-// bracket by up to 9.
+// which the rest is found in workgroup memory. Wrong guesses cost passes: at most 14, as from the fourth on each
+// divides the bracket by 9.
 
 struct Params {
     tokens: u32,
@@ -22,7 +22,7 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
 @group(0) @binding(6) var<storage, read_write> dropped: array<u32>;
 
-const CANDIDATES: u32 = 96u;
+const CANDIDATES: u32 = 120u;
 
 // By candidate, expert and lane.
 var<workgroup> candidate_keys: array<u32, CANDIDATES * 2u * WG>;
@@ -67,28 +67,34 @@ fn count(c: Eights, p: Eights, k: vec2<u32>) -> Eights {
     );
 }
 
-// The part of a bracket that holds rank `want`: (lo, hi, reach, over) after the counts c of the pivots p.
-fn part(b: vec4<u32>, want: u32, p0: vec4<u32>, p1: vec4<u32>, c0: vec4<u32>, c1: vec4<u32>) -> vec4<u32> {
-    var n = pivot(b, want, p0.x, c0.x);
-    n = pivot(n, want, p0.y, c0.y);
-    n = pivot(n, want, p0.z, c0.z);
-    n = pivot(n, want, p0.w, c0.w);
-    n = pivot(n, want, p1.x, c1.x);
-    n = pivot(n, want, p1.y, c1.y);
-    n = pivot(n, want, p1.z, c1.z);
-    return pivot(n, want, p1.w, c1.w);
+// Ranks that a bracket is to hold: low.x is the last one from above, high.x the first. Exact where they are equal.
+struct Ranks {
+    low: vec2<u32>,
+    high: vec2<u32>,
 }
 
-fn pivot(b: vec4<u32>, want: u32, p: u32, c: u32) -> vec4<u32> {
-    if p > b.x && p <= b.y {
-        return select(vec4(b.x, p - 1u, b.z, c), vec4(p, b.y, c, b.w), c >= want);
+// A bracket (lo, hi, reach, over) narrowed by a pivot that `c` keys reach.
+fn by_pivot(b: vec4<u32>, low: u32, high: u32, p: u32, c: u32) -> vec4<u32> {
+    if p > b.x && p <= b.y && (c >= low || c < high) {
+        return select(vec4(b.x, p - 1u, b.z, c), vec4(p, b.y, c, b.w), c >= low);
     }
     return b;
 }
 
-fn narrowed(b: Bracket, want: vec2<u32>, p: Eights, c: Eights) -> Bracket {
-    let x = part(vec4(b.lo.x, b.hi.x, b.reach.x, b.over.x), want.x, p.x0, p.x1, c.x0, c.x1);
-    let y = part(vec4(b.lo.y, b.hi.y, b.reach.y, b.over.y), want.y, p.y0, p.y1, c.y0, c.y1);
+fn by_pivots(b: vec4<u32>, low: u32, high: u32, p0: vec4<u32>, p1: vec4<u32>, c0: vec4<u32>, c1: vec4<u32>) -> vec4<u32> {
+    var n = by_pivot(b, low, high, p0.x, c0.x);
+    n = by_pivot(n, low, high, p0.y, c0.y);
+    n = by_pivot(n, low, high, p0.z, c0.z);
+    n = by_pivot(n, low, high, p0.w, c0.w);
+    n = by_pivot(n, low, high, p1.x, c1.x);
+    n = by_pivot(n, low, high, p1.y, c1.y);
+    n = by_pivot(n, low, high, p1.z, c1.z);
+    return by_pivot(n, low, high, p1.w, c1.w);
+}
+
+fn narrowed(b: Bracket, ranks: Ranks, p: Eights, c: Eights) -> Bracket {
+    let x = by_pivots(vec4(b.lo.x, b.hi.x, b.reach.x, b.over.x), ranks.low.x, ranks.high.x, p.x0, p.x1, c.x0, c.x1);
+    let y = by_pivots(vec4(b.lo.y, b.hi.y, b.reach.y, b.over.y), ranks.low.y, ranks.high.y, p.y0, p.y1, c.y0, c.y1);
     return Bracket(vec2(x.x, y.x), vec2(x.y, y.y), vec2(x.z, y.z), vec2(x.w, y.w));
 }
 
@@ -97,41 +103,80 @@ fn is_settled(b: Bracket, want: vec2<u32>) -> vec2<bool> {
     return (b.reach == want) | (b.lo == b.hi);
 }
 
-// Narrows a bracket among the n tokens in workgroup memory, until at most `most` are inside or it is settled.
-fn narrow_candidates(given: Bracket, want: vec2<u32>, n: vec2<u32>, most: u32, lane: u32) -> Bracket {
-    var b = given;
-    loop {
-        let open = (b.reach - b.over > vec2(most)) & !is_settled(b, want);
-        if !any(open) {
-            break;
-        }
-        let p = pivots_of(b.lo, b.hi);
-        var c = Eights();
-        for (var i = 0u; i < max(n.x, n.y); i++) {
-            let at = i * 2u * WG + lane;
-            let k = vec2(candidate_keys[at], candidate_keys[at + WG]);
-            c = count(c, p, select(vec2(0u), k, vec2(i) < n));
-        }
-        b = narrowed(b, want, p, c);
-    }
-    return b;
+// Ranks on both sides of that of the last token taken, in a sample of n tokens: 2.25 standard deviations away.
+fn sample_ranks(share: vec2<f32>, n: u32) -> Ranks {
+    let rank = share * f32(n);
+    let margin = 2.25 * sqrt(rank * (1.0 - share) + 0.25);
+    return Ranks(
+        min(vec2<u32>(rank + margin) + 1u, vec2(n)),
+        max(vec2<u32>(max(rank - margin, vec2(0.0))), vec2(1u)),
+    );
 }
 
-// The keys of a token, 0 where bit 0 of live is not set.
-fn keys_of(t: u32, e: u32, live: vec2<u32>) -> vec2<u32> {
-    let v = scores_of(t, e);
-    return vec2(key(v.x), key(v.y)) * (live & vec2(1u));
+// Whether a bracket in a sample can become much narrower.
+fn is_wide(b: Bracket, ranks: Ranks) -> vec2<bool> {
+    return (b.reach - b.over > (ranks.low - ranks.high) * 5u / 4u + 2u) & (b.lo != b.hi);
+}
+
+// A bracket and a quarter of its width on both sides.
+fn widened(b: Bracket) -> Bracket {
+    let margin = (b.hi - b.lo) / 4u + 1u;
+    return Bracket(b.lo - min(b.lo - 1u, margin), b.hi + min(0xffffffffu - b.hi, margin), b.reach, b.over);
+}
+
+// Where to look next in bracket b, after the guess: where that was wrong, beside it and four times as wide.
+fn next_guess(b: Bracket, guess: Bracket) -> Bracket {
+    let width = min(guess.hi - guess.lo, vec2(0x3fffffffu)) * 4u;
+    let lo = select(b.lo, b.hi - min(width, b.hi - b.lo), b.lo < guess.lo);
+    let hi = select(b.hi, b.lo + min(width, b.hi - b.lo), b.hi > guess.hi);
+    return Bracket(lo, hi, b.reach, b.over);
+}
+
+// How many of the n keys in workgroup memory reach each pivot.
+fn count_candidates(p: Eights, n: vec2<u32>, lane: u32) -> Eights {
+    var c = Eights();
+    for (var i = 0u; i < max(n.x, n.y); i++) {
+        let at = i * 2u * WG + lane;
+        let k = vec2(candidate_keys[at], candidate_keys[at + WG]);
+        c = count(c, p, select(vec2(0u), k, vec2(i) < n));
+    }
+    return c;
+}
+
+// Keys of eight tokens for both experts, 0 where a bit of live is not set. All are loaded before any is used, so that the
+// rows, which lie far apart, come at the same time.
+fn keys_of(t: u32, e: u32, live: vec2<u32>) -> Eights {
+    let a = scores_of(t, e);
+    let b = scores_of(t + 1u, e);
+    let c = scores_of(t + 2u, e);
+    let d = scores_of(t + 3u, e);
+    let f = scores_of(t + 4u, e);
+    let g = scores_of(t + 5u, e);
+    let h = scores_of(t + 6u, e);
+    let i = scores_of(t + 7u, e);
+    return Eights(
+        keys4(a.x, b.x, c.x, d.x, live.x),
+        keys4(f.x, g.x, h.x, i.x, live.x >> 4u),
+        keys4(a.y, b.y, c.y, d.y, live.y),
+        keys4(f.y, g.y, h.y, i.y, live.y >> 4u),
+    );
+}
+
+fn keys4(a: u32, b: u32, c: u32, d: u32, live: u32) -> vec4<u32> {
+    let bits = (vec4(live) >> vec4(0u, 1u, 2u, 3u)) & vec4(1u);
+    return vec4(key(a), key(b), key(c), key(d)) * bits;
 }
 
 fn count8(given: Eights, p: Eights, t: u32, e: u32, live: vec2<u32>) -> Eights {
-    var c = count(given, p, keys_of(t, e, live));
-    c = count(c, p, keys_of(t + 1u, e, live >> vec2(1u)));
-    c = count(c, p, keys_of(t + 2u, e, live >> vec2(2u)));
-    c = count(c, p, keys_of(t + 3u, e, live >> vec2(3u)));
-    c = count(c, p, keys_of(t + 4u, e, live >> vec2(4u)));
-    c = count(c, p, keys_of(t + 5u, e, live >> vec2(5u)));
-    c = count(c, p, keys_of(t + 6u, e, live >> vec2(6u)));
-    return count(c, p, keys_of(t + 7u, e, live >> vec2(7u)));
+    let k = keys_of(t, e, live);
+    var c = count(given, p, vec2(k.x0.x, k.y0.x));
+    c = count(c, p, vec2(k.x0.y, k.y0.y));
+    c = count(c, p, vec2(k.x0.z, k.y0.z));
+    c = count(c, p, vec2(k.x0.w, k.y0.w));
+    c = count(c, p, vec2(k.x1.x, k.y1.x));
+    c = count(c, p, vec2(k.x1.y, k.y1.y));
+    c = count(c, p, vec2(k.x1.z, k.y1.z));
+    return count(c, p, vec2(k.x1.w, k.y1.w));
 }
 
 // Bits of tokens above a bracket and inside it.
@@ -149,14 +194,15 @@ fn mark(m: Marks, b: Bracket, k: vec2<u32>, bit: u32) -> Marks {
 }
 
 fn mark8(given: Marks, b: Bracket, t: u32, e: u32, live: vec2<u32>, bit: u32) -> Marks {
-    var m = mark(given, b, keys_of(t, e, live), bit);
-    m = mark(m, b, keys_of(t + 1u, e, live >> vec2(1u)), bit << 1u);
-    m = mark(m, b, keys_of(t + 2u, e, live >> vec2(2u)), bit << 2u);
-    m = mark(m, b, keys_of(t + 3u, e, live >> vec2(3u)), bit << 3u);
-    m = mark(m, b, keys_of(t + 4u, e, live >> vec2(4u)), bit << 4u);
-    m = mark(m, b, keys_of(t + 5u, e, live >> vec2(5u)), bit << 5u);
-    m = mark(m, b, keys_of(t + 6u, e, live >> vec2(6u)), bit << 6u);
-    return mark(m, b, keys_of(t + 7u, e, live >> vec2(7u)), bit << 7u);
+    let k = keys_of(t, e, live);
+    var m = mark(given, b, vec2(k.x0.x, k.y0.x), bit);
+    m = mark(m, b, vec2(k.x0.y, k.y0.y), bit << 1u);
+    m = mark(m, b, vec2(k.x0.z, k.y0.z), bit << 2u);
+    m = mark(m, b, vec2(k.x0.w, k.y0.w), bit << 3u);
+    m = mark(m, b, vec2(k.x1.x, k.y1.x), bit << 4u);
+    m = mark(m, b, vec2(k.x1.y, k.y1.y), bit << 5u);
+    m = mark(m, b, vec2(k.x1.z, k.y1.z), bit << 6u);
+    return mark(m, b, vec2(k.x1.w, k.y1.w), bit << 7u);
 }
 
 // Bits low..high, each at most 32.
@@ -173,6 +219,22 @@ fn live_word(start: u32, end: u32, w: u32, e: vec2<u32>, columns: u32) -> vec2<u
         return vec2(own) & vec2(x, atomicLoad(&assigned[e.y * columns + w]));
     }
     return vec2(own);
+}
+
+// Every `step`th word of the tokens start..end.
+struct Words { start: u32, end: u32, first: u32, last: u32, step: u32 }
+
+fn count_words(words: Words, p: Eights, e: u32, pair: vec2<u32>, columns: u32) -> Eights {
+    var c = Eights();
+    for (var w = words.first; w < words.last; w += words.step) {
+        let live = live_word(words.start, words.end, w, pair, columns);
+        let t = w * 32u;
+        c = count8(c, p, t, e, live);
+        c = count8(c, p, t + 8u, e, live >> vec2(8u));
+        c = count8(c, p, t + 16u, e, live >> vec2(16u));
+        c = count8(c, p, t + 24u, e, live >> vec2(24u));
+    }
+    return c;
 }
 
 // The lowest n bits that are set.
@@ -260,41 +322,47 @@ fn expert_choice_serial(
     b.lo = select(b.lo, b.hi, want == vec2(0u));
     b.reach = select(b.reach, vec2(0u), want == vec2(0u));
 
-    // The guess: where the rank lies in a sample, and as much on both sides.
+    // A guess from a sample, which of a longer sequence every eighth word sharpens.
+    let length = end - start;
+    let share = vec2<f32>(want) / vec2<f32>(max(eligible, vec2(1u)));
     var guess = b;
-    if end - start > CANDIDATES {
-        let size = select(32u, CANDIDATES, end - start >= 2048u);
+    if length > CANDIDATES {
+        let size = select(32u, CANDIDATES, length >= 2048u);
         for (var i = 0u; i < size; i++) {
-            let t = start + i * ((end - start) / size);
-            let k = keys_of(t, e, vec2(1u));
-            candidate_keys[i * 2u * WG + lane] = k.x;
-            candidate_keys[i * 2u * WG + WG + lane] = k.y;
+            let v = scores_of(start + i * (length / size), e);
+            candidate_keys[i * 2u * WG + lane] = key(v.x);
+            candidate_keys[i * 2u * WG + WG + lane] = key(v.y);
         }
-        let share = vec2<f32>(want) / vec2<f32>(max(eligible, vec2(1u)));
-        let rank = clamp(vec2<u32>(share * f32(size) + 0.5), vec2(1u), vec2(size));
+        let ranks = sample_ranks(share, size);
         guess = Bracket(vec2(1u), vec2(0xffffffffu), vec2(size), vec2(0u));
-        guess = narrow_candidates(guess, rank, vec2(size), 8u, lane);
-        let margin = (guess.hi - guess.lo) / 2u + 1u;
-        guess.lo -= min(guess.lo - 1u, margin);
-        guess.hi += min(0xffffffffu - guess.hi, margin);
+        for (var i = 0u; i < 11u && any(is_wide(guess, ranks)); i++) {
+            let p = pivots_of(guess.lo, guess.hi);
+            guess = narrowed(guess, ranks, p, count_candidates(p, vec2(size), lane));
+        }
+        guess = widened(guess);
     }
-    loop {
-        let open = (b.reach - b.over > vec2(CANDIDATES)) & !is_settled(b, want);
-        if !any(open) {
-            break;
+    if length >= 2048u {
+        let eighth = Words(start, end, words.x, words.y, 8u);
+        let ranks = sample_ranks(share, length / 8u);
+        var inner = Bracket(vec2(1u), vec2(0xffffffffu), vec2(length / 8u), vec2(0u));
+        for (var i = 0u; i < 3u && any(is_wide(inner, ranks)); i++) {
+            let p = pivots_of(max(guess.lo, inner.lo), min(guess.hi, inner.hi));
+            inner = narrowed(inner, ranks, p, count_words(eighth, p, e, pair, columns));
+            guess = inner;
         }
-        let p = pivots_of(max(guess.lo, b.lo), min(guess.hi, b.hi));
-        var c = Eights();
-        for (var w = words.x; w < words.y; w++) {
-            let live = live_word(start, end, w, pair, columns);
-            let t = w * 32u;
-            c = count8(c, p, t, e, live);
-            c = count8(c, p, t + 8u, e, live >> vec2(8u));
-            c = count8(c, p, t + 16u, e, live >> vec2(16u));
-            c = count8(c, p, t + 24u, e, live >> vec2(24u));
+        guess = widened(guess);
+    }
+
+    let all = Words(start, end, words.x, words.y, 1u);
+    for (var i = 0u; any((b.reach - b.over > vec2(CANDIDATES)) & !is_settled(b, want)); i++) {
+        guess.lo = max(guess.lo, b.lo);
+        guess.hi = min(guess.hi, b.hi);
+        let p = pivots_of(guess.lo, guess.hi);
+        b = narrowed(b, Ranks(want, want), p, count_words(all, p, e, pair, columns));
+        guess = next_guess(b, guess);
+        if i >= 2u {
+            guess = b;
         }
-        b = narrowed(b, want, p, c);
-        guess = b;
     }
 
     // Whole words; the first and the last sequence also clear what lies before and behind all of them, and each its own
@@ -337,11 +405,14 @@ fn expert_choice_serial(
 
     // The candidates, in token order. Behind the last expert there is none.
     n.y = select(n.y, 0u, pair.y == pair.x);
-    let over = b.over;
-    b.reach -= over;
+    let rest = want - b.over;
+    b.reach = select(b.reach - b.over, vec2(0u), n == vec2(0u));
     b.over = vec2(0u);
-    b = narrow_candidates(Bracket(b.lo, b.hi, select(b.reach, vec2(0u), n == vec2(0u)), b.over), want - over, n, 0u, lane);
-    room = want - over - b.over;
+    while any((b.reach != b.over) & !is_settled(b, rest)) {
+        let p = pivots_of(b.lo, b.hi);
+        b = narrowed(b, Ranks(rest, rest), p, count_candidates(p, n, lane));
+    }
+    room = rest - b.over;
     for (var i = 0u; i < max(n.x, n.y); i++) {
         for (var which = 0u; which < 2u; which++) {
             if i < n[which] {

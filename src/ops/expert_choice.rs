@@ -44,10 +44,9 @@ const EXPERTS: u32 = 8;
 const LANES: u32 = 32;
 /// Lanes of one workgroup of the serial layout, for two experts each.
 const SERIAL_LANES: u32 = 8;
-/// Most tokens of the serial layout. Its lanes loop once over the words of 32 tokens in each of at most 13 passes, and some
-/// thousand times over candidates; lavapipe (Mesa 22.3) ends the loops of an invocation, without a word, after 65,535
-/// iterations in all.
-const SERIAL_TOKENS: u32 = 131_072;
+/// Most tokens of the serial layout. Its lanes loop over the words of 32 tokens in at most 17 passes, and some thousand times
+/// over candidates; lavapipe (Mesa 22.3) ends the loops of an invocation, without a word, after 65,535 iterations in all.
+const SERIAL_TOKENS: u32 = 100_000;
 
 fn prelude(masked: bool) -> Prelude {
     Prelude::new(if masked { "among set bits" } else { "among all" })
