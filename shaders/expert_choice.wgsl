@@ -25,6 +25,7 @@ struct Params {
 
 const BINS: u32 = 256u;
 
+var<workgroup> bins: array<atomic<u32>, BINS * EXPERTS>;
 var<workgroup> totals: array<u32, WG>;
 var<workgroup> prefixes: array<u32, EXPERTS>;
 var<workgroup> needs: array<u32, EXPERTS>;
@@ -51,7 +52,7 @@ fn count(at: At, t: u32) {
     }
     // Two shifts: one of 32 is undefined.
     if k != 0u && ((k >> at.shift) >> 8u) == ((at.prefix >> at.shift) >> 8u) {
-        bin_add(((k >> at.shift) & 255u) * EXPERTS + at.slot);
+        atomicAdd(&bins[((k >> at.shift) & 255u) * EXPERTS + at.slot], 1u);
     }
 }
 
@@ -101,7 +102,7 @@ fn expert_choice(
     for (var shift = 32u; shift > 0u;) {
         shift -= 8u;
         for (var i = index; i < EXPERTS * BINS; i += WG) {
-            bin_clear(i);
+            atomicStore(&bins[i], 0u);
         }
         workgroupBarrier();
         let prefix = prefixes[slot];
@@ -122,7 +123,7 @@ fn expert_choice(
         const STRETCH = BINS / LANES;
         var mine = 0u;
         for (var i = 0u; i < STRETCH; i++) {
-            mine += bin_read((first * STRETCH + i) * EXPERTS + slot);
+            mine += atomicLoad(&bins[(first * STRETCH + i) * EXPERTS + slot]);
         }
         totals[index] = mine;
         workgroupBarrier();
@@ -142,7 +143,7 @@ fn expert_choice(
             var count = 0u;
             loop {
                 i -= 1u;
-                count = bin_read((first * STRETCH + i) * EXPERTS + slot);
+                count = atomicLoad(&bins[(first * STRETCH + i) * EXPERTS + slot]);
                 if over + count >= need || i == 0u {
                     break;
                 }

@@ -2,7 +2,7 @@
 //! METHODS 2), and the same selection among bits already set: the capacity factor of token choice (METHODS 3).
 use super::{GRID, KEYS, OFFSETS, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, Target, Variant, bits, order};
+use crate::{Context, Result, Slice, Step, Target, bits, order};
 use std::sync::Arc;
 
 /// See `shaders/expert_choice.wgsl`.
@@ -18,43 +18,64 @@ pub const SPEC: Spec = Spec {
         write("assigned", 4),
         write("dropped", 4),
     ],
+    variants: || [false, true].map(prelude).into(),
+};
+
+/// See `shaders/expert_choice_serial.wgsl`.
+pub const SERIAL: Spec = Spec {
+    name: "expert_choice_serial",
+    body: include_str!("../../shaders/expert_choice_serial.wgsl"),
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
-            for masked in [false, true] {
-                all.push(prelude(Variant { target, subgroups: false }, masked));
+        for masked in [false, true] {
+            for wide in [false, true] {
+                all.push(serial_prelude(masked, wide));
             }
         }
         all
     },
+    ..SPEC
 };
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
-/// Neighbouring experts of one workgroup.
+/// Neighbouring experts of one workgroup, and lanes for each, of the layout for GPUs.
 const EXPERTS: u32 = 8;
-/// Most tokens of the layout with one lane an expert, which takes 21 steps of a loop for 32 of them: lavapipe (Mesa 22.3)
-/// ends the loops of an invocation, without a word, after 65,535 iterations in all.
-const SERIAL_TOKENS: u32 = 80_000;
+const LANES: u32 = 32;
+/// Lanes of one workgroup of the serial layout, for two experts each.
+const SERIAL_LANES: u32 = 8;
+/// Most tokens of the serial layout. Its lanes loop over the words of 32 tokens in at most 17 passes, and some thousand times
+/// over candidates; lavapipe (Mesa 22.3) ends the loops of an invocation, without a word, after 65,535 iterations in all.
+const SERIAL_TOKENS: u32 = 100_000;
 
-fn prelude(variant: Variant, masked: bool) -> Prelude {
-    let (label, lanes, bins) = match variant.target {
-        Target::Gpu => {
-            ("many lanes an expert", 32, include_str!("../../shaders/lib/bins_atomic.wgsl"))
-        }
-        Target::Cpu => {
-            ("one lane an expert", 1, include_str!("../../shaders/lib/bins_serial.wgsl"))
-        }
-    };
-    Prelude::new(if masked { format!("{label}, among set bits") } else { label.into() })
+fn prelude(masked: bool) -> Prelude {
+    Prelude::new(if masked { "among set bits" } else { "among all" })
         .constant("EXPERTS", EXPERTS)
-        .constant("LANES", lanes)
-        .constant("WG", EXPERTS * lanes)
+        .constant("LANES", LANES)
+        .constant("WG", EXPERTS * LANES)
         .flag("MASKED", masked)
         .piece(GRID)
         .piece(KEYS)
         .piece(OFFSETS)
-        .piece(bins)
+}
+
+fn serial_prelude(masked: bool, wide: bool) -> Prelude {
+    let mut prelude = Prelude::new(if masked { "among set bits" } else { "among all" });
+    if wide {
+        prelude.label += ", 64-bit loads";
+        prelude = prelude.needs(wgpu::Features::SHADER_INT64);
+    }
+    prelude
+        .constant("WG", SERIAL_LANES)
+        .flag("MASKED", masked)
+        .piece(GRID)
+        .piece(KEYS)
+        .piece(OFFSETS)
+        .piece(if wide {
+            include_str!("../../shaders/lib/choice_pairs_wide.wgsl")
+        } else {
+            include_str!("../../shaders/lib/choice_pairs.wgsl")
+        })
 }
 
 /// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made
@@ -181,16 +202,20 @@ impl ExpertChoice {
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
-        op.kernel(1, false)?;
-        op.kernel(1, true)?;
+        for masked in [false, true] {
+            op.kernel(1, 2, masked)?;
+        }
         Ok(op)
     }
 
-    /// The kernel for this many tokens, made now if it is the first of its kind.
-    fn kernel(&self, tokens: u32, masked: bool) -> Result<Arc<Kernel>> {
-        let variant = self.ctx.variant();
-        let target = if tokens > SERIAL_TOKENS { Target::Gpu } else { variant.target };
-        self.ctx.kernel(&SPEC, prelude(Variant { target, ..variant }, masked))
+    /// The kernel for this many tokens and experts, made now if it is the first of its kind, and the experts of a workgroup.
+    fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
+        if self.ctx.variant().target == Target::Gpu || tokens > SERIAL_TOKENS {
+            return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
+        }
+        let features = self.ctx.device().features();
+        let wide = experts % 2 == 0 && features.contains(wgpu::Features::SHADER_INT64);
+        Ok((self.ctx.kernel(&SERIAL, serial_prelude(masked, wide))?, 2 * SERIAL_LANES))
     }
 
     /// Chooses `capacity[b]` tokens of each sequence for each expert.
@@ -218,8 +243,9 @@ impl ExpertChoice {
         let lengths = args.lengths.unwrap_or(args.capacity);
         let slices =
             [args.r, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
-        let groups = u64::from(experts.div_ceil(EXPERTS)) * u64::from(sequences);
-        Ok(self.kernel(tokens, false)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let (kernel, tile) = self.kernel(tokens, experts, false)?;
+        let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 
     /// Drops the lowest gates of experts that hold more tokens than `capacity[0]`.
@@ -241,7 +267,8 @@ impl ExpertChoice {
         let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
         let slices =
             [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
-        let groups = experts.div_ceil(EXPERTS).into();
-        Ok(self.kernel(tokens, true)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let (kernel, tile) = self.kernel(tokens, experts, true)?;
+        let groups = experts.div_ceil(tile).into();
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

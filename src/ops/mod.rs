@@ -29,6 +29,7 @@ pub(crate) const SPECS: &[&Spec] = &[
     &scores::SPEC,
     &capacity::SPEC,
     &expert_choice::SPEC,
+    &expert_choice::SERIAL,
     &token_choice::SPEC,
     &assign::SPEC,
     &coreset::SPEC,

@@ -169,7 +169,7 @@ fn hashed(len: usize) -> Vec<f32> {
 fn long_batches() {
     let Some(gpu) = gpu() else { return };
     for (tokens, experts, capacity) in
-        [(65_536, 16, 4096), (65_536, 512, 128), (200_003, 8, 100_000)]
+        [(65_536, 16, 4096), (65_536, 512, 128), (99_999, 7, 50_000), (200_003, 8, 100_000)]
     {
         let r = hashed(tokens * experts);
         let twin = reference(&r, experts, capacity);
@@ -194,6 +194,39 @@ fn long_batches() {
                 &got,
                 &twin,
                 &format!("{} T {tokens} E {experts} C {capacity}", cases::name(&ctx)),
+            );
+        }
+    }
+}
+
+#[test]
+fn long_batches_of_hard_values() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts, capacity) = (65_536, 18, 4096);
+    let bits = |i: u32| i.wrapping_mul(0x9e37_79b9) ^ (i >> 3).wrapping_mul(0x85eb_ca6b);
+    let outlier = |i: u32| if bits(i) < 1 << 20 { f32::MAX } else { 0.0 };
+    // What no sample tells: any bits at all; equal but for outliers; sorted, with one value a stretch; the highest ones last.
+    let kinds: [(&str, &dyn Fn(u32) -> f32); 4] = [
+        ("bits", &|i| f32::from_bits(bits(i))),
+        ("outliers", &|i| f32::from_bits(0x3f80_0000 + bits(i) % 2) + outlier(i)),
+        ("sorted", &|i| (i / (64 * experts as u32)) as f32),
+        ("last", &|i| f32::from_bits(if i < 1_100_000 { i % 1000 } else { 0x7f00_0000 + i })),
+    ];
+    for (kind, value) in kinds {
+        let r: Vec<f32> = (0..(tokens * experts) as u32).map(value).collect();
+        let twin = reference(&r, experts, capacity);
+        let choice = Choice {
+            r: &r,
+            experts,
+            offsets: &[0, tokens as u32],
+            lengths: None,
+            capacity: &[capacity as u32],
+        };
+        for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+            assert_same(
+                &choice.run(&gpu, &ctx, 3),
+                &twin,
+                &format!("{} {kind}", cases::name(&ctx)),
             );
         }
     }
