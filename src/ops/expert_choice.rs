@@ -214,7 +214,7 @@ impl ExpertChoice {
             return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
         }
         let features = self.ctx.device().features();
-        let wide = experts % 2 == 0 && features.contains(wgpu::Features::SHADER_INT64);
+        let wide = experts.is_multiple_of(2) && features.contains(wgpu::Features::SHADER_INT64);
         Ok((self.ctx.kernel(&SERIAL, serial_prelude(masked, wide))?, 2 * SERIAL_LANES))
     }
 
