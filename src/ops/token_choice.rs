@@ -116,7 +116,7 @@ pub fn cpu(
 pub struct Dims {
     /// Rows of `r`; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`].
     pub experts: u32,
     /// K: experts a token takes, at most [`MAX_TOP`] and at most `experts`.
     pub top: u32,

@@ -173,9 +173,9 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
         let mut rng = StdRng::seed_from_u64(u64::from(experts));
         let (t, e) = (tokens as usize, experts as usize);
         let mut assigned = bits::empty(t, e);
-        for i in 0..e {
+        for (i, word) in assigned.iter_mut().enumerate() {
             // Some experts that nobody wants, one that everybody wants; bits past the last token.
-            assigned[i] = match i % 5 {
+            *word = match i % 5 {
                 0 | 1 => 0,
                 2 => 1 << rng.random_range(0..32u32),
                 _ if i == 3 => u32::MAX,
