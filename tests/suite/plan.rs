@@ -283,8 +283,18 @@ fn gates_equal_twin() {
                             |i: &usize| bits::get(&assigned, tokens, i % experts, i / experts);
                         let [got, want] = [&made.gates, &want]
                             .map(|g| (0..g.len()).filter(pair).map(|i| g[i]).collect::<Vec<f32>>());
-                        // Sums of up to 1,024 terms in f32; below exp(-87), and subnormal: 0 is allowed.
-                        assert_close(&got, &want, 2e-36, 4e-6, &what);
+                        // Sums of up to 1,024 terms in f32; below exp(-87): 0 is allowed. A device may also take
+                        // subnormal scores for 0, which a tiny sum blows up.
+                        let flushed: Vec<f32> = source
+                            .iter()
+                            .map(|&s| if s.is_subnormal() { 0.0 } else { s })
+                            .collect();
+                        let zeroed =
+                            plan_count::cpu(&assigned, &flushed, experts, rule, scale, scales);
+                        let zeroed: Vec<f32> =
+                            (0..zeroed.len()).filter(pair).map(|i| zeroed[i]).collect();
+                        let near = mismatch(&got, &want, 2e-36, 4e-6).is_none();
+                        assert_close(&got, if near { &want } else { &zeroed }, 2e-36, 4e-6, &what);
                         let rest = (0..made.gates.len()).filter(|i| !pair(i));
                         assert!(
                             rest.into_iter().all(|i| made.gates[i].is_nan()),
