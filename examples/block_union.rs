@@ -7,7 +7,6 @@
 //! CPU twins count alone. Exits with 1 where a check fails.
 use clap::Parser;
 use half::bf16;
-use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use serde::Serialize;
@@ -27,6 +26,10 @@ use wgmoe::ops::{coreset, scores, sequence_top};
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, Step, WeightType, bits, wgpu};
+
+#[path = "shared/progress.rs"]
+mod progress;
+use progress::Progress;
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
 #[derive(Parser)]
@@ -200,31 +203,6 @@ fn shrink(routing: Routing, from: u32, to: u32) -> Routing {
             Routing::SequenceTop(SequenceTop { top: rule.top.min(to), ..rule })
         }
         other => other,
-    }
-}
-
-/// Says on stderr what is going on.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new() -> Self {
-        let bar = ProgressBar::new_spinner();
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
-    }
-
-    fn say(&self, what: impl Into<String>) {
-        let what = what.into();
-        if self.0.is_hidden() {
-            eprintln!("{what} ...");
-        } else {
-            self.0.set_message(what);
-        }
-    }
-
-    /// Something that stays on the screen.
-    fn note(&self, what: &str) {
-        self.0.suspend(|| eprintln!("{what}"));
     }
 }
 

@@ -11,14 +11,13 @@
 //! Where there is no GPU driver, the twins run alone, and times are those of their routing.
 use clap::Parser;
 use half::bf16;
-use indicatif::ProgressBar;
 use plotters::prelude as plot;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostRouting, HostSequences, LayerStep, MoeLayer, Router, Scratch,
     Sequences, Settings, Tensor, cpu_routing, cpu_token,
@@ -32,6 +31,10 @@ use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice
 use wgmoe::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, Step, WeightType, bits, wgpu};
+
+#[path = "shared/progress.rs"]
+mod progress;
+use progress::Progress;
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.
@@ -408,31 +411,6 @@ impl Weights {
             Projection::Up => &self.inner[at(1)..][..count],
             Projection::Down => &self.outer[at(2)..][..count],
         })
-    }
-}
-
-/// Says on stderr what is going on.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new() -> Self {
-        let bar = ProgressBar::new_spinner();
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
-    }
-
-    fn say(&self, what: impl Into<String>) {
-        let what = what.into();
-        if self.0.is_hidden() {
-            eprintln!("{what} ...");
-        } else {
-            self.0.set_message(what);
-        }
-    }
-
-    /// Something that stays on the screen.
-    fn note(&self, what: &str) {
-        self.0.suspend(|| eprintln!("{what}"));
     }
 }
 

@@ -1,18 +1,17 @@
 //! A mixture-of-experts layer on this machine's GPU: is it right, and how fast is it?
 //!
-//! First replays the recorded layers of the LLaDA2 reference (`tests/golden/group_limited_*`), then builds a layer of a
+//! First replays the recorded layers of the LLaDA2 reference (`group_limited_*` and `block_coreset_*` of `tests/golden`), then builds a layer of a
 //! named model with synthetic weights and hidden states, runs each routing rule, checks it against the CPU twins, and
 //! prints where the time goes: `cargo run --release --example moe_layer -- --help`. Where there is no GPU driver, the CPU
 //! twins run alone. Exits with 1 where a check fails.
 use clap::Parser;
 use half::{bf16, f16};
-use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
     Settings, Tensor, cpu_routing, cpu_token,
@@ -28,6 +27,10 @@ use wgmoe::routing::{
 };
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, bits, wgpu};
+
+#[path = "shared/progress.rs"]
+mod progress;
+use progress::Progress;
 
 #[path = "../tests/suite/golden_file.rs"]
 mod golden_file;
@@ -200,31 +203,6 @@ fn shrink(model: &Model, experts: u32) -> Settings {
         _ => {}
     }
     settings
-}
-
-/// Says on stderr what is going on.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new() -> Self {
-        let bar = ProgressBar::new_spinner();
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self(bar)
-    }
-
-    fn say(&self, what: impl Into<String>) {
-        let what = what.into();
-        if self.0.is_hidden() {
-            eprintln!("{what} ...");
-        } else {
-            self.0.set_message(what);
-        }
-    }
-
-    /// Something that stays on the screen.
-    fn note(&self, what: &str) {
-        self.0.suspend(|| eprintln!("{what}"));
-    }
 }
 
 /// Uniform random numbers in a storage type.
