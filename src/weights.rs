@@ -246,8 +246,16 @@ impl ExpertWeights {
 
     /// Bytes on the device.
     pub fn bytes(&self) -> u64 {
-        let size = |p: &Page| p.buffer.size() + p.up.as_ref().map_or(0, wgpu::Buffer::size);
-        self.gate_up.iter().chain(&*self.down).map(size).sum()
+        self.buffers().map(wgpu::Buffer::size).sum()
+    }
+
+    /// The pages' buffers: each page of gate with that of up behind it, then down.
+    pub fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.gate_up
+            .iter()
+            .chain(&*self.down)
+            .flat_map(|p| [Some(&p.buffer), p.up.as_ref()])
+            .flatten()
     }
 
     pub(crate) fn gate_up(&self) -> &[Page] {

@@ -3,6 +3,8 @@ mod assign;
 mod block;
 mod capacity;
 mod cases;
+mod checkpoint;
+mod checkpoint_bad;
 mod combine;
 mod common;
 mod coreset;
