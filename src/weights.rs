@@ -67,14 +67,19 @@ impl<'a> HostWeights<'a> {
         }
     }
 
+    /// Type of the values.
+    pub fn weight_type(&self) -> WeightType {
+        match self {
+            Self::F32(_) => WeightType::F32,
+            Self::F16(_) => WeightType::F16,
+            Self::Bf16(_) => WeightType::Bf16,
+            Self::View(view) => view.weight_type(),
+        }
+    }
+
     /// Bytes of the values.
     pub fn size(&self) -> u64 {
-        let value = match self {
-            Self::F32(_) => 4,
-            Self::F16(_) | Self::Bf16(_) => 2,
-            Self::View(view) => view.weight_type().bytes(),
-        };
-        self.len() as u64 * value
+        self.len() as u64 * self.weight_type().bytes()
     }
 
     /// Whether there are none.
@@ -116,13 +121,13 @@ impl<'a> HostWeights<'a> {
                 format!("expected {expected} values, {shape:?}, got {got}"),
             ));
         }
-        let (bytes, weight_type) = match *self {
-            Self::F32(v) => (bytemuck::cast_slice(v), WeightType::F32),
-            Self::F16(v) => (bytemuck::cast_slice(v), WeightType::F16),
-            Self::Bf16(v) => (bytemuck::cast_slice(v), WeightType::Bf16),
+        let bytes = match *self {
+            Self::F32(v) => bytemuck::cast_slice(v),
+            Self::F16(v) => bytemuck::cast_slice(v),
+            Self::Bf16(v) => bytemuck::cast_slice(v),
             Self::View(view) => return Ok(view),
         };
-        MatrixView::new(bytes, weight_type, shape, [shape[1].into(), 1])
+        MatrixView::new(bytes, self.weight_type(), shape, [shape[1].into(), 1])
     }
 }
 
