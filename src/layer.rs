@@ -926,3 +926,30 @@ pub fn cpu_token(
     }
     out.into_iter().map(|v| v as f32).collect()
 }
+
+/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two selection values lie within
+/// rounding of each other, a device may choose the other one; [`cpu_routing`] takes the device's own values instead.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    settings: &Settings,
+    router: &HostRouter<'_>,
+    batch: HostBatch<'_>,
+    experts: HostExperts<'_>,
+    x: &[f32],
+) -> Vec<f32> {
+    let (d, e) = (settings.hidden as usize, settings.experts as usize);
+    let logits = matmul::cpu_logits(x, router.weight, d);
+    let Settings { routing, .. } = settings;
+    let (s, r) = scores::cpu(&logits, e, routing.score(), routing.by_logits(), router.bias);
+    let chosen = cpu_routing(settings, router, batch, [&logits, &s, &r]);
+    let tokens = x.len() / d;
+    let of_token = |t: usize| -> Vec<(u32, f32)> {
+        let experts = bits::experts_of(&chosen.assigned, tokens, t);
+        experts.into_iter().map(|i| (i as u32, chosen.gates[t * e + i])).collect()
+    };
+    let rows = x.chunks_exact(d).enumerate();
+    rows.flat_map(|(t, row)| cpu_token(settings, experts, row, &of_token(t))).collect()
+}
