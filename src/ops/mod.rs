@@ -5,6 +5,7 @@
 use crate::kernel::Spec;
 
 pub mod assign;
+pub mod assign_lists;
 pub mod block_choice;
 pub mod block_plan;
 pub mod capacity;
@@ -32,6 +33,7 @@ pub(crate) const SPECS: &[&Spec] = &[
     &expert_choice::SERIAL,
     &token_choice::SPEC,
     &assign::SPEC,
+    &assign_lists::SPEC,
     &coreset::SPEC,
     &sequence_top::SPEC,
     &plan_count::SPEC,
