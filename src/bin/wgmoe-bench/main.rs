@@ -140,7 +140,7 @@ fn run(options: &RunOptions) -> Result<ExitCode, String> {
 
 fn report(files: &[PathBuf], output: &Path) -> Result<ExitCode, String> {
     let reports = files.iter().map(|f| file::Report::read(f)).collect::<Result<Vec<_>, _>>()?;
-    file::replace(output, page::page(&reports)?.as_bytes())?;
+    file::replace(output, page::page(&reports).as_bytes())?;
     print(&format!("{}\n", output.display()));
     Ok(ExitCode::SUCCESS)
 }

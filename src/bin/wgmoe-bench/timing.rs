@@ -97,12 +97,14 @@ impl<'a> Timer<'a> {
     pub(crate) fn time(&self, record: Record<'_>, seconds: f64) -> Result<Timing, Stop> {
         let start = Instant::now();
         let spent = || start.elapsed().as_secs_f64();
-        // The first run may make things that later ones find.
-        self.sample(record, 1, 0)?;
-        let once = self.sample(record, 1, 0)?;
+        // The first run may make things that later ones find. Work that takes long is warm after it.
+        let mut once = self.sample(record, 1, 0)?;
+        if once / 1e3 < seconds / 3.0 {
+            once = self.sample(record, 1, 0)?;
+        }
         let repeats = ((SAMPLE_MS / once).ceil() as u32).clamp(1, MOST_REPEATS);
         let mut warm = vec![];
-        while !settled(&warm) && (spent() < seconds / 3.0 || warm.is_empty()) && !self.stopped() {
+        while !settled(&warm) && spent() < seconds / 3.0 && !self.stopped() {
             warm.push(self.sample(record, repeats, 0)?);
         }
         let settled = settled(&warm);
