@@ -10,8 +10,6 @@ use wgmoe::model::{self, MODELS};
 
 #[path = "shared/checkpoint_writer.rs"]
 mod checkpoint_writer;
-#[path = "shared/shrink.rs"]
-mod shrink;
 use checkpoint_writer::{Layout, Plan};
 
 /// Writes a checkpoint of synthetic weights.
@@ -48,8 +46,7 @@ fn run(options: &Options) -> Result<(), String> {
     if experts > most {
         return Err(format!("--experts {experts}: {} has {most}", model.name));
     }
-    let settings = shrink::shrink(&model.settings, experts);
-    settings.routing.check(experts).map_err(|e| format!("--experts {experts}: {e}"))?;
+    let settings = model.with_experts(experts);
     let plan = Plan {
         settings,
         layers: options.layers.unwrap_or(layers - dense),

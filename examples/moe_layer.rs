@@ -34,10 +34,6 @@ use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, bits, wgp
 mod progress;
 use progress::Progress;
 
-#[path = "shared/shrink.rs"]
-mod shrink;
-use shrink::shrink;
-
 #[path = "shared/stored_layer.rs"]
 mod stored_layer;
 use stored_layer::StoredLayer;
@@ -602,14 +598,7 @@ impl OnGpu<'_> {
         let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
         let stats = Stats::from_words(&gpu.download::<u32>(step.stats())?)?;
 
-        let (score, from_logits) = match settings.routing {
-            Routing::ExpertChoice(rule) => {
-                (rule.score, rule.normalise == Normalise::AfterSelection)
-            }
-            Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-            Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
-            _ => unreachable!("every rule is listed"),
-        };
+        let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
             let want = matmul::cpu_logits(data.row(t), &data.router, d);
@@ -996,12 +985,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
         kernels.push((name.to_string(), now.duration_since(last).as_secs_f64() * 1e3));
         last = now;
     };
-    let (score, from_logits) = match rule.routing {
-        Routing::ExpertChoice(rule) => (rule.score, rule.normalise == Normalise::AfterSelection),
-        Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-        Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
-        _ => unreachable!("every rule is listed"),
-    };
+    let (score, from_logits) = (rule.routing.score(), rule.routing.by_logits());
     let logits = matmul::cpu_logits(&data.x, &data.router, d);
     lap("logits");
     let (s, r) = scores::cpu(&logits, e, score, from_logits, data.bias.as_deref());
@@ -1202,7 +1186,7 @@ fn subject(options: &Options) -> Result<Subject, String> {
     if options.experts > of {
         return Err(format!("--experts {}: {} has {of}", options.experts, model.name));
     }
-    let settings = shrink(&model.settings, options.experts);
+    let settings = model.with_experts(options.experts);
     Ok(Subject { name: model.name.into(), settings, of, stored: None })
 }
 

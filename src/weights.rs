@@ -142,6 +142,11 @@ pub enum Projection {
     Down,
 }
 
+impl Projection {
+    /// All three.
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+}
+
 /// Shape of the experts of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExpertShape {

@@ -1,5 +1,5 @@
 //! Checkpoints that are not as they should be: an error that names the file, and the tensor or field; never a panic.
-use crate::checkpoint::{Layout, PROJECTIONS, plan, small, written};
+use crate::checkpoint::{Layout, plan, small, written};
 use std::fs;
 use std::path::Path;
 use wgmoe::checkpoint::{Checkpoint, Config};
@@ -467,7 +467,7 @@ fn layers_and_experts_that_are_not_there() {
         }
     }
     for expert in [12, 13, u32::MAX] {
-        for projection in PROJECTIONS {
+        for projection in Projection::ALL {
             assert!(checkpoint.expert(1, expert, projection).is_err());
         }
     }

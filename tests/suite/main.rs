@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 mod assign;
+mod assign_lists;
 mod block;
 mod capacity;
 mod cases;
