@@ -1,11 +1,14 @@
-// out[s, h] = x[token_of[s], h]; 0 where token_of[s] >= tokens
-//   x [tokens, hidden] f32; token_of [slots] u32; out [slots, hidden] f32
+// out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone (keep)
+//   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
 // Grid: ceil(slots * ceil(hidden / VECTOR) / (WG * ITEMS)) groups; one lane ITEMS vectors of VECTOR elements.
 
 struct Params {
     tokens: u32,
     slots: u32,
-    vectors: u32, // of a row
+    vectors: u32,     // of a row
+    first_token: u32, // that of x's first row
+    first_slot: u32,  // place of out's first row in token_of
+    keep: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -26,11 +29,11 @@ fn gather(
         if s >= params.slots {
             return;
         }
-        let t = token_of[s];
-        var value = Vector();
+        let t = token_of[params.first_slot + s] - params.first_token;
         if t < params.tokens {
-            value = x[t * params.vectors + at % params.vectors];
+            out[at] = x[t * params.vectors + at % params.vectors];
+        } else if params.keep == 0u {
+            out[at] = Vector();
         }
-        out[at] = value;
     }
 }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+pub mod cache;
 mod error;
 mod exact;
 mod gpu;
@@ -18,6 +19,7 @@ pub mod schedule;
 mod slice;
 pub mod weights;
 
+pub use cache::{CachedLayer, ExpertSource};
 pub use error::{Error, Result};
 pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
