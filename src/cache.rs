@@ -64,7 +64,6 @@ pub trait ExpertSource: Send + Sync {
 
 /// How much memory a [`CachedLayer`] takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub struct CacheOptions {
     /// Most bytes of the cache on the device: the pages of experts, shared ones included, and a word for each expert.
     /// Router, scratch, and what wgpu holds of uploads under way are not in it.
@@ -353,7 +352,8 @@ impl CachedLayer {
         let mut round = vec![];
         let mut combine = vec![];
         if let Some((shape, plan)) = routing.plan() {
-            let places = Some(Slice::from(&self.cache.places));
+            let map = 4 * u64::from(shape.all_experts());
+            let places = Some(Slice::new(&self.cache.places, 0, map));
             let ExpertParts { gate_up, down } =
                 self.layer.bind_experts(batch, scratch, &shape, plan, places)?;
             round = gate_up;

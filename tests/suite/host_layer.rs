@@ -30,6 +30,15 @@ impl HostLayer {
         }
     }
 
+    /// The same with a router whose logit of expert e is value e of the hidden state.
+    pub(crate) fn scripted(settings: Settings) -> Self {
+        let width = settings.hidden as usize;
+        let router = (0..settings.experts as usize * width)
+            .map(|i| f32::from(i / width == i % width))
+            .collect();
+        Self { router, ..Self::new(settings) }
+    }
+
     pub(crate) fn matrix(&self, expert: u32, projection: Projection) -> HostWeights<'_> {
         let place = PROJECTIONS.iter().position(|&p| p == projection).unwrap();
         HostWeights::F32(&self.experts[expert as usize][place])

@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 mod assign;
 mod block;
+mod cache;
 mod capacity;
 mod cases;
 mod combine;
