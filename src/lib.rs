@@ -2,6 +2,8 @@
 
 pub mod bits;
 pub mod cache;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 mod error;
 mod exact;
 mod gpu;
@@ -10,6 +12,7 @@ pub mod layer;
 pub mod model;
 pub mod ops;
 pub mod order;
+mod pack;
 pub mod plan;
 pub mod profile;
 pub mod report;
@@ -17,6 +20,8 @@ pub mod routing;
 pub mod scaling;
 pub mod schedule;
 mod slice;
+#[cfg(feature = "checkpoint")]
+mod staging;
 pub mod weights;
 
 pub use cache::{CachedLayer, ExpertSource};
