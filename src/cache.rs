@@ -195,7 +195,10 @@ impl ExpertCache {
         for i in 0..shared_experts {
             cache.upload(queue, experts + i, places + i)?;
             cache.flush(queue)?;
-            pollster::block_on(cache.settle(0, Wait::Poll))?;
+            // Browsers have no way to wait here.
+            if !cfg!(target_family = "wasm") {
+                pollster::block_on(cache.settle(1, Wait::Poll))?;
+            }
         }
         cache.stats.peak_bytes = fixed;
         Ok(cache)
@@ -284,8 +287,8 @@ impl ExpertCache {
 
     /// Sends uploads on their way.
     fn flush(&mut self, queue: &wgpu::Queue) -> Result<()> {
-        scoped(&self.device, || queue.submit([]))?;
-        self.under_way.push_back(Done::of(queue));
+        let submission = scoped(&self.device, || queue.submit([]))?;
+        self.under_way.push_back(Done::of(queue, submission));
         Ok(())
     }
 
@@ -293,7 +296,7 @@ impl ExpertCache {
     async fn settle(&mut self, most: usize, wait: Wait) -> Result<()> {
         while self.under_way.len() > most {
             if let Some(done) = self.under_way.pop_front() {
-                wait.until(&self.device, done.0).await?;
+                wait.until(&self.device, Some(done.submission), done.future).await?;
             }
         }
         Ok(())
@@ -319,8 +322,8 @@ pub struct CachedLayer {
 }
 
 impl CachedLayer {
-    /// A layer from settings, router and experts. Compiles every kernel it can need, makes the pages of the cache, uploads
-    /// the shared experts, and waits for that.
+    /// A layer from settings, router and experts. Compiles every kernel it can need, makes the pages of the cache, and uploads
+    /// the shared experts; submits, and waits where those are many.
     ///
     /// # Errors
     ///
@@ -392,7 +395,8 @@ impl CachedLayer {
     }
 
     /// Records and submits the routing, then runs the experts ([`CachedLayer::run_experts`]). Waits for the routing, and
-    /// where uploads are more than [`CacheOptions::staging`], for those; not for the last round.
+    /// where uploads are more than [`CacheOptions::staging`], for those; not for the last round. Not for browsers, which
+    /// must not block.
     ///
     /// # Errors
     ///
@@ -477,7 +481,7 @@ impl CachedLayer {
         step.readback.map_async(wgpu::MapMode::Read, .., done);
         let last = std::mem::take(&mut step.union);
         let prefetched = cache.prefetch(queue, &last, wait).await;
-        let read = wait.until(&cache.device, mapped).await.and_then(|mapped| {
+        let read = wait.until(&cache.device, None, mapped).await.and_then(|mapped| {
             mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
             let view = step.readback.get_mapped_range(..);
             let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
@@ -508,8 +512,9 @@ impl CachedLayer {
                 cache.bring(queue, expert, &[])?;
                 cache.stats.miss_bytes += cache.expert_bytes();
             }
-            step.submit_round(cache, queue, batch, false, i + 1 == batches.len())?;
-            cache.under_way.push_back(Done::of(queue));
+            let last = i + 1 == batches.len();
+            let submission = step.submit_round(cache, queue, batch, false, last)?;
+            cache.under_way.push_back(Done::of(queue, submission));
         }
         Ok(())
     }
@@ -529,8 +534,8 @@ pub struct CachedStep {
 }
 
 impl CachedStep {
-    /// Records the routing, and the copy that [`CachedLayer::run_experts`] reads. Once for each time that is called, and
-    /// submitted before.
+    /// Records the routing, and the copy that [`CachedLayer::run_experts`] reads. To be recorded once and submitted before each
+    /// call of that.
     pub fn record_routing(&self, encoder: &mut wgpu::CommandEncoder) {
         self.routing.record(encoder);
         if !self.round.is_empty() {
@@ -558,7 +563,7 @@ impl CachedStep {
         experts: &[u32],
         shared: bool,
         last: bool,
-    ) -> Result<()> {
+    ) -> Result<wgpu::SubmissionIndex> {
         let mut places = vec![u32::MAX; (cache.experts + cache.shared_experts) as usize];
         for &expert in experts {
             places[expert as usize] = cache.place_of(expert).map_or(u32::MAX, |p| p as u32);
@@ -579,7 +584,7 @@ impl CachedStep {
                 part.record(&mut pass);
             }
             drop(pass);
-            queue.submit([encoder.finish()]);
+            queue.submit([encoder.finish()])
         })
     }
 }
@@ -594,24 +599,34 @@ enum Wait {
 }
 
 impl Wait {
-    async fn until<T>(self, device: &wgpu::Device, future: impl Future<Output = T>) -> Result<T> {
+    /// The value of a callback of wgpu's that comes when a submission has run; all that was submitted where none is named.
+    async fn until<T>(
+        self,
+        device: &wgpu::Device,
+        submission_index: Option<wgpu::SubmissionIndex>,
+        callback: impl Future<Output = T>,
+    ) -> Result<T> {
         if let Self::Poll = self {
-            let poll = device.poll(wgpu::PollType::wait_indefinitely());
+            let poll = device.poll(wgpu::PollType::Wait { submission_index, timeout: None });
             poll.map_err(|e| Error::Device(e.to_string()))?;
             alive(device)?; // a lost device's callbacks may never come
         }
-        Ok(future.await)
+        Ok(callback.await)
     }
 }
 
-/// Comes when everything submitted to a queue so far has run.
-struct Done(std::pin::Pin<Box<dyn Future<Output = ()> + Send + Sync>>);
+/// A submission, and what comes when it has run.
+struct Done {
+    submission: wgpu::SubmissionIndex,
+    future: std::pin::Pin<Box<dyn Future<Output = ()> + Send + Sync>>,
+}
 
 impl Done {
-    fn of(queue: &wgpu::Queue) -> Self {
-        let (done, submitted) = signal();
+    /// Of the last submission to a queue.
+    fn of(queue: &wgpu::Queue, submission: wgpu::SubmissionIndex) -> Self {
+        let (done, future) = signal();
         queue.on_submitted_work_done(move || done(()));
-        Self(Box::pin(submitted))
+        Self { submission, future: Box::pin(future) }
     }
 }
 
