@@ -10,7 +10,9 @@
 //! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
 mod cases;
 
-use cases::{BIAS, GATE, INDEX, SCORES, TABLE, Work, X, close, fill, mix, round, same};
+use cases::{
+    BIAS, GATE, INDEX, Part, SCORES, TABLE, Work, X, close, fill, gather, mix, round, rules, same,
+};
 use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
@@ -193,8 +195,8 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
-            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s"));
-            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r"));
+            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
+            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r")).unwrap();
             step.into()
         });
     }
@@ -222,7 +224,7 @@ fn expert_choice_step(
     let step = op.bind(expert_choice::Dims { tokens, experts, sequences: 1 }, args).unwrap();
     gpu.run(&step).unwrap();
     let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
-    same(&bench.download(&assigned), &want, what);
+    same(&bench.download(&assigned), &want, what).unwrap();
     step.into()
 }
 
@@ -273,7 +275,7 @@ fn token_choice_step(
     let step = op.bind(tokens, args).unwrap();
     gpu.run(&step).unwrap();
     let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
-    same(&bench.download(&assigned), &want, what);
+    same(&bench.download(&assigned), &want, what).unwrap();
     step.into()
 }
 
@@ -333,8 +335,8 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
-            same(&bench.download(&members), &want.0, &format!("{what}: members"));
-            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of"));
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
+            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of")).unwrap();
             step.into()
         });
     }
@@ -359,7 +361,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
             let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
-            same(&bench.download(&assigned), &want, what);
+            same(&bench.download(&assigned), &want, what).unwrap();
             step.into()
         });
     }
@@ -393,8 +395,8 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         gpu.run(&step).unwrap();
         let source = capacity::HostSource::Ratios(&schedule, &ratios);
         let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
-        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of"));
-        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of"));
+        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of")).unwrap();
+        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of")).unwrap();
         step.into()
     });
 }
@@ -424,9 +426,9 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
             let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
-            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"));
-            same(&bench.download(&gates), &want.1, &format!("{what}: gates"));
-            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored"));
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap();
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap();
             step.into()
         });
     }
@@ -500,7 +502,7 @@ fn plan(
         1.0,
         Scales { by_count: None, by_expert: None },
     );
-    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates"));
+    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap();
     let host = HostPlan::from_words(&shape, &bench.download::<u32>(&plan)).unwrap();
     assert!(host == HostPlan::cpu(&shape, assigned, &got), "{what}: the plan differs");
     let stats = Stats::from_words(&bench.download::<u32>(&stats)).unwrap();
@@ -527,21 +529,11 @@ fn bench_gather(bench: &Bench, c: &mut Criterion) {
     {
         let bytes = Throughput::BytesDecimal(2 * 4 * u64::from(rows) * u64::from(hidden));
         bench.case(&mut group, name, &bench.contexts[..1], bytes, |ctx, what| {
-            let gpu = &bench.gpu;
             let x = fill(TABLE, rows * hidden, 1.0);
             let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
-            let (x_in, token_of_in) = (gpu.upload(&x), gpu.upload(&token_of));
-            let out = bench.poisoned(rows * hidden);
-            let args = gather::Args {
-                x: (&x_in).into(),
-                token_of: (&token_of_in).into(),
-                out: (&out).into(),
-            };
-            let dims = gather::Dims { tokens: rows, slots: rows, hidden };
-            let step = gather::Gather::new(ctx).unwrap().bind(dims, args).unwrap();
-            gpu.run(&step).unwrap();
-            same(&bench.download(&out), &gather::cpu(&x, hidden as usize, &token_of), what);
-            step.into()
+            let x_in = bench.gpu.upload(&x);
+            let step = gather(&bench.gpu, ctx, (&x_in, &x), hidden, &token_of);
+            step.unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
     }
 }
@@ -604,7 +596,7 @@ fn bench_matmul(bench: &Bench, c: &mut Criterion) {
                 let want: Vec<f32> =
                     cpu_row(row, &weight, COLUMNS as usize).into_iter().map(|v| v as f32).collect();
                 let got = &got[slot * COLUMNS as usize..][..COLUMNS as usize];
-                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}"));
+                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap();
             }
             assert!(got.iter().all(|v| v.is_finite()), "{what}: not finite");
             step.into()
@@ -638,7 +630,7 @@ fn bench_combine(bench: &Bench, c: &mut Criterion) {
             let step = combine::Combine::new(ctx).unwrap().bind(&planned.shape, args).unwrap();
             gpu.run(&step).unwrap();
             let want = combine::cpu(&planned.host, &y, hidden as usize, None);
-            close(&bench.download(&out), &want, 1e-6, 1e-5, what);
+            close(&bench.download(&out), &want, 1e-6, 1e-5, what).unwrap();
             step.into()
         });
     }
@@ -670,9 +662,9 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
             gpu.run(&step).unwrap();
             let (t, e) = (tokens as usize, experts as usize);
             let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);
-            same(&bench.download(&members), &want.0, &format!("{what}: members"));
-            same(&bench.download(&counts), &want.1, &format!("{what}: counts"));
-            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes"));
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
+            same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap();
+            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap();
             step.into()
         });
     }
@@ -689,49 +681,49 @@ fn bench_layer(bench: &Bench, c: &mut Criterion) {
     ] {
         let flops = Throughput::Elements(work.flops(slots));
         bench.case(&mut group, name, bench.best(), flops, |ctx, what| {
-            let layer = work.layer(gpu, ctx, weight_type);
-            Ready::Layer(Box::new(work.bind(gpu, &layer, what)))
+            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
         });
     }
 
     // A block of LLaDA2.0-mini under each rule, over the same weights.
     let experts = if std::env::var_os("WGMOE_BENCH_FULL").is_some() { 256 } else { 64 };
     let work = Work::block(experts);
-    let Routing::TokenChoice(original) = work.settings.routing else { unreachable!() };
-    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..original });
-    let TokenChoice { score, gate, top, scale, .. } = original;
-    let of_256 = |n: u32| n * experts / 256;
-    let rules = [
-        ("original", Routing::TokenChoice(original)),
-        ("mass(0.6, 8)", block(BlockRule::Mass { p: 0.6, floor: 8 })),
-        (&format!("capacity({})", of_256(48)), block(BlockRule::Capacity(of_256(48)))),
-        (&format!("vote({})", of_256(38)), block(BlockRule::Vote(of_256(38)))),
-        ("union(2)", block(BlockRule::Union(2))),
-        ("sequence_top", Routing::SequenceTop(SequenceTop { score, gate, top, scale })),
-        (
-            "expert_choice",
-            Routing::ExpertChoice(ExpertChoice {
-                score,
-                normalise: Normalise::AfterSelection,
-                scope: Scope::Batch,
-                experts_per_token: top,
-                max_experts_per_token: top,
-            }),
-        ),
-    ];
     for (variant, ctx) in bench.best() {
         let contexts = [(variant.clone(), ctx.clone())];
         let layer: OnceCell<MoeLayer> = OnceCell::new();
-        for (rule, routing) in rules {
+        for (rule, routing) in rules(work.settings.routing, experts) {
             let name = format!("LLaDA2-mini block of 32, {experts} experts bf16, {rule}");
             let tokens = Throughput::Elements(work.tokens.into());
             bench.case(&mut group, &name, &contexts, tokens, |ctx, what| {
-                let layer = layer.get_or_init(|| work.layer(gpu, ctx, WeightType::Bf16));
-                let layer = layer.with_routing(routing).unwrap();
-                Ready::Layer(Box::new(work.bind(gpu, &layer, what)))
+                let layer = layer.get_or_init(|| {
+                    let weights = work.weights(gpu, ctx, WeightType::Bf16).unwrap();
+                    work.layer(ctx, weights).unwrap()
+                });
+                layer_step(gpu, &work, &layer.with_routing(routing).unwrap(), what)
             });
         }
     }
+}
+
+/// The layer bound to the work's input, run once and compared: choice and plan whole, the output in eight tokens.
+fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
+    let bound = work.bind(gpu, layer, None).unwrap();
+    bound.run(gpu, &Part::ALL).unwrap();
+    let checked = work.check_choice(gpu, &bound).and_then(|choice| {
+        work.check_plan(gpu, &bound, &choice)?;
+        work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
+    });
+    let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let (settings, unique) = (layer.settings(), choice.unique_experts());
+    eprintln!(
+        "{what}: {} slots, {unique} of {} routed experts used, weights of {:.1} MB read",
+        choice.slots(),
+        settings.experts,
+        f64::from(unique + settings.shared_experts) * layer.weights().shape().expert_bytes() as f64
+            / 1e6
+    );
+    Ready::Layer(Box::new(bound.step))
 }
 
 fn all(c: &mut Criterion) {

@@ -182,29 +182,6 @@ fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     rules
 }
 
-/// The model's layer with fewer experts. Groups keep their size, and the share of them that a token may use (at least one,
-/// and enough for its experts); where they no longer divide the experts, there are none.
-fn shrink(model: &Model, experts: u32) -> Settings {
-    let mut settings = Settings { experts, ..model.settings };
-    match &mut settings.routing {
-        Routing::TokenChoice(rule) => {
-            rule.groups = rule.groups.and_then(|Groups { count, top }| {
-                let size = model.settings.experts / count;
-                let groups = experts / size;
-                let fits = experts.is_multiple_of(size);
-                let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
-                (fits && top <= groups).then_some(Groups { count: groups, top })
-            });
-        }
-        Routing::ExpertChoice(rule) => {
-            rule.experts_per_token = rule.experts_per_token.min(experts);
-            rule.max_experts_per_token = rule.max_experts_per_token.min(experts);
-        }
-        _ => {}
-    }
-    settings
-}
-
 /// Uniform random numbers in a storage type.
 enum Values {
     F32(Vec<f32>),
@@ -562,14 +539,7 @@ impl OnGpu<'_> {
         let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
         let stats = Stats::from_words(&gpu.download::<u32>(step.stats())?)?;
 
-        let (score, from_logits) = match settings.routing {
-            Routing::ExpertChoice(rule) => {
-                (rule.score, rule.normalise == Normalise::AfterSelection)
-            }
-            Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-            Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
-            _ => unreachable!("every rule is listed"),
-        };
+        let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
             let want = matmul::cpu_logits(data.row(t), &data.router, d);
@@ -902,12 +872,7 @@ fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleRepo
         kernels.push((name.to_string(), now.duration_since(last).as_secs_f64() * 1e3));
         last = now;
     };
-    let (score, from_logits) = match rule.routing {
-        Routing::ExpertChoice(rule) => (rule.score, rule.normalise == Normalise::AfterSelection),
-        Routing::TokenChoice(rule) => (rule.score, rule.gate == GateRule::Softmax),
-        Routing::SequenceTop(rule) => (rule.score, rule.gate == GateRule::Softmax),
-        _ => unreachable!("every rule is listed"),
-    };
+    let (score, from_logits) = (rule.routing.score(), rule.routing.by_logits());
     let logits = matmul::cpu_logits(&data.x, &data.router, d);
     lap("logits");
     let (s, r) = scores::cpu(&logits, e, score, from_logits, data.bias.as_deref());
@@ -1101,7 +1066,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     if options.experts > most {
         return Err(format!("--experts {}: {} has {most}", options.experts, model.name));
     }
-    let settings = shrink(&model, options.experts);
+    let settings = model.with_experts(options.experts);
     for rule in rules(settings.routing, settings.experts) {
         rule.routing
             .check(settings.experts)

@@ -1,11 +1,12 @@
 // out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone (keep)
 //   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
-// Grid: ceil(slots * ceil(hidden / VECTOR) / (WG * ITEMS)) groups; one lane ITEMS vectors of VECTOR elements.
+// Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th vector of a row.
 
 struct Params {
     tokens: u32,
     slots: u32,
     vectors: u32,     // of a row
+    lanes: u32,       // of a row
     first_token: u32, // that of x's first row
     first_slot: u32,  // place of out's first row in token_of
     keep: u32,
@@ -22,18 +23,21 @@ fn gather(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let first = flat(group, groups) * WG * ITEMS + index;
-    for (var i = 0u; i < ITEMS; i++) {
-        let at = first + i * WG;
-        let s = at / params.vectors;
-        if s >= params.slots {
-            return;
+    let lane = flat(group, groups) * WG + index;
+    let s = lane / params.lanes;
+    if s >= params.slots {
+        return;
+    }
+    let to = s * params.vectors;
+    let t = token_of[params.first_slot + s] - params.first_token;
+    let source = t * params.vectors;
+    if t < params.tokens {
+        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+            out[to + i] = x[source + i];
         }
-        let t = token_of[params.first_slot + s] - params.first_token;
-        if t < params.tokens {
-            out[at] = x[t * params.vectors + at % params.vectors];
-        } else if params.keep == 0u {
-            out[at] = Vector();
+    } else if params.keep == 0u {
+        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+            out[to + i] = Vector();
         }
     }
 }

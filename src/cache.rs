@@ -9,7 +9,7 @@
 //!    uploaded, a few at a time; each few are a round of their own, so a budget smaller than the union of a step works too;
 //! 3. the last round combines what all experts made.
 //!
-//! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`] with all experts on the device: `out` has
+//! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`](crate::MoeLayer) with all experts on the device: `out` has
 //! the same bits.
 //!
 //! A [`CachedLayer`] owns its part of the device's memory. Layers run in turn, so one budget for all of them under this rule
@@ -44,7 +44,9 @@
 //! }
 //! ```
 use crate::kernel::{alive, scoped};
-use crate::layer::{Batch, ExpertParts, LayerStep, MoeLayer, Router, Scratch, Settings};
+use crate::layer::{
+    Batch, ExpertParts, Ffn, LayerStep, MoeRouting, Router, RoutingBatch, Scratch, Settings,
+};
 use crate::ops::plan_scan::Stats;
 use crate::weights::{HostWeights, Projection};
 use crate::{Context, Error, ExpertWeights, Result, Slice, Step, WeightType};
@@ -317,7 +319,8 @@ impl std::fmt::Debug for ExpertCache {
 #[derive(Debug)]
 pub struct CachedLayer {
     ctx: Context,
-    layer: MoeLayer,
+    routing: MoeRouting,
+    ffn: Ffn,
     cache: ExpertCache,
 }
 
@@ -327,7 +330,7 @@ impl CachedLayer {
     ///
     /// # Errors
     ///
-    /// As [`MoeLayer::new`] and [`ExpertWeights::new`]; [`Error::Invalid`] naming `budget` where it holds no routed expert
+    /// As [`MoeLayer::new`](crate::MoeLayer::new) and [`ExpertWeights::new`]; [`Error::Invalid`] naming `budget` where it holds no routed expert
     /// besides the shared ones; what the source fails with.
     pub fn new(
         ctx: &Context,
@@ -337,15 +340,15 @@ impl CachedLayer {
         source: Arc<dyn ExpertSource>,
         options: CacheOptions,
     ) -> Result<Self> {
-        settings.routing.check(settings.experts)?;
+        let routing = MoeRouting::new(ctx, settings, router)?;
         let cache = ExpertCache::new(ctx, queue, &settings, source, options)?;
-        let layer = MoeLayer::with_weights(ctx, settings, router, cache.weights.clone())?;
-        Ok(Self { ctx: ctx.clone(), layer, cache })
+        let ffn = Ffn::new(ctx, settings.activation, cache.weights.clone())?;
+        Ok(Self { ctx: ctx.clone(), routing, ffn, cache })
     }
 
     /// The settings.
     pub fn settings(&self) -> &Settings {
-        self.layer.settings()
+        self.routing.settings()
     }
 
     /// The cache.
@@ -359,23 +362,33 @@ impl CachedLayer {
         self.cache.stats = CacheStats { peak_bytes, ..CacheStats::default() };
     }
 
-    /// Makes what is needed to run the layer on these slices, as [`MoeLayer::bind`]; `y [S, D]` takes memory as a whole here.
+    /// Makes what is needed to run the layer on these slices, as [`MoeLayer::bind`](crate::MoeLayer::bind); `y [S, D]` takes memory as a whole here.
     /// Steps of one layer may share scratch.
     ///
     /// # Errors
     ///
-    /// As [`MoeLayer::bind`].
+    /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<CachedStep> {
+        let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
+        self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
-        let scratch = batch.scratch.unwrap_or(&own);
-        let routing = self.layer.bind_routing(batch, scratch)?;
+        let scratch = scratch.unwrap_or(&own);
+        let routing = RoutingBatch {
+            hidden,
+            tokens,
+            sequences,
+            blocks,
+            routed_slots,
+            scratch: Some(scratch),
+        };
+        let routing = self.routing.bind(&routing)?;
         let mut round = vec![];
         let mut combine = vec![];
         if let Some((shape, plan)) = routing.plan() {
             let map = 4 * u64::from(shape.all_experts());
             let places = Some(Slice::new(&self.cache.places, 0, map));
             let ExpertParts { gate_up, down } =
-                self.layer.bind_experts(batch, scratch, &shape, plan, places)?;
+                self.ffn.parts((&shape, plan), (hidden, out, add), scratch, places)?;
             round = gate_up;
             for (matmuls, combination) in down {
                 round.extend(matmuls);

@@ -17,6 +17,44 @@ pub struct Model {
     pub layers: [u32; 2],
 }
 
+impl Model {
+    /// A layer of the model with fewer experts, for machines that cannot hold all. Groups keep their size, and the share of
+    /// them that a token may use (at least one, and enough for its K experts); where groups no longer divide the experts,
+    /// there are none. K and k are cut to the experts there are; a block elects its share of them, at least K.
+    pub fn with_experts(&self, experts: u32) -> Settings {
+        let mut settings = Settings { experts, ..self.settings };
+        match &mut settings.routing {
+            Routing::TokenChoice(rule) => {
+                rule.top = rule.top.min(experts);
+                rule.groups = rule.groups.and_then(|Groups { count, top }| {
+                    let size = self.settings.experts / count;
+                    let groups = experts / size;
+                    let fits = experts.is_multiple_of(size);
+                    let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
+                    (fits && top <= groups).then_some(Groups { count: groups, top })
+                });
+                let share = |count: u32| {
+                    (count * experts / self.settings.experts).max(rule.top).min(experts)
+                };
+                rule.coreset = rule.coreset.map(|coreset| match coreset {
+                    BlockRule::Mass { p, floor } => {
+                        BlockRule::Mass { p, floor: floor.min(experts) }
+                    }
+                    BlockRule::Capacity(count) => BlockRule::Capacity(share(count)),
+                    BlockRule::Vote(count) => BlockRule::Vote(share(count)),
+                    BlockRule::Union(count) => BlockRule::Union(count.min(experts)),
+                });
+            }
+            Routing::ExpertChoice(rule) => {
+                rule.experts_per_token = rule.experts_per_token.min(experts);
+                rule.max_experts_per_token = rule.max_experts_per_token.min(experts);
+            }
+            Routing::SequenceTop(rule) => rule.top = rule.top.min(experts),
+        }
+        settings
+    }
+}
+
 const LLADA2: TokenChoice = TokenChoice {
     score: Score::Sigmoid,
     gate: GateRule::Normalised,
@@ -122,4 +160,25 @@ pub const MODELS: &[Model] = &[
 /// The model of this name.
 pub fn find(name: &str) -> Option<Model> {
     MODELS.iter().copied().find(|m| m.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_experts_make_a_rule_that_holds() {
+        for model in MODELS {
+            assert_eq!(model.with_experts(model.settings.experts), model.settings);
+            for experts in [1, 7, 20, 32, 64] {
+                let settings = model.with_experts(experts);
+                assert_eq!(settings.routing.check(experts), Ok(()), "{} of {experts}", model.name);
+            }
+        }
+        let Routing::TokenChoice(rule) = find("llada2-mini").unwrap().with_experts(64).routing
+        else {
+            panic!("LLaDA2 routes tokens")
+        };
+        assert_eq!(rule.groups, Some(Groups { count: 2, top: 1 }));
+    }
 }

@@ -188,7 +188,8 @@ impl Routing {
         Ok(())
     }
 
-    pub(crate) fn score(&self) -> Score {
+    /// How logits become scores.
+    pub fn score(&self) -> Score {
         match self {
             Self::ExpertChoice(rule) => rule.score,
             Self::TokenChoice(rule) => rule.score,
@@ -197,7 +198,7 @@ impl Routing {
     }
 
     /// Whether experts are chosen by logits rather than by scores.
-    pub(crate) fn by_logits(&self) -> bool {
+    pub fn by_logits(&self) -> bool {
         match self {
             Self::ExpertChoice(rule) => rule.normalise == Normalise::AfterSelection,
             Self::TokenChoice(TokenChoice { gate, .. })

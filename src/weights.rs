@@ -137,6 +137,11 @@ pub enum Projection {
     Down,
 }
 
+impl Projection {
+    /// All three.
+    pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+}
+
 /// Shape of the experts of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ExpertShape {
@@ -259,8 +264,16 @@ impl ExpertWeights {
 
     /// Bytes on the device.
     pub fn bytes(&self) -> u64 {
-        let size = |p: &Page| p.buffer.size() + p.up.as_ref().map_or(0, wgpu::Buffer::size);
-        self.gate_up.iter().chain(&*self.down).map(size).sum()
+        self.buffers().map(wgpu::Buffer::size).sum()
+    }
+
+    /// The pages' buffers: each page of gate with that of up behind it, then down.
+    pub fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.gate_up
+            .iter()
+            .chain(&*self.down)
+            .flat_map(|p| [Some(&p.buffer), p.up.as_ref()])
+            .flatten()
     }
 
     pub(crate) fn gate_up(&self) -> &[Page] {

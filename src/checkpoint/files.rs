@@ -2,7 +2,8 @@
 //! before it is used: lengths against the file's own, products without overflow, names against leaving the directory.
 use super::failed;
 use crate::{Result, WeightType};
-use safetensors::{Dtype, tensor::Metadata};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata as Stat};
 use std::io::Read;
@@ -125,52 +126,20 @@ impl Mapped {
             ))
         })?;
         let data = 8 + length as usize;
-        // The crate's own reading of whole files adds up what the header claims before it looks at the file's length, and
-        // so may overflow. This checks the header against itself; `tensor` checks it against the file.
-        let header: Metadata = serde_json::from_slice(&map[8..data])
-            .map_err(|e| fail(format!("the header is no safetensors header: {e}")))?;
-        let mapped = Self { path, map, header, data };
-        mapped.check()?;
-        Ok(mapped)
-    }
-
-    /// Checks what the header says: tensors that lie one behind the other, fill the file, and are as large as their shapes.
-    fn check(&self) -> Result<()> {
-        let have = self.map.len() - self.data;
-        let mut end = 0;
-        for name in self.header.offset_keys() {
-            let fail = |reason: String| Err(failed(&self.path, Some(&name), reason));
-            let Some(info) = self.header.info(&name) else {
-                return fail("is in the header twice".into());
-            };
-            let (from, to) = info.data_offsets;
-            if to < from || to > have {
-                return fail(format!(
-                    "lies at bytes {from}..{to} of {have}: the file is cut short, or its header lies"
-                ));
+        let text = &map[8..data];
+        // Not the crate's reading of whole files, which adds up what a header claims before it looks at the file's length.
+        match serde_json::from_slice::<Metadata>(text) {
+            Ok(header) => {
+                let names = header.offset_keys();
+                let infos = names.iter().filter_map(|name| Some((&**name, header.info(name)?)));
+                check(&path, infos.collect(), map.len() - data)?;
+                Ok(Self { path, map, header, data })
             }
-            if from != end {
-                return fail(format!("lies at bytes {from}..{to}, expected to begin at {end}"));
-            }
-            end = to;
-            let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, &d| n.checked_mul(d));
-            if bits != (to - from).checked_mul(8) {
-                return fail(format!(
-                    "has {} bytes, not those of {:?} {:?}",
-                    to - from,
-                    info.dtype,
-                    info.shape
-                ));
+            Err(e) => {
+                culprit(&path, text, map.len() - data)?;
+                Err(fail(format!("the header is no safetensors header: {e}")))
             }
         }
-        if end != have {
-            return Err(failed(
-                &self.path,
-                None,
-                format!("{} bytes behind the last tensor", have - end),
-            ));
-        }
-        Ok(())
     }
 
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
@@ -180,6 +149,50 @@ impl Mapped {
         let bytes = self.map[self.data..].get(from..to).ok_or_else(missing)?;
         Ok(Tensor { file: &self.path, dtype: info.dtype, shape: &info.shape, bytes })
     }
+}
+
+/// Checks what a header says: tensors that lie one behind the other, are as large as their shapes, and fill what the file has
+/// behind its header.
+fn check(path: &Path, tensors: Vec<(&str, &TensorInfo)>, have: usize) -> Result<()> {
+    let mut end = 0;
+    for (name, info) in tensors {
+        let fail = |reason: String| Err(failed(path, Some(name), reason));
+        let (from, to) = info.data_offsets;
+        if to < from || to > have {
+            return fail(format!(
+                "lies at bytes {from}..{to} of {have}: the file is cut short, or its header lies"
+            ));
+        }
+        if from != end {
+            return fail(format!("lies at bytes {from}..{to}, expected to begin at {end}"));
+        }
+        end = to;
+        let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, &d| n.checked_mul(d));
+        if bits.is_none() || bits != (to - from).checked_mul(8) {
+            let (dtype, shape) = (info.dtype, &info.shape);
+            return fail(format!("has {} bytes, not those of {dtype:?} {shape:?}", to - from));
+        }
+    }
+    if end != have {
+        return Err(failed(path, None, format!("{} bytes behind the last tensor", have - end)));
+    }
+    Ok(())
+}
+
+/// The error about the tensor for which a header was refused, if it is about one.
+fn culprit(path: &Path, header: &[u8], have: usize) -> Result<()> {
+    let Ok(mut all) = serde_json::from_slice::<serde_json::Map<_, _>>(header) else {
+        return Ok(());
+    };
+    all.remove("__metadata__");
+    let infos = all.into_iter().map(|(name, value)| {
+        let info = serde_json::from_value::<TensorInfo>(value);
+        let info = info.map_err(|e| failed(path, Some(&name), format!("in the header: {e}")))?;
+        Ok((name, info))
+    });
+    let mut infos = infos.collect::<Result<Vec<_>>>()?;
+    infos.sort_by_key(|(_, info)| info.data_offsets);
+    check(path, infos.iter().map(|(name, info)| (&**name, info)).collect(), have)
 }
 
 /// The files that an index names, each with the first tensor that is said to be in it.

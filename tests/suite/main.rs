@@ -1,9 +1,12 @@
 //! Integration tests, one binary.
 mod assign;
+mod assign_lists;
 mod block;
 mod cache;
 mod capacity;
 mod cases;
+mod checkpoint;
+mod checkpoint_bad;
 mod combine;
 mod common;
 mod coreset;

@@ -1,0 +1,339 @@
+//! The file of results: what it holds (docs/bench-format.md), how it is written and read.
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::path::Path;
+
+/// Says what the file is.
+const FORMAT: &str = "wgmoe-bench";
+/// Grows when a reader of the version before would misread the file.
+pub(crate) const VERSION: u64 = 1;
+/// Files past this are refused unread; a full run of one adapter makes less than 1 MB.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// A run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Report {
+    format: String,
+    version: u64,
+    pub(crate) program: Program,
+    pub(crate) os: String,
+    pub(crate) arch: String,
+    /// Seconds since 1970, when the run began.
+    pub(crate) began_unix_s: u64,
+    pub(crate) quick: bool,
+    /// Whether the run was stopped before its end.
+    pub(crate) interrupted: bool,
+    pub(crate) adapters: Vec<Adapter>,
+}
+
+/// What measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Program {
+    pub(crate) version: String,
+    /// Of the source that the program was built from, where that is known.
+    pub(crate) commit: Option<String>,
+}
+
+/// An adapter and what was measured on it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Adapter {
+    pub(crate) name: String,
+    /// PCI vendor, or the driver's own number.
+    pub(crate) vendor: u32,
+    pub(crate) backend: String,
+    /// `DiscreteGpu`, `IntegratedGpu`, `VirtualGpu`, `Cpu` or `Other`.
+    pub(crate) kind: String,
+    pub(crate) driver: String,
+    /// Of the features that matter here, those that the device was made with.
+    pub(crate) features: Vec<String>,
+    pub(crate) max_binding_bytes: u64,
+    pub(crate) max_buffer_bytes: u64,
+    /// Why the adapter could not be measured, or not to the end.
+    pub(crate) failure: Option<String>,
+    pub(crate) ceilings: Option<Ceilings>,
+    pub(crate) cases: Vec<Case>,
+}
+
+/// What the device can do at best. None where it could not be measured, which a note explains.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ceilings {
+    /// Bytes read and written in copying, 10^9 a second.
+    pub(crate) copy_gb_s: Option<f64>,
+    /// Bytes read, 10^9 a second.
+    pub(crate) read_gb_s: Option<f64>,
+    /// f32 multiply-adds in registers, two operations each, 10^9 a second.
+    pub(crate) multiply_add_gflop_s: Option<f64>,
+    /// One more dispatch that waits for the one before.
+    pub(crate) dispatch_us: Option<f64>,
+    /// One dispatch, encoded, submitted and waited for.
+    pub(crate) submit_us: Option<f64>,
+    pub(crate) notes: Vec<String>,
+}
+
+/// One case: what was to be measured, and what came of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Case {
+    #[serde(flatten)]
+    pub(crate) id: CaseId,
+    /// Why fewer experts than the model has; none: all of them.
+    pub(crate) reduced: Option<String>,
+    pub(crate) outcome: Outcome,
+}
+
+/// What makes two cases of two devices the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct CaseId {
+    pub(crate) model: String,
+    /// Routed experts in use.
+    pub(crate) experts: u32,
+    /// Routed experts of the model.
+    pub(crate) experts_of_model: u32,
+    pub(crate) load: Load,
+    pub(crate) tokens: u32,
+    pub(crate) rule: String,
+    /// Whether it is the rule that the model was trained with.
+    pub(crate) own_rule: bool,
+    pub(crate) part: Part,
+    /// Type the experts are stored as.
+    pub(crate) weights: String,
+}
+
+/// What the tokens are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Load {
+    /// One block of 32 tokens.
+    Block,
+    /// Eight or 64 blocks, decoded together.
+    Batch,
+    /// A prompt.
+    Prefill,
+}
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Part {
+    /// From logits to the choice.
+    Routing,
+    /// Gates and plan.
+    Plan,
+    /// Rows of the hidden states in the plan's order.
+    Gather,
+    /// The expert matmuls.
+    Experts,
+    /// The whole layer.
+    Layer,
+}
+
+/// What came of a case.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    Measured(Measured),
+    /// The result was wrong, or the device refused the work. Never timed.
+    Failed {
+        reason: String,
+    },
+    Skipped {
+        reason: String,
+    },
+}
+
+/// A case's times and its work. Means are over the inputs that took turns.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// On the host's clock: encoding, submitting and waiting, shared by the repeats of a sample.
+    pub(crate) wall: Times,
+    /// Between GPU timestamps around the same work.
+    pub(crate) gpu: Option<Times>,
+    /// Why there are no GPU times.
+    pub(crate) gpu_dropped: Option<String>,
+    /// How often the work is recorded in one sample.
+    pub(crate) repeats: u32,
+    /// Inputs, with buffers of their own, that took turns.
+    pub(crate) inputs: u32,
+    /// Copies of the weights that took turns.
+    pub(crate) weight_copies: u32,
+    /// Whether times had settled before the first sample that counts.
+    pub(crate) settled: bool,
+    pub(crate) work: Work,
+    /// What bounds the case, least time by that ceiling, and that over the median measured (GPU times where there are any).
+    pub(crate) bound: Option<Bound>,
+    /// How it was compared with the CPU twin.
+    pub(crate) check: String,
+}
+
+/// Times of one run of a case, in milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Times {
+    pub(crate) median_ms: f64,
+    /// Quartiles.
+    pub(crate) q1_ms: f64,
+    pub(crate) q3_ms: f64,
+    pub(crate) least_ms: f64,
+    /// Samples.
+    pub(crate) count: u32,
+}
+
+/// What a case must do: its inputs read once and its outputs written once, whatever its kernels pass between them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Work {
+    pub(crate) bytes: f64,
+    pub(crate) flops: f64,
+    pub(crate) dispatches: f64,
+    /// (token, expert) pairs, shared experts included.
+    pub(crate) slots: f64,
+    /// Distinct routed experts of a batch, and of a block of 32 tokens.
+    pub(crate) experts_touched: f64,
+    pub(crate) experts_per_block: f64,
+}
+
+/// The ceiling that a case meets first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Bound {
+    pub(crate) by: BoundBy,
+    pub(crate) least_ms: f64,
+    pub(crate) share: f64,
+}
+
+/// Which ceiling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum BoundBy {
+    Memory,
+    Compute,
+    Dispatch,
+}
+
+impl Report {
+    /// An empty report of a run that begins now.
+    pub(crate) fn new(quick: bool, commit: Option<String>) -> Self {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Self {
+            format: FORMAT.into(),
+            version: VERSION,
+            program: Program { version: env!("CARGO_PKG_VERSION").into(), commit },
+            os: std::env::consts::OS.into(),
+            arch: std::env::consts::ARCH.into(),
+            began_unix_s: since.map_or(0, |d| d.as_secs()),
+            quick,
+            interrupted: false,
+            adapters: vec![],
+        }
+    }
+
+    /// Writes the file whole or not at all: beside it first, then over it.
+    pub(crate) fn write(&self, path: &Path) -> Result<(), String> {
+        let mut text = serde_json::to_string_pretty(self).map_err(|e| e.to_string())?;
+        text.push('\n');
+        replace(path, text.as_bytes())
+    }
+
+    /// Reads a file.
+    pub(crate) fn read(path: &Path) -> Result<Self, String> {
+        let at = path.display();
+        let size = std::fs::metadata(path).map_err(|e| format!("{at}: {e}"))?.len();
+        if size > MOST_BYTES {
+            return Err(format!("{at}: {size} bytes, more than any results of this program"));
+        }
+        let text = std::fs::read_to_string(path).map_err(|e| format!("{at}: {e}"))?;
+        Self::parse(&text).map_err(|e| format!("{at}: {e}"))
+    }
+
+    fn parse(text: &str) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: Option<String>,
+            version: Option<serde_json::Value>,
+        }
+        let head: Head = serde_json::from_str(text).map_err(|e| {
+            if text.trim().is_empty() {
+                "the file is empty".into()
+            } else if e.is_eof() {
+                format!(
+                    "the file breaks off ({e}): it was cut short; measure again or copy it again"
+                )
+            } else {
+                format!("not a file of results: {e}")
+            }
+        })?;
+        if head.format.as_deref() != Some(FORMAT) {
+            return Err(format!("not a file of results: `format` is not \"{FORMAT}\""));
+        }
+        match head.version.as_ref().and_then(serde_json::Value::as_u64) {
+            Some(VERSION) => {}
+            Some(v) if v > VERSION => {
+                return Err(format!(
+                    "version {v}, and this wgmoe-bench reads version {VERSION}: use a newer wgmoe-bench"
+                ));
+            }
+            Some(v) => {
+                return Err(format!(
+                    "version {v}, older than the version {VERSION} that this wgmoe-bench reads: measure again, or make the page with the wgmoe-bench that wrote it"
+                ));
+            }
+            None => return Err("`version` is not a whole number".into()),
+        }
+        let report: Self = serde_json::from_str(text)
+            .map_err(|e| format!("says that it is version {VERSION}, but does not fit it: {e}"))?;
+        Ok(report)
+    }
+}
+
+impl Outcome {
+    pub(crate) fn measured(&self) -> Option<&Measured> {
+        match self {
+            Self::Measured(measured) => Some(measured),
+            Self::Failed { .. } | Self::Skipped { .. } => None,
+        }
+    }
+}
+
+impl Measured {
+    /// The times to compare: the GPU's, or the host's where there are none.
+    pub(crate) fn times(&self) -> &Times {
+        self.gpu.as_ref().unwrap_or(&self.wall)
+    }
+}
+
+impl Part {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Routing => "routing",
+            Self::Plan => "plan",
+            Self::Gather => "gather",
+            Self::Experts => "experts",
+            Self::Layer => "layer",
+        }
+    }
+}
+
+impl CaseId {
+    /// The tokens in words.
+    pub(crate) fn load_name(&self) -> String {
+        match self.load {
+            Load::Block => format!("decoding a block of {} tokens", self.tokens),
+            Load::Batch => format!("decoding {} blocks, {} tokens", self.tokens / 32, self.tokens),
+            Load::Prefill => format!("prefill of {} tokens", self.tokens),
+        }
+    }
+}
+
+/// Puts `bytes` in the place of `path` in one step, so that a crash leaves the old file or the new one.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
+    let say = |e: std::io::Error| format!("{}: {e}", path.display());
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".part");
+    let beside = Path::new(&beside);
+    let write = || {
+        let mut file = std::fs::File::create(beside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(beside, path)
+    };
+    write().map_err(|e| {
+        let _ = std::fs::remove_file(beside);
+        say(e)
+    })
+}
