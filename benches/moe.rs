@@ -572,10 +572,12 @@ fn bench_matmul(bench: &Bench, c: &mut Criterion) {
                 .map(|page| {
                     op.bind(wgmoe::ops::matmul::Args {
                         x: (&x_in).into(),
+                        gather: false,
                         shape: &planned.shape,
                         plan: (&planned.plan).into(),
                         weights: &weights,
                         page,
+                        places: None,
                         out: (&out).into(),
                         slots: 0..tokens,
                         columns: 0..COLUMNS,

@@ -1,6 +1,7 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+pub mod cache;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 mod error;
@@ -23,6 +24,7 @@ mod slice;
 mod staging;
 pub mod weights;
 
+pub use cache::{CachedLayer, ExpertSource};
 pub use error::{Error, Result};
 pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};

@@ -174,6 +174,25 @@ impl ExpertShape {
         3 * u64::from(self.hidden) * u64::from(self.intermediate) * self.weight_type.bytes()
     }
 
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { experts, hidden, intermediate, .. } = *self;
+        crate::ops::not_zero(&[
+            ("experts", experts),
+            ("hidden", hidden),
+            ("intermediate", intermediate),
+        ])?;
+        bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4).map(|_| ())
+    }
+
+    /// Bytes of one expert's three matrices on the device, padded and packed.
+    pub fn device_bytes(&self) -> u64 {
+        [Projection::Gate, Projection::Up, Projection::Down]
+            .map(|p| self.matrix(p))
+            .iter()
+            .map(|&[columns, depth]| self.packed_bytes(columns, depth))
+            .sum()
+    }
+
     /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values.
     fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
         u64::from(columns.next_multiple_of(PANEL))
@@ -207,13 +226,7 @@ impl ExpertWeights {
     ///
     /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out.
     pub fn new(ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Result<Self> {
-        let ExpertShape { experts, hidden, intermediate, .. } = shape;
-        crate::ops::not_zero(&[
-            ("experts", experts),
-            ("hidden", hidden),
-            ("intermediate", intermediate),
-        ])?;
-        bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4)?;
+        shape.check()?;
         let limit = page_limit.unwrap_or(u64::MAX).min(ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;

@@ -2,6 +2,7 @@
 mod assign;
 mod assign_lists;
 mod block;
+mod cache;
 mod capacity;
 mod cases;
 mod checkpoint;
@@ -17,7 +18,9 @@ mod golden;
 mod golden_blocks;
 mod golden_file;
 mod golden_layers;
+mod host_layer;
 mod layer;
+mod limits;
 mod noop;
 mod plan;
 mod profile;
