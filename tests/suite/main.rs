@@ -1,5 +1,7 @@
 //! Integration tests, one binary.
 mod assign;
+#[cfg(feature = "bench")]
+mod bench_program;
 mod block;
 mod capacity;
 mod cases;

@@ -422,3 +422,64 @@ fn bound_name(by: BoundBy) -> &'static str {
         BoundBy::Dispatch => "dispatch",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::tests::{case, measured, report};
+
+    #[test]
+    fn texts_of_files_stay_texts() {
+        let evil = "<script>alert(1)</script>\" onload=\"x\u{202e}\u{7}' <b>&amp;";
+        let mut bad = report(evil, vec![case(evil, measured(1.0))]);
+        let adapter = &mut bad.adapters[0];
+        adapter.failure = Some(evil.into());
+        adapter.driver = "long ".repeat(1000);
+        adapter.features = vec![evil.into()];
+        adapter.cases[0].reduced = Some(evil.into());
+        adapter.cases[0].id.model = evil.into();
+        adapter.ceilings.as_mut().unwrap().notes.push(evil.into());
+        bad.program.commit = Some(evil.into());
+        bad.os = evil.into();
+        let page = page(&[bad]);
+        assert!(page.contains("&lt;script&gt;alert(1)"));
+        for wrong in ["<script", "<b>", "onload=\"", "\u{202e}", "\u{7}"] {
+            assert!(!page.contains(wrong), "{wrong:?} is in the page");
+        }
+        assert!(page.len() < 40_000, "{} bytes", page.len());
+    }
+
+    #[test]
+    fn a_case_that_one_file_lacks_is_a_gap() {
+        let both = || case("original", measured(2.0));
+        let skipped = Outcome::Skipped { reason: "no time was left".into() };
+        let first = report(
+            "one GPU",
+            vec![both(), case("vote(38)", measured(1.0)), case("union(2)", skipped)],
+        );
+        let second = report("another GPU", vec![both(), case("union(2)", measured(0.0123))]);
+        let page = page(&[first, second]);
+        assert_eq!(page.matches("not in its file").count(), 1);
+        assert_eq!(page.matches("skipped: no time was left").count(), 1);
+        assert!(page.contains("12.3 µs") && page.contains("another GPU"));
+        // Nothing is fetched, nothing runs.
+        for outside in ["http:", "https:", "src=", "<script", "@import", "href="] {
+            assert!(!page.contains(outside), "{outside:?} is in the page");
+        }
+    }
+
+    #[test]
+    fn a_device_without_results_is_still_listed() {
+        let mut none = report("a GPU", vec![]);
+        none.adapters[0].failure = Some("no compute shaders".into());
+        none.adapters[0].ceilings = None;
+        let page = page(&[none]);
+        assert!(page.contains("not measured to the end: </span>no compute shaders"), "{page}");
+        assert!(page.contains("no roofline"));
+    }
+
+    #[test]
+    fn keys_go_on_after_z() {
+        assert_eq!([0, 25, 26, 27, 52].map(key), ["A", "Z", "AA", "AB", "BA"]);
+    }
+}
