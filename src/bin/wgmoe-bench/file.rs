@@ -277,7 +277,37 @@ impl Report {
         }
         let report: Self = serde_json::from_str(text)
             .map_err(|e| format!("says that it is version {VERSION}, but does not fit it: {e}"))?;
+        report.check()?;
         Ok(report)
+    }
+
+    /// Refuses numbers that no run can give: charts are drawn to them.
+    fn check(&self) -> Result<(), String> {
+        let refuse = |what: &str, v: f64, ok: bool| {
+            if v.is_finite() && ok { Ok(()) } else { Err(format!("{what} of {v}")) }
+        };
+        for adapter in &self.adapters {
+            for c in &adapter.ceilings {
+                let rates = [c.copy_gb_s, c.read_gb_s, c.multiply_add_gflop_s];
+                for v in rates.into_iter().chain([c.dispatch_us, c.submit_us]).flatten() {
+                    refuse("a ceiling", v, v > 0.0)?;
+                }
+            }
+            for case in &adapter.cases {
+                let Some(m) = case.outcome.measured() else { continue };
+                for t in [Some(&m.wall), m.gpu.as_ref()].into_iter().flatten() {
+                    for v in [t.least_ms, t.q1_ms, t.median_ms, t.q3_ms] {
+                        refuse("a time", v, v > 0.0)?;
+                    }
+                }
+                refuse("bytes to move", m.work.bytes, m.work.bytes > 0.0)?;
+                let shares = m.bound.iter().flat_map(|b| [b.least_ms, b.share]);
+                for v in shares.chain([m.work.flops, m.work.slots, m.work.experts_per_block]) {
+                    refuse("an amount of work", v, v >= 0.0)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -345,9 +375,9 @@ pub(crate) mod tests {
     pub(crate) fn measured(median_ms: f64) -> Outcome {
         let times = |median_ms: f64| Times {
             median_ms,
-            q1_ms: median_ms * 0.9,
-            q3_ms: median_ms * 1.1,
-            least_ms: median_ms * 0.8,
+            q1_ms: median_ms * 0.75,
+            q3_ms: median_ms * 1.25,
+            least_ms: median_ms * 0.5,
             count: 7,
         };
         Outcome::Measured(Measured {
@@ -447,8 +477,8 @@ pub(crate) mod tests {
         let older = good.replace("\"version\": 1,", "\"version\": 0,");
         let worded = good.replace("\"version\": 1,", "\"version\": \"one\",");
         let missing = good.replace("\"quick\": false,", "");
-        let negative = good.replace("\"least_ms\": 0.8,", "\"least_ms\": -0.8,");
-        let huge = good.replace("\"least_ms\": 0.8,", "\"least_ms\": 1e999,");
+        let negative = good.replace("\"least_ms\": 0.5,", "\"least_ms\": -0.5,");
+        let huge = good.replace("\"least_ms\": 0.5,", "\"least_ms\": 1e999,");
         assert_ne!(newer, good);
         assert_ne!(missing, good);
         assert_ne!(negative, good);
@@ -462,7 +492,7 @@ pub(crate) mod tests {
             (&older, "version 0, older than the version 1"),
             (&worded, "`version` is not a whole number"),
             (&missing, "missing field `quick`"),
-            (&negative, "a time of -0.8"),
+            (&negative, "a time of -0.5"),
             (&huge, "out of range"),
         ] {
             let error = Report::parse(text).unwrap_err();
