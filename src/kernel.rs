@@ -445,12 +445,7 @@ impl Kernel {
             let mut entries =
                 vec![wgpu::BindGroupEntry { binding: 0, resource: params.as_entire_binding() }];
             for (binding, s) in (1..).zip(slices) {
-                let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: s.buffer,
-                    offset: s.offset,
-                    size: wgpu::BufferSize::new(s.size),
-                });
-                entries.push(wgpu::BindGroupEntry { binding, resource });
+                entries.push(wgpu::BindGroupEntry { binding, resource: s.binding() });
             }
             let layout = &self.layout;
             Ok(device.create_bind_group(&wgpu::BindGroupDescriptor {

@@ -82,6 +82,12 @@ impl Tensor {
         Ok(Self::from_slice((&buffer).into()))
     }
 
+    /// A buffer of ours and its first `size` bytes.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn of_buffer(buffer: wgpu::Buffer, size: u64) -> Self {
+        Self { buffer, offset: 0, size }
+    }
+
     /// The range, to bind.
     pub fn slice(&self) -> Slice<'_> {
         Slice::new(&self.buffer, self.offset, self.size)
@@ -167,6 +173,30 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// What the first half of a layer is bound to; fields as in [`Batch`].
+#[derive(Clone, Copy, Debug)]
+pub struct RoutingBatch<'a> {
+    /// `[tokens, D]` f32, read.
+    pub hidden: Slice<'a>,
+    /// T.
+    pub tokens: u32,
+    /// Sequences of expert choice.
+    pub sequences: Option<Sequences<'a>>,
+    /// Blocks of a block-level rule.
+    pub blocks: Option<Blocks<'a>>,
+    /// Upper bound of the slots of expert choice.
+    pub routed_slots: Option<u32>,
+    /// Scratch to share.
+    pub scratch: Option<&'a Scratch>,
+}
+
+impl<'a> RoutingBatch<'a> {
+    /// One sequence of `tokens`.
+    pub fn new(hidden: Slice<'a>, tokens: u32) -> Self {
+        Self { hidden, tokens, sequences: None, blocks: None, routed_slots: None, scratch: None }
+    }
+}
+
 /// Buffers between the kernels of a layer. Layers bound to one share them: they must then run in order.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
@@ -199,23 +229,57 @@ impl Scratch {
 /// A layer: its kernels, compiled, and its weights. Clones share both.
 #[derive(Clone, Debug)]
 pub struct MoeLayer {
+    routing: MoeRouting,
+    ffn: Ffn,
+}
+
+/// The first half of a layer, for engines that run the experts themselves: router, choice and plan.
+#[derive(Clone, Debug)]
+pub struct MoeRouting {
     ctx: Context,
     settings: Settings,
     router: Router,
-    weights: ExpertWeights,
-    kernels: Arc<Kernels>,
+    kernels: Arc<RoutingKernels>,
 }
 
 #[derive(Debug)]
-struct Kernels {
+struct RoutingKernels {
     logits: Logits,
     scores: Option<scores::Scores>,
     choice: Choice,
     drop: Option<expert_choice::ExpertChoice>,
+    plan: PlanKernels,
+    block_plan: block_plan::BlockPlan,
+}
+
+/// A plan from any source of assignments.
+#[derive(Debug)]
+struct PlanKernels {
     count: plan_count::PlanCount,
     scan: plan_scan::PlanScan,
     fill: plan_fill::PlanFill,
-    block_plan: block_plan::BlockPlan,
+}
+
+impl PlanKernels {
+    fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self {
+            count: plan_count::PlanCount::new(ctx)?,
+            scan: plan_scan::PlanScan::new(ctx)?,
+            fill: plan_fill::PlanFill::new(ctx)?,
+        })
+    }
+}
+
+/// What runs a plan.
+#[derive(Clone, Debug)]
+struct Ffn {
+    ctx: Context,
+    weights: ExpertWeights,
+    kernels: Arc<FfnKernels>,
+}
+
+#[derive(Debug)]
+struct FfnKernels {
     gate_up: [GroupedMatmul; 2],
     down: [GroupedMatmul; 2],
     combine: combine::Combine,
@@ -251,13 +315,69 @@ impl MoeLayer {
         router: Router,
         weights: ExpertWeights,
     ) -> Result<Self> {
-        let Settings { hidden, intermediate, experts, .. } = settings;
-        crate::ops::not_zero(&[("hidden", hidden), ("intermediate", intermediate)])?;
-        settings.routing.check(experts)?;
+        crate::ops::not_zero(&[("intermediate", settings.intermediate)])?;
+        let routing = MoeRouting::new(ctx, settings, router)?;
         let shape = weights.shape();
         if shape != settings.expert_shape(shape.weight_type) {
             return Err(Error::invalid("weights", format!("{shape:?} do not fit {settings:?}")));
         }
+        Ok(Self { routing, ffn: Ffn::new(ctx, settings.activation, weights)? })
+    }
+
+    /// The same router and experts under another rule; the weights' pages are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`MoeLayer::new`].
+    pub fn with_routing(&self, routing: Routing) -> Result<Self> {
+        let settings = Settings { routing, ..*self.settings() };
+        let routing = MoeRouting::new(&self.ffn.ctx, settings, self.router().clone())?;
+        Ok(Self { routing, ffn: self.ffn.clone() })
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.routing.settings
+    }
+
+    /// The weights.
+    pub fn weights(&self) -> &ExpertWeights {
+        &self.ffn.weights
+    }
+
+    /// The router's own weights.
+    pub fn router(&self) -> &Router {
+        &self.routing.router
+    }
+
+    /// Makes what is needed to run the layer on these slices. Zero tokens make an empty step.
+    ///
+    /// # Errors
+    ///
+    /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<LayerStep> {
+        let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
+        self.ffn.check(hidden, out, tokens)?;
+        let own = Scratch::new();
+        let scratch = Some(scratch.unwrap_or(&own));
+        let routing = RoutingBatch { hidden, tokens, sequences, blocks, routed_slots, scratch };
+        let mut step = self.routing.bind(&routing)?;
+        self.ffn.bind(&mut step, hidden, out, add, scratch.unwrap_or(&own))?;
+        Ok(step)
+    }
+}
+
+impl MoeRouting {
+    /// The router of a layer. Compiles every kernel it can need. The experts of `settings` are not looked at: only how many
+    /// there are.
+    ///
+    /// # Errors
+    ///
+    /// Settings that make no sense ([`Routing::check`]), router tensors of another shape, or what wgpu refuses.
+    pub fn new(ctx: &Context, settings: Settings, router: Router) -> Result<Self> {
+        let Settings { hidden, experts, .. } = settings;
+        crate::ops::not_zero(&[("hidden", hidden)])?;
+        settings.routing.check(experts)?;
         router.weight.slice().expect("router weight", &[experts.into(), hidden.into()], 4)?;
         for (name, tensor, length) in [
             ("router bias", &router.bias, experts),
@@ -274,10 +394,7 @@ impl MoeLayer {
             && routing.gate() == plan_count::GateRule::Softmax
             && router.bias.is_none();
         let drop = matches!(routing, Routing::TokenChoice(rule) if rule.capacity_factor.is_some());
-        let gate_up =
-            |class| GroupedMatmul::new(ctx, &shape, Stage::GateUp(settings.activation), class);
-        let down = |class| GroupedMatmul::new(ctx, &shape, Stage::Down, class);
-        let kernels = Kernels {
+        let kernels = RoutingKernels {
             logits: Logits::new(ctx, hidden, experts)?,
             scores: if plain { None } else { Some(scores::Scores::new(ctx)?) },
             choice: match routing {
@@ -306,35 +423,15 @@ impl MoeLayer {
                 Routing::SequenceTop(_) => Choice::Pairs(sequence_top::SequenceTop::new(ctx)?),
             },
             drop: if drop { Some(expert_choice::ExpertChoice::new(ctx)?) } else { None },
-            count: plan_count::PlanCount::new(ctx)?,
-            scan: plan_scan::PlanScan::new(ctx)?,
-            fill: plan_fill::PlanFill::new(ctx)?,
+            plan: PlanKernels::new(ctx)?,
             block_plan: block_plan::BlockPlan::new(ctx)?,
-            gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
-            down: [down(Class::Skinny)?, down(Class::Tile)?],
-            combine: combine::Combine::new(ctx)?,
         };
-        Ok(Self { ctx: ctx.clone(), settings, router, weights, kernels: Arc::new(kernels) })
-    }
-
-    /// The same router and experts under another rule; the weights' pages are shared, not copied.
-    ///
-    /// # Errors
-    ///
-    /// As [`MoeLayer::new`].
-    pub fn with_routing(&self, routing: Routing) -> Result<Self> {
-        let settings = Settings { routing, ..self.settings };
-        Self::new(&self.ctx, settings, self.router.clone(), self.weights.clone())
+        Ok(Self { ctx: ctx.clone(), settings, router, kernels: Arc::new(kernels) })
     }
 
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    /// The weights.
-    pub fn weights(&self) -> &ExpertWeights {
-        &self.weights
     }
 
     /// The router's own weights.
@@ -343,7 +440,7 @@ impl MoeLayer {
     }
 
     /// Bound of the routed slots of a batch (METHODS 2, 3).
-    fn routed_slots(&self, batch: &Batch<'_>) -> Result<u32> {
+    fn routed_slots(&self, batch: &RoutingBatch<'_>) -> Result<u32> {
         let (tokens, experts) = (batch.tokens, self.settings.experts);
         let slots = match self.settings.routing {
             Routing::TokenChoice(TokenChoice { top, .. })
@@ -367,32 +464,21 @@ impl MoeLayer {
             .map_err(|_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits")))
     }
 
-    /// Makes what is needed to run the layer on these slices. Zero tokens make an empty step.
+    /// Makes what is needed to route these tokens: the step ends with the plan ([`LayerStep::plan`]), and with the bit set
+    /// and the gates that it was made of. Zero tokens make an empty step.
     ///
     /// # Errors
     ///
     /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
-    pub fn bind(&self, batch: &Batch<'_>) -> Result<LayerStep> {
-        let Settings { hidden, intermediate, experts, shared_experts, routing, .. } = self.settings;
+    pub fn bind(&self, batch: &RoutingBatch<'_>) -> Result<LayerStep> {
+        let Settings { hidden, experts, shared_experts, routing, .. } = self.settings;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
         batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
-        batch.out.expect("out", &[tokens.into(), hidden.into()], 4)?;
-        if batch.hidden.overlaps(&batch.out) {
-            return Err(Error::Overlap { written: "out", other: "hidden" });
-        }
         let own = Scratch::new();
         let scratch = batch.scratch.unwrap_or(&own);
         let stats = scratch.get(ctx, "stats", Stats::bytes(experts))?;
         if tokens == 0 {
-            return Ok(LayerStep {
-                parts: vec![],
-                stats,
-                plan: None,
-                assigned: None,
-                gates: None,
-                coreset: None,
-                selection: None,
-            });
+            return Ok(LayerStep::empty(stats));
         }
         let shape = PlanShape {
             tokens,
@@ -402,7 +488,6 @@ impl MoeLayer {
             tile_rows: tile_rows(ctx),
             skinny_rows: SKINNY_ROWS,
         };
-        let slots = shape.slots()?;
         let pairs = u64::from(tokens) * u64::from(experts) * 4;
         let get = |name, bytes| scratch.get(ctx, name, bytes);
         let logits = get("logits", pairs)?;
@@ -560,7 +645,7 @@ impl MoeLayer {
             gates: gates.slice(),
         };
         let count = |gates| {
-            kernels.count.bind(
+            kernels.plan.count.bind(
                 &shape,
                 plan_count::Args { assigned: assigned.slice(), gates, plan: plan.slice() },
             )
@@ -597,15 +682,65 @@ impl MoeLayer {
             }
             let args =
                 plan_scan::Args { losses, offsets, plan: plan.slice(), stats: stats.slice() };
-            parts.push(kernels.scan.bind(&shape, args)?);
+            parts.push(kernels.plan.scan.bind(&shape, args)?);
             let args = plan_fill::Args {
                 assigned: assigned.slice(),
                 gates: gates.slice(),
                 plan: plan.slice(),
             };
-            parts.push(kernels.fill.bind(&shape, args)?);
+            parts.push(kernels.plan.fill.bind(&shape, args)?);
         }
 
+        Ok(LayerStep {
+            parts,
+            stats,
+            plan: Some((shape, plan)),
+            assigned: Some(assigned),
+            gates: Some(gates),
+            coreset,
+            selection: Some((logits, s, r)),
+        })
+    }
+}
+
+impl Ffn {
+    fn new(ctx: &Context, activation: Activation, weights: ExpertWeights) -> Result<Self> {
+        let shape = weights.shape();
+        let gate_up = |class| GroupedMatmul::new(ctx, &shape, Stage::GateUp(activation), class);
+        let down = |class| GroupedMatmul::new(ctx, &shape, Stage::Down, class);
+        let kernels = FfnKernels {
+            gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
+            down: [down(Class::Skinny)?, down(Class::Tile)?],
+            combine: combine::Combine::new(ctx)?,
+        };
+        Ok(Self { ctx: ctx.clone(), weights, kernels: Arc::new(kernels) })
+    }
+
+    /// Checks of the slices that a batch is read from and written to.
+    fn check(&self, hidden: Slice<'_>, out: Slice<'_>, tokens: u32) -> Result<()> {
+        let shape = [tokens.into(), self.weights.shape().hidden.into()];
+        hidden.expect("hidden", &shape, 4)?;
+        out.expect("out", &shape, 4)?;
+        if hidden.overlaps(&out) {
+            return Err(Error::Overlap { written: "out", other: "hidden" });
+        }
+        Ok(())
+    }
+
+    /// Adds the experts and the combination to a step that ends with its plan.
+    fn bind(
+        &self,
+        step: &mut LayerStep,
+        x: Slice<'_>,
+        out: Slice<'_>,
+        add: bool,
+        scratch: &Scratch,
+    ) -> Result<()> {
+        let Some((shape, plan)) = &step.plan else { return Ok(()) };
+        let (parts, ctx, kernels) = (&mut step.parts, &self.ctx, &*self.kernels);
+        let ExpertShape { hidden, intermediate, .. } = self.weights.shape();
+        let get = |name, bytes| scratch.get(ctx, name, bytes);
+        let slots = shape.slots()?;
         // Experts: `h` in stretches of slots, `y` in stretches of columns, each within a binding.
         let most_rows =
             (ctx.max_binding() / 4 / u64::from(intermediate)).clamp(1, slots.into()) as u32;
@@ -627,14 +762,14 @@ impl MoeLayer {
                 have,
             });
         }
-        let classes: &[usize] = if tokens <= SKINNY_ROWS { &[0] } else { &[0, 1] };
+        let classes: &[usize] = if shape.tokens <= SKINNY_ROWS { &[0] } else { &[0, 1] };
         let [gate_up_pages, down_pages] = self.weights.page_counts();
         for (rows, h) in stretches.iter().zip(&h) {
             for page in 0..gate_up_pages {
                 for &class in classes {
                     parts.push(kernels.gate_up[class].bind(matmul::Args {
-                        x: batch.hidden,
-                        shape: &shape,
+                        x,
+                        shape,
                         plan: plan.slice(),
                         weights: &self.weights,
                         page,
@@ -662,7 +797,7 @@ impl MoeLayer {
                     for &class in classes {
                         parts.push(kernels.down[class].bind(matmul::Args {
                             x: h.slice(),
-                            shape: &shape,
+                            shape,
                             plan: plan.slice(),
                             weights: &self.weights,
                             page,
@@ -676,26 +811,11 @@ impl MoeLayer {
                 }
             }
             parts.push(kernels.combine.bind(
-                &shape,
-                combine::Args {
-                    y: y.slice(),
-                    plan: plan.slice(),
-                    out: batch.out,
-                    columns,
-                    hidden,
-                    add: batch.add,
-                },
+                shape,
+                combine::Args { y: y.slice(), plan: plan.slice(), out, columns, hidden, add },
             )?);
         }
-        Ok(LayerStep {
-            parts,
-            stats,
-            plan: Some((shape, plan)),
-            assigned: Some(assigned),
-            gates: Some(gates),
-            coreset,
-            selection: Some((logits, s, r)),
-        })
+        Ok(())
     }
 }
 
@@ -717,6 +837,18 @@ pub struct LayerStep {
 }
 
 impl LayerStep {
+    fn empty(stats: Tensor) -> Self {
+        Self {
+            parts: vec![],
+            stats,
+            plan: None,
+            assigned: None,
+            gates: None,
+            coreset: None,
+            selection: None,
+        }
+    }
+
     /// Records the layer as one pass of `encoder`.
     pub fn record(&self, encoder: &mut wgpu::CommandEncoder) {
         if !self.parts.is_empty() {
@@ -925,4 +1057,31 @@ pub fn cpu_token(
         }
     }
     out.into_iter().map(|v| v as f32).collect()
+}
+
+/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two selection values lie within
+/// rounding of each other, a device may choose the other one; [`cpu_routing`] takes the device's own values instead.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    settings: &Settings,
+    router: &HostRouter<'_>,
+    batch: HostBatch<'_>,
+    experts: HostExperts<'_>,
+    x: &[f32],
+) -> Vec<f32> {
+    let (d, e) = (settings.hidden as usize, settings.experts as usize);
+    let logits = matmul::cpu_logits(x, router.weight, d);
+    let Settings { routing, .. } = settings;
+    let (s, r) = scores::cpu(&logits, e, routing.score(), routing.by_logits(), router.bias);
+    let chosen = cpu_routing(settings, router, batch, [&logits, &s, &r]);
+    let tokens = x.len() / d;
+    let of_token = |t: usize| -> Vec<(u32, f32)> {
+        let experts = bits::experts_of(&chosen.assigned, tokens, t);
+        experts.into_iter().map(|i| (i as u32, chosen.gates[t * e + i])).collect()
+    };
+    let rows = x.chunks_exact(d).enumerate();
+    rows.flat_map(|(t, row)| cpu_token(settings, experts, row, &of_token(t))).collect()
 }

@@ -1,6 +1,8 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 mod error;
 mod exact;
 mod gpu;
@@ -9,6 +11,7 @@ pub mod layer;
 pub mod model;
 pub mod ops;
 pub mod order;
+mod pack;
 pub mod plan;
 pub mod profile;
 pub mod report;
@@ -16,6 +19,8 @@ pub mod routing;
 pub mod scaling;
 pub mod schedule;
 mod slice;
+#[cfg(feature = "checkpoint")]
+mod staging;
 pub mod weights;
 
 pub use error::{Error, Result};

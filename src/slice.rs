@@ -19,6 +19,13 @@ impl<'a> Slice<'a> {
         Self { buffer, offset, size }
     }
 
+    /// The range as a bind group takes it, for kernels of the caller's own.
+    pub fn binding(self) -> wgpu::BindingResource<'a> {
+        let Self { buffer, offset, size } = self;
+        let size = wgpu::BufferSize::new(size);
+        wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
+    }
+
     /// Checks that the slice holds exactly `items` times `bytes`, in checked arithmetic.
     pub(crate) fn expect(&self, name: &'static str, shape: &[u64], bytes: u64) -> Result<()> {
         let expected = bytes_of(name, shape, bytes)?;

@@ -5,6 +5,7 @@
 use crate::kernel::Spec;
 
 pub mod assign;
+pub mod assign_lists;
 pub mod block_choice;
 pub mod block_plan;
 pub mod capacity;
@@ -32,6 +33,7 @@ pub(crate) const SPECS: &[&Spec] = &[
     &expert_choice::SERIAL,
     &token_choice::SPEC,
     &assign::SPEC,
+    &assign_lists::SPEC,
     &coreset::SPEC,
     &sequence_top::SPEC,
     &plan_count::SPEC,
@@ -88,7 +90,11 @@ impl crate::Variant {
     }
 }
 
-/// The element type of kernels that move rows whole.
+/// The element type of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
-    if width == 4 { "alias Vector = vec4<f32>;\n" } else { "alias Vector = f32;\n" }
+    match width {
+        8 => "alias Vector = vec4<u64>;\n",
+        4 => "alias Vector = vec4<f32>;\n",
+        _ => "alias Vector = f32;\n",
+    }
 }

@@ -1,10 +1,13 @@
 //! Integration tests, one binary.
 mod assign;
+mod assign_lists;
 #[cfg(feature = "bench")]
 mod bench_program;
 mod block;
 mod capacity;
 mod cases;
+mod checkpoint;
+mod checkpoint_bad;
 mod combine;
 mod common;
 mod coreset;

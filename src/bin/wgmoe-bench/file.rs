@@ -287,7 +287,7 @@ impl Report {
             if v.is_finite() && ok { Ok(()) } else { Err(format!("{what} of {v}")) }
         };
         for adapter in &self.adapters {
-            for c in &adapter.ceilings {
+            if let Some(c) = &adapter.ceilings {
                 let rates = [c.copy_gb_s, c.read_gb_s, c.multiply_add_gflop_s];
                 for v in rates.into_iter().chain([c.dispatch_us, c.submit_us]).flatten() {
                     refuse("a ceiling", v, v > 0.0)?;

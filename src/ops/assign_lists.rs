@@ -1,0 +1,126 @@
+//! Each expert's tokens, as somebody else's router lists them, brought into the bit set (METHODS, ARCHITECTURE 1).
+use super::{GRID, OFFSETS, few_experts};
+use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::{Context, Result, Slice, Step, bits};
+use std::sync::Arc;
+
+/// See `shaders/assign_lists.wgsl`.
+pub const SPEC: Spec = Spec {
+    name: "assign_lists",
+    body: include_str!("../../shaders/assign_lists.wgsl"),
+    params: Params::LAYOUT,
+    bindings: &[
+        read("offsets", 8),
+        read("list", 4),
+        read("weights", 4),
+        write("assigned", 4),
+        write("gates", 4),
+        write("ignored", 4),
+    ],
+    variants: || vec![prelude()],
+};
+
+params! { tokens: u32, experts: u32, entries: u32 }
+
+fn prelude() -> Prelude {
+    Prelude::new("64 lanes an expert").constant("WG", 64).piece(GRID).piece(OFFSETS)
+}
+
+/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of each expert were ignored.
+/// `list` and `weights` are of one length; `offsets` hold one value more than there are experts.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    offsets: &[u32],
+    list: &[u32],
+    weights: &[f32],
+    tokens: usize,
+) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
+    let experts = offsets.len() - 1;
+    let mut assigned = bits::empty(tokens, experts);
+    let mut gates = vec![0.0; tokens * experts];
+    let mut ignored = vec![0; experts];
+    for (e, range) in super::expert_choice::ranges(offsets, list.len()).into_iter().enumerate() {
+        for (&entry, &weight) in list[range.clone()].iter().zip(&weights[range]) {
+            let t = entry as usize;
+            if t < tokens && !bits::get(&assigned, tokens, e, t) {
+                bits::set(&mut assigned, tokens, e, t);
+                gates[t * experts + e] = weight;
+            } else if entry != u32::MAX {
+                ignored[e] += 1;
+            }
+        }
+    }
+    (assigned, gates, ignored)
+}
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Tokens; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    pub experts: u32,
+    /// Entries of all lists, empty places included.
+    pub entries: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[experts + 1]` u32, read: the entries of each expert. Values that decrease or exceed `entries` are clamped.
+    pub offsets: Slice<'a>,
+    /// `[entries]` u32, read: tokens. Out of range or repeated for an expert: ignored and counted; `u32::MAX`: empty.
+    pub list: Slice<'a>,
+    /// `[entries]` f32, read: gates.
+    pub weights: Slice<'a>,
+    /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
+    pub assigned: Slice<'a>,
+    /// `[tokens, experts]` f32, written at assigned pairs.
+    pub gates: Slice<'a>,
+    /// `[experts]` u32, written whole: entries ignored.
+    pub ignored: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct AssignLists {
+    ctx: Context,
+    kernel: Arc<Kernel>,
+}
+
+impl AssignLists {
+    /// Compiles the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
+    pub fn new(ctx: &Context) -> Result<Self> {
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
+    }
+
+    /// Brings lists into the bit set. Without entries the bit set is empty; `list` and `weights` must hold one all the same.
+    ///
+    /// # Errors
+    ///
+    /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+        let Dims { tokens, experts, entries } = dims;
+        few_experts(experts)?;
+        if tokens == 0 {
+            return Ok(Step::default());
+        }
+        args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
+        args.list.expect("list", &[entries.max(1).into()], 4)?;
+        args.weights.expect("weights", &[entries.max(1).into()], 4)?;
+        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
+        args.ignored.expect("ignored", &[experts.into()], 4)?;
+        let Args { offsets, list, weights, assigned, gates, ignored } = args;
+        let slices = [offsets, list, weights, assigned, gates, ignored];
+        let params = Params { tokens, experts, entries };
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, experts.into())?.into())
+    }
+}
