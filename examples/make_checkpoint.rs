@@ -47,6 +47,7 @@ fn run(options: &Options) -> Result<(), String> {
         return Err(format!("--experts {experts}: {} has {most}", model.name));
     }
     let settings = model.with_experts(experts);
+    settings.routing.check(experts).map_err(|e| format!("--experts {experts}: {e}"))?;
     let plan = Plan {
         settings,
         layers: options.layers.unwrap_or(layers - dense),

@@ -47,13 +47,13 @@ enum Experts {
 const STRIDE: usize = 1009;
 
 /// An expert's matrix, `[out, in]`.
-enum Matrix<'a> {
+pub(crate) enum Matrix<'a> {
     Own(Vec<f32>),
     Window(&'a [bf16]),
 }
 
 impl Matrix<'_> {
-    fn host(&self) -> HostWeights<'_> {
+    pub(crate) fn host(&self) -> HostWeights<'_> {
         match self {
             Self::Own(values) => HostWeights::F32(values),
             Self::Window(values) => HostWeights::Bf16(values),
@@ -161,7 +161,7 @@ impl Work {
         6 * rows * u64::from(hidden) * u64::from(intermediate)
     }
 
-    fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
+    pub(crate) fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
         let Settings { hidden, intermediate, .. } = self.settings;
         let (place, seed, depth) = match projection {
             Projection::Gate => (0, GATE, hidden),

@@ -1,6 +1,8 @@
 //! Integration tests, one binary.
 mod assign;
 mod assign_lists;
+#[cfg(feature = "bench")]
+mod bench_program;
 mod block;
 mod cache;
 mod capacity;

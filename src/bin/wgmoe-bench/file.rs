@@ -277,7 +277,37 @@ impl Report {
         }
         let report: Self = serde_json::from_str(text)
             .map_err(|e| format!("says that it is version {VERSION}, but does not fit it: {e}"))?;
+        report.check()?;
         Ok(report)
+    }
+
+    /// Refuses numbers that no run can give: charts are drawn to them.
+    fn check(&self) -> Result<(), String> {
+        let refuse = |what: &str, v: f64, ok: bool| {
+            if v.is_finite() && ok { Ok(()) } else { Err(format!("{what} of {v}")) }
+        };
+        for adapter in &self.adapters {
+            if let Some(c) = &adapter.ceilings {
+                let rates = [c.copy_gb_s, c.read_gb_s, c.multiply_add_gflop_s];
+                for v in rates.into_iter().chain([c.dispatch_us, c.submit_us]).flatten() {
+                    refuse("a ceiling", v, v > 0.0)?;
+                }
+            }
+            for case in &adapter.cases {
+                let Some(m) = case.outcome.measured() else { continue };
+                for t in [Some(&m.wall), m.gpu.as_ref()].into_iter().flatten() {
+                    for v in [t.least_ms, t.q1_ms, t.median_ms, t.q3_ms] {
+                        refuse("a time", v, v > 0.0)?;
+                    }
+                }
+                refuse("bytes to move", m.work.bytes, m.work.bytes > 0.0)?;
+                let shares = m.bound.iter().flat_map(|b| [b.least_ms, b.share]);
+                for v in shares.chain([m.work.flops, m.work.slots, m.work.experts_per_block]) {
+                    refuse("an amount of work", v, v >= 0.0)?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -336,4 +366,137 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
         let _ = std::fs::remove_file(beside);
         say(e)
     })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn measured(median_ms: f64) -> Outcome {
+        let times = |median_ms: f64| Times {
+            median_ms,
+            q1_ms: median_ms * 0.75,
+            q3_ms: median_ms * 1.25,
+            least_ms: median_ms * 0.5,
+            count: 7,
+        };
+        Outcome::Measured(Measured {
+            wall: times(median_ms * 1.5),
+            gpu: Some(times(median_ms)),
+            gpu_dropped: None,
+            repeats: 1,
+            inputs: 2,
+            weight_copies: 1,
+            settled: true,
+            work: Work {
+                bytes: 1e6,
+                flops: 2e6,
+                dispatches: 9.0,
+                slots: 288.0,
+                experts_touched: 20.0,
+                experts_per_block: 20.0,
+            },
+            bound: Some(Bound { by: BoundBy::Memory, least_ms: median_ms / 4.0, share: 0.25 }),
+            check: "whole".into(),
+        })
+    }
+
+    pub(crate) fn case(rule: &str, outcome: Outcome) -> Case {
+        let id = CaseId {
+            model: "llada2-mini".into(),
+            experts: 256,
+            experts_of_model: 256,
+            load: Load::Block,
+            tokens: 32,
+            rule: rule.into(),
+            own_rule: rule == "original",
+            part: Part::Layer,
+            weights: "bf16".into(),
+        };
+        Case { id, reduced: None, outcome }
+    }
+
+    /// A report of one adapter.
+    pub(crate) fn report(name: &str, cases: Vec<Case>) -> Report {
+        let mut report = Report::new(false, None);
+        report.adapters.push(Adapter {
+            name: name.into(),
+            vendor: 0x10de,
+            backend: "vulkan".into(),
+            kind: "DiscreteGpu".into(),
+            driver: "a driver 1.0".into(),
+            features: vec!["timestamps".into()],
+            max_binding_bytes: 1 << 31,
+            max_buffer_bytes: 1 << 31,
+            failure: None,
+            ceilings: Some(Ceilings {
+                copy_gb_s: Some(400.0),
+                read_gb_s: Some(500.0),
+                multiply_add_gflop_s: Some(2e4),
+                dispatch_us: Some(3.0),
+                submit_us: Some(50.0),
+                notes: vec![],
+            }),
+            cases,
+        });
+        report
+    }
+
+    fn text(report: &Report) -> String {
+        serde_json::to_string_pretty(report).unwrap()
+    }
+
+    #[test]
+    fn a_file_comes_back_as_it_was() {
+        let skipped = Outcome::Skipped { reason: "no time".into() };
+        let failed = Outcome::Failed { reason: "at 3: got 1, want 2".into() };
+        let cases = vec![case("original", measured(1.0)), case("a", skipped), case("b", failed)];
+        let report = report("a GPU", cases);
+        assert_eq!(Report::parse(&text(&report)), Ok(report.clone()));
+
+        let folder = std::env::temp_dir().join(format!("wgmoe-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("results.json");
+        std::fs::write(&path, "old").unwrap();
+        report.write(&path).unwrap();
+        assert_eq!(Report::read(&path), Ok(report.clone()));
+        let names: Vec<_> =
+            std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["results.json"], "nothing is left beside it");
+        // A path that cannot be written is named.
+        let error = report.write(&folder.join("no/such/folder.json")).unwrap_err();
+        assert!(error.contains("no/such/folder.json"), "{error}");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn files_that_do_not_fit_are_refused_with_the_reason() {
+        let good = text(&report("a GPU", vec![case("original", measured(1.0))]));
+        let cut = &good[..good.len() / 2];
+        let newer = good.replace("\"version\": 1,", "\"version\": 2,");
+        let older = good.replace("\"version\": 1,", "\"version\": 0,");
+        let worded = good.replace("\"version\": 1,", "\"version\": \"one\",");
+        let missing = good.replace("\"quick\": false,", "");
+        let negative = good.replace("\"least_ms\": 0.5,", "\"least_ms\": -0.5,");
+        let huge = good.replace("\"least_ms\": 0.5,", "\"least_ms\": 1e999,");
+        assert_ne!(newer, good);
+        assert_ne!(missing, good);
+        assert_ne!(negative, good);
+        for (text, reason) in [
+            ("", "the file is empty"),
+            (cut, "the file breaks off"),
+            ("<html>", "not a file of results"),
+            ("[1, 2]", "not a file of results"),
+            ("{\"version\": 1}", "`format` is not"),
+            (&newer, "version 2, and this wgmoe-bench reads version 1: use a newer wgmoe-bench"),
+            (&older, "version 0, older than the version 1"),
+            (&worded, "`version` is not a whole number"),
+            (&missing, "missing field `quick`"),
+            (&negative, "a time of -0.5"),
+            (&huge, "out of range"),
+        ] {
+            let error = Report::parse(text).unwrap_err();
+            assert!(error.contains(reason), "{error:?} should say {reason:?}");
+        }
+    }
 }

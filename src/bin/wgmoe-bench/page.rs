@@ -149,7 +149,7 @@ fn table(devices: &[Device<'_>]) -> Markup {
             h2 id="devices" { "Devices" }
             div.scroll tabindex="0" role="region" aria-labelledby="devices" {
                 table {
-                    caption { "Rates are the best of several runs; what a dispatch and a submission cost are medians." }
+                    caption { "The best of several runs; submit and wait: the median." }
                     thead { tr {
                         th scope="col" { "device" }
                         @for d in devices { th scope="col" { (swatch(d)) br; (clean(&d.adapter.name)) } }
@@ -340,14 +340,15 @@ fn all_cases(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
     html! {
         section aria-labelledby="cases" {
             h2 id="cases" { "All cases" }
-            p { "Bars: medians, each case on a scale of its own; across a bar's end, the quartiles. Left: GPU time (or host time where the GPU has no clock), quartiles, host time. Right: share of the ceiling that bounds the case." }
+            p { "Bars: medians, each case on a scale of its own; across a bar's end, the quartiles. Above: the median by the GPU's clock, or by the host's where the GPU has none, and the share of the ceiling that bounds the case. Below: which clock, quartiles, and the median by the host's clock. Unsettled: the time still moved when warm-up ended." }
             p { @for d in devices { span style="margin-right:1.5em" { (swatch(d)) " " (name(d)) } } }
             @for layer in by_layer(ids) {
                 details {
                     summary { (layer_name(layer[0][0])) }
+                    @for why in reduced(devices, layer[0][0]) { p.none { "Fewer experts: " (why) } }
                     @for load in &layer {
                         h3 { (load[0].load_name()) }
-                        div.grid { @for id in load { (case(devices, id)) } }
+                        div.grid.cases { @for id in load { (case(devices, id)) } }
                     }
                 }
             }
@@ -355,52 +356,58 @@ fn all_cases(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
     }
 }
 
+/// Why a layer has fewer experts than its model, device by device.
+fn reduced(devices: &[Device<'_>], id: &CaseId) -> Vec<String> {
+    let of = |d: &Device<'_>| {
+        let why = d.cases.get(id)?.reduced.as_ref()?;
+        Some(clean(&format!("{} {why}", d.key)))
+    };
+    devices.iter().filter_map(of).collect()
+}
+
 fn case(devices: &[Device<'_>], id: &CaseId) -> Markup {
     let own = if id.own_rule { " (its own rule)" } else { "" };
     let title = clean(&format!("{}, {}{own}", part_name(id.part), id.rule));
     let mut bars = vec![];
-    let mut gaps: Vec<(&str, String)> = vec![];
-    let mut reduced = None;
+    // Reasons, and the devices that have each.
+    let mut gaps: Vec<(String, String)> = vec![];
     for d in devices {
         let gap = match d.cases.get(id) {
             None => "not in its file".into(),
-            Some(case) => {
-                reduced = reduced.or(case.reduced.as_ref());
-                match &case.outcome {
-                    Outcome::Measured(m) => {
-                        let t = m.times();
-                        let clock = if m.gpu.is_some() { "GPU" } else { "host" };
-                        let spread = format!("{clock}, {} to {}", time(t.q1_ms), time(t.q3_ms));
-                        let host =
-                            m.gpu.as_ref().map(|_| format!("; host {}", time(m.wall.median_ms)));
-                        let unsettled = if m.settled { "" } else { "; unsettled" };
-                        let right = m.bound.as_ref().map_or(String::new(), |b| {
-                            format!("{} % {}", digits(b.share * 100.0), bound_name(b.by))
-                        });
-                        bars.push(Bar {
-                            pattern: d.pattern,
-                            left: [
-                                format!("{} {}", d.key, time(t.median_ms)),
-                                format!("{spread}{}{unsettled}", host.unwrap_or_default()),
-                            ],
-                            right,
-                            value: [t.q1_ms, t.median_ms, t.q3_ms],
-                        });
-                        continue;
-                    }
-                    Outcome::Failed { reason } => format!("failed: {}", clean(reason)),
-                    Outcome::Skipped { reason } => format!("skipped: {}", clean(reason)),
+            Some(case) => match &case.outcome {
+                Outcome::Measured(m) => {
+                    let t = m.times();
+                    let clock = if m.gpu.is_some() { "GPU" } else { "host" };
+                    let spread = format!("{clock} clock, {} to {}", time(t.q1_ms), time(t.q3_ms));
+                    let host =
+                        m.gpu.as_ref().map(|_| format!("; host's {}", time(m.wall.median_ms)));
+                    let unsettled = if m.settled { "" } else { "; unsettled" };
+                    let right = m.bound.as_ref().map_or(String::new(), |b| {
+                        format!("{} % {}", digits(b.share * 100.0), bound_name(b.by))
+                    });
+                    bars.push(Bar {
+                        pattern: d.pattern,
+                        left: format!("{} {}", d.key, time(t.median_ms)),
+                        right,
+                        below: format!("{spread}{}{unsettled}", host.unwrap_or_default()),
+                        value: [t.q1_ms, t.median_ms, t.q3_ms],
+                    });
+                    continue;
                 }
-            }
+                Outcome::Failed { reason } => format!("failed: {}", clean(reason)),
+                Outcome::Skipped { reason } => format!("skipped: {}", clean(reason)),
+            },
         };
-        gaps.push((&d.key, gap));
+        match gaps.iter_mut().find(|(_, why)| *why == gap) {
+            Some((keys, _)) => *keys += &format!(", {}", d.key),
+            None => gaps.push((d.key.clone(), gap)),
+        }
     }
     html! {
         div {
             h4 { (title) }
             @if !bars.is_empty() { (chart::bars(&title, &bars)) }
-            @for (key, why) in gaps { p.none { strong { (key) } " no value: " (why) } }
-            @if let Some(why) = reduced { p.none { "fewer experts: " (clean(why)) } }
+            @for (keys, why) in gaps { p.none { strong { (keys) } " no value: " (why) } }
         }
     }
 }
@@ -420,5 +427,66 @@ fn bound_name(by: BoundBy) -> &'static str {
         BoundBy::Memory => "memory",
         BoundBy::Compute => "compute",
         BoundBy::Dispatch => "dispatch",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::tests::{case, measured, report};
+
+    #[test]
+    fn texts_of_files_stay_texts() {
+        let evil = "<script>alert(1)</script>\" onload=\"x\u{202e}\u{7}' <b>&amp;";
+        let mut bad = report(evil, vec![case(evil, measured(1.0))]);
+        let adapter = &mut bad.adapters[0];
+        adapter.failure = Some(evil.into());
+        adapter.driver = "long ".repeat(1000);
+        adapter.features = vec![evil.into()];
+        adapter.cases[0].reduced = Some(evil.into());
+        adapter.cases[0].id.model = evil.into();
+        adapter.ceilings.as_mut().unwrap().notes.push(evil.into());
+        bad.program.commit = Some(evil.into());
+        bad.os = evil.into();
+        let page = page(&[bad]);
+        assert!(page.contains("&lt;script&gt;alert(1)"));
+        for wrong in ["<script", "<b>", "onload=\"", "\u{202e}", "\u{7}"] {
+            assert!(!page.contains(wrong), "{wrong:?} is in the page");
+        }
+        assert!(page.len() < 40_000, "{} bytes", page.len());
+    }
+
+    #[test]
+    fn a_case_that_one_file_lacks_is_a_gap() {
+        let both = || case("original", measured(2.0));
+        let skipped = Outcome::Skipped { reason: "no time was left".into() };
+        let first = report(
+            "one GPU",
+            vec![both(), case("vote(38)", measured(1.0)), case("union(2)", skipped)],
+        );
+        let second = report("another GPU", vec![both(), case("union(2)", measured(0.0123))]);
+        let page = page(&[first, second]);
+        assert_eq!(page.matches("not in its file").count(), 1);
+        assert_eq!(page.matches("skipped: no time was left").count(), 1);
+        assert!(page.contains("12.3 µs") && page.contains("another GPU"));
+        // Nothing is fetched, nothing runs.
+        for outside in ["http:", "https:", "src=", "<script", "@import", "href="] {
+            assert!(!page.contains(outside), "{outside:?} is in the page");
+        }
+    }
+
+    #[test]
+    fn a_device_without_results_is_still_listed() {
+        let mut none = report("a GPU", vec![]);
+        none.adapters[0].failure = Some("no compute shaders".into());
+        none.adapters[0].ceilings = None;
+        let page = page(&[none]);
+        assert!(page.contains("not measured to the end: </span>no compute shaders"), "{page}");
+        assert!(page.contains("no roofline"));
+    }
+
+    #[test]
+    fn keys_go_on_after_z() {
+        assert_eq!([0, 25, 26, 27, 52].map(key), ["A", "Z", "AA", "AB", "BA"]);
     }
 }

@@ -86,6 +86,11 @@ impl<'a> Measuring<'a> {
         self.report.adapters.last_mut().expect("pushed before")
     }
 
+    /// So that a driver that crashes or hangs later takes nothing with it.
+    fn save(&self) -> Result<(), Stop> {
+        self.report.write(self.plan.out).map_err(Stop::Failed)
+    }
+
     fn say(&mut self, what: &str) {
         let left = self.end.saturating_duration_since(Instant::now()).as_secs();
         let name = self.entry().name.clone();
@@ -115,6 +120,7 @@ impl<'a> Measuring<'a> {
         self.say("ceilings");
         let ceilings = ceilings::measure(&timer, if self.plan.quick { 0.3 } else { 1.0 })?;
         self.entry().ceilings = Some(ceilings.clone());
+        self.save()?;
         let layers = layers(self.plan.quick);
         self.left = layers.iter().map(cases).sum();
         self.bar.set_length(self.left as u64);
@@ -129,6 +135,7 @@ impl<'a> Measuring<'a> {
             let now = Instant::now();
             let end = now + self.end.saturating_duration_since(now) / (count - i) as u32;
             self.layer(&device, &ctx, &timer, &ceilings, layer, memory, end)?;
+            self.save()?;
             if let Some(why) = device.lost() {
                 return Err(Stop::Failed(why));
             }
@@ -183,7 +190,7 @@ impl<'a> Measuring<'a> {
                     Ok(result) => result?,
                     Err(panic) => self.fail(&layer, group, &message(&*panic)),
                 }
-                self.report.write(self.plan.out).map_err(Stop::Failed)?;
+                self.save()?;
             }
             left -= group.parts.len();
             if device.lost().is_some() {

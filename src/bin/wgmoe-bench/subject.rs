@@ -328,3 +328,121 @@ fn distinct(tokens: &[u32]) -> u32 {
     sorted.dedup();
     sorted.len() as u32
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::device;
+    use crate::file::{Ceilings, Load, Outcome};
+    use crate::run::measure;
+    use std::sync::atomic::AtomicBool;
+    use wgmoe::model;
+    use wgmoe::weights::{HostWeights, Projection};
+
+    /// The device, or `None` with a note; `MOE_REQUIRE_GPU=1` makes absence a failure.
+    fn open() -> Option<Device> {
+        let adapters = device::adapters();
+        let opened = device::first(&adapters).ok_or("no adapters".into());
+        match opened.and_then(|i| Device::open(&adapters[i])) {
+            Ok(device) => Some(device),
+            Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+            Err(e) => {
+                eprintln!("skipped: {e}");
+                None
+            }
+        }
+    }
+
+    const EFFORT: Effort = Effort { inputs: 2, rows: 2 };
+
+    #[test]
+    fn a_wrong_result_is_reported_and_never_timed() {
+        let Some(device) = open() else { return };
+        let ctx = Context::new(&device.gpu.device).unwrap();
+        let model = model::find("ec-dlm").unwrap();
+        let layer = Layer {
+            model,
+            settings: model.settings,
+            reduced: None,
+            loads: vec![(Load::Block, 32)],
+        };
+        let layer = layer.with_experts(16, "a test");
+        let loaded = load(&device, &ctx, layer, 1 << 30, 1).unwrap();
+        let stop = AtomicBool::new(false);
+        let timer = Timer::new(&device, &stop);
+        let group = &loaded.layer.groups()[0];
+        let outcomes = |subject: &Subject| {
+            measure(&timer, &Ceilings::default(), subject, group, 0.05).unwrap()
+        };
+
+        let right = loaded.prepare(&device, &ctx, group, EFFORT).unwrap();
+        for (part, outcome) in outcomes(&right) {
+            let measured = outcome.measured().unwrap_or_else(|| panic!("{part:?}: {outcome:?}"));
+            assert!(measured.wall.median_ms > 0.0 && measured.work.bytes > 0.0, "{measured:?}");
+            assert_eq!(measured.gpu.is_none(), measured.gpu_dropped.is_some());
+        }
+
+        // One value of each expert's last matrix, behind the twin's back.
+        for e in 0..loaded.layer.settings.experts {
+            let matrix = loaded.work.expert(e, Projection::Down);
+            let mut values: Vec<f32> =
+                (0..matrix.host().len()).map(|i| matrix.host().get(i)).collect();
+            values[7] += 1.0;
+            let weights = loaded.copies[0].weights();
+            weights
+                .write(&device.gpu.queue, e, Projection::Down, HostWeights::F32(&values))
+                .unwrap();
+        }
+        let wrong = loaded.prepare(&device, &ctx, group, EFFORT).unwrap();
+        for (part, outcome) in outcomes(&wrong) {
+            match (part, outcome) {
+                (Part::Experts | Part::Layer, Outcome::Failed { reason }) => {
+                    assert!(reason.contains("output: at 0: got"), "{reason}");
+                }
+                (Part::Routing | Part::Plan | Part::Gather, Outcome::Measured(_)) => {}
+                (part, outcome) => panic!("{part:?}: {outcome:?}"),
+            }
+        }
+        let before = timer.turns();
+        assert!(matches!(wrong.time(&timer, Part::Layer, 0.05), Err(Stop::Failed(_))));
+        assert_eq!(timer.turns(), before, "a wrong result was timed");
+    }
+
+    #[test]
+    fn what_rests_on_a_wrong_result_is_wrong() {
+        let wrong = || Err("wrong".to_string());
+        let subject = |routing, plan, gather, experts| Subject {
+            inputs: vec![],
+            weight_copies: 1,
+            effort: EFFORT,
+            routing,
+            plan,
+            gather,
+            experts,
+        };
+        let parts = [Part::Routing, Part::Plan, Part::Gather, Part::Experts, Part::Layer];
+        let right = |s: Subject| parts.map(|p| s.wrong(p).is_ok());
+        assert_eq!(right(subject(Ok(()), Ok(()), Ok(()), Ok(()))), [true; 5]);
+        assert_eq!(right(subject(wrong(), Ok(()), Ok(()), Ok(()))), [false; 5]);
+        assert_eq!(
+            right(subject(Ok(()), wrong(), Ok(()), Ok(()))),
+            [true, false, false, false, false]
+        );
+        assert_eq!(
+            right(subject(Ok(()), Ok(()), wrong(), Ok(()))),
+            [true, true, false, true, true]
+        );
+        assert_eq!(
+            right(subject(Ok(()), Ok(()), Ok(()), wrong())),
+            [true, true, true, false, false]
+        );
+    }
+
+    #[test]
+    fn an_interrupted_run_measures_no_more() {
+        let Some(device) = open() else { return };
+        let stop = AtomicBool::new(true);
+        let timer = Timer::new(&device, &stop);
+        assert_eq!(timer.time(&|_, _| {}, 0.05).unwrap_err(), Stop::Interrupted);
+    }
+}

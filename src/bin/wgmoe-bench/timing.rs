@@ -89,6 +89,12 @@ impl<'a> Timer<'a> {
         &self.device.gpu
     }
 
+    /// Turns recorded so far.
+    #[cfg(test)]
+    pub(crate) fn turns(&self) -> usize {
+        self.turn.get()
+    }
+
     pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }

@@ -32,17 +32,18 @@ pub(crate) fn digits(value: f64) -> String {
     }
 }
 
-/// A row of a bar chart: what stands left and right above the bar, and its value with quartiles where there is one.
+/// A row of a bar chart: what stands above the bar, left and right, and below it, and its value with quartiles.
 pub(crate) struct Bar {
     /// Index of the pattern.
     pub(crate) pattern: usize,
-    pub(crate) left: [String; 2],
+    pub(crate) left: String,
     pub(crate) right: String,
+    pub(crate) below: String,
     /// Quartile, median, quartile.
     pub(crate) value: [f64; 3],
 }
 
-const ROW: f64 = 32.0;
+const ROW: f64 = 48.0;
 
 /// Horizontal bars on one scale from 0.
 pub(crate) fn bars(title: &str, rows: &[Bar]) -> Markup {
@@ -53,10 +54,11 @@ pub(crate) fn bars(title: &str, rows: &[Bar]) -> Markup {
             @for (i, row) in rows.iter().enumerate() {
                 @let y = ROW * i as f64;
                 @let [q1, median, q3] = row.value;
-                text y=(n(y + 13.0)) { tspan.b { (row.left[0]) } " " tspan.s { (row.left[1]) } }
+                text.b y=(n(y + 13.0)) { (row.left) }
                 text.s.e x="100%" y=(n(y + 13.0)) { (row.right) }
                 rect y=(n(y + 18.0)) width=(share(median)) height="9" fill={ "url(#p" (row.pattern) ")" } {}
                 line.w x1=(share(q1)) x2=(share(q3)) y1=(n(y + 22.5)) y2=(n(y + 22.5)) {}
+                text.s.t y=(n(y + 39.0)) { (row.below) }
             }
         }
     }
@@ -80,9 +82,13 @@ impl Axis<'_> {
 
     fn ticks(&self) -> Vec<f64> {
         if self.log {
-            let (first, last) = (self.low.log10().ceil() as i32, self.high.log10().floor() as i32);
-            let step = ((last - first) / 5 + 1).max(1) as usize;
-            return (first..=last).step_by(step).map(|e| 10f64.powi(e)).collect();
+            let (first, last) = (self.low.log10().floor() as i32, self.high.log10().floor() as i32);
+            let parts: &[f64] = if last - first > 2 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+            let step = ((last - first) / 6 + 1).max(1) as usize;
+            let all = (first..=last)
+                .step_by(step)
+                .flat_map(|e| parts.iter().map(move |p| p * 10f64.powi(e)));
+            return all.filter(|v| (self.low..=self.high).contains(v)).collect();
         }
         let rough = (self.high - self.low) / 4.0;
         let unit = 10f64.powf(rough.log10().floor());
@@ -228,7 +234,9 @@ mod tests {
     fn places_stay_within_their_axis() {
         let log = Axis { name: "", low: 1.0, high: 100.0, log: true };
         assert_eq!([1.0, 10.0, 100.0, 1e9, 1e-9].map(|v| log.place(v)), [0.0, 0.5, 1.0, 1.0, 0.0]);
-        assert_eq!(log.ticks(), [1.0, 10.0, 100.0]);
+        assert_eq!(log.ticks(), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+        let long = Axis { name: "", low: 0.5, high: 2e4, log: true };
+        assert_eq!(long.ticks(), [1.0, 10.0, 100.0, 1e3, 1e4]);
         let line = Axis { name: "", low: 0.0, high: 70.0, log: false };
         assert_eq!(line.ticks(), [0.0, 20.0, 40.0, 60.0]);
     }
