@@ -1,6 +1,8 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+#[doc = include_str!("../docs/embedding.md")]
+pub mod embedding {}
 mod error;
 mod exact;
 mod gpu;
@@ -21,7 +23,7 @@ pub mod weights;
 pub use error::{Error, Result};
 pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
-pub use layer::{MoeLayer, Settings};
+pub use layer::{MoeExperts, MoeLayer, MoeRouting, Settings};
 pub use plan::PlanShape;
 pub use routing::{Activation, BlockRule, Routing, Score};
 pub use slice::Slice;
