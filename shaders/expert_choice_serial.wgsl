@@ -75,10 +75,9 @@ struct Ranks {
 
 // A bracket (lo, hi, reach, over) narrowed by a pivot that `c` keys reach.
 fn by_pivot(b: vec4<u32>, low: u32, high: u32, p: u32, c: u32) -> vec4<u32> {
-    if p > b.x && p <= b.y && (c >= low || c < high) {
-        return select(vec4(b.x, p - 1u, b.z, c), vec4(p, b.y, c, b.w), c >= low);
-    }
-    return b;
+    let inside = p > b.x && p <= b.y && (c >= low || c < high);
+    let half = select(vec4(b.x, p - 1u, b.z, c), vec4(p, b.y, c, b.w), c >= low);
+    return select(b, half, inside);
 }
 
 fn by_pivots(b: vec4<u32>, low: u32, high: u32, p0: vec4<u32>, p1: vec4<u32>, c0: vec4<u32>, c1: vec4<u32>) -> vec4<u32> {

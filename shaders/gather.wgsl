@@ -1,11 +1,12 @@
 // out[s, h] = x[token_of[s], h]; 0 where token_of[s] >= tokens
 //   x [tokens, hidden] f32; token_of [slots] u32; out [slots, hidden] f32
-// Grid: ceil(slots * ceil(hidden / VECTOR) / (WG * ITEMS)) groups; one lane ITEMS vectors of VECTOR elements.
+// Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th vector of a row.
 
 struct Params {
     tokens: u32,
     slots: u32,
     vectors: u32, // of a row
+    lanes: u32,   // of a row
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -19,18 +20,21 @@ fn gather(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let first = flat(group, groups) * WG * ITEMS + index;
-    for (var i = 0u; i < ITEMS; i++) {
-        let at = first + i * WG;
-        let s = at / params.vectors;
-        if s >= params.slots {
-            return;
+    let lane = flat(group, groups) * WG + index;
+    let s = lane / params.lanes;
+    if s >= params.slots {
+        return;
+    }
+    let to = s * params.vectors;
+    let t = token_of[s];
+    let source = t * params.vectors;
+    if t < params.tokens {
+        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+            out[to + i] = x[source + i];
         }
-        let t = token_of[s];
-        var value = Vector();
-        if t < params.tokens {
-            value = x[t * params.vectors + at % params.vectors];
+    } else {
+        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+            out[to + i] = Vector();
         }
-        out[at] = value;
     }
 }

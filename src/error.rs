@@ -85,6 +85,17 @@ pub enum Error {
     /// Reading a buffer back failed.
     #[error("read-back failed: {0}")]
     ReadBack(String),
+    /// A checkpoint's file cannot be read, or does not hold what it should.
+    #[cfg(feature = "checkpoint")]
+    #[error("{file}: {}{reason}", .item.as_ref().map_or(String::new(), |item| format!("`{item}`: ")))]
+    Checkpoint {
+        /// Path of the file.
+        file: String,
+        /// Name of the tensor, or of the field of `config.json`, where it is about one.
+        item: Option<String>,
+        /// What is wrong, and what was expected.
+        reason: String,
+    },
     /// wgpu refused an object: out of memory, a lost device, a destroyed buffer, a buffer of another device.
     #[error("wgpu: {0}")]
     Device(String),

@@ -80,6 +80,12 @@ impl Tensor {
         Ok(Self { buffer, offset: 0, size: contents.len() as u64 })
     }
 
+    /// A buffer of ours and its first `size` bytes.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn of_buffer(buffer: wgpu::Buffer, size: u64) -> Self {
+        Self { buffer, offset: 0, size }
+    }
+
     /// The range, to bind.
     pub fn slice(&self) -> Slice<'_> {
         Slice::new(&self.buffer, self.offset, self.size)

@@ -1,6 +1,8 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 #[doc = include_str!("../docs/embedding.md")]
 pub mod embedding {}
 mod error;
@@ -11,6 +13,7 @@ pub mod layer;
 pub mod model;
 pub mod ops;
 pub mod order;
+mod pack;
 pub mod plan;
 pub mod profile;
 pub mod report;
@@ -18,6 +21,8 @@ pub mod routing;
 pub mod scaling;
 pub mod schedule;
 mod slice;
+#[cfg(feature = "checkpoint")]
+mod staging;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -5,11 +5,14 @@
 //! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
 //! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
 use crate::kernel::{alive, scoped};
+use crate::pack::{self, UNIT};
 use crate::slice::bytes_of;
 use crate::{Context, Error, Result};
 use half::{bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
+
+pub use crate::pack::MatrixView;
 
 /// Columns of a panel of packed weights.
 pub const PANEL: u32 = 32;
@@ -49,16 +52,29 @@ pub enum HostWeights<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// A matrix that need not be contiguous or aligned: a part of a tensor of a file.
+    View(MatrixView<'a>),
 }
 
-impl HostWeights<'_> {
+impl<'a> HostWeights<'a> {
     /// Number of values.
     pub fn len(&self) -> usize {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) => v.len(),
             Self::Bf16(v) => v.len(),
+            Self::View(v) => v.shape().map(|n| n as usize).iter().product(),
         }
+    }
+
+    /// Bytes of the values.
+    pub fn size(&self) -> u64 {
+        let value = match self {
+            Self::F32(_) => 4,
+            Self::F16(_) | Self::Bf16(_) => 2,
+            Self::View(view) => view.weight_type().bytes(),
+        };
+        self.len() as u64 * value
     }
 
     /// Whether there are none.
@@ -72,7 +88,41 @@ impl HostWeights<'_> {
             Self::F32(v) => v[i],
             Self::F16(v) => v[i].to_f32(),
             Self::Bf16(v) => v[i].to_f32(),
+            Self::View(v) => {
+                let columns = v.shape()[1] as usize;
+                v.get(i / columns, i % columns)
+            }
         }
+    }
+
+    /// The values as a matrix `[out, in]`.
+    ///
+    /// # Errors
+    ///
+    /// Another number of values.
+    pub fn matrix(&self, shape: [u32; 2]) -> Result<MatrixView<'a>> {
+        let expected = u64::from(shape[0]) * u64::from(shape[1]);
+        let fits = match self {
+            Self::View(view) => view.shape() == shape,
+            _ => self.len() as u64 == expected,
+        };
+        if !fits {
+            let got = match self {
+                Self::View(view) => format!("{:?}", view.shape()),
+                _ => format!("{} values", self.len()),
+            };
+            return Err(Error::invalid(
+                "weights",
+                format!("expected {expected} values, {shape:?}, got {got}"),
+            ));
+        }
+        let (bytes, weight_type) = match *self {
+            Self::F32(v) => (bytemuck::cast_slice(v), WeightType::F32),
+            Self::F16(v) => (bytemuck::cast_slice(v), WeightType::F16),
+            Self::Bf16(v) => (bytemuck::cast_slice(v), WeightType::Bf16),
+            Self::View(view) => return Ok(view),
+        };
+        MatrixView::new(bytes, weight_type, shape, [shape[1].into(), 1])
     }
 }
 
@@ -203,8 +253,16 @@ impl ExpertWeights {
 
     /// Bytes on the device.
     pub fn bytes(&self) -> u64 {
-        let size = |p: &Page| p.buffer.size() + p.up.as_ref().map_or(0, wgpu::Buffer::size);
-        self.gate_up.iter().chain(&*self.down).map(size).sum()
+        self.buffers().map(wgpu::Buffer::size).sum()
+    }
+
+    /// The pages' buffers: each page of gate with that of up behind it, then down.
+    pub fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.gate_up
+            .iter()
+            .chain(&*self.down)
+            .flat_map(|p| [Some(&p.buffer), p.up.as_ref()])
+            .flatten()
     }
 
     pub(crate) fn gate_up(&self) -> &[Page] {
@@ -228,28 +286,63 @@ impl ExpertWeights {
         projection: Projection,
         weights: HostWeights<'_>,
     ) -> Result<()> {
-        let [columns, depth] = self.shape.matrix(projection);
+        for part in self.parts(expert, projection, weights)? {
+            part.write(queue, 0..part.units())?;
+        }
+        Ok(())
+    }
+
+    /// Where one matrix of one expert goes: a part for each page that has columns of it.
+    pub(crate) fn parts<'a>(
+        &'a self,
+        expert: u32,
+        projection: Projection,
+        weights: HostWeights<'a>,
+    ) -> Result<impl Iterator<Item = Part<'a>>> {
         if expert >= self.shape.experts {
             return Err(Error::invalid("expert", format!("{expert} of {}", self.shape.experts)));
         }
-        let expected = u64::from(columns) * u64::from(depth);
-        if weights.len() as u64 != expected {
-            return Err(Error::invalid(
-                "weights",
-                format!("expected {expected} values, got {}", weights.len()),
-            ));
-        }
+        let matrix = weights.matrix(self.shape.matrix(projection))?;
+        let weight_type = self.shape.weight_type;
         let pages = if projection == Projection::Down { &self.down } else { &self.gate_up };
-        for page in pages.iter().filter(|p| p.experts.contains(&expert)) {
+        Ok(pages.iter().filter(move |p| p.experts.contains(&expert)).map(move |page| {
             let buffer = match (projection, &page.up) {
                 (Projection::Up, Some(up)) => up,
                 _ => &page.buffer,
             };
-            let packed =
-                pack(weights, self.shape.weight_type, depth as usize, page.columns.clone());
-            let at = u64::from(expert - page.experts.start) * packed.len() as u64 * 4;
-            queue.write_buffer(buffer, at, bytemuck::cast_slice(&packed));
-        }
+            let columns = page.columns.start as usize..page.columns.end as usize;
+            let mut part = Part { buffer, offset: 0, matrix, weight_type, columns };
+            part.offset = u64::from(expert - page.experts.start) * (part.units() * UNIT) as u64;
+            part
+        }))
+    }
+}
+
+/// Columns of a matrix, on their way to a page.
+pub(crate) struct Part<'a> {
+    buffer: &'a wgpu::Buffer,
+    offset: u64,
+    matrix: MatrixView<'a>,
+    weight_type: WeightType,
+    columns: Range<usize>,
+}
+
+impl Part<'_> {
+    /// Pieces of [`UNIT`] bytes that it is made of.
+    pub(crate) fn units(&self) -> usize {
+        pack::units(self.weight_type, self.columns.len(), self.matrix.shape()[1] as usize)
+    }
+
+    /// Packs some of its units straight into memory that wgpu copies to the page with the next submission.
+    pub(crate) fn write(&self, queue: &wgpu::Queue, units: Range<usize>) -> Result<()> {
+        let offset = self.offset + (units.start * UNIT) as u64;
+        let Some(size) = wgpu::BufferSize::new((units.len() * UNIT) as u64) else {
+            return Ok(());
+        };
+        let refused = || Error::Device(format!("no staging memory of {size} bytes"));
+        let mut staging = queue.write_buffer_with(self.buffer, offset, size).ok_or_else(refused)?;
+        let packed = staging.slice(..);
+        pack::pack(&self.matrix, self.weight_type, self.columns.clone(), units, packed);
         Ok(())
     }
 }
@@ -279,59 +372,9 @@ fn ranges(
     Ok((0..shape.experts).flat_map(|e| starts(columns, step).map(move |c| (e..e + 1, c))).collect())
 }
 
-/// Packs some columns (rows of the `[out, in]` matrix) as the module says.
-fn pack(weights: HostWeights<'_>, to: WeightType, depth: usize, columns: Range<u32>) -> Vec<u32> {
-    let lanes = to.lanes() as usize;
-    let chunks = depth.div_ceil(lanes);
-    let columns = columns.start as usize..columns.end as usize;
-    let panel = PANEL as usize;
-    let mut packed = Vec::with_capacity(columns.len().next_multiple_of(panel) * chunks * 4);
-    let bits = |column: usize, k: usize| -> u32 {
-        if k >= depth || column >= columns.end {
-            return 0;
-        }
-        let i = column * depth + k;
-        match (to, weights) {
-            (WeightType::F32, w) => w.get(i).to_bits(),
-            (WeightType::F16, HostWeights::F16(w)) => w[i].to_bits().into(),
-            (WeightType::Bf16, HostWeights::Bf16(w)) => w[i].to_bits().into(),
-            (WeightType::F16, w) => f16::from_f32(w.get(i)).to_bits().into(),
-            (WeightType::Bf16, w) => bf16::from_f32(w.get(i)).to_bits().into(),
-        }
-    };
-    for start in columns.clone().step_by(panel) {
-        for c in 0..chunks {
-            for column in start..start + panel {
-                for w in 0..4 {
-                    packed.push(if to == WeightType::F32 {
-                        bits(column, c * 4 + w)
-                    } else {
-                        bits(column, c * 8 + 2 * w) | bits(column, c * 8 + 2 * w + 1) << 16
-                    });
-                }
-            }
-        }
-    }
-    packed
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn packs_panels_of_16_byte_words() {
-        // 33 columns of 5 values: a panel of 32 columns and one of 1, two words a column.
-        let w: Vec<f32> = (0..33 * 5).map(|i| i as f32).collect();
-        let packed = pack(HostWeights::F32(&w), WeightType::F32, 5, 0..33);
-        let value = |word: usize, lane: usize| f32::from_bits(packed[word * 4 + lane]);
-        assert_eq!(packed.len(), 64 * 2 * 4);
-        assert_eq!([value(0, 0), value(0, 3), value(1, 0), value(31, 2)], [0.0, 3.0, 5.0, 157.0]);
-        assert_eq!([value(32, 0), value(32, 1), value(33, 0)], [4.0, 0.0, 9.0]); // second words, padded
-        assert_eq!([value(64, 0), value(65, 0), value(96, 0)], [160.0, 0.0, 164.0]); // the last panel, padded
-        let packed = pack(HostWeights::F32(&w), WeightType::Bf16, 5, 32..33);
-        assert_eq!(packed[..8], [0x4321_4320, 0x4323_4322, 0x0000_4324, 0, 0, 0, 0, 0]);
-    }
 
     #[test]
     fn pages_stay_within_the_limit() {

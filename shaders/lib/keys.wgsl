@@ -1,12 +1,11 @@
 // Order-preserving keys: f32 bits -> u32, so that every comparison is an integer one.
 // higher value, higher key; +0 == -0; NaN = 1, below -inf; 0 is left for "not eligible".
 fn key(bits: u32) -> u32 {
+    // No early return: some compilers (SwiftShader's) need memory without end to inline many of those.
     let magnitude = bits & 0x7fffffffu;
-    if magnitude > 0x7f800000u {
-        return 1u;
-    }
     let b = select(bits, 0u, magnitude == 0u);
-    return select(b | 0x80000000u, ~b, (b >> 31u) == 1u);
+    let number = select(b | 0x80000000u, ~b, (b >> 31u) == 1u);
+    return select(number, 1u, magnitude > 0x7f800000u);
 }
 
 // The f32 of a key, as bits; a NaN for that of NaN.

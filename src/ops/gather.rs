@@ -2,7 +2,7 @@
 //! the experts themselves.)
 use super::{GRID, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step};
+use crate::{Context, Result, Slice, Step, Target};
 use std::sync::Arc;
 
 /// See `shaders/gather.wgsl`.
@@ -11,20 +11,45 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/gather.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("x", 4), read("token_of", 4), write("out", 4)],
-    variants: || vec![prelude(1), prelude(4)],
+    variants: || {
+        let all = [Target::Gpu, Target::Cpu].into_iter();
+        all.flat_map(|target| widths(target).iter().map(move |&w| prelude(target, w))).collect()
+    },
 };
 
-params! { tokens: u32, slots: u32, vectors: u32 }
+params! { tokens: u32, slots: u32, vectors: u32, lanes: u32 }
 
-const WG: u32 = 64;
-const ITEMS: u32 = 4;
+/// f32 of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
+fn widths(target: Target) -> &'static [u32] {
+    match target {
+        Target::Gpu => &[4, 1],
+        Target::Cpu => &[8, 4, 1],
+    }
+}
 
-fn prelude(vector: u32) -> Prelude {
-    Prelude::new(format!("vectors of {vector}"))
-        .constant("WG", WG)
-        .constant("ITEMS", ITEMS)
-        .piece(super::vector(vector))
-        .piece(GRID)
+/// Lanes of a workgroup. A software driver's loops are quickest with one subgroup.
+fn workgroup(target: Target) -> u32 {
+    match target {
+        Target::Gpu => 64,
+        Target::Cpu => 8,
+    }
+}
+
+/// Vectors that a lane copies of a row.
+fn items(target: Target) -> u32 {
+    match target {
+        Target::Gpu => 4,
+        Target::Cpu => 8,
+    }
+}
+
+fn prelude(target: Target, width: u32) -> Prelude {
+    let wg = workgroup(target);
+    let prelude = Prelude::new(format!("vectors of {width}, {wg} lanes"))
+        .constant("WG", wg)
+        .piece(super::vector(width))
+        .piece(GRID);
+    if width == 8 { prelude.needs(wgpu::Features::SHADER_INT64) } else { prelude }
 }
 
 /// The CPU twin. `x` is `[tokens, hidden]`, the result `[slots, hidden]`, 0 where `token_of` is out of range.
@@ -70,8 +95,8 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct Gather {
     ctx: Context,
-    scalar: Arc<Kernel>,
-    vector: Arc<Kernel>,
+    /// By width of their vectors, widest first.
+    kernels: Vec<(u32, Arc<Kernel>)>,
 }
 
 impl Gather {
@@ -81,8 +106,14 @@ impl Gather {
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        let [scalar, vector] = [1, 4].map(|v| ctx.kernel(&SPEC, prelude(v)));
-        Ok(Self { ctx: ctx.clone(), scalar: scalar?, vector: vector? })
+        let target = ctx.variant().target;
+        let kernels = widths(target)
+            .iter()
+            .map(|&width| (width, prelude(target, width)))
+            .filter(|(_, prelude)| ctx.device().features().contains(prelude.features))
+            .map(|(width, prelude)| Ok((width, ctx.kernel(&SPEC, prelude)?)))
+            .collect::<Result<_>>()?;
+        Ok(Self { ctx: ctx.clone(), kernels })
     }
 
     /// Gathers rows.
@@ -99,10 +130,13 @@ impl Gather {
         args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
         args.token_of.expect("token_of", &[slots.into()], 4)?;
         args.out.expect("out", &[slots.into(), hidden.into()], 4)?;
-        let (kernel, vectors) =
-            if hidden % 4 == 0 { (&self.vector, hidden / 4) } else { (&self.scalar, hidden) };
-        let groups = (u64::from(slots) * u64::from(vectors)).div_ceil((WG * ITEMS).into());
-        let params = Params { tokens, slots, vectors };
+        let fits = self.kernels.iter().find(|(width, _)| hidden.is_multiple_of(*width));
+        let (width, kernel) = fits.expect("every length is a multiple of 1");
+        let target = self.ctx.variant().target;
+        let vectors = hidden / width;
+        let lanes = vectors.div_ceil(items(target));
+        let groups = (u64::from(slots) * u64::from(lanes)).div_ceil(workgroup(target).into());
+        let params = Params { tokens, slots, vectors, lanes };
         Ok(kernel.dispatch(&self.ctx, &params, &[args.x, args.token_of, args.out], groups)?.into())
     }
 }

@@ -90,7 +90,11 @@ impl crate::Variant {
     }
 }
 
-/// The element type of kernels that move rows whole.
+/// The element type of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
-    if width == 4 { "alias Vector = vec4<f32>;\n" } else { "alias Vector = f32;\n" }
+    match width {
+        8 => "alias Vector = vec4<u64>;\n",
+        4 => "alias Vector = vec4<f32>;\n",
+        _ => "alias Vector = f32;\n",
+    }
 }

@@ -4,6 +4,8 @@ mod assign_lists;
 mod block;
 mod capacity;
 mod cases;
+mod checkpoint;
+mod checkpoint_bad;
 mod combine;
 mod common;
 mod coreset;

@@ -11,17 +11,15 @@ fn weight_base(expert: u32, column: u32) -> u32 {
     return (expert * params.columns + column) * params.depth;
 }
 
-fn weight(up: bool, base: u32, k: u32) -> u32 {
-    if k >= params.depth {
-        return 0u;
-    }
-    if up {
-        return weights_up[base + k];
-    }
-    return weights[base + k];
-}
-
 fn load_weights(up: bool, base: u32, chunk: u32) -> vec4<u32> {
-    let k = 4u * chunk;
-    return vec4(weight(up, base, k), weight(up, base, k + 1u), weight(up, base, k + 2u), weight(up, base, k + 3u));
+    let k = vec4(4u * chunk) + vec4(0u, 1u, 2u, 3u);
+    let last = vec4(params.depth - 1u);
+    let at = vec4(base) + min(k, last);
+    var values: vec4<u32>;
+    if up {
+        values = vec4(weights_up[at.x], weights_up[at.y], weights_up[at.z], weights_up[at.w]);
+    } else {
+        values = vec4(weights[at.x], weights[at.y], weights[at.z], weights[at.w]);
+    }
+    return select(vec4(0u), values, k <= last);
 }

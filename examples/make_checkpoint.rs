@@ -1,0 +1,93 @@
+//! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`, with synthetic weights
+//! (`shared/checkpoint_writer.rs` says which): `cargo run --release --example make_checkpoint -- --help`. Written as it is
+//! made, so a model of any size takes little memory.
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+use wgmoe::model::{self, MODELS};
+
+#[path = "shared/checkpoint_writer.rs"]
+mod checkpoint_writer;
+#[path = "shared/shrink.rs"]
+mod shrink;
+use checkpoint_writer::{Layout, Plan};
+
+/// Writes a checkpoint of synthetic weights.
+#[derive(Parser)]
+struct Options {
+    /// Directory to write to; made where it is not there
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Model whose layers are written
+    #[arg(long, default_value = "llada2-mini", value_parser = clap::builder::PossibleValuesParser::new(MODELS.iter().map(|m| m.name)))]
+    model: String,
+    /// MoE layers; they follow the model's dense layers, of which nothing is written. All of the model's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    layers: Option<u32>,
+    /// Routed experts, at most the model's; groups keep their size. All of the model's by default
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    experts: Option<u32>,
+    /// How experts are stored
+    #[arg(long, value_enum, default_value = "each")]
+    layout: Layout,
+    /// Files to spread the tensors over; with more than one, an index says what is where
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    shards: u16,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+fn run(options: &Options) -> Result<(), String> {
+    let model = model::find(&options.model).ok_or("no such model")?; // clap has checked it
+    let [layers, dense] = model.layers;
+    let most = model.settings.experts;
+    let experts = options.experts.unwrap_or(most);
+    if experts > most {
+        return Err(format!("--experts {experts}: {} has {most}", model.name));
+    }
+    let settings = shrink::shrink(&model.settings, experts);
+    settings.routing.check(experts).map_err(|e| format!("--experts {experts}: {e}"))?;
+    let plan = Plan {
+        settings,
+        layers: options.layers.unwrap_or(layers - dense),
+        dense,
+        layout: options.layout,
+        shards: options.shards.into(),
+        seed: options.seed,
+    };
+    let said = |e: std::io::Error| format!("{}: {e}", options.out.display());
+    let total = plan.bytes().map_err(|e| format!("--model {}: {e}", model.name))?;
+    let bar = ProgressBar::new(total);
+    let style = "{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    if bar.is_hidden() {
+        eprintln!("writing {} MB ...", total / 1_000_000);
+    }
+    let start = Instant::now();
+    let written = plan.write(&options.out, &mut |bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    written.map_err(said)?;
+    println!(
+        "{}: layers {}..{} of {}, {experts} experts, {} MB in {:.1} s",
+        options.out.display(),
+        dense,
+        dense + plan.layers,
+        model.name,
+        total / 1_000_000,
+        start.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("make_checkpoint: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,462 @@
+//! Layers from checkpoints: a directory with `config.json` and safetensors files, as Hugging Face has them (feature
+//! `checkpoint`).
+//!
+//! Files are mapped, not read: an expert's matrix is a view of the map, in any of the layouts of [`Names`], and is packed
+//! straight into memory that the device copies from. Whatever a layer's size, the host allocates a few tens of megabytes.
+//!
+//! ```no_run
+//! # fn main() -> wgmoe::Result<()> {
+//! use wgmoe::checkpoint::{Checkpoint, Load};
+//! let gpu = wgmoe::Gpu::new()?;
+//! let ctx = wgmoe::Context::new(&gpu.device)?;
+//! let checkpoint = Checkpoint::open("LLaDA2.0-mini")?;
+//! let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default())?;
+//! # Ok(())
+//! # }
+//! ```
+mod config;
+mod files;
+mod names;
+
+pub use config::Config;
+pub use names::{ExpertNames, Names};
+
+use crate::kernel::Context;
+use crate::layer::{MoeLayer, Router};
+use crate::staging::Staging;
+use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
+use crate::{Error, Result, Settings, WeightType};
+use files::{Files, Tensor};
+use names::{fill, is_stacked};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
+
+/// A checkpoint on disk, its files mapped.
+#[derive(Debug)]
+pub struct Checkpoint {
+    config_path: PathBuf,
+    config: Config,
+    files: Files,
+    names: Vec<Names>,
+}
+
+/// How to load layers. The default keeps the files' type, pages as large as the device allows, and says nothing.
+#[derive(Default)]
+pub struct Load<'a> {
+    /// Storage type on the device; that of the files ([`Checkpoint::weight_type`]) if absent.
+    pub weight_type: Option<WeightType>,
+    /// As [`ExpertWeights::new`] takes it.
+    pub page_limit: Option<u64>,
+    /// Called after each matrix.
+    pub progress: Option<&'a mut dyn FnMut(Progress)>,
+}
+
+impl std::fmt::Debug for Load<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { weight_type, page_limit, .. } = self;
+        f.debug_struct("Load")
+            .field("weight_type", weight_type)
+            .field("page_limit", page_limit)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How far loading a layer has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The layer.
+    pub layer: u32,
+    /// Bytes of its experts, as the file has them, that are done.
+    pub done: u64,
+    /// All of them.
+    pub total: u64,
+}
+
+/// Opens a checkpoint and loads one layer: [`Checkpoint::open`], [`Checkpoint::load_layer`].
+///
+/// # Errors
+///
+/// As these two.
+pub fn load_layer(
+    ctx: &Context,
+    queue: &wgpu::Queue,
+    dir: impl AsRef<Path>,
+    layer: u32,
+    load: Load<'_>,
+) -> Result<MoeLayer> {
+    Checkpoint::open(dir)?.load_layer(ctx, queue, layer, load)
+}
+
+/// Opens a checkpoint and loads some layers: [`Checkpoint::open`], [`Checkpoint::load_layers`].
+///
+/// # Errors
+///
+/// As these two.
+pub fn load_layers(
+    ctx: &Context,
+    queue: &wgpu::Queue,
+    dir: impl AsRef<Path>,
+    layers: Range<u32>,
+    load: Load<'_>,
+) -> Result<Vec<MoeLayer>> {
+    Checkpoint::open(dir)?.load_layers(ctx, queue, layers, load)
+}
+
+/// The error about a file, and a tensor or field in it.
+fn failed(file: &Path, item: Option<&str>, reason: impl Into<String>) -> Error {
+    Error::Checkpoint {
+        file: file.display().to_string(),
+        item: item.map(str::to_string),
+        reason: reason.into(),
+    }
+}
+
+impl Checkpoint {
+    /// Opens a directory: reads its `config.json`, maps `model.safetensors` or all files that
+    /// `model.safetensors.index.json` names, and checks their headers. Tensors are found by [`Names::known`].
+    ///
+    /// The files must not be cut short while they are open: reading what is no longer there ends the process.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], naming the file, for what is missing or malformed.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::with_names(dir, Names::known())
+    }
+
+    /// As [`Checkpoint::open`], tensors called by the first of `names` whose tensors are there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::open`].
+    pub fn with_names(dir: impl AsRef<Path>, names: Vec<Names>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let config_path = dir.join("config.json");
+        let config = Config::from_json(&config_path, &files::read_json_file(&config_path)?)?;
+        Ok(Self { config_path, config, files: Files::open(dir)?, names })
+    }
+
+    /// What `config.json` says.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Shape and routing of an MoE layer.
+    pub fn settings(&self) -> &Settings {
+        &self.config.settings
+    }
+
+    /// Storage type of a layer's experts: that of its first one's down projection.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`] for a layer that is dense or not there, or a tensor of another type.
+    pub fn weight_type(&self, layer: u32) -> Result<WeightType> {
+        let names = self.names(layer)?;
+        let name = match &names.experts {
+            ExpertNames::Apart { down, .. } | ExpertNames::Fused { down, .. } => {
+                fill(down, layer, 0)
+            }
+        };
+        self.files.tensor(&name)?.weight_type(&name)
+    }
+
+    /// A layer's router `[E, D]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], naming file and tensor.
+    pub fn router(&self, layer: u32) -> Result<HostWeights<'_>> {
+        let Settings { experts, hidden, .. } = self.config.settings;
+        let name = fill(&self.names(layer)?.router, layer, 0);
+        self.plain(&name, [experts, hidden], &[experts, hidden])
+    }
+
+    /// A layer's router bias `[E]`, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], naming file and tensor.
+    pub fn bias(&self, layer: u32) -> Result<Option<HostWeights<'_>>> {
+        let experts = self.config.settings.experts;
+        let name = fill(&self.names(layer)?.bias, layer, 0);
+        let wanted = self.config.bias.unwrap_or_else(|| self.files.has(&name));
+        wanted.then(|| self.plain(&name, [1, experts], &[experts])).transpose()
+    }
+
+    /// A matrix of an expert, `[out, in]`, where it lies in the file; shared experts follow the routed ones.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], naming file and tensor: a layer that is dense or not there; a tensor that is missing, of another
+    /// shape or of a type that is not bf16, f16 or f32. [`Error::Invalid`] for an expert that is not there.
+    pub fn expert(
+        &self,
+        layer: u32,
+        expert: u32,
+        projection: Projection,
+    ) -> Result<HostWeights<'_>> {
+        let Settings { hidden, intermediate, experts, shared_experts, .. } = self.config.settings;
+        let all = experts + shared_experts;
+        if expert >= all {
+            return Err(Error::invalid("expert", format!("{expert} of {all}")));
+        }
+        let names = self.names(layer)?;
+        let size = Size { hidden, intermediate, part: intermediate, at: 0 };
+        match expert.checked_sub(experts) {
+            None => self.matrix(&names.experts, layer, Some([expert, experts]), projection, size),
+            // One FFN of m F: some rows of gate and up, some columns of down.
+            Some(m) => {
+                let whole = intermediate * shared_experts; // `Config` bounds both
+                let size = Size { intermediate: whole, at: m * intermediate, ..size };
+                self.matrix(&names.shared, layer, None, projection, size)
+            }
+        }
+    }
+
+    /// Checks that all that a layer needs is there, in the shapes it should have.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Checkpoint`], naming file and tensor.
+    pub fn check_layer(&self, layer: u32) -> Result<()> {
+        self.router(layer)?;
+        self.bias(layer)?;
+        let Settings { experts, shared_experts, .. } = self.config.settings;
+        for expert in 0..experts + shared_experts {
+            for projection in PROJECTIONS {
+                self.expert(layer, expert, projection)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads a layer: its router, in f32, and all its experts. Unlike what is recorded, this submits to `queue` and waits, so
+    /// that the memory which carries the weights stays under 64 MiB.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::check_layer`], which comes first; as [`ExpertWeights::new`] and [`MoeLayer::new`].
+    pub fn load_layer(
+        &self,
+        ctx: &Context,
+        queue: &wgpu::Queue,
+        layer: u32,
+        mut load: Load<'_>,
+    ) -> Result<MoeLayer> {
+        self.load(ctx, queue, layer, &mut load)
+    }
+
+    /// As [`Checkpoint::load_layer`], several layers in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::load_layer`].
+    pub fn load_layers(
+        &self,
+        ctx: &Context,
+        queue: &wgpu::Queue,
+        layers: Range<u32>,
+        mut load: Load<'_>,
+    ) -> Result<Vec<MoeLayer>> {
+        // Before the first is on the device.
+        for layer in layers.clone() {
+            self.check_layer(layer)?;
+        }
+        layers.map(|layer| self.load(ctx, queue, layer, &mut load)).collect()
+    }
+
+    fn load(
+        &self,
+        ctx: &Context,
+        queue: &wgpu::Queue,
+        layer: u32,
+        load: &mut Load<'_>,
+    ) -> Result<MoeLayer> {
+        // Sizes are known to be those of tensors in the files before anything is made of these sizes.
+        self.check_layer(layer)?;
+        let settings = self.config.settings;
+        let weight_type = match load.weight_type {
+            Some(weight_type) => weight_type,
+            None => self.weight_type(layer)?,
+        };
+        let mut staging = Staging::new(ctx, queue);
+        let router = Router {
+            weight: staging.floats("router", self.router(layer)?)?,
+            bias: self.bias(layer)?.map(|bias| staging.floats("bias", bias)).transpose()?,
+            by_count: None,
+            by_expert: None,
+        };
+        let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), load.page_limit)?;
+        let all = settings.experts + settings.shared_experts;
+        let mut done = 0;
+        let total = u64::from(all) * settings.expert_shape(self.weight_type(layer)?).expert_bytes();
+        for expert in 0..all {
+            for projection in PROJECTIONS {
+                let matrix = self.expert(layer, expert, projection)?;
+                done += matrix.size();
+                staging.matrix(&weights, expert, projection, matrix)?;
+                if let Some(progress) = &mut load.progress {
+                    progress(Progress { layer, done, total });
+                }
+            }
+        }
+        staging.finish()?;
+        MoeLayer::new(ctx, settings, router, weights)
+    }
+
+    /// The names by which a layer is there; where it is not, those that most of it has.
+    fn names(&self, layer: u32) -> Result<&Names> {
+        let Config { layers, .. } = self.config;
+        let fail = |reason| Err(failed(&self.config_path, Some("layer"), reason));
+        if layer >= layers {
+            return fail(format!("{layer} of {layers}"));
+        }
+        if self.config.is_dense(layer) {
+            return fail(format!("{layer} is dense: it has no experts"));
+        }
+        let there = |names: &&Names| {
+            let all = names.experts.all().into_iter().chain([&*names.router]);
+            all.filter(|name| self.files.has(&fill(name, layer, 0))).count()
+        };
+        // The first of the best, so backwards: `max_by_key` takes the last.
+        let best = self.names.iter().rev().max_by_key(there);
+        best.ok_or_else(|| Error::invalid("names", "none are given"))
+    }
+
+    /// A tensor that is one matrix.
+    fn plain(&self, name: &str, matrix: [u32; 2], shape: &[u32]) -> Result<HostWeights<'_>> {
+        let tensor = self.files.tensor(name)?;
+        if !same(tensor.shape, shape) {
+            let reason = format!("has shape {:?}, expected {shape:?}", tensor.shape);
+            return Err(failed(tensor.file, Some(name), reason));
+        }
+        view(&tensor, name, 0, matrix, [matrix[1].into(), 1])
+    }
+
+    /// A projection among tensors of these names: of an expert among so many, or of a part of a shared FFN.
+    fn matrix(
+        &self,
+        names: &ExpertNames,
+        layer: u32,
+        expert: Option<[u32; 2]>,
+        projection: Projection,
+        Size { hidden, intermediate, part, at }: Size,
+    ) -> Result<HostWeights<'_>> {
+        let [index, count] = expert.unwrap_or_default();
+        let find = |name: &str| -> Result<Found<'_>> {
+            let stacked = expert.is_some() && is_stacked(name);
+            let name = fill(name, layer, index);
+            let tensor = self.files.tensor(&name)?;
+            Ok(Found { tensor, name, stacked: stacked.then_some(count) })
+        };
+        let (wide, narrow) = ([intermediate, hidden], [hidden, intermediate]);
+        let (found, matrix, turned) = match (names, projection) {
+            (ExpertNames::Apart { gate: name, .. }, Projection::Gate)
+            | (ExpertNames::Apart { up: name, .. }, Projection::Up) => {
+                (find(name)?.expect(&[wide])?, wide, false)
+            }
+            (ExpertNames::Apart { down, .. }, Projection::Down) => {
+                (find(down)?.expect(&[narrow])?, narrow, false)
+            }
+            (ExpertNames::Fused { gate_up, down }, _) => {
+                let double = [2 * intermediate, hidden];
+                let [wide, narrow_turned] = [double, narrow].map(|[rows, columns]| [columns, rows]);
+                let (gate_up, down) = (find(gate_up)?, find(down)?);
+                // Either shape alone may fit both ways; not both.
+                gate_up.check(&[double, wide])?;
+                down.check(&[narrow, narrow_turned])?;
+                let turned = gate_up.is(wide) && down.is(narrow_turned);
+                let both = if turned { [wide, narrow_turned] } else { [double, narrow] };
+                if !gate_up.is(both[0]) || !down.is(both[1]) {
+                    let reason = format!(
+                        "has shape {:?}, which does not go with {:?} of `{}`",
+                        down.tensor.shape, gate_up.tensor.shape, gate_up.name
+                    );
+                    return Err(failed(down.tensor.file, Some(&down.name), reason));
+                }
+                match projection {
+                    Projection::Down => (down, narrow, turned),
+                    Projection::Gate | Projection::Up => (gate_up, double, turned),
+                }
+            }
+        };
+        let fused_up = matches!(names, ExpertNames::Fused { .. }) && projection == Projection::Up;
+        let (start, shape) = match projection {
+            Projection::Down => ([0, at], [hidden, part]),
+            _ => ([at + if fused_up { intermediate } else { 0 }, 0], [part, hidden]),
+        };
+        let [rows, columns] = matrix.map(u64::from);
+        let strides = if turned { [1, rows] } else { [columns, 1] };
+        let before = if found.stacked.is_some() { u64::from(index) * rows * columns } else { 0 };
+        let from = before + u64::from(start[0]) * strides[0] + u64::from(start[1]) * strides[1];
+        view(&found.tensor, &found.name, from, shape, strides)
+    }
+}
+
+/// Sizes of the tensors of an FFN, and which part of its intermediate size is meant.
+#[derive(Clone, Copy)]
+struct Size {
+    hidden: u32,
+    intermediate: u32,
+    part: u32,
+    at: u32,
+}
+
+/// A tensor by its name, and how many experts it has a matrix of, where it is stacked.
+struct Found<'a> {
+    tensor: Tensor<'a>,
+    name: String,
+    stacked: Option<u32>,
+}
+
+impl Found<'_> {
+    fn shape(&self, matrix: [u32; 2]) -> Vec<u32> {
+        self.stacked.into_iter().chain(matrix).collect()
+    }
+
+    fn is(&self, matrix: [u32; 2]) -> bool {
+        same(self.tensor.shape, &self.shape(matrix))
+    }
+
+    fn check(&self, any: &[[u32; 2]]) -> Result<()> {
+        if any.iter().any(|&matrix| self.is(matrix)) {
+            return Ok(());
+        }
+        let want: Vec<_> = any.iter().map(|&matrix| format!("{:?}", self.shape(matrix))).collect();
+        let reason = format!("has shape {:?}, expected {}", self.tensor.shape, want.join(" or "));
+        Err(failed(self.tensor.file, Some(&self.name), reason))
+    }
+
+    fn expect(self, any: &[[u32; 2]]) -> Result<Self> {
+        self.check(any).map(|()| self)
+    }
+}
+
+fn same(shape: &[usize], want: &[u32]) -> bool {
+    shape.len() == want.len() && shape.iter().zip(want).all(|(&n, &w)| n as u64 == u64::from(w))
+}
+
+/// A matrix of a tensor, `from` values behind its beginning; borrowed as plain numbers where it lies as such.
+fn view<'a>(
+    tensor: &Tensor<'a>,
+    name: &str,
+    from: u64,
+    shape: [u32; 2],
+    strides: [u64; 2],
+) -> Result<HostWeights<'a>> {
+    let weight_type = tensor.weight_type(name)?;
+    let bytes =
+        usize::try_from(from * weight_type.bytes()).ok().and_then(|at| tensor.bytes.get(at..));
+    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides)
+        .map_err(|e| failed(tensor.file, Some(name), e.to_string()))?;
+    let plain = view.contiguous().filter(|_| cfg!(target_endian = "little"));
+    let plain = plain.and_then(|bytes| match weight_type {
+        WeightType::F32 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F32),
+        WeightType::F16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F16),
+        WeightType::Bf16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::Bf16),
+    });
+    Ok(plain.unwrap_or(HostWeights::View(view)))
+}

@@ -1,0 +1,53 @@
+//! Memory that loading a checkpoint takes, counted by the allocator; a binary of its own, as an allocator serves all of one.
+use peak_alloc::PeakAlloc;
+use wgmoe::checkpoint::{Checkpoint, Load};
+use wgmoe::{Context, Gpu, model};
+
+#[path = "../examples/shared/checkpoint_writer.rs"]
+mod checkpoint_writer;
+use checkpoint_writer::{Layout, Plan};
+
+#[global_allocator]
+static ALLOCATED: PeakAlloc = PeakAlloc;
+
+const MOST: usize = 128 << 20;
+
+/// One layer of LLaDA2.0-mini's shape with 64 of its experts, 400 MB, in the layout that has the largest tensors, goes from
+/// nothing to the disk to the device.
+#[test]
+fn a_layer_of_any_size_loads_in_128_mib() {
+    let gpu = match Gpu::new() {
+        Ok(gpu) => gpu,
+        Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+        Err(e) => {
+            eprintln!("skipped: {e}");
+            return;
+        }
+    };
+    let mini = model::find("llada2-mini").expect("a model");
+    let mut settings = mini.settings;
+    settings.experts = 64;
+    let layout = Layout::Fused;
+    let plan = Plan { settings, layers: 1, dense: 1, layout, shards: 1, seed: 1 };
+    let total = plan.bytes().expect("its size");
+    assert!(total > 3 * MOST as u64, "a layer much larger than what may be allocated");
+    let dir = tempfile::tempdir().expect("a folder");
+    plan.write(dir.path(), &mut |_| {}).expect("written");
+    assert!(ALLOCATED.peak_usage() < MOST, "writing took {} bytes", ALLOCATED.peak_usage());
+
+    let ctx = Context::new(&gpu.device).expect("a context");
+    let checkpoint = Checkpoint::open(dir.path()).expect("opened");
+    let mut seen = (0, 0);
+    let mut progress = |now: wgmoe::checkpoint::Progress| {
+        assert!(now.done > seen.0, "progress goes forward");
+        seen = (now.done, now.total);
+    };
+    let load = Load { progress: Some(&mut progress), ..Load::default() };
+    let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, load).expect("loaded");
+    let experts = settings.expert_shape(layer.weights().shape().weight_type);
+    assert_eq!(seen, (65 * experts.expert_bytes(), 65 * experts.expert_bytes()), "all is done");
+    assert_eq!(layer.weights().bytes(), 65 * experts.expert_bytes(), "no padding in this shape");
+    let peak = ALLOCATED.peak_usage();
+    eprintln!("{total} bytes loaded, peak of allocations {peak} bytes");
+    assert!(peak < MOST, "loading took {peak} bytes");
+}
