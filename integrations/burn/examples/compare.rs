@@ -94,5 +94,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("moved by wgmoe while it ran: {readbacks} readbacks, {bytes} bytes");
     // NaN fails.
     let same = worst <= 1e-4;
-    if same && moved == made { Ok(()) } else { Err("the outputs differ, or something was moved".into()) }
+    if same && moved == made {
+        Ok(())
+    } else {
+        Err("the outputs differ, or something was moved".into())
+    }
 }

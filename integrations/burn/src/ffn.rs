@@ -126,7 +126,7 @@ pub struct Layer {
 impl Layer {
     /// Submits the layer's work behind all that `hidden` waits for.
     pub(crate) fn run(&self, hidden: &CubeTensor, out: &CubeTensor) -> Result<()> {
-        let tokens = hidden.shape().dims[0] as u32;
+        let tokens = hidden.shape()[0] as u32;
         if tokens == 0 {
             return Ok(());
         }
@@ -138,8 +138,7 @@ impl Layer {
         } else {
             let [hidden, out] = places.each_ref().map(Place::slice);
             let batch = Batch::new(hidden, out, tokens);
-            let step =
-                self.layer.bind(&Batch { scratch: Some(self.device.scratch()), ..batch })?;
+            let step = self.layer.bind(&Batch { scratch: Some(self.device.scratch()), ..batch })?;
             if bound.len() == KEPT {
                 bound.remove(0);
             }

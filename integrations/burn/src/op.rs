@@ -2,10 +2,10 @@
 use crate::ffn::Layer;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, DType, TensorMetadata, backend_extension};
+use burn::tensor::Tensor;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
-use burn::tensor::Tensor;
 use burn_cubecl::{Cube, CubeBackend};
 use cubecl::wgpu::{AutoCompiler, WgpuServer};
 use wgmoe::{Error, Result, Slice, wgpu};
@@ -77,7 +77,8 @@ impl Place {
 ///
 /// [`Error::Invalid`] for a tensor of another backend or type, [`Error::Device`] where Burn cannot tell.
 pub fn place<const R: usize>(tensor: &Tensor<R>) -> Result<Place> {
-    let other = |e: &dyn std::fmt::Display| Error::Invalid { name: "tensor", reason: e.to_string() };
+    let other =
+        |e: &dyn std::fmt::Display| Error::Invalid { name: "tensor", reason: e.to_string() };
     let primitive = tensor.clone().try_into_primitive::<Cube>().map_err(|e| other(&e))?;
     #[cfg(feature = "fusion")]
     let primitive = {

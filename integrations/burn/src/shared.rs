@@ -38,9 +38,8 @@ impl MoeDevice {
     ///
     /// [`Error::NoGpu`] where Burn finds no adapter, or has made the device already.
     pub fn open() -> Result<Self> {
-        let (device, setup) = Device::wgpu_options()
-            .init_with_setup()
-            .map_err(|e| Error::NoGpu(e.to_string()))?;
+        let (device, setup) =
+            Device::wgpu_options().init_with_setup().map_err(|e| Error::NoGpu(e.to_string()))?;
         Self::new(device, &setup)
     }
 

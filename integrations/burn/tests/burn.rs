@@ -1,11 +1,11 @@
 //! The module against the CPU twins and Burn's own operations, and that nothing is copied.
 use burn::tensor::{Distribution, Tensor, TensorData};
 use std::sync::OnceLock;
-use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, Settings};
+use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings};
 use wgmoe_burn::wgmoe::ops::plan_count::GateRule;
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
-use wgmoe_burn::wgmoe::{Activation, WeightType, model};
+use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, model};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference, place};
 
 const RULE: TokenChoice = TokenChoice {
@@ -85,7 +85,11 @@ fn equals_the_twin_under_every_kind_of_rule() {
         for tokens in [1, 33, 70] {
             let x = random([tokens, 64], 1.0);
             let got = host(&ffn.forward(x.clone()));
-            assert_close(&got, &cpu(&settings, &tensors, &host(&x)), &format!("{routing:?} {tokens}"));
+            assert_close(
+                &got,
+                &cpu(&settings, &tensors, &host(&x)),
+                &format!("{routing:?} {tokens}"),
+            );
         }
     }
 }
@@ -99,6 +103,27 @@ fn equals_burns_own_operations() {
     let got = host(&ffn.forward(x.clone()));
     assert_close(&got, &host(&reference.dense(x.clone())), "dense");
     assert_close(&got, &host(&reference.by_expert(x)), "by expert");
+}
+
+#[test]
+fn takes_a_layer_made_elsewhere() {
+    let (device, tensors) = (device(), tensors());
+    let ctx = device.context();
+    let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32), None).unwrap();
+    let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
+    for (p, stack) in Projection::ALL.into_iter().zip(&stacks) {
+        for (e, matrix) in (0..).zip(stack.chunks(64 * 32)) {
+            weights.write(device.queue(), e, p, HostWeights::F32(matrix)).unwrap();
+        }
+    }
+    let weight = layer::Tensor::new(ctx, "router", &host(&tensors.router)).unwrap();
+    let router = Router { weight, bias: None, by_count: None, by_expert: None };
+    let made = MoeLayer::new(ctx, SETTINGS, router, weights).unwrap();
+    let x = random([40, 64], 1.0);
+    let of_layer = MoeFfn::from_layer(&device, made).forward(x.clone());
+    let of_tensors = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap().forward(x);
+    let bits = |t: &Tensor<2>| host(t).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&of_layer), bits(&of_tensors));
 }
 
 #[test]
