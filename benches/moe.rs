@@ -27,8 +27,8 @@ use wgmoe::ops::plan_fill::PlanFill;
 use wgmoe::ops::plan_scan::{PlanScan, Stats};
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{
-    assign, capacity, combine, coreset, expert_choice, expert_union, gather, plan_count, plan_fill,
-    plan_scan, scores, sequence_top, token_choice,
+    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, gather,
+    plan_count, plan_fill, plan_scan, scores, sequence_top, token_choice,
 };
 use wgmoe::plan::HostPlan;
 use wgmoe::routing::{
@@ -434,6 +434,44 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
     }
 }
 
+fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
+    const LENGTH: u32 = 128;
+    let mut group = c.benchmark_group("assign_lists");
+    for (name, tokens, experts) in [("T32 E256", 32, 256), ("T4096 E256", 4096u32, 256u32)] {
+        let length = LENGTH.min(tokens);
+        let entries = experts * length;
+        let throughput = Throughput::Elements(entries.into());
+        bench.case(&mut group, name, &bench.contexts[..1], throughput, |ctx, what| {
+            let gpu = &bench.gpu;
+            // Some tokens are out of range, some repeated.
+            let list: Vec<u32> = (0..entries).map(|i| mix(INDEX, i) % (tokens + 4)).collect();
+            let offsets: Vec<u32> = (0..=experts).map(|e| e * length).collect();
+            let weights = fill(SCORES, entries, 1.0);
+            let [offsets_in, list_in] = [&offsets, &list].map(|v| gpu.upload(v));
+            let weights_in = gpu.upload(&weights);
+            let assigned = bench.poisoned(experts * columns(tokens));
+            let gates = gpu.upload(&vec![0f32; (tokens * experts) as usize]);
+            let ignored = bench.poisoned(experts);
+            let args = assign_lists::Args {
+                offsets: (&offsets_in).into(),
+                list: (&list_in).into(),
+                weights: (&weights_in).into(),
+                assigned: (&assigned).into(),
+                gates: (&gates).into(),
+                ignored: (&ignored).into(),
+            };
+            let dims = assign_lists::Dims { tokens, experts, entries };
+            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"));
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates"));
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored"));
+            step.into()
+        });
+    }
+}
+
 /// A plan on the device, its three kernels, and what it holds.
 struct Planned {
     shape: PlanShape,
@@ -735,6 +773,7 @@ fn all(c: &mut Criterion) {
     bench_sequence_top(&bench, c);
     bench_capacity(&bench, c);
     bench_assign(&bench, c);
+    bench_assign_lists(&bench, c);
     bench_plan(&bench, c);
     bench_gather(&bench, c);
     bench_matmul(&bench, c);

@@ -1,5 +1,5 @@
 //! A whole MoE layer: from hidden states to output, recorded in one pass (ARCHITECTURE 1).
-use crate::kernel::scoped;
+use crate::kernel::{holding, scoped};
 use crate::ops::expert_choice::{self, DropArgs};
 use crate::ops::matmul::{
     self, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
@@ -16,7 +16,9 @@ use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use wgpu::util::DeviceExt;
+
+mod experts;
+pub use experts::{Assignments, ExpertBatch, MoeExperts};
 
 /// A layer as plain data.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,22 +67,18 @@ impl Tensor {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where memory runs out.
+    /// [`Error::Device`] where memory runs out or the device is lost.
     pub fn new<T: bytemuck::NoUninit>(
         ctx: &Context,
         name: &'static str,
         data: &[T],
     ) -> Result<Self> {
-        let buffer = scoped(ctx.device(), || {
-            ctx.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                label: Some(name),
-                contents: bytemuck::cast_slice(data),
-                usage: wgpu::BufferUsages::STORAGE
-                    | wgpu::BufferUsages::COPY_DST
-                    | wgpu::BufferUsages::COPY_SRC,
-            })
-        })?;
-        Ok(Self::from_slice((&buffer).into()))
+        let usage = wgpu::BufferUsages::STORAGE
+            | wgpu::BufferUsages::COPY_DST
+            | wgpu::BufferUsages::COPY_SRC;
+        let contents = bytemuck::cast_slice(data);
+        let buffer = scoped(ctx.device(), || holding(ctx.device(), Some(name), usage, contents))??;
+        Ok(Self { buffer, offset: 0, size: contents.len() as u64 })
     }
 
     /// A buffer of ours and its first `size` bytes.
@@ -465,7 +463,8 @@ impl MoeRouting {
                 }
             },
         };
-        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound.into()));
+        // A plan has room for one: no binding is empty.
+        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound.into())).max(1);
         u32::try_from(slots)
             .map_err(|_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits")))
     }

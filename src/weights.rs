@@ -4,7 +4,7 @@
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
 //! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
 //! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
-use crate::kernel::scoped;
+use crate::kernel::{alive, scoped};
 use crate::pack::{self, UNIT};
 use crate::slice::bytes_of;
 use crate::{Context, Error, Result};
@@ -224,9 +224,11 @@ impl ExpertWeights {
     ///
     /// # Errors
     ///
-    /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out.
+    /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out or the
+    /// device is lost.
     pub fn new(ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Result<Self> {
         shape.check()?;
+        alive(ctx.device())?;
         let limit = page_limit.unwrap_or(u64::MAX).min(ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;

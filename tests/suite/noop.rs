@@ -102,6 +102,17 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
                 ignored: words(&b[4], columns),
             },
         )?,
+        assign_lists::AssignLists::new(ctx)?.bind(
+            assign_lists::Dims { tokens, experts, entries: 3 * tokens },
+            assign_lists::Args {
+                offsets: words(&b[0], e + 1),
+                list: words(&b[1], 3 * t),
+                weights: words(&b[2], 3 * t),
+                assigned: bits(3),
+                gates: pairs(4),
+                ignored: words(&b[5], e),
+            },
+        )?,
         plan_count::PlanCount::new(ctx)?.bind(
             &shape,
             plan_count::Args {
