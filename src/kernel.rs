@@ -142,6 +142,7 @@ pub(crate) use params;
 
 /// What kind of device the kernels are laid out for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Target {
     /// Wide devices: many lanes work on one row, and meet in workgroup memory.
     Gpu,
@@ -152,6 +153,7 @@ pub enum Target {
 
 /// Which of the variants of its kernels a [`Context`] uses. All give the same choices, and outputs equal within rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Variant {
     /// Layout of the work.
     pub target: Target,

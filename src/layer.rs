@@ -339,6 +339,21 @@ impl MoeLayer {
         Ok(Self { routing, ffn: self.ffn.clone() })
     }
 
+    /// The same router and experts with the kernels of another context of their device, so in another
+    /// [`Variant`](crate::Variant); the weights' pages are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`MoeLayer::new`].
+    pub fn with_context(&self, ctx: &Context) -> Result<Self> {
+        Self::new(ctx, *self.settings(), self.router().clone(), self.weights().clone())
+    }
+
+    /// The context that the layer was made from.
+    pub fn context(&self) -> &Context {
+        &self.ffn.ctx
+    }
+
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.routing.settings

@@ -24,6 +24,7 @@ pub mod schedule;
 mod slice;
 #[cfg(feature = "checkpoint")]
 mod staging;
+pub mod tune;
 pub mod weights;
 
 pub use cache::{CachedLayer, ExpertSource};

@@ -34,5 +34,6 @@ mod schedule;
 mod scores;
 mod sequence_top;
 mod shaders;
+mod step;
 mod token_choice;
 mod union_mean;
