@@ -196,10 +196,13 @@ impl<'a> RoutingBatch<'a> {
     }
 }
 
+/// Name of a tensor, which of its buffers, and bytes.
+type ScratchKey = (&'static str, usize, u64);
+
 /// Buffers between the kernels of a layer. Layers bound to one share them: they must then run in order.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
-    buffers: Arc<Mutex<HashMap<(&'static str, usize, u64), wgpu::Buffer>>>,
+    buffers: Arc<Mutex<HashMap<ScratchKey, wgpu::Buffer>>>,
 }
 
 impl Scratch {
@@ -378,10 +381,17 @@ impl MoeLayer {
         let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
-        let scratch = Some(scratch.unwrap_or(&own));
-        let routing = RoutingBatch { hidden, tokens, sequences, blocks, routed_slots, scratch };
+        let scratch = scratch.unwrap_or(&own);
+        let routing = RoutingBatch {
+            hidden,
+            tokens,
+            sequences,
+            blocks,
+            routed_slots,
+            scratch: Some(scratch),
+        };
         let mut step = self.routing.bind(&routing)?;
-        self.ffn.bind(&mut step, hidden, out, add, scratch.unwrap_or(&own))?;
+        self.ffn.bind(&mut step, hidden, out, add, scratch)?;
         Ok(step)
     }
 }
@@ -904,7 +914,7 @@ pub(crate) struct ExpertParts {
 fn windows(ctx: &Context, name: &'static str, rows: u32, width: u32) -> Result<Vec<Range<u32>>> {
     let (have, row) = (ctx.max_binding(), u64::from(width) * 4);
     if u64::from(rows) * row <= have {
-        return Ok(vec![0..rows]);
+        return Ok(chunks(rows, rows.max(1)));
     }
     // A power of two, so that the rows from one aligned start to the next are one, too.
     let alignment = u64::from(ctx.limits().min_storage_buffer_offset_alignment);
