@@ -1,6 +1,6 @@
 //! What tensors are called.
 
-/// Names of a layer's tensors, as plain data. `{layer}` and `{expert}` stand for numbers. [`Names::KNOWN`] has those of the
+/// Names of a layer's tensors, as plain data. `{layer}` and `{expert}` stand for numbers. [`Names::known`] has those of the
 /// models that are known here; write your own for others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Names {
