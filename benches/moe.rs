@@ -28,8 +28,8 @@ use wgmoe::ops::plan_fill::PlanFill;
 use wgmoe::ops::plan_scan::{PlanScan, Stats};
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{
-    assign, capacity, combine, coreset, expert_choice, expert_union, plan_count, plan_fill,
-    plan_scan, scores, sequence_top, token_choice,
+    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, plan_count,
+    plan_fill, plan_scan, scores, sequence_top, token_choice,
 };
 use wgmoe::plan::HostPlan;
 use wgmoe::routing::BlockRule;
@@ -194,8 +194,12 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
-            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
-            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r")).unwrap();
+            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s"))
+                .unwrap()
+                .unwrap();
+            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r"))
+                .unwrap()
+                .unwrap();
             step.into()
         });
     }
@@ -223,7 +227,7 @@ fn expert_choice_step(
     let step = op.bind(expert_choice::Dims { tokens, experts, sequences: 1 }, args).unwrap();
     gpu.run(&step).unwrap();
     let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
-    same(&bench.download(&assigned), &want, what).unwrap();
+    same(&bench.download(&assigned), &want, what).unwrap().unwrap();
     step.into()
 }
 
@@ -274,7 +278,7 @@ fn token_choice_step(
     let step = op.bind(tokens, args).unwrap();
     gpu.run(&step).unwrap();
     let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
-    same(&bench.download(&assigned), &want, what).unwrap();
+    same(&bench.download(&assigned), &want, what).unwrap().unwrap();
     step.into()
 }
 
@@ -334,8 +338,10 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
-            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
-            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of")).unwrap();
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap().unwrap();
+            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of"))
+                .unwrap()
+                .unwrap();
             step.into()
         });
     }
@@ -360,7 +366,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
             let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
-            same(&bench.download(&assigned), &want, what).unwrap();
+            same(&bench.download(&assigned), &want, what).unwrap().unwrap();
             step.into()
         });
     }
@@ -394,8 +400,10 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         gpu.run(&step).unwrap();
         let source = capacity::HostSource::Ratios(&schedule, &ratios);
         let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
-        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of")).unwrap();
-        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of")).unwrap();
+        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of"))
+            .unwrap()
+            .unwrap();
+        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of")).unwrap().unwrap();
         step.into()
     });
 }
@@ -425,6 +433,46 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
             let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"))
+                .unwrap()
+                .unwrap();
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap().unwrap();
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap().unwrap();
+            step.into()
+        });
+    }
+}
+
+fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
+    const LENGTH: u32 = 128;
+    let mut group = c.benchmark_group("assign_lists");
+    for (name, tokens, experts) in [("T32 E256", 32, 256), ("T4096 E256", 4096u32, 256u32)] {
+        let length = LENGTH.min(tokens);
+        let entries = experts * length;
+        let throughput = Throughput::Elements(entries.into());
+        bench.case(&mut group, name, &bench.contexts[..1], throughput, |ctx, what| {
+            let gpu = &bench.gpu;
+            // Some tokens are out of range, some repeated.
+            let list: Vec<u32> = (0..entries).map(|i| mix(INDEX, i) % (tokens + 4)).collect();
+            let offsets: Vec<u32> = (0..=experts).map(|e| e * length).collect();
+            let weights = fill(SCORES, entries, 1.0);
+            let [offsets_in, list_in] = [&offsets, &list].map(|v| gpu.upload(v));
+            let weights_in = gpu.upload(&weights);
+            let assigned = bench.poisoned(experts * columns(tokens));
+            let gates = gpu.upload(&vec![0f32; (tokens * experts) as usize]);
+            let ignored = bench.poisoned(experts);
+            let args = assign_lists::Args {
+                offsets: (&offsets_in).into(),
+                list: (&list_in).into(),
+                weights: (&weights_in).into(),
+                assigned: (&assigned).into(),
+                gates: (&gates).into(),
+                ignored: (&ignored).into(),
+            };
+            let dims = assign_lists::Dims { tokens, experts, entries };
+            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
             same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
             same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap();
             same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap();
@@ -501,7 +549,7 @@ fn plan(
         1.0,
         Scales { by_count: None, by_expert: None },
     );
-    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap();
+    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap().unwrap();
     let host = HostPlan::from_words(&shape, &bench.download::<u32>(&plan)).unwrap();
     assert!(host == HostPlan::cpu(&shape, assigned, &got), "{what}: the plan differs");
     let stats = Stats::from_words(&bench.download::<u32>(&stats)).unwrap();
@@ -571,10 +619,12 @@ fn bench_matmul(bench: &Bench, c: &mut Criterion) {
                 .map(|page| {
                     op.bind(wgmoe::ops::matmul::Args {
                         x: (&x_in).into(),
+                        gather: false,
                         shape: &planned.shape,
                         plan: (&planned.plan).into(),
                         weights: &weights,
                         page,
+                        places: None,
                         out: (&out).into(),
                         slots: 0..tokens,
                         columns: 0..COLUMNS,
@@ -593,7 +643,7 @@ fn bench_matmul(bench: &Bench, c: &mut Criterion) {
                 let want: Vec<f32> =
                     cpu_row(row, &weight, COLUMNS as usize).into_iter().map(|v| v as f32).collect();
                 let got = &got[slot * COLUMNS as usize..][..COLUMNS as usize];
-                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap();
+                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap().unwrap();
             }
             assert!(got.iter().all(|v| v.is_finite()), "{what}: not finite");
             step.into()
@@ -627,7 +677,7 @@ fn bench_combine(bench: &Bench, c: &mut Criterion) {
             let step = combine::Combine::new(ctx).unwrap().bind(&planned.shape, args).unwrap();
             gpu.run(&step).unwrap();
             let want = combine::cpu(&planned.host, &y, hidden as usize, None);
-            close(&bench.download(&out), &want, 1e-6, 1e-5, what).unwrap();
+            close(&bench.download(&out), &want, 1e-6, 1e-5, what).unwrap().unwrap();
             step.into()
         });
     }
@@ -659,9 +709,9 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
             gpu.run(&step).unwrap();
             let (t, e) = (tokens as usize, experts as usize);
             let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);
-            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
-            same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap();
-            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap();
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap().unwrap();
+            same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap().unwrap();
+            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap().unwrap();
             step.into()
         });
     }
@@ -732,6 +782,7 @@ fn all(c: &mut Criterion) {
     bench_sequence_top(&bench, c);
     bench_capacity(&bench, c);
     bench_assign(&bench, c);
+    bench_assign_lists(&bench, c);
     bench_plan(&bench, c);
     bench_gather(&bench, c);
     bench_matmul(&bench, c);

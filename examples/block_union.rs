@@ -6,7 +6,6 @@
 //! each rule and prints the time: `cargo run --release --example block_union -- --help`. Where there is no GPU driver, the
 //! CPU twins count alone. Exits with 1 where a check fails.
 use clap::Parser;
-use half::bf16;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use serde::Serialize;
@@ -21,15 +20,17 @@ use wgmoe::layer::{
 };
 use wgmoe::model;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
-use wgmoe::ops::token_choice::{self, Groups};
-use wgmoe::ops::{coreset, scores, sequence_top};
+use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::weights::Projection;
 use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, Step, WeightType, bits, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
 use progress::Progress;
+#[path = "shared/synthetic.rs"]
+mod synthetic;
+use synthetic::{Experts, RHO, router, shrink};
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
 #[derive(Parser)]
@@ -100,7 +101,6 @@ struct Times {
 
 /// Tokens that LLaDA2.x decodes together.
 const BLOCK: u32 = 32;
-const RHO: f32 = 0.6;
 
 /// A rule, and what was published of it.
 #[derive(Clone, Copy)]
@@ -176,34 +176,6 @@ fn rules() -> Result<Vec<Rule>, String> {
         choose("original", 24, 60.6, None),
         choose("dMoE, p 0.6", 24, 15.9, Some(mass(0.6))),
     ])
-}
-
-/// A rule for fewer experts: counts of experts shrink in proportion, groups keep their size; where those no longer divide
-/// the experts, there are none.
-fn shrink(routing: Routing, from: u32, to: u32) -> Routing {
-    let part = |n: u32| (n * to / from).max(1);
-    match routing {
-        Routing::TokenChoice(rule) => Routing::TokenChoice(TokenChoice {
-            top: rule.top.min(to),
-            groups: rule.groups.and_then(|Groups { count, top }| {
-                let size = from / count;
-                let groups = to / size;
-                let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
-                (to.is_multiple_of(size) && top <= groups).then_some(Groups { count: groups, top })
-            }),
-            coreset: rule.coreset.map(|block| match block {
-                BlockRule::Mass { p, floor } => BlockRule::Mass { p, floor: part(floor) },
-                BlockRule::Capacity(n) => BlockRule::Capacity(part(n)),
-                BlockRule::Vote(n) => BlockRule::Vote(part(n)),
-                BlockRule::Union(n) => BlockRule::Union(n.min(to)),
-            }),
-            ..rule
-        }),
-        Routing::SequenceTop(rule) => {
-            Routing::SequenceTop(SequenceTop { top: rule.top.min(to), ..rule })
-        }
-        other => other,
-    }
 }
 
 /// Checks of one row; what failed is said on stderr.
@@ -570,43 +542,17 @@ struct Data {
     x: Vec<f32>,
     router: Vec<f32>,
     marks: Vec<u32>,
-    inner: Vec<bf16>,
-    outer: Vec<bf16>,
+    experts: Experts,
 }
-
-/// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
-const STRIDE: usize = 1009;
 
 impl Data {
     fn new(settings: Settings, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = settings;
-        let mut x = mixture(&mut rng, BLOCK, BLOCK, hidden);
-        x.iter_mut().step_by(hidden as usize).for_each(|x| *x = 1.0);
-        let deviation = 2.0 / (hidden as f32).sqrt();
-        let mut router: Vec<f32> = (0..experts * hidden)
-            .map(|_| deviation * rng.sample::<f32, _>(StandardNormal))
-            .collect();
-        router.iter_mut().step_by(hidden as usize).for_each(|w| *w = -3.0);
+        let mut x = mixture(&mut rng, BLOCK, BLOCK, settings.hidden);
+        x.iter_mut().step_by(settings.hidden as usize).for_each(|x| *x = 1.0);
+        let router = router(&mut rng, &settings);
         let marks = (0..BLOCK).map(|t| t % 2).collect();
-        let count =
-            (hidden * intermediate) as usize + 3 * (experts + shared_experts) as usize * STRIDE;
-        let mut pool = |width: u32| -> Vec<bf16> {
-            let most = (3.0 / width as f32).sqrt();
-            (0..count).map(|_| bf16::from_f32(rng.random_range(-most..most))).collect()
-        };
-        let (inner, outer) = (pool(hidden), pool(intermediate));
-        Self { settings, x, router, marks, inner, outer }
-    }
-
-    fn expert(&self, e: u32, projection: Projection) -> HostWeights<'_> {
-        let count = (self.settings.hidden * self.settings.intermediate) as usize;
-        let (pool, place) = match projection {
-            Projection::Gate => (&self.inner, 0),
-            Projection::Up => (&self.inner, 1),
-            Projection::Down => (&self.outer, 2),
-        };
-        HostWeights::Bf16(&pool[(3 * e as usize + place) * STRIDE..][..count])
+        Self { settings, x, router, marks, experts: Experts::new(&mut rng, settings) }
     }
 
     fn upload(&self, gpu: &Gpu, ctx: &Context) -> Result<MoeLayer, Error> {
@@ -614,7 +560,7 @@ impl Data {
         let weights = ExpertWeights::new(ctx, shape, None)?;
         for e in 0..shape.experts {
             for p in [Projection::Gate, Projection::Up, Projection::Down] {
-                weights.write(&gpu.queue, e, p, self.expert(e, p))?;
+                weights.write(&gpu.queue, e, p, self.experts.matrix(e, p))?;
             }
             gpu.queue.submit([]);
             if e % 16 == 15 {
@@ -685,7 +631,7 @@ fn check_layer(
     }
     let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
     checks.same("the layer's choice", &assigned, &want.assigned);
-    let expert = |e: u32, p: Projection| data.expert(e, p);
+    let expert = |e: u32, p: Projection| data.experts.matrix(e, p);
     let twin = |t: usize| {
         let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens, t)
             .into_iter()

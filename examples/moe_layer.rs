@@ -1,22 +1,24 @@
 //! A mixture-of-experts layer on this machine's GPU: is it right, and how fast is it?
 //!
 //! First replays the recorded layers of the LLaDA2 reference (`group_limited_*` and `block_coreset_*` of `tests/golden`), then builds a layer of a
-//! named model with synthetic weights and hidden states, runs each routing rule, checks it against the CPU twins, and
-//! prints where the time goes: `cargo run --release --example moe_layer -- --help`. Where there is no GPU driver, the CPU
-//! twins run alone. Exits with 1 where a check fails.
+//! named model with synthetic weights and hidden states, or loads one from a checkpoint (`--checkpoint`; `make_checkpoint`
+//! writes some to try), runs each routing rule, checks it against the CPU twins, and prints where the time goes:
+//! `cargo run --release --example moe_layer -- --help`. Where there is no GPU driver, the CPU twins run alone. Exits with 1
+//! where a check fails.
 use clap::Parser;
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use serde::Serialize;
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
     Settings, Tensor, cpu_routing, cpu_token,
 };
-use wgmoe::model::{self, MODELS, Model};
+use wgmoe::model::{self, MODELS};
 use wgmoe::ops::plan_count::GateRule;
 use wgmoe::ops::plan_scan::Stats;
 use wgmoe::ops::token_choice::Groups;
@@ -32,6 +34,13 @@ use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, bits, wgp
 mod progress;
 use progress::Progress;
 
+#[path = "shared/stored_layer.rs"]
+mod stored_layer;
+use stored_layer::StoredLayer;
+
+#[global_allocator]
+static ALLOCATED: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
+
 #[path = "../tests/suite/golden_file.rs"]
 mod golden_file;
 
@@ -41,15 +50,21 @@ struct Options {
     /// Model whose layer is built
     #[arg(long, default_value = "llada2-mini", value_parser = clap::builder::PossibleValuesParser::new(MODELS.iter().map(|m| m.name)))]
     model: String,
+    /// Directory of a checkpoint, a layer of which is loaded instead
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "experts"])]
+    checkpoint: Option<PathBuf>,
+    /// Layer of the checkpoint; its first MoE layer by default
+    #[arg(long, requires = "checkpoint")]
+    layer: Option<u32>,
     /// Routed experts, at most the model's; groups keep their size
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     experts: u32,
     /// Tokens, in sequences of 128
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
-    /// Type the experts are stored as
-    #[arg(long, value_enum, default_value = "bf16")]
-    weights: Weights,
+    /// Type the experts are stored as on the device; bf16 by default, or a checkpoint's own
+    #[arg(long, value_enum)]
+    weights: Option<Weights>,
     /// Adapter, by a part of its name or by index
     #[arg(long, value_name = "NAME|INDEX")]
     adapter: Option<String>,
@@ -66,6 +81,16 @@ enum Weights {
     Bf16,
     F16,
     F32,
+}
+
+impl Weights {
+    fn weight_type(self) -> WeightType {
+        match self {
+            Self::Bf16 => WeightType::Bf16,
+            Self::F16 => WeightType::F16,
+            Self::F32 => WeightType::F32,
+        }
+    }
 }
 
 /// What `--json` prints.
@@ -214,29 +239,46 @@ impl Values {
 /// Experts: each matrix is a window of one pool of random numbers, at a place of its own, so that a layer of any size takes
 /// little memory and no time to make. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
 ///
+/// From a checkpoint, experts and router are what its files hold.
+///
 /// Router: logits are spread as `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3`, Z standard normal, which for
 /// LLaDA2.0-mini's 256 experts gives as many unique experts a block as were published for it. Hidden states are the same
 /// mixture of a normal vector of the block and one of the token; the router's weights are normal with deviation
-/// 2 / sqrt(D), and read the -3 from the first hidden value, which is 1.
-struct Data {
+/// 2 / sqrt(D), and read the -3 from the first hidden value, which is 1. `make_checkpoint`'s routers do the same.
+struct Data<'a> {
     settings: Settings,
     x: Vec<f32>,
     router: Vec<f32>,
     bias: Option<Vec<f32>>,
-    inner: Values,
-    outer: Values,
+    experts: Experts<'a>,
     /// Offsets and lengths of the sequences.
     offsets: Vec<u32>,
     lengths: Vec<u32>,
 }
 
+enum Experts<'a> {
+    /// Pools of gate and up, and of down.
+    Synthetic {
+        inner: Values,
+        outer: Values,
+    },
+    Stored(&'a StoredLayer),
+}
+
 /// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
 const STRIDE: usize = 1009;
 
-impl Data {
-    fn new(settings: Settings, tokens: u32, weights: Weights, seed: u64) -> Self {
+/// Where a layer's weights come from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Synthetic(Weights),
+    Stored(&'a StoredLayer),
+}
+
+impl<'a> Data<'a> {
+    fn new(settings: Settings, tokens: u32, source: Source<'a>, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let (d, f) = (settings.hidden as usize, settings.intermediate as usize);
+        let d = settings.hidden as usize;
         let mut x: Vec<f32> = Vec::with_capacity(tokens as usize * d);
         let mut block = vec![0f32; d];
         for t in 0..tokens {
@@ -251,36 +293,27 @@ impl Data {
             );
             x[row] = 1.0;
         }
-        let deviation = 2.0 / (d as f32).sqrt();
-        let mut router: Vec<f32> = (0..settings.experts as usize * d)
-            .map(|_| deviation * rng.sample::<f32, _>(StandardNormal))
-            .collect();
-        router.iter_mut().step_by(d).for_each(|w| *w = -3.0);
-        let sigmoid = match settings.routing {
-            Routing::TokenChoice(rule) => rule.score == Score::Sigmoid,
-            _ => false,
+        let (router, bias, experts) = match source {
+            Source::Stored(layer) => {
+                let (router, bias) = layer.router();
+                (router, bias, Experts::Stored(layer))
+            }
+            Source::Synthetic(weights) => synthetic(&settings, weights, &mut rng),
         };
-        let bias = sigmoid.then(|| {
-            (0..settings.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>()
-        });
-        let all = (settings.experts + settings.shared_experts) as usize;
-        let count = d * f + 3 * all * STRIDE;
-        let mut pool =
-            |width: usize| Values::new(&mut rng, weights, count, 1.0 / (width as f32).sqrt());
-        let (inner, outer) = (pool(d), pool(f));
         let offsets: Vec<u32> =
             (0..tokens).step_by(SEQUENCE as usize).chain(std::iter::once(tokens)).collect();
         let lengths = offsets.windows(2).map(|w| w[1] - w[0]).collect();
-        Self { settings, x, router, bias, inner, outer, offsets, lengths }
+        Self { settings, x, router, bias, experts, offsets, lengths }
     }
 
     fn expert(&self, e: u32, projection: Projection) -> HostWeights<'_> {
         let count = self.settings.hidden as usize * self.settings.intermediate as usize;
         let at = |p: usize| (3 * e as usize + p) * STRIDE;
-        match projection {
-            Projection::Gate => self.inner.window(at(0), count),
-            Projection::Up => self.inner.window(at(1), count),
-            Projection::Down => self.outer.window(at(2), count),
+        match (&self.experts, projection) {
+            (Experts::Stored(layer), _) => layer.expert(e, projection),
+            (Experts::Synthetic { inner, .. }, Projection::Gate) => inner.window(at(0), count),
+            (Experts::Synthetic { inner, .. }, Projection::Up) => inner.window(at(1), count),
+            (Experts::Synthetic { outer, .. }, Projection::Down) => outer.window(at(2), count),
         }
     }
 
@@ -341,6 +374,32 @@ impl Data {
             spawned.into_iter().flat_map(|t| t.join().expect("a twin does not panic")).collect()
         })
     }
+}
+
+/// Router, bias and experts.
+fn synthetic(
+    settings: &Settings,
+    weights: Weights,
+    rng: &mut StdRng,
+) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
+    let (d, f) = (settings.hidden as usize, settings.intermediate as usize);
+    let deviation = 2.0 / (d as f32).sqrt();
+    let mut router: Vec<f32> = (0..settings.experts as usize * d)
+        .map(|_| deviation * rng.sample::<f32, _>(StandardNormal))
+        .collect();
+    router.iter_mut().step_by(d).for_each(|w| *w = -3.0);
+    let sigmoid = match settings.routing {
+        Routing::TokenChoice(rule) => rule.score == Score::Sigmoid,
+        _ => false,
+    };
+    let bias = sigmoid.then(|| {
+        (0..settings.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>()
+    });
+    let all = (settings.experts + settings.shared_experts) as usize;
+    let count = d * f + 3 * all * STRIDE;
+    let mut pool = |width: usize| Values::new(rng, weights, count, 1.0 / (width as f32).sqrt());
+    let (inner, outer) = (pool(d), pool(f));
+    (router, bias, Experts::Synthetic { inner, outer })
 }
 
 fn threads() -> usize {
@@ -450,7 +509,7 @@ struct OnGpu<'a> {
     gpu: &'a Gpu,
     ctx: &'a Context,
     layer: MoeLayer,
-    data: &'a Data,
+    data: &'a Data<'a>,
     hidden: wgpu::Buffer,
     sample: Vec<usize>,
     progress: &'a Progress,
@@ -661,12 +720,31 @@ fn mean_of_blocks(counts: &[u32], tokens: u32) -> f64 {
     counts[..full].iter().map(|&n| f64::from(n)).sum::<f64>() / full as f64
 }
 
+/// The layer that is run.
+struct Subject {
+    name: String,
+    settings: Settings,
+    /// Experts of the model it is of.
+    of: u32,
+    stored: Option<StoredLayer>,
+}
+
+impl Subject {
+    fn source(&self, weights: Option<Weights>) -> Source<'_> {
+        match &self.stored {
+            Some(layer) => Source::Stored(layer),
+            None => Source::Synthetic(weights.unwrap_or(Weights::Bf16)),
+        }
+    }
+}
+
 /// What a layer is, in a line.
-fn describe(name: &str, settings: &Settings, model: &Model, weights: Weights) -> String {
+fn describe(subject: &Subject, settings: &Settings, weights: WeightType) -> String {
     let mut line = format!(
-        "{name}: {} of {} experts, D {}, F {}, {} shared",
+        "{}: {} of {} experts, D {}, F {}, {} shared",
+        subject.name,
         settings.experts,
-        model.settings.experts,
+        subject.of,
         settings.hidden,
         settings.intermediate,
         settings.shared_experts
@@ -678,11 +756,12 @@ fn describe(name: &str, settings: &Settings, model: &Model, weights: Weights) ->
         }
     }
     let weights = match weights {
-        Weights::Bf16 => "bf16",
-        Weights::F16 => "f16",
-        Weights::F32 => "f32",
+        WeightType::Bf16 => "bf16",
+        WeightType::F16 => "f16",
+        WeightType::F32 => "f32",
     };
-    line + &format!("; {weights} weights, synthetic")
+    let from = if subject.stored.is_some() { "from the checkpoint" } else { "synthetic" };
+    line + &format!("; {weights} weights, {from}")
 }
 
 /// Replays the recorded layers; none where the folder is not there.
@@ -723,14 +802,48 @@ fn replay(
     Ok(golden)
 }
 
+/// A layer of synthetic weights.
+fn upload(
+    data: &Data<'_>,
+    gpu: &Gpu,
+    ctx: &Context,
+    progress: &Progress,
+) -> Result<MoeLayer, Error> {
+    let settings = data.settings;
+    let weight_type = data.expert(0, Projection::Gate).weight_type();
+    let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), None)?;
+    progress
+        .say(format!("making and packing {} MB of expert weights", weights.bytes() / 1_000_000));
+    for e in 0..settings.experts + settings.shared_experts {
+        for p in [Projection::Gate, Projection::Up, Projection::Down] {
+            weights.write(&gpu.queue, e, p, data.expert(e, p))?;
+        }
+        // Lets wgpu free the memory that carried them.
+        gpu.queue.submit([]);
+        if e % 16 == 15 {
+            gpu.wait()?;
+        }
+    }
+    let router = Router {
+        weight: Tensor::new(ctx, "router", &data.router)?,
+        bias: match &data.bias {
+            Some(bias) => Some(Tensor::new(ctx, "bias", bias)?),
+            None => None,
+        },
+        by_count: None,
+        by_expert: None,
+    };
+    MoeLayer::new(ctx, settings, router, weights)
+}
+
 /// All of it on a GPU.
 fn on_gpu(
     options: &Options,
-    model: &Model,
-    settings: Settings,
+    subject: &Subject,
     gpu: &Gpu,
     progress: &Progress,
 ) -> Result<Report, String> {
+    let settings = subject.settings;
     let say = |e: Error| e.to_string();
     let ctx = Context::new(&gpu.device).map_err(say)?;
     let mut notes = vec![];
@@ -746,34 +859,37 @@ fn on_gpu(
             options.tokens
         ));
     }
-    let weight_type = match options.weights {
-        Weights::Bf16 => WeightType::Bf16,
-        Weights::F16 => WeightType::F16,
-        Weights::F32 => WeightType::F32,
+    let source = subject.source(options.weights);
+    let layer = match source {
+        Source::Stored(stored) => {
+            ALLOCATED.reset_peak_usage();
+            let start = Instant::now();
+            let weight_type = options.weights.map(Weights::weight_type);
+            let mut bytes = 0;
+            let mut told = |done: u64, total: u64| {
+                let [done, all] = [done, total].map(|n| n / 1_000_000);
+                // Not a line for each matrix where there is no terminal.
+                if bytes == 0 || !progress.0.is_hidden() {
+                    progress.say(format!("loading layer {}: {done} of {all} MB", stored.number()));
+                }
+                bytes = total;
+            };
+            let layer = stored.load(&ctx, &gpu.queue, weight_type, &mut told).map_err(say)?;
+            let seconds = start.elapsed().as_secs_f64();
+            notes.push(format!(
+                "loaded {} MB in {seconds:.2} s, {:.0} MB/s, kernels compiled; peak of host allocations {:.1} MB",
+                bytes / 1_000_000,
+                bytes as f64 / 1e6 / seconds,
+                ALLOCATED.peak_usage_as_mb()
+            ));
+            Some(layer)
+        }
+        Source::Synthetic(_) => None,
     };
-    let weights =
-        ExpertWeights::new(&ctx, settings.expert_shape(weight_type), None).map_err(say)?;
-    progress
-        .say(format!("making and packing {} MB of expert weights", weights.bytes() / 1_000_000));
-    let data = Data::new(settings, options.tokens, options.weights, options.seed);
-    for e in 0..settings.experts + settings.shared_experts {
-        for p in [Projection::Gate, Projection::Up, Projection::Down] {
-            weights.write(&gpu.queue, e, p, data.expert(e, p)).map_err(say)?;
-        }
-        // Lets wgpu free the memory that carried them.
-        gpu.queue.submit([]);
-        if e % 16 == 15 {
-            gpu.wait().map_err(say)?;
-        }
-    }
-    let router = Router {
-        weight: Tensor::new(&ctx, "router", &data.router).map_err(say)?,
-        bias: match &data.bias {
-            Some(bias) => Some(Tensor::new(&ctx, "bias", bias).map_err(say)?),
-            None => None,
-        },
-        by_count: None,
-        by_expert: None,
+    let data = Data::new(settings, options.tokens, source, options.seed);
+    let layer = match layer {
+        Some(layer) => layer,
+        None => upload(&data, gpu, &ctx, progress).map_err(say)?,
     };
     let hidden = gpu.upload(&data.x);
 
@@ -790,12 +906,11 @@ fn on_gpu(
     let count = 3.0 / start.elapsed().as_secs_f64() * threads() as f64;
     let sample = spread(tokens, (count as usize).clamp(4, 64));
 
-    notes.push(describe(model.name, &settings, model, options.weights));
+    notes.push(describe(subject, &settings, layer.weights().shape().weight_type));
     notes.push(format!(
         "checked on the CPU: choices of all {tokens} tokens exactly; logits (within {LOGITS:e}), scores, gates and outputs of {} of them (within {OUTPUT:e} of a token's largest value)",
         sample.len()
     ));
-    let layer = MoeLayer::new(&ctx, settings, router, weights).map_err(say)?;
     let mut on_gpu =
         OnGpu { gpu, ctx: &ctx, layer, data: &data, hidden, sample, progress, timestamps: true };
     let mut reports = vec![];
@@ -819,31 +934,29 @@ fn on_gpu(
 
 /// The CPU twins alone: recorded layers, and each rule on a narrow layer, whose experts run token by token and, through the
 /// plan, expert by expert.
-fn on_cpu(
-    options: &Options,
-    model: &Model,
-    settings: Settings,
-    progress: &Progress,
-) -> Result<Report, String> {
+fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<Report, String> {
+    let settings = subject.settings;
     let mut notes = vec![];
     let golden = replay(progress, None, &mut notes)?;
-    let narrow = Settings {
-        hidden: settings.hidden.min(128),
-        intermediate: settings.intermediate.min(32),
-        ..settings
+    // A stored layer is as wide as it is.
+    let narrow = match subject.stored {
+        Some(_) => settings,
+        None => Settings {
+            hidden: settings.hidden.min(128),
+            intermediate: settings.intermediate.min(32),
+            ..settings
+        },
     };
-    let tokens = options.tokens.min(128);
-    notes.push(format!(
-        "{}; {tokens} tokens",
-        describe(model.name, &narrow, model, options.weights)
-    ));
+    let tokens = options.tokens.min(if subject.stored.is_some() { 8 } else { 128 });
+    let data = Data::new(narrow, tokens, subject.source(options.weights), options.seed);
+    let weight_type = data.expert(0, Projection::Gate).weight_type();
+    notes.push(format!("{}; {tokens} tokens", describe(subject, &narrow, weight_type)));
     notes.push(format!(
         "checked: tokens of each expert and experts of each token by the rule; experts token by token against expert by expert, within {OUTPUT:e} of a token's largest value"
     ));
     notes.push(
         "kernel times: of the CPU twins, which are written to be read, not to be fast".into(),
     );
-    let data = Data::new(narrow, tokens, options.weights, options.seed);
     let reports = rules(settings.routing, settings.experts)
         .iter()
         .map(|rule| {
@@ -861,7 +974,7 @@ fn on_cpu(
     })
 }
 
-fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
+fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
     let settings = Settings { routing: rule.routing, ..data.settings };
     let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
     let mut checks = Checks { rule: rule.name, progress, ok: true };
@@ -951,7 +1064,7 @@ fn rule_on_cpu(data: &Data, rule: &Rule, progress: &Progress) -> Result<RuleRepo
 /// How many tokens and experts a choice must join, by the rule alone.
 fn check_counts(
     checks: &mut Checks<'_>,
-    data: &Data,
+    data: &Data<'_>,
     settings: &Settings,
     routed: &HostRouting,
     slots: u32,
@@ -1060,25 +1173,38 @@ fn tables(report: &Report) -> String {
     text
 }
 
-fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
+/// The layer that the options name.
+fn subject(options: &Options) -> Result<Subject, String> {
+    if let Some(dir) = &options.checkpoint {
+        let stored = StoredLayer::open(dir, options.layer)?;
+        let settings = *stored.settings();
+        let name = format!("{}, layer {}", dir.display(), stored.number());
+        return Ok(Subject { name, settings, of: settings.experts, stored: Some(stored) });
+    }
     let model = model::find(&options.model).ok_or("no such model")?; // clap has checked it
-    let most = model.settings.experts;
-    if options.experts > most {
-        return Err(format!("--experts {}: {} has {most}", options.experts, model.name));
+    let of = model.settings.experts;
+    if options.experts > of {
+        return Err(format!("--experts {}: {} has {of}", options.experts, model.name));
     }
     let settings = model.with_experts(options.experts);
+    Ok(Subject { name: model.name.into(), settings, of, stored: None })
+}
+
+fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
+    let subject = subject(options)?;
+    let settings = &subject.settings;
     for rule in rules(settings.routing, settings.experts) {
         rule.routing
             .check(settings.experts)
-            .map_err(|e| format!("--experts {}: {}: {e}", options.experts, rule.name))?;
+            .map_err(|e| format!("{} experts: {}: {e}", settings.experts, rule.name))?;
     }
     progress.say("opening the device");
     match pollster::block_on(Gpu::open(options.adapter.as_deref())) {
-        Ok(gpu) => on_gpu(options, &model, settings, &gpu, progress),
+        Ok(gpu) => on_gpu(options, &subject, &gpu, progress),
         Err(e) if options.adapter.is_some() => Err(format!("--adapter: {e}")),
         Err(e) => {
             progress.note(&format!("{e}\nthe CPU twins run alone, on less work"));
-            on_cpu(options, &model, settings, progress)
+            on_cpu(options, &subject, progress)
         }
     }
 }

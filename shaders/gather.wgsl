@@ -1,12 +1,15 @@
-// out[s, h] = x[token_of[s], h]; 0 where token_of[s] >= tokens
-//   x [tokens, hidden] f32; token_of [slots] u32; out [slots, hidden] f32
+// out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone (keep)
+//   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
 // Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th vector of a row.
 
 struct Params {
     tokens: u32,
     slots: u32,
-    vectors: u32, // of a row
-    lanes: u32,   // of a row
+    vectors: u32,     // of a row
+    lanes: u32,       // of a row
+    first_token: u32, // that of x's first row
+    first_slot: u32,  // place of out's first row in token_of
+    keep: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -26,13 +29,13 @@ fn gather(
         return;
     }
     let to = s * params.vectors;
-    let t = token_of[s];
+    let t = token_of[params.first_slot + s] - params.first_token;
     let source = t * params.vectors;
     if t < params.tokens {
         for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
             out[to + i] = x[source + i];
         }
-    } else {
+    } else if params.keep == 0u {
         for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
             out[to + i] = Vector();
         }

@@ -1,5 +1,5 @@
 // out[s, n] = sum_k w[e][n, k] * x[row(s), k];  GATED: activate(that, the same sum over a second matrix)
-//   x [rows, depth] f32; row(s) = token_of[s] (GATHER) or s; out [slots, columns] f32
+//   x [rows, depth] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s; out [slots, columns] f32
 //   weights, weights_up [experts, columns, depth] in the layout of lib/matmul/layout.wgsl
 //   items of up to TILE_ROWS rows of one expert, from the plan or dense; a lane has all of them and 8 columns (GATED: 4 of
 //   each matrix)

@@ -2,8 +2,9 @@
 // out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
 // for 1 to TILE_ROWS (8 or 4) slots of one expert: weights are read once, 16 bytes a load, and are what it costs.
 //
-//   x        [rows, K] f32; row(s) = token_of[s] (GATHER) or s
+//   x        [rows, K] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s
 //   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
+//   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 2 * COLUMNS, GATED COLUMNS.
@@ -21,7 +22,7 @@ const X_ROWS: u32 = WG * 4u / STEP_DEPTH;
 const_assert X_ROWS >= TILE_ROWS;                       // so COLUMNS >= TILE_ROWS * WEIGHT_LANES
 const RUN_FOURS: u32 = RUN * WEIGHT_LANES / 4u;         // fours of k in a run
 
-@group(0) @binding(5) var<storage, read_write> out: array<f32>;
+@group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
 // Two tiles of x in turn (one barrier a step), [tile][part][k / 4][k % 4][row / 4][row % 4]. Dimensions of their own,
 // because an index that is constant once inlined needs no bounds check and folds into the load's offset: with one flat

@@ -1,8 +1,9 @@
 // out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
 // out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
 //
-//   x        [rows, K] f32; row(s) = token_of[s] (GATHER) or s
+//   x        [rows, K] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s
 //   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
+//   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 128, GATED 64.

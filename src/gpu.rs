@@ -1,7 +1,6 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
 use crate::layer::LayerStep;
 use crate::{Error, Result, Step};
-use wgpu::util::DeviceExt;
 
 /// A device and its queue, with the features our kernels can use where present.
 #[derive(Clone, Debug)]
@@ -86,15 +85,30 @@ impl Gpu {
         Ok(Self { device, queue, info: adapter.get_info() })
     }
 
-    /// A storage buffer holding `data`.
+    /// A storage buffer holding `data`. On a lost device, or where memory runs out, an invalid one: whatever it is bound to
+    /// or copied to is then refused with an error.
     pub fn upload<T: bytemuck::NoUninit>(&self, data: &[T]) -> wgpu::Buffer {
-        self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+        let contents: &[u8] = bytemuck::cast_slice(data);
+        let descriptor = wgpu::BufferDescriptor {
             label: None,
-            contents: bytemuck::cast_slice(data),
+            size: (contents.len() as u64).next_multiple_of(4),
             usage: wgpu::BufferUsages::STORAGE
                 | wgpu::BufferUsages::COPY_SRC
                 | wgpu::BufferUsages::COPY_DST,
-        })
+            mapped_at_creation: !contents.is_empty(),
+        };
+        let make = || {
+            let buffer = self.device.create_buffer(&descriptor);
+            if descriptor.mapped_at_creation {
+                if let Ok(mut view) = buffer.get_mapped_range_mut(..) {
+                    view.slice(..contents.len()).copy_from_slice(contents);
+                    drop(view);
+                    buffer.unmap();
+                }
+            }
+            buffer
+        };
+        crate::kernel::watched(&self.device, make).0
     }
 
     /// Records `step` into a pass of its own, submits it, and waits.

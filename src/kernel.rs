@@ -5,6 +5,9 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Most workgroup memory of a kernel, in bytes: WebGPU's default limit.
+pub const WORKGROUP_BYTES: u64 = 16_384;
+
 /// Every kernel of the crate. `tests/suite/shaders.rs` validates each one in each variant, no GPU needed.
 pub const SPECS: &[&Spec] = crate::ops::SPECS;
 
@@ -139,6 +142,7 @@ pub(crate) use params;
 
 /// What kind of device the kernels are laid out for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Target {
     /// Wide devices: many lanes work on one row, and meet in workgroup memory.
     Gpu,
@@ -149,6 +153,7 @@ pub enum Target {
 
 /// Which of the variants of its kernels a [`Context`] uses. All give the same choices, and outputs equal within rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Variant {
     /// Layout of the work.
     pub target: Target,
@@ -185,12 +190,21 @@ impl Variant {
 
 /// A device as the kernels see it: the device, the variant in use, and the pipelines made so far. Clones share the
 /// pipelines, so any number of ops and layers made from one context compile each kernel once.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Context {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context")
+            .field("adapter", &self.info().name)
+            .field("variant", &self.variant())
+            .field("pipelines", &self.pipelines())
+            .finish_non_exhaustive()
+    }
+}
+
 struct Inner {
     device: wgpu::Device,
     limits: wgpu::Limits,
@@ -320,6 +334,18 @@ impl Context {
         if !missing.is_empty() {
             return Err(Error::Feature { missing });
         }
+        let (need, have) =
+            (spec.bindings.len() as u64, self.limits().max_storage_buffers_per_shader_stage.into());
+        if need > have {
+            let limit = "max_storage_buffers_per_shader_stage";
+            return Err(Error::Limit { name: spec.name, limit, need, have });
+        }
+        // wgpu does not look at this limit, and drivers crash: all kernels stay within WebGPU's default.
+        let have = self.limits().max_compute_workgroup_storage_size.into();
+        if have < WORKGROUP_BYTES && spec.source(&key.1).contains("var<workgroup>") {
+            let limit = "max_compute_workgroup_storage_size";
+            return Err(Error::Limit { name: spec.name, limit, need: WORKGROUP_BYTES, have });
+        }
         alive(self.device())?;
         let kernel = Arc::new(scoped(self.device(), || {
             Kernel::new(self.device(), spec, &key.1, self.inner.cache.as_ref())
@@ -330,7 +356,10 @@ impl Context {
 }
 
 /// Runs what makes wgpu objects under error scopes, so that no error reaches the device's uncaptured-error handler.
-pub(crate) fn scoped<T>(device: &wgpu::Device, make: impl FnOnce() -> T) -> Result<T> {
+pub(crate) fn watched<T>(
+    device: &wgpu::Device,
+    make: impl FnOnce() -> T,
+) -> (T, Option<wgpu::Error>) {
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
     let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -339,23 +368,33 @@ pub(crate) fn scoped<T>(device: &wgpu::Device, make: impl FnOnce() -> T) -> Resu
         // In a browser the answer comes later than we can wait for; its own console shows it.
         if cfg!(target_family = "wasm") { None } else { pollster::block_on(pop) }
     });
-    match errors.into_iter().flatten().next() {
-        Some(e) => Err(Error::Device(e.to_string())),
-        None => Ok(made),
+    (made, errors.into_iter().flatten().next())
+}
+
+/// As [`watched`], an error in place of what was made.
+pub(crate) fn scoped<T>(device: &wgpu::Device, make: impl FnOnce() -> T) -> Result<T> {
+    match watched(device, make) {
+        (_, Some(e)) => Err(Error::Device(e.to_string())),
+        (made, None) => Ok(made),
     }
 }
 
 /// Fails if the device is lost. wgpu tells no error scope of that, but the buffers of a lost device cannot be mapped.
 pub(crate) fn alive(device: &wgpu::Device) -> Result<()> {
-    uniform(device, Some("probe"), &[0; 4]).map(|_| ())
+    holding(device, Some("probe"), wgpu::BufferUsages::UNIFORM, &[0; 4]).map(|_| ())
 }
 
-/// A uniform buffer holding `contents`; wgpu's own helper panics on a lost device.
-fn uniform(device: &wgpu::Device, label: Option<&str>, contents: &[u8]) -> Result<wgpu::Buffer> {
+/// A buffer holding `contents`; wgpu's own helper panics on a lost device, and where memory runs out.
+pub(crate) fn holding(
+    device: &wgpu::Device,
+    label: Option<&str>,
+    usage: wgpu::BufferUsages,
+    contents: &[u8],
+) -> Result<wgpu::Buffer> {
     let buffer = device.create_buffer(&wgpu::BufferDescriptor {
         label,
-        size: (contents.len() as u64).next_multiple_of(4),
-        usage: wgpu::BufferUsages::UNIFORM,
+        size: (contents.len() as u64).next_multiple_of(4).max(4),
+        usage,
         mapped_at_creation: true,
     });
     match buffer.get_mapped_range_mut(..) {
@@ -367,12 +406,17 @@ fn uniform(device: &wgpu::Device, label: Option<&str>, contents: &[u8]) -> Resul
 }
 
 /// A compiled kernel and its layout.
-#[derive(Debug)]
 pub(crate) struct Kernel {
     spec: &'static Spec,
     prelude: Prelude,
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.spec.name, self.prelude.label)
+    }
 }
 
 impl Kernel {
@@ -441,7 +485,8 @@ impl Kernel {
         let device = ctx.device();
         let label = Some(self.spec.name);
         let bind_group = scoped(device, || {
-            let params = uniform(device, label, bytemuck::bytes_of(params))?;
+            let usage = wgpu::BufferUsages::UNIFORM;
+            let params = holding(device, label, usage, bytemuck::bytes_of(params))?;
             let mut entries =
                 vec![wgpu::BindGroupEntry { binding: 0, resource: params.as_entire_binding() }];
             for (binding, s) in (1..).zip(slices) {

@@ -1,5 +1,5 @@
 //! A whole MoE layer: from hidden states to output, recorded in one pass (ARCHITECTURE 1).
-use crate::kernel::scoped;
+use crate::kernel::{holding, scoped};
 use crate::ops::expert_choice::{self, DropArgs};
 use crate::ops::matmul::{
     self, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
@@ -7,7 +7,8 @@ use crate::ops::matmul::{
 use crate::ops::plan_count::{self, Gates, Scales};
 use crate::ops::plan_scan::{self, Losses, Stats};
 use crate::ops::{
-    block_choice, block_plan, combine, coreset, plan_fill, scores, sequence_top, token_choice,
+    block_choice, block_plan, combine, coreset, gather, plan_fill, scores, sequence_top,
+    token_choice,
 };
 use crate::routing::{Activation, ExpertChoice, Routing, Scope, SequenceTop, TokenChoice};
 use crate::weights::{ExpertShape, ExpertWeights, PANEL};
@@ -15,7 +16,9 @@ use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use wgpu::util::DeviceExt;
+
+mod experts;
+pub use experts::{Assignments, ExpertBatch, MoeExperts};
 
 /// A layer as plain data.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,22 +67,18 @@ impl Tensor {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where memory runs out.
+    /// [`Error::Device`] where memory runs out or the device is lost.
     pub fn new<T: bytemuck::NoUninit>(
         ctx: &Context,
         name: &'static str,
         data: &[T],
     ) -> Result<Self> {
-        let buffer = scoped(ctx.device(), || {
-            ctx.device().create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                label: Some(name),
-                contents: bytemuck::cast_slice(data),
-                usage: wgpu::BufferUsages::STORAGE
-                    | wgpu::BufferUsages::COPY_DST
-                    | wgpu::BufferUsages::COPY_SRC,
-            })
-        })?;
-        Ok(Self::from_slice((&buffer).into()))
+        let usage = wgpu::BufferUsages::STORAGE
+            | wgpu::BufferUsages::COPY_DST
+            | wgpu::BufferUsages::COPY_SRC;
+        let contents = bytemuck::cast_slice(data);
+        let buffer = scoped(ctx.device(), || holding(ctx.device(), Some(name), usage, contents))??;
+        Ok(Self { buffer, offset: 0, size: contents.len() as u64 })
     }
 
     /// A buffer of ours and its first `size` bytes.
@@ -197,10 +196,13 @@ impl<'a> RoutingBatch<'a> {
     }
 }
 
+/// Name of a tensor, which of its buffers, and bytes.
+type ScratchKey = (&'static str, usize, u64);
+
 /// Buffers between the kernels of a layer. Layers bound to one share them: they must then run in order.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
-    buffers: Arc<Mutex<HashMap<(&'static str, u64), wgpu::Buffer>>>,
+    buffers: Arc<Mutex<HashMap<ScratchKey, wgpu::Buffer>>>,
 }
 
 impl Scratch {
@@ -210,12 +212,17 @@ impl Scratch {
     }
 
     fn get(&self, ctx: &Context, name: &'static str, bytes: u64) -> Result<Tensor> {
+        self.part(ctx, name, 0, bytes)
+    }
+
+    /// A part of a tensor that lies in several buffers.
+    fn part(&self, ctx: &Context, name: &'static str, part: usize, bytes: u64) -> Result<Tensor> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(buffer) = buffers.get(&(name, bytes)) {
+        if let Some(buffer) = buffers.get(&(name, part, bytes)) {
             return Ok(Tensor { buffer: buffer.clone(), offset: 0, size: bytes });
         }
         let buffer = ctx.scratch(name, bytes)?;
-        buffers.insert((name, bytes), buffer.clone());
+        buffers.insert((name, part, bytes), buffer.clone());
         Ok(Tensor { buffer, offset: 0, size: bytes })
     }
 
@@ -272,7 +279,7 @@ impl PlanKernels {
 
 /// What runs a plan.
 #[derive(Clone, Debug)]
-struct Ffn {
+pub(crate) struct Ffn {
     ctx: Context,
     weights: ExpertWeights,
     kernels: Arc<FfnKernels>,
@@ -335,6 +342,21 @@ impl MoeLayer {
         Ok(Self { routing, ffn: self.ffn.clone() })
     }
 
+    /// The same router and experts with the kernels of another context of their device, so in another
+    /// [`Variant`](crate::Variant); the weights' pages are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As [`MoeLayer::new`].
+    pub fn with_context(&self, ctx: &Context) -> Result<Self> {
+        Self::new(ctx, *self.settings(), self.router().clone(), self.weights().clone())
+    }
+
+    /// The context that the layer was made from.
+    pub fn context(&self) -> &Context {
+        &self.ffn.ctx
+    }
+
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.routing.settings
@@ -359,10 +381,17 @@ impl MoeLayer {
         let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
-        let scratch = Some(scratch.unwrap_or(&own));
-        let routing = RoutingBatch { hidden, tokens, sequences, blocks, routed_slots, scratch };
+        let scratch = scratch.unwrap_or(&own);
+        let routing = RoutingBatch {
+            hidden,
+            tokens,
+            sequences,
+            blocks,
+            routed_slots,
+            scratch: Some(scratch),
+        };
         let mut step = self.routing.bind(&routing)?;
-        self.ffn.bind(&mut step, hidden, out, add, scratch.unwrap_or(&own))?;
+        self.ffn.bind(&mut step, hidden, out, add, scratch)?;
         Ok(step)
     }
 }
@@ -459,7 +488,8 @@ impl MoeRouting {
                 }
             },
         };
-        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound.into()));
+        // A plan has room for one: no binding is empty.
+        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound.into())).max(1);
         u32::try_from(slots)
             .map_err(|_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits")))
     }
@@ -498,14 +528,14 @@ impl MoeRouting {
         let mut parts = vec![];
 
         // Router.
-        parts.push(kernels.logits.bind(
-            tokens,
-            LogitsArgs {
-                x: batch.hidden,
+        for rows in windows(ctx, "hidden", tokens, hidden)? {
+            let args = LogitsArgs {
+                x: batch.hidden.rows(&rows, hidden),
                 weights: self.router.weight.slice(),
                 logits: logits.slice(),
-            },
-        )?);
+            };
+            parts.push(kernels.logits.bind_rows(tokens, rows, args)?);
+        }
         let (s, r) = match &kernels.scores {
             None => (logits.clone(), logits.clone()),
             Some(scores) => {
@@ -704,7 +734,11 @@ impl MoeRouting {
 }
 
 impl Ffn {
-    fn new(ctx: &Context, activation: Activation, weights: ExpertWeights) -> Result<Self> {
+    pub(crate) fn new(
+        ctx: &Context,
+        activation: Activation,
+        weights: ExpertWeights,
+    ) -> Result<Self> {
         let shape = weights.shape();
         let gate_up = |class| GroupedMatmul::new(ctx, &shape, Stage::GateUp(activation), class);
         let down = |class| GroupedMatmul::new(ctx, &shape, Stage::Down, class);
@@ -717,7 +751,7 @@ impl Ffn {
     }
 
     /// Checks of the slices that a batch is read from and written to.
-    fn check(&self, hidden: Slice<'_>, out: Slice<'_>, tokens: u32) -> Result<()> {
+    pub(crate) fn check(&self, hidden: Slice<'_>, out: Slice<'_>, tokens: u32) -> Result<()> {
         let shape = [tokens.into(), self.weights.shape().hidden.into()];
         hidden.expect("hidden", &shape, 4)?;
         out.expect("out", &shape, 4)?;
@@ -736,47 +770,82 @@ impl Ffn {
         add: bool,
         scratch: &Scratch,
     ) -> Result<()> {
-        let Some((shape, plan)) = &step.plan else { return Ok(()) };
-        let (parts, ctx, kernels) = (&mut step.parts, &self.ctx, &*self.kernels);
+        let Some((shape, plan)) = step.plan() else { return Ok(()) };
+        let ExpertParts { gate_up, down } =
+            self.parts((&shape, plan), (x, out, add), scratch, None)?;
+        step.parts.extend(gate_up);
+        for (matmuls, combine) in down {
+            step.parts.extend(matmuls);
+            step.parts.extend(combine);
+        }
+        Ok(())
+    }
+
+    /// The part of a step that follows its plan: `h` in stretches of slots, `y` in stretches of columns, each within a
+    /// binding. With `places`, the weights hold only some experts at a time ([`matmul::Args::places`]), and each
+    /// stretch of `y` keeps its own buffer, so that they can be computed expert by expert before any is combined.
+    pub(crate) fn parts(
+        &self,
+        (shape, plan): (&PlanShape, Slice<'_>),
+        (x, out, add): (Slice<'_>, Slice<'_>, bool),
+        scratch: &Scratch,
+        places: Option<Slice<'_>>,
+    ) -> Result<ExpertParts> {
         let ExpertShape { hidden, intermediate, .. } = self.weights.shape();
-        let get = |name, bytes| scratch.get(ctx, name, bytes);
+        let (ctx, tokens, kernels) = (&self.ctx, shape.tokens, &*self.kernels);
         let slots = shape.slots()?;
-        // Experts: `h` in stretches of slots, `y` in stretches of columns, each within a binding.
-        let most_rows =
-            (ctx.max_binding() / 4 / u64::from(intermediate)).clamp(1, slots.into()) as u32;
-        let stretches: Vec<Range<u32>> = chunks(slots, most_rows);
-        let h: Vec<Tensor> = ["h", "h1", "h2", "h3", "h4", "h5", "h6", "h7"]
-            .iter()
-            .zip(&stretches)
-            .map(|(name, rows)| {
-                get(name, u64::from(rows.end - rows.start) * u64::from(intermediate) * 4)
+        let x_windows = windows(ctx, "hidden", tokens, hidden)?;
+        // Where `hidden` does not fit a binding, the rows of each stretch's slots are copied together, window by window.
+        let gathered = x_windows.len() > 1;
+        let widest = if gathered { intermediate.max(hidden) } else { intermediate };
+        let most_rows = (ctx.max_binding() / 4 / u64::from(widest)).clamp(1, slots.into()) as u32;
+        let x_rows = if gathered {
+            let bytes = u64::from(most_rows) * u64::from(hidden) * 4;
+            Some((gather::Gather::new(ctx)?, scratch.get(ctx, "x", bytes)?))
+        } else {
+            None
+        };
+        let stretches: Vec<(Range<u32>, Tensor)> = chunks(slots, most_rows)
+            .into_iter()
+            .enumerate()
+            .map(|(i, rows)| {
+                let bytes = u64::from(rows.end - rows.start) * u64::from(intermediate) * 4;
+                Ok((rows, scratch.part(ctx, "h", i, bytes)?))
             })
             .collect::<Result<_>>()?;
-        if h.len() < stretches.len() {
-            let (need, have) =
-                (u64::from(slots) * u64::from(intermediate) * 4, 8 * ctx.max_binding());
-            return Err(Error::Limit {
-                name: "tokens",
-                limit: "8 * max_storage_buffer_binding_size",
-                need,
-                have,
-            });
-        }
-        let classes: &[usize] = if shape.tokens <= SKINNY_ROWS { &[0] } else { &[0, 1] };
+        let classes: &[usize] = if tokens <= SKINNY_ROWS { &[0] } else { &[0, 1] };
         let [gate_up_pages, down_pages] = self.weights.page_counts();
-        for (rows, h) in stretches.iter().zip(&h) {
+        let mut gate_up = vec![];
+        for (rows, h) in &stretches {
+            if let Some((gather, x_rows)) = &x_rows {
+                for window in &x_windows {
+                    gate_up.push(gather.bind_window(
+                        shape,
+                        gather::WindowArgs {
+                            x: x.rows(window, hidden),
+                            tokens: window.clone(),
+                            plan,
+                            slots: rows.clone(),
+                            out: x_rows.slice(),
+                            hidden,
+                        },
+                    )?);
+                }
+            }
             for page in 0..gate_up_pages {
                 for &class in classes {
-                    parts.push(kernels.gate_up[class].bind(matmul::Args {
-                        x,
+                    gate_up.push(kernels.gate_up[class].bind(matmul::Args {
+                        x: x_rows.as_ref().map_or(x, |(_, x)| x.slice()),
+                        gather: !gathered,
                         shape,
-                        plan: plan.slice(),
+                        plan,
                         weights: &self.weights,
                         page,
+                        places,
                         out: h.slice(),
                         slots: rows.clone(),
                         columns: 0..intermediate,
-                        x_slot: 0,
+                        x_slot: rows.start,
                         out_slot: rows.start,
                     })?);
                 }
@@ -790,17 +859,23 @@ impl Ffn {
             let limit = "max_storage_buffer_binding_size";
             return Err(Error::Limit { name: "tokens", limit, need, have: ctx.max_binding() });
         }
-        for columns in chunks(hidden, most_columns) {
-            let y = get("y", u64::from(slots) * u64::from(columns.end - columns.start) * 4)?;
-            for (rows, h) in stretches.iter().zip(&h) {
+        let out_windows = windows(ctx, "out", tokens, hidden)?;
+        let mut down = vec![];
+        for (i, columns) in chunks(hidden, most_columns).into_iter().enumerate() {
+            let bytes = u64::from(slots) * u64::from(columns.end - columns.start) * 4;
+            let y = scratch.part(ctx, "y", if places.is_some() { i } else { 0 }, bytes)?;
+            let mut matmuls = vec![];
+            for (rows, h) in &stretches {
                 for page in 0..down_pages {
                     for &class in classes {
-                        parts.push(kernels.down[class].bind(matmul::Args {
+                        matmuls.push(kernels.down[class].bind(matmul::Args {
                             x: h.slice(),
+                            gather: false,
                             shape,
-                            plan: plan.slice(),
+                            plan,
                             weights: &self.weights,
                             page,
+                            places,
                             out: y.slice(),
                             slots: rows.clone(),
                             columns: columns.clone(),
@@ -810,13 +885,46 @@ impl Ffn {
                     }
                 }
             }
-            parts.push(kernels.combine.bind(
-                shape,
-                combine::Args { y: y.slice(), plan: plan.slice(), out, columns, hidden, add },
-            )?);
+            let mut combine = vec![];
+            for window in &out_windows {
+                let args = combine::Args {
+                    y: y.slice(),
+                    plan,
+                    out: out.rows(window, hidden),
+                    columns: columns.clone(),
+                    hidden,
+                    add,
+                };
+                combine.push(kernels.combine.bind_tokens(shape, window.clone(), args)?);
+            }
+            down.push((matmuls, combine));
         }
-        Ok(())
+        Ok(ExpertParts { gate_up, down })
     }
+}
+
+/// The dispatches that follow a plan.
+pub(crate) struct ExpertParts {
+    pub(crate) gate_up: Vec<Step>,
+    /// The second matmul of each stretch of columns, and what combines it into `out`.
+    pub(crate) down: Vec<(Vec<Step>, Vec<Step>)>,
+}
+
+/// Rows `[rows, width]` f32 in stretches that each fit a binding and start where one may start; one of all where they fit.
+fn windows(ctx: &Context, name: &'static str, rows: u32, width: u32) -> Result<Vec<Range<u32>>> {
+    let (have, row) = (ctx.max_binding(), u64::from(width) * 4);
+    if u64::from(rows) * row <= have {
+        return Ok(chunks(rows, rows.max(1)));
+    }
+    // A power of two, so that the rows from one aligned start to the next are one, too.
+    let alignment = u64::from(ctx.limits().min_storage_buffer_offset_alignment);
+    let apart = (alignment >> row.trailing_zeros()).max(1);
+    let most = have / row / apart * apart;
+    if most == 0 {
+        let limit = "max_storage_buffer_binding_size";
+        return Err(Error::Limit { name, limit, need: apart * row, have });
+    }
+    Ok(chunks(rows, most as u32)) // fewer than `rows`
 }
 
 /// `0..n` in stretches of at most `step`.

@@ -1,8 +1,11 @@
 #![doc = include_str!("../docs/crate.md")]
 
 pub mod bits;
+pub mod cache;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
+#[doc = include_str!("../docs/embedding.md")]
+pub mod embedding {}
 mod error;
 mod exact;
 mod gpu;
@@ -21,12 +24,14 @@ pub mod schedule;
 mod slice;
 #[cfg(feature = "checkpoint")]
 mod staging;
+pub mod tune;
 pub mod weights;
 
+pub use cache::{CachedLayer, ExpertSource};
 pub use error::{Error, Result};
 pub use gpu::Gpu;
 pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
-pub use layer::{MoeLayer, Settings};
+pub use layer::{MoeExperts, MoeLayer, MoeRouting, Settings};
 pub use plan::PlanShape;
 pub use routing::{Activation, BlockRule, Routing, Score};
 pub use slice::Slice;

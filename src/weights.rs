@@ -4,7 +4,7 @@
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
 //! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
 //! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
-use crate::kernel::scoped;
+use crate::kernel::{alive, scoped};
 use crate::pack::{self, UNIT};
 use crate::slice::bytes_of;
 use crate::{Context, Error, Result};
@@ -67,14 +67,19 @@ impl<'a> HostWeights<'a> {
         }
     }
 
+    /// Type of the values.
+    pub fn weight_type(&self) -> WeightType {
+        match self {
+            Self::F32(_) => WeightType::F32,
+            Self::F16(_) => WeightType::F16,
+            Self::Bf16(_) => WeightType::Bf16,
+            Self::View(view) => view.weight_type(),
+        }
+    }
+
     /// Bytes of the values.
     pub fn size(&self) -> u64 {
-        let value = match self {
-            Self::F32(_) => 4,
-            Self::F16(_) | Self::Bf16(_) => 2,
-            Self::View(view) => view.weight_type().bytes(),
-        };
-        self.len() as u64 * value
+        self.len() as u64 * self.weight_type().bytes()
     }
 
     /// Whether there are none.
@@ -116,13 +121,13 @@ impl<'a> HostWeights<'a> {
                 format!("expected {expected} values, {shape:?}, got {got}"),
             ));
         }
-        let (bytes, weight_type) = match *self {
-            Self::F32(v) => (bytemuck::cast_slice(v), WeightType::F32),
-            Self::F16(v) => (bytemuck::cast_slice(v), WeightType::F16),
-            Self::Bf16(v) => (bytemuck::cast_slice(v), WeightType::Bf16),
+        let bytes = match *self {
+            Self::F32(v) => bytemuck::cast_slice(v),
+            Self::F16(v) => bytemuck::cast_slice(v),
+            Self::Bf16(v) => bytemuck::cast_slice(v),
             Self::View(view) => return Ok(view),
         };
-        MatrixView::new(bytes, weight_type, shape, [shape[1].into(), 1])
+        MatrixView::new(bytes, self.weight_type(), shape, [shape[1].into(), 1])
     }
 }
 
@@ -169,6 +174,25 @@ impl ExpertShape {
         3 * u64::from(self.hidden) * u64::from(self.intermediate) * self.weight_type.bytes()
     }
 
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { experts, hidden, intermediate, .. } = *self;
+        crate::ops::not_zero(&[
+            ("experts", experts),
+            ("hidden", hidden),
+            ("intermediate", intermediate),
+        ])?;
+        bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4).map(|_| ())
+    }
+
+    /// Bytes of one expert's three matrices on the device, padded and packed.
+    pub fn device_bytes(&self) -> u64 {
+        [Projection::Gate, Projection::Up, Projection::Down]
+            .map(|p| self.matrix(p))
+            .iter()
+            .map(|&[columns, depth]| self.packed_bytes(columns, depth))
+            .sum()
+    }
+
     /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values.
     fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
         u64::from(columns.next_multiple_of(PANEL))
@@ -200,15 +224,11 @@ impl ExpertWeights {
     ///
     /// # Errors
     ///
-    /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out.
+    /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out or the
+    /// device is lost.
     pub fn new(ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Result<Self> {
-        let ExpertShape { experts, hidden, intermediate, .. } = shape;
-        crate::ops::not_zero(&[
-            ("experts", experts),
-            ("hidden", hidden),
-            ("intermediate", intermediate),
-        ])?;
-        bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4)?;
+        shape.check()?;
+        alive(ctx.device())?;
         let limit = page_limit.unwrap_or(u64::MAX).min(ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;

@@ -38,16 +38,24 @@ fn a_layer_of_any_size_loads_in_128_mib() {
     let ctx = Context::new(&gpu.device).expect("a context");
     let checkpoint = Checkpoint::open(dir.path()).expect("opened");
     let mut seen = (0, 0);
+    // Memory that carries uploads is the driver's: our allocator does not see it, even where it is the host's.
+    let buffers = || gpu.device.get_internal_counters().hal.buffer_memory.read();
+    let mut most_buffers = 0;
     let mut progress = |now: wgmoe::checkpoint::Progress| {
         assert!(now.done > seen.0, "progress goes forward");
         seen = (now.done, now.total);
+        most_buffers = most_buffers.max(buffers());
     };
     let load = Load { progress: Some(&mut progress), ..Load::default() };
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, load).expect("loaded");
     let experts = settings.expert_shape(layer.weights().shape().weight_type);
     assert_eq!(seen, (65 * experts.expert_bytes(), 65 * experts.expert_bytes()), "all is done");
     assert_eq!(layer.weights().bytes(), 65 * experts.expert_bytes(), "no padding in this shape");
+    let staged = most_buffers - buffers();
     let peak = ALLOCATED.peak_usage();
-    eprintln!("{total} bytes loaded, peak of allocations {peak} bytes");
-    assert!(peak < MOST, "loading took {peak} bytes");
+    eprintln!("{total} bytes loaded; peak of allocations {peak} bytes, of staging {staged} bytes");
+    // Two batches under way, one being filled, its last piece; a driver may round each up.
+    let counts = buffers() > 0; // not every backend does
+    assert!(!counts || (1..72 << 20).contains(&staged), "{staged} bytes beside the layer's own");
+    assert!(peak + (staged as usize) < MOST, "loading took {peak} and {staged} bytes");
 }

@@ -61,7 +61,7 @@ fuzz_target!(|input: &[u8]| {
         sum += (0..matrix.len()).map(|i| matrix.get(i)).sum::<f32>();
     }
     for expert in 0..settings.experts + settings.shared_experts + 1 {
-        for projection in [Projection::Gate, Projection::Up, Projection::Down] {
+        for projection in Projection::ALL {
             if let Ok(matrix) = checkpoint.expert(layer, expert, projection) {
                 sum += (0..matrix.len()).map(|i| matrix.get(i)).sum::<f32>();
             }

@@ -10,6 +10,8 @@ use std::path::Path;
 
 /// Largest hidden or intermediate size: a thousand times that of models of today would not fit a file.
 const MOST_SIZE: u32 = 1 << 20;
+/// Most layers.
+const MOST_LAYERS: u32 = 1 << 16;
 
 /// What `config.json` says of a model's MoE layers.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,7 +22,7 @@ pub struct Config {
     pub layers: u32,
     /// Layers at the front that are dense.
     pub dense: u32,
-    /// Layers further on that are dense.
+    /// Layers further on that are dense, in ascending order.
     pub more_dense: Vec<u32>,
     /// Tokens that are decoded together, where it says so: blocks for the rule, [`crate::layer::BLOCK`] if absent.
     pub block_size: Option<u32>,
@@ -56,7 +58,7 @@ impl Config {
 
     /// Whether a layer is dense; of no meaning past the last one.
     pub fn is_dense(&self, layer: u32) -> bool {
-        layer < self.dense || self.more_dense.contains(&layer)
+        layer < self.dense || self.more_dense.binary_search(&layer).is_ok()
     }
 }
 
@@ -118,7 +120,7 @@ impl<'a> Fields<'a> {
             self.needed(&["moe_intermediate_size", "expert_intermediate_size"], MOST_SIZE)?;
         let experts =
             self.needed(&["num_experts", "n_routed_experts", "num_local_experts"], MAX_EXPERTS)?;
-        let layers = self.needed(&["num_hidden_layers"], MOST_SIZE)?;
+        let layers = self.needed(&["num_hidden_layers"], MOST_LAYERS)?;
         let bias = self.flag(&["moe_router_enable_expert_bias"])?;
         let score = self.score(bias)?;
         let normalised = self.flag(&["norm_topk_prob"])?.unwrap_or(score == Score::Sigmoid);
@@ -234,7 +236,7 @@ impl<'a> Fields<'a> {
             dense.extend(list.into_iter().filter_map(|n| u32::try_from(n).ok()));
         }
         // Every so many layers are MoE layers, the last of each stretch.
-        let step = self.number(&["decoder_sparse_step"], MOST_SIZE)?.unwrap_or(1);
+        let step = self.number(&["decoder_sparse_step"], MOST_LAYERS)?.unwrap_or(1);
         if step == 0 {
             return self.fail("decoder_sparse_step", "must not be 0");
         }

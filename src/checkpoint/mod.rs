@@ -31,8 +31,6 @@ use names::{fill, is_stacked};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
-
 /// A checkpoint on disk, its files mapped.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -226,7 +224,7 @@ impl Checkpoint {
         self.bias(layer)?;
         let Settings { experts, shared_experts, .. } = self.config.settings;
         for expert in 0..experts + shared_experts {
-            for projection in PROJECTIONS {
+            for projection in Projection::ALL {
                 self.expert(layer, expert, projection)?;
             }
         }
@@ -294,7 +292,7 @@ impl Checkpoint {
         let mut done = 0;
         let total = u64::from(all) * settings.expert_shape(self.weight_type(layer)?).expert_bytes();
         for expert in 0..all {
-            for projection in PROJECTIONS {
+            for projection in Projection::ALL {
                 let matrix = self.expert(layer, expert, projection)?;
                 done += matrix.size();
                 staging.matrix(&weights, expert, projection, matrix)?;

@@ -94,8 +94,18 @@ impl Combine {
     ///
     /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+        self.bind_tokens(shape, 0..shape.tokens, args)
+    }
+
+    /// The same for some of the plan's tokens, whose rows alone are `args.out`.
+    pub(crate) fn bind_tokens(
+        &self,
+        shape: &PlanShape,
+        of: Range<u32>,
+        args: Args<'_>,
+    ) -> Result<Step> {
         let at = shape.sections()?;
-        let (tokens, slots, hidden) = (shape.tokens, shape.slots()?, args.hidden);
+        let (tokens, slots, hidden) = (of.end - of.start, shape.slots()?, args.hidden);
         let Range { start, end } = args.columns;
         not_zero(&[("hidden", hidden)])?;
         if start >= end || end > hidden {
@@ -114,7 +124,7 @@ impl Combine {
             out_vectors: hidden / vector,
             first_vector: start / vector,
             add: args.add.into(),
-            token_offsets: at.token_offsets,
+            token_offsets: at.token_offsets + of.start,
             slot_of: at.slot_of,
             gate_of: at.gate_of,
         };

@@ -195,7 +195,7 @@ pub struct ExpertChoice {
 }
 
 impl ExpertChoice {
-    /// Compiles the kernel and its variant that drops.
+    /// Compiles the kernels for few and for many tokens, and their variants that drop.
     ///
     /// # Errors
     ///
@@ -203,12 +203,14 @@ impl ExpertChoice {
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
         for masked in [false, true] {
-            op.kernel(1, 2, masked)?;
+            for (tokens, experts) in [(1, 1), (1, 2), (u32::MAX, 1)] {
+                op.kernel(tokens, experts, masked)?;
+            }
         }
         Ok(op)
     }
 
-    /// The kernel for this many tokens and experts, made now if it is the first of its kind, and the experts of a workgroup.
+    /// The kernel for this many tokens and experts, and the experts of a workgroup.
     fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
         if self.ctx.variant().target == Target::Gpu || tokens > SERIAL_TOKENS {
             return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));

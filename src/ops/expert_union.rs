@@ -145,18 +145,20 @@ pub struct ExpertUnion {
 }
 
 impl ExpertUnion {
-    /// Compiles the kernel.
+    /// Compiles the kernel, for few tokens and for many.
     ///
     /// # Errors
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
-        op.kernel(1, 1)?;
+        for columns in [1, u32::MAX] {
+            op.kernel(1, columns)?;
+        }
         Ok(op)
     }
 
-    /// The kernel for these sizes, made now if it is the first of its kind. With few lanes a block of all tokens may take
+    /// The kernel for these sizes. With few lanes a block of all tokens may take
     /// more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
     fn kernel(&self, experts: u32, columns: u32) -> Result<Arc<Kernel>> {
         let variant = self.ctx.variant();

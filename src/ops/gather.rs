@@ -2,7 +2,8 @@
 //! the experts themselves.)
 use super::{GRID, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, Target};
+use crate::{Context, PlanShape, Result, Slice, Step, Target};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// See `shaders/gather.wgsl`.
@@ -17,7 +18,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, slots: u32, vectors: u32, lanes: u32 }
+params! { tokens: u32, slots: u32, vectors: u32, lanes: u32, first_token: u32, first_slot: u32, keep: u32 }
 
 /// f32 of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
 fn widths(target: Target) -> &'static [u32] {
@@ -130,13 +131,49 @@ impl Gather {
         args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
         args.token_of.expect("token_of", &[slots.into()], 4)?;
         args.out.expect("out", &[slots.into(), hidden.into()], 4)?;
+        let params = Params { tokens, slots, ..Params::default() };
+        self.dispatch(params, hidden, [args.x, args.token_of, args.out])
+    }
+
+    /// The rows of some of a plan's slots whose tokens lie in a window of `x`; rows of other tokens are left alone.
+    pub(crate) fn bind_window(&self, shape: &PlanShape, args: WindowArgs<'_>) -> Result<Step> {
+        let params = Params {
+            tokens: args.tokens.end - args.tokens.start,
+            slots: args.slots.end - args.slots.start,
+            first_token: args.tokens.start,
+            first_slot: shape.sections()?.token_of + args.slots.start,
+            keep: 1,
+            ..Params::default()
+        };
+        self.dispatch(params, args.hidden, [args.x, args.plan, args.out])
+    }
+
+    fn dispatch(&self, params: Params, hidden: u32, slices: [Slice<'_>; 3]) -> Result<Step> {
         let fits = self.kernels.iter().find(|(width, _)| hidden.is_multiple_of(*width));
         let (width, kernel) = fits.expect("every length is a multiple of 1");
         let target = self.ctx.variant().target;
         let vectors = hidden / width;
         let lanes = vectors.div_ceil(items(target));
-        let groups = (u64::from(slots) * u64::from(lanes)).div_ceil(workgroup(target).into());
-        let params = Params { tokens, slots, vectors, lanes };
-        Ok(kernel.dispatch(&self.ctx, &params, &[args.x, args.token_of, args.out], groups)?.into())
+        let groups =
+            (u64::from(params.slots) * u64::from(lanes)).div_ceil(workgroup(target).into());
+        let params = Params { vectors, lanes, ..params };
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
+}
+
+/// Buffers of a dispatch over a window of `x`.
+#[derive(Clone, Debug)]
+pub(crate) struct WindowArgs<'a> {
+    /// `[tokens of the window, hidden]` f32, read.
+    pub(crate) x: Slice<'a>,
+    /// The tokens of the window.
+    pub(crate) tokens: Range<u32>,
+    /// A plan, read.
+    pub(crate) plan: Slice<'a>,
+    /// The slots whose rows `out` holds.
+    pub(crate) slots: Range<u32>,
+    /// `[slots, hidden]` f32 or more, written where a slot's token is in the window.
+    pub(crate) out: Slice<'a>,
+    /// Elements of a row.
+    pub(crate) hidden: u32,
 }

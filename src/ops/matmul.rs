@@ -3,7 +3,7 @@
 //!
 //! Three kernels compute it: [`matmul_register`](super::matmul_register) on CPU-type devices,
 //! [`matmul_tile`](super::matmul_tile) and [`matmul_skinny`](super::matmul_skinny) on GPUs, by the rows of an item.
-use super::not_zero;
+use super::{not_zero, or_nothing};
 use crate::kernel::{Binding, Kernel, Prelude, params, read, read_uniform, write};
 use crate::routing::Activation;
 use crate::slice::bytes_of;
@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 params! {
     columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
-    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, item_offsets: u32, expert_offsets: u32,
-    token_of: u32,
+    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32,
+    expert_offsets: u32, token_of: u32, placed: u32,
 }
 
 impl Params {
@@ -28,6 +28,7 @@ pub(crate) const BINDINGS: &[Binding] = &[
     read_uniform("plan", 4),
     read("weights", 4),
     read("weights_up", 4),
+    read_uniform("places", 4),
     write("out", 4),
 ];
 
@@ -228,8 +229,10 @@ pub enum Stage {
 /// Buffers of one grouped matmul over one page of weights.
 #[derive(Clone, Debug)]
 pub struct Args<'a> {
-    /// [`Stage::GateUp`]: `[tokens, D]` f32; [`Stage::Down`]: `[rows, F]` f32, slots from `x_slot` on. Read.
+    /// [`Stage::GateUp`]: `[tokens, D]` f32, or as much of slots; [`Stage::Down`]: `[rows, F]` f32, slots. Read.
     pub x: Slice<'a>,
+    /// [`Stage::GateUp`]: whether the rows of `x` are tokens, to be found by the plan, and not slots from `x_slot` on.
+    pub gather: bool,
     /// The plan's shape.
     pub shape: &'a PlanShape,
     /// A plan of the shape, read; in a buffer that is not written.
@@ -238,13 +241,16 @@ pub struct Args<'a> {
     pub weights: &'a ExpertWeights,
     /// The page, of [`ExpertWeights::page_counts`]'s first (gate and up) or second (down).
     pub page: usize,
+    /// `[experts]` u32, shared experts included, read: which expert of `weights` holds each of the plan's, for weights that
+    /// hold only some of them; the slots of those past the end are left alone. Expert by expert where absent.
+    pub places: Option<Slice<'a>>,
     /// `[rows, columns]` f32, slots from `out_slot` on: items of the page and class are written, other rows left alone.
     pub out: Slice<'a>,
     /// Slots to compute; all: `0..shape.slots()`.
     pub slots: Range<u32>,
     /// Columns of the output that `out` holds; all: `0..F` or `0..D`.
     pub columns: Range<u32>,
-    /// Slot of the first row of `x` ([`Stage::Down`]).
+    /// Slot of the first row of `x`, where its rows are slots.
     pub x_slot: u32,
     /// Slot of the first row of `out`.
     pub out_slot: u32,
@@ -300,10 +306,14 @@ impl GroupedMatmul {
         let page = pages
             .get(args.page)
             .ok_or_else(|| Error::invalid("page", format!("{} of {}", args.page, pages.len())))?;
-        if shape.experts != args.shape.all_experts() {
-            let reason =
-                format!("{} experts, the plan has {}", shape.experts, args.shape.all_experts());
-            return Err(Error::invalid("weights", reason));
+        let all = args.shape.all_experts();
+        match args.places {
+            Some(places) => places.expect("places", &[all.into()], 4)?,
+            None if shape.experts != all => {
+                let reason = format!("{} experts, the plan has {all}", shape.experts);
+                return Err(Error::invalid("weights", reason));
+            }
+            None => {}
         }
         let Range { start, end } = args.columns;
         if start >= end || end > width || start % PANEL != 0 {
@@ -317,23 +327,24 @@ impl GroupedMatmul {
             return Ok(Step::default());
         }
         let out_stride = args.columns.end - args.columns.start;
-        let rows = match self.stage {
-            Stage::GateUp(_) => u64::from(args.shape.tokens),
-            Stage::Down => u64::from(args.slots.end.saturating_sub(args.x_slot)),
-        };
+        let gather = args.gather && self.problem.gather;
+        let rows =
+            if gather { args.shape.tokens } else { args.slots.end.saturating_sub(args.x_slot) };
         args.plan.expect("plan", &[at.words.into()], 4)?;
-        at_least("x", args.x, &[rows, depth.into()])?;
+        at_least("x", args.x, &[rows.into(), depth.into()])?;
         at_least(
             "out",
             args.out,
             &[args.slots.end.saturating_sub(args.out_slot).into(), out_stride.into()],
         )?;
 
-        let experts = page.experts.end - page.experts.start;
+        // Experts of the plan that the page can hold.
+        let experts = if args.places.is_some() { 0..all } else { page.experts.clone() };
         let (items, item_offsets, bound) = match self.problem.class {
             // What an expert has left: at most one item each.
             Class::Skinny => {
-                (at.skinny_items, at.skinny_offsets, args.shape.skinny()?.min(experts))
+                let most = args.shape.skinny()?.min(experts.end - experts.start);
+                (at.skinny_items, at.skinny_offsets, most)
             }
             Class::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
         };
@@ -346,15 +357,17 @@ impl GroupedMatmul {
             x_stride: depth,
             out_stride,
             first_expert: page.experts.start,
-            experts,
+            experts: page.experts.end - page.experts.start,
             slot_begin: args.slots.start,
             slot_end: args.slots.end,
             x_slot: args.x_slot,
             out_slot: args.out_slot,
             items,
-            item_offsets,
+            items_begin: item_offsets + experts.start,
+            items_end: item_offsets + experts.end,
             expert_offsets: at.expert_offsets,
-            token_of: at.token_of,
+            token_of: if gather { at.token_of } else { 0 },
+            placed: args.places.is_some().into(),
         };
         let quad = [
             params.columns,
@@ -374,7 +387,8 @@ impl GroupedMatmul {
         let up = page.up.as_ref().map_or(weights, Slice::from);
         let groups = u64::from(bound)
             * u64::from((end - begin).div_ceil(self.problem.tile_columns(&self.ctx)));
-        let slices = [args.x, args.plan, weights, up, args.out];
+        let places = or_nothing(&self.ctx, args.places);
+        let slices = [args.x, args.plan, weights, up, places, args.out];
         let stage = match self.stage {
             Stage::GateUp(_) => "gate_up",
             Stage::Down => "down",
@@ -470,14 +484,25 @@ impl Logits {
     ///
     /// A slice that does not fit ([`Error`]).
     pub fn bind(&self, tokens: u32, args: LogitsArgs<'_>) -> Result<Step> {
-        if tokens == 0 {
+        self.bind_rows(tokens, 0..tokens, args)
+    }
+
+    /// The same for some of the rows, which alone are `args.x`.
+    pub(crate) fn bind_rows(
+        &self,
+        tokens: u32,
+        of: Range<u32>,
+        args: LogitsArgs<'_>,
+    ) -> Result<Step> {
+        let rows = of.end - of.start;
+        if rows == 0 {
             return Ok(Step::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
-        args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
+        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
         args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
         args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
-        let ((problem, kernel), rows) = if tokens <= SKINNY_ROWS {
+        let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
             (&self.skinny, SKINNY_ROWS)
         } else {
             (&self.tile, tile_rows(&self.ctx))
@@ -489,12 +514,14 @@ impl Logits {
             x_stride: hidden,
             out_stride: experts,
             experts: 1,
-            slot_end: tokens,
+            slot_end: rows,
+            out_slot: 0u32.wrapping_sub(of.start),
             ..Params::default()
         };
         let columns = u64::from(experts.div_ceil(problem.tile_columns(&self.ctx)));
-        let groups = columns * u64::from(tokens.div_ceil(rows));
-        let slices = [args.x, self.ctx.nothing(), args.weights, args.weights, args.logits];
+        let groups = columns * u64::from(rows.div_ceil(item_rows));
+        let nothing = self.ctx.nothing();
+        let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
     }
 }

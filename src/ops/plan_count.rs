@@ -178,18 +178,20 @@ pub struct PlanCount {
 }
 
 impl PlanCount {
-    /// Compiles the kernel.
+    /// Compiles the kernel, for few tokens and for many.
     ///
     /// # Errors
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
-        op.kernel(1)?;
+        for tokens in [1, u32::MAX] {
+            op.kernel(tokens)?;
+        }
         Ok(op)
     }
 
-    /// The kernel for this many tokens, made now if it is the first of its kind.
+    /// The kernel for this many tokens.
     fn kernel(&self, tokens: u32) -> Result<Arc<Kernel>> {
         self.ctx.kernel(&SPEC, prelude(self.ctx.variant().for_tokens(tokens)))
     }

@@ -20,9 +20,6 @@ use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, Settings, WeightType, bits};
 mod checkpoint_writer;
 pub(crate) use checkpoint_writer::{Layout, Plan};
 
-pub(crate) const PROJECTIONS: [Projection; 3] =
-    [Projection::Gate, Projection::Up, Projection::Down];
-
 /// Awkward in every size: no multiple of a panel, a lane or each other; two shared experts; groups and a bias.
 pub(crate) fn small() -> Settings {
     let Routing::TokenChoice(mini) = model::find("llada2-mini").expect("a model").settings.routing
@@ -89,7 +86,7 @@ fn values(matrix: HostWeights<'_>) -> Vec<f32> {
 /// Gate, up and down of each expert, and of the shared FFN as it is in the file.
 fn ffns(checkpoint: &Checkpoint, layer: u32) -> Vec<[Vec<f32>; 3]> {
     let Settings { experts, shared_experts, .. } = *checkpoint.settings();
-    let of = |e| PROJECTIONS.map(|p| values(checkpoint.expert(layer, e, p).expect("a matrix")));
+    let of = |e| Projection::ALL.map(|p| values(checkpoint.expert(layer, e, p).expect("a matrix")));
     (0..experts + shared_experts).map(of).collect()
 }
 
@@ -181,7 +178,7 @@ fn every_layout_gives_the_same_pages() {
         .expect("pages");
     assert!(by_hand.page_counts()[0] > 2, "several pages");
     for (e, matrices) in (0..).zip(ffns(&each, 2)) {
-        for (p, matrix) in PROJECTIONS.into_iter().zip(&matrices) {
+        for (p, matrix) in Projection::ALL.into_iter().zip(&matrices) {
             by_hand.write(&gpu.queue, e, p, HostWeights::F32(matrix)).expect("written");
         }
     }
@@ -219,6 +216,7 @@ fn every_layout_gives_the_same_pages() {
             }));
             down.extend((0..f).flat_map(|k| (0..d).map(move |n| down_of[n * f + k])));
         }
+        drop(each); // a mapped file cannot be replaced everywhere
         // The router and the shared experts from the other file, all through one with the tensors in another order.
         let bytes = std::fs::read(dir.path().join("model.safetensors")).expect("read");
         let file = safetensors::SafeTensors::deserialize(&bytes).expect("a file");
@@ -286,7 +284,7 @@ fn every_type_converts() {
             assert_eq!(shape.weight_type, to.unwrap_or(of_file));
             let want = ExpertWeights::new(&ctx, shape, Some(40_000)).expect("pages");
             for (e, matrices) in (0..).zip(ffns(&checkpoint, 1)) {
-                for (p, matrix) in PROJECTIONS.into_iter().zip(&matrices) {
+                for (p, matrix) in Projection::ALL.into_iter().zip(&matrices) {
                     let as_f16: Vec<f16> = matrix.iter().map(|&v| f16::from_f32(v)).collect();
                     let as_bf16: Vec<bf16> = matrix.iter().map(|&v| bf16::from_f32(v)).collect();
                     let host = match shape.weight_type {

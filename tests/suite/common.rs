@@ -1,6 +1,8 @@
 //! Seeded data, the GPU fixture and the comparison every parity test uses.
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::{Context, Gpu, Slice, Step, Variant};
+use wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor};
+use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
+use wgmoe::{Context, Error, Gpu, Slice, Step, Variant};
 
 /// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One device serves all tests.
 pub(crate) fn gpu() -> Option<Gpu> {
@@ -102,6 +104,69 @@ pub(crate) fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T],
     assert_eq!(got.len(), want.len(), "{what}: lengths");
     if let Some(i) = (0..got.len()).find(|&i| got[i] != want[i]) {
         panic!("{what}: at {i} of {}: got {:x?}, want {:x?}", got.len(), got[i], want[i]);
+    }
+}
+
+/// A layer of seeded weights, and the same on the host.
+pub(crate) struct Sample {
+    pub(crate) settings: Settings,
+    pub(crate) router: Vec<f32>,
+    matrices: Vec<[Vec<f32>; 3]>,
+}
+
+impl Sample {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let all = settings.experts + settings.shared_experts;
+        let size = (settings.hidden * settings.intermediate) as usize;
+        let matrix = |e: u32, p: u32| -> Vec<f32> {
+            random(u64::from(e * 3 + p) + 1000, size).iter().map(|v| v * 0.3).collect()
+        };
+        Self {
+            settings,
+            router: random(1, (settings.experts * settings.hidden) as usize),
+            matrices: (0..all).map(|e| [0, 1, 2].map(|p| matrix(e, p))).collect(),
+        }
+    }
+
+    /// Experts of f32 on the device.
+    pub(crate) fn weights(
+        &self,
+        ctx: &Context,
+        queue: &wgpu::Queue,
+    ) -> Result<ExpertWeights, Error> {
+        let shape = self.settings.expert_shape(WeightType::F32);
+        let weights = ExpertWeights::new(ctx, shape, None)?;
+        for (e, matrices) in (0..).zip(&self.matrices) {
+            for (p, values) in Projection::ALL.into_iter().zip(matrices) {
+                weights.write(queue, e, p, HostWeights::F32(values))?;
+            }
+        }
+        Ok(weights)
+    }
+
+    pub(crate) fn router(&self, ctx: &Context) -> Result<Router, Error> {
+        let weight = Tensor::new(ctx, "router", &self.router)?;
+        Ok(Router { weight, bias: None, by_count: None, by_expert: None })
+    }
+
+    pub(crate) fn layer(&self, ctx: &Context, queue: &wgpu::Queue) -> Result<MoeLayer, Error> {
+        MoeLayer::new(ctx, self.settings, self.router(ctx)?, self.weights(ctx, queue)?)
+    }
+
+    /// The CPU twin of one token's experts.
+    pub(crate) fn cpu_token(&self, x: &[f32], chosen: &[(u32, f32)]) -> Vec<f32> {
+        let matrix =
+            |e: u32, p: Projection| HostWeights::F32(&self.matrices[e as usize][p as usize]);
+        layer::cpu_token(&self.settings, &matrix, x, chosen)
+    }
+
+    /// The CPU twin of the layer.
+    pub(crate) fn cpu(&self, x: &[f32]) -> Vec<f32> {
+        let matrix =
+            |e: u32, p: Projection| HostWeights::F32(&self.matrices[e as usize][p as usize]);
+        let router = &self.router;
+        let router = HostRouter { weight: router, bias: None, by_count: None, by_expert: None };
+        layer::cpu(&self.settings, &router, HostBatch::default(), &matrix, x)
     }
 }
 

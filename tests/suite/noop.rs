@@ -102,6 +102,17 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
                 ignored: words(&b[4], columns),
             },
         )?,
+        assign_lists::AssignLists::new(ctx)?.bind(
+            assign_lists::Dims { tokens, experts, entries: 3 * tokens },
+            assign_lists::Args {
+                offsets: words(&b[0], e + 1),
+                list: words(&b[1], 3 * t),
+                weights: words(&b[2], 3 * t),
+                assigned: bits(3),
+                gates: pairs(4),
+                ignored: words(&b[5], e),
+            },
+        )?,
         plan_count::PlanCount::new(ctx)?.bind(
             &shape,
             plan_count::Args {
@@ -270,6 +281,43 @@ fn every_op_records_under_default_limits() {
     }
     for spec in SPECS {
         assert!(recorded.contains(&spec.name), "{} was not recorded: add it above", spec.name);
+    }
+}
+
+/// Hidden states and outputs of more than a binding, where bindings start at multiples of 256 bytes.
+#[test]
+fn windows_of_tensors_are_aligned() {
+    let limits =
+        wgpu::Limits { max_storage_buffer_binding_size: 48 << 10, ..wgpu::Limits::default() };
+    assert_eq!(limits.min_storage_buffer_offset_alignment, 256);
+    let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor {
+        required_limits: limits,
+        ..Default::default()
+    });
+    let ctx = Context::with_variant(&device, Variant::PORTABLE, None).unwrap();
+    let base = find("llada2-mini").unwrap().settings;
+    let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
+    let routing = Routing::TokenChoice(TokenChoice { groups: None, top: 3, ..rule });
+    for hidden in [504, 508, 512] {
+        let settings = Settings { hidden, intermediate: 40, experts: 12, routing, ..base };
+        let weights =
+            ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16), None).unwrap();
+        let weight = Tensor::new(&ctx, "router", &vec![0f32; 12 * hidden as usize]).unwrap();
+        let router = Router { weight, bias: None, by_count: None, by_expert: None };
+        let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
+        let tokens = 90;
+        let [x, out] = [0; 2].map(|_| buffer(&device, 64 + 90 * u64::from(hidden)));
+        let slice = |b| Slice::new(b, 256, 4 * 90 * u64::from(hidden));
+        let step = layer.bind(&Batch::new(slice(&x), slice(&out), tokens)).unwrap();
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let mut encoder = device.create_command_encoder(&Default::default());
+        step.record(&mut encoder);
+        queue.submit([encoder.finish()]);
+        assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
+        let count = |name| step.dispatches().filter(|d| d.name() == name).count();
+        assert!(count("gather") > 20 && count("combine") > 10, "{hidden}");
+        let logits = step.dispatches().filter(|d| d.stage() == Some("logits")).count();
+        assert!((4..=6).contains(&logits), "{hidden}: {logits}");
     }
 }
 

@@ -1,5 +1,5 @@
 // Four neighbouring columns of out, any strides.
-@group(0) @binding(5) var<storage, read_write> out: array<f32>;
+@group(0) @binding(6) var<storage, read_write> out: array<f32>;
 fn store_out(slot: u32, column: u32, v: vec4<f32>) {
     let i = (slot - params.out_slot) * params.out_stride + params.column_base + column;
     if column < params.column_end { out[i] = v.x; }

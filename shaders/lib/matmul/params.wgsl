@@ -6,20 +6,23 @@ struct Params {
   depth: u32,         // K
   x_stride: u32,      // values from row to row of x
   out_stride: u32,    // values from row to row of out
-  first_expert: u32,  // first expert of this page
+  first_expert: u32,  // first expert of this page, or first place where experts are placed
   experts: u32,       // experts in this page
   slot_begin: u32,    // slots of this dispatch: the others of an item are left alone
   slot_end: u32,
   x_slot: u32,        // slot of the first row of x, where rows are slots
   out_slot: u32,      // slot of the first row of out
   items: u32,         // plan section: (expert, first slot) of each item
-  item_offsets: u32,  // plan section: first item of each expert
+  items_begin: u32,   // words of the plan that hold the first item of this dispatch and the one past its last
+  items_end: u32,
   expert_offsets: u32, // plan section: first slot of each expert
-  token_of: u32,      // plan section: row of x of each slot
+  token_of: u32,      // plan section: row of x of each slot; 0: rows are slots
+  placed: u32,        // 1: the page holds any experts, and places says which
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> plan: array<u32>;
+@group(0) @binding(5) var<storage, read> places: array<u32>;
 
 struct Tile { expert: u32, first: u32, rows: u32 }
 

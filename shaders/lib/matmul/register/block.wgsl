@@ -27,7 +27,7 @@ fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
   (*s).r7 = add((*s).r7, w, row_of(x, 7u));
 }
 
-@group(0) @binding(5) var<storage, read_write> out: array<f32>;
+@group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
 fn store_one(slot: u32, column: u32, value: f32) {
   if column < params.column_end { out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value; }

@@ -1,0 +1,89 @@
+//! The operation as Burn's backends see it: it runs when Burn gets to it, on the tensors where Burn has put them.
+use crate::ffn::Layer;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, DType, TensorMetadata, backend_extension};
+use burn::tensor::Tensor;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{Cube, CubeBackend};
+use cubecl::wgpu::{AutoCompiler, WgpuServer};
+use wgmoe::{Error, Result, Slice, wgpu};
+
+/// The layer as an operation of Burn's.
+#[backend_extension(Cube, Fusion: cfg(feature = "fusion"))]
+pub trait MoeOps: Backend {
+    /// `[tokens, D]` f32 to `[tokens, D]`.
+    #[fusion(dtype = hidden, shape = hidden)]
+    fn moe_ffn(hidden: FloatTensor<Self>, layer: Layer) -> FloatTensor<Self>;
+}
+
+impl MoeOps for CubeBackend {
+    /// # Panics
+    ///
+    /// As Burn's own operations: where the tensor is not f32, not on the layer's device, or wgpu refuses the work.
+    fn moe_ffn(hidden: CubeTensor, layer: Layer) -> CubeTensor {
+        assert_eq!(hidden.dtype, DType::F32, "moe_ffn takes f32");
+        // Burn's own copy, where a view is not contiguous; else the tensor itself.
+        let hidden = into_contiguous(hidden);
+        let out = empty_device_contiguous_dtype(
+            hidden.client.clone(),
+            hidden.device.clone(),
+            hidden.shape(),
+            DType::F32,
+        );
+        layer.run(&hidden, &out).unwrap_or_else(|e| panic!("moe_ffn: {e}"));
+        out
+    }
+}
+
+/// Where a tensor lies: a range of a buffer that Burn allocated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Burn's buffer.
+    pub buffer: wgpu::Buffer,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Place {
+    /// The place of a tensor, which stays while the tensor does. All work of Burn's that the tensor waits for is submitted.
+    pub(crate) fn of(tensor: &CubeTensor) -> Result<Self> {
+        let refused = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
+        let handle = tensor.handle.clone();
+        let stream = handle.stream;
+        let managed = tensor
+            .client
+            .get_resource::<WgpuServer<AutoCompiler>>(handle)
+            .map_err(|e| refused(&e))?;
+        // Work lies in encoders, one for each stream, until they are flushed.
+        tensor.client.flush().map_err(|e| refused(&e))?;
+        stream.executes(|| tensor.client.flush()).map_err(|e| refused(&e))?;
+        let resource = managed.resource();
+        let size = tensor.shape().num_elements() as u64 * 4;
+        Ok(Self { buffer: resource.buffer.clone(), offset: resource.offset, size })
+    }
+
+    pub(crate) fn slice(&self) -> Slice<'_> {
+        Slice::new(&self.buffer, self.offset, self.size)
+    }
+}
+
+/// Where a tensor lies. All of Burn's work that it waits for is submitted.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] for a tensor of another backend or type, [`Error::Device`] where Burn cannot tell.
+pub fn place<const R: usize>(tensor: &Tensor<R>) -> Result<Place> {
+    let other =
+        |e: &dyn std::fmt::Display| Error::Invalid { name: "tensor", reason: e.to_string() };
+    let primitive = tensor.clone().try_into_primitive::<Cube>().map_err(|e| other(&e))?;
+    #[cfg(feature = "fusion")]
+    let primitive = {
+        let client = primitive.client.clone();
+        client.resolve_tensor_float::<CubeBackend>(primitive)
+    };
+    Place::of(&primitive)
+}

@@ -1,0 +1,176 @@
+//! The module against the CPU twins and Burn's own operations, and that nothing is copied.
+use burn::tensor::{Distribution, Tensor, TensorData};
+use std::sync::OnceLock;
+use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings};
+use wgmoe_burn::wgmoe::ops::plan_count::GateRule;
+use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
+use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
+use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, model};
+use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference, place};
+
+const RULE: TokenChoice = TokenChoice {
+    score: Score::Softmax,
+    gate: GateRule::Normalised,
+    top: 3,
+    groups: None,
+    scale: 1.0,
+    capacity_factor: None,
+    coreset: None,
+};
+
+const SETTINGS: Settings = Settings {
+    hidden: 64,
+    intermediate: 32,
+    experts: 8,
+    shared_experts: 1,
+    activation: Activation::Silu,
+    routing: Routing::TokenChoice(RULE),
+};
+
+/// One device serves all tests: Burn makes it once.
+fn device() -> MoeDevice {
+    static DEVICE: OnceLock<MoeDevice> = OnceLock::new();
+    DEVICE.get_or_init(|| MoeDevice::open().expect("a device")).clone()
+}
+
+fn random<const R: usize>(shape: [usize; R], scale: f64) -> Tensor<R> {
+    Tensor::random(shape, Distribution::Normal(0.0, scale), device().device())
+}
+
+fn tensors() -> MoeTensors {
+    MoeTensors {
+        router: random([8, 64], 0.3),
+        bias: None,
+        gate: random([9, 32, 64], 0.2),
+        up: random([9, 32, 64], 0.2),
+        down: random([9, 64, 32], 0.2),
+    }
+}
+
+fn host<const R: usize>(tensor: &Tensor<R>) -> Vec<f32> {
+    tensor.clone().into_data_as::<f32>().try_to_vec::<f32>().expect("f32")
+}
+
+#[track_caller]
+fn assert_close(got: &[f32], want: &[f32], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let close = (g - w).abs() <= 1e-4 + 1e-4 * w.abs(); // false for NaN
+        assert!(close, "{what}: at {i}: got {g}, want {w}");
+    }
+}
+
+/// The CPU twin for weights of Burn tensors.
+fn cpu(settings: &Settings, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
+    let router = host(&tensors.router);
+    let router = HostRouter { weight: &router, bias: None, by_count: None, by_expert: None };
+    let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
+    let size = (settings.hidden * settings.intermediate) as usize;
+    let matrix =
+        |e: u32, p: Projection| HostWeights::F32(&stacks[p as usize][e as usize * size..][..size]);
+    layer::cpu(settings, &router, HostBatch::default(), &matrix, x)
+}
+
+#[test]
+fn equals_the_twin_under_every_kind_of_rule() {
+    let (device, tensors) = (device(), tensors());
+    let block = TokenChoice { coreset: Some(BlockRule::Capacity(4)), ..RULE };
+    for routing in [
+        SETTINGS.routing,
+        Routing::TokenChoice(block),
+        model::find("ec-dlm").expect("a model").settings.routing,
+    ] {
+        let settings = Settings { routing, ..SETTINGS };
+        let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();
+        for tokens in [1, 33, 70] {
+            let x = random([tokens, 64], 1.0);
+            let got = host(&ffn.forward(x.clone()));
+            assert_close(
+                &got,
+                &cpu(&settings, &tensors, &host(&x)),
+                &format!("{routing:?} {tokens}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn equals_burns_own_operations() {
+    let (device, tensors) = (device(), tensors());
+    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
+    let reference = Reference::new(tensors, 3);
+    let x = random([40, 64], 1.0);
+    let got = host(&ffn.forward(x.clone()));
+    assert_close(&got, &host(&reference.dense(x.clone())), "dense");
+    assert_close(&got, &host(&reference.by_expert(x)), "by expert");
+}
+
+#[test]
+fn takes_a_layer_made_elsewhere() {
+    let (device, tensors) = (device(), tensors());
+    let ctx = device.context();
+    let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32), None).unwrap();
+    let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
+    for (p, stack) in Projection::ALL.into_iter().zip(&stacks) {
+        for (e, matrix) in (0..).zip(stack.chunks(64 * 32)) {
+            weights.write(device.queue(), e, p, HostWeights::F32(matrix)).unwrap();
+        }
+    }
+    let weight = layer::Tensor::new(ctx, "router", &host(&tensors.router)).unwrap();
+    let router = Router { weight, bias: None, by_count: None, by_expert: None };
+    let made = MoeLayer::new(ctx, SETTINGS, router, weights).unwrap();
+    let x = random([40, 64], 1.0);
+    let of_layer = MoeFfn::from_layer(&device, made).forward(x.clone());
+    let of_tensors = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap().forward(x);
+    let bits = |t: &Tensor<2>| host(t).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&of_layer), bits(&of_tensors));
+}
+
+#[test]
+fn runs_in_order_with_burns_work() {
+    let (device, tensors) = (device(), tensors());
+    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
+    // Burn's work before, between and behind; memory of dropped tensors is handed out again meanwhile.
+    let mut x = random([40, 64], 1.0);
+    let mut want = host(&x);
+    for _ in 0..5 {
+        x = ffn.forward(x * 0.5 + 0.25) + 0.125;
+        want = want.iter().map(|v| v * 0.5 + 0.25).collect();
+        want = cpu(&SETTINGS, &tensors, &want).iter().map(|v| v + 0.125).collect();
+    }
+    assert_close(&host(&x), &want, "five in a row");
+}
+
+#[test]
+fn nothing_is_copied() {
+    let (device, tensors) = (device(), tensors());
+    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap();
+    let before = device.traffic();
+    assert!(before.readbacks > 0, "the weights were read");
+    let x = random([33, 64], 1.0);
+    let y = ffn.forward(x.clone());
+    // Where Burn says that its tensors lie is where the layer read and wrote.
+    let places = [place(&x).unwrap(), place(&y).unwrap()];
+    assert_eq!(ffn.last_places(), Some(places));
+    // A view into a tensor of Burn's: rows 32 to 64, in place.
+    let view = random([96, 64], 1.0).slice([32..64]);
+    let z = ffn.forward(view.clone());
+    let places = [place(&view).unwrap(), place(&z).unwrap()];
+    assert_eq!(ffn.last_places(), Some(places));
+    assert_eq!(device.traffic(), before, "something was moved");
+}
+
+#[test]
+fn a_wrong_shape_is_an_error() {
+    let device = device();
+    let short = MoeTensors { up: random([9, 32, 60], 0.2), ..tensors() };
+    let error = MoeFfn::new(&device, SETTINGS, WeightType::F32, short).unwrap_err();
+    assert_eq!(error.to_string(), "`up`: [9, 32, 60], expected [9, 32, 64]");
+    let few = MoeTensors { down: random([5, 64, 32], 0.2), ..tensors() };
+    let error = MoeFfn::new(&device, SETTINGS, WeightType::Bf16, few).unwrap_err();
+    assert_eq!(error.to_string(), "`down`: [5, 64, 32], expected [9, 64, 32]");
+    let x = TensorData::new(vec![0f32; 8], [2, 4]);
+    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors()).unwrap();
+    let x = Tensor::<2>::from_data(x, device.device());
+    assert!(std::panic::catch_unwind(|| ffn.forward(x)).is_err());
+}

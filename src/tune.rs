@@ -1,0 +1,156 @@
+//! Which variant of the kernels is the fastest on this device for a layer and a batch of the caller's.
+//!
+//! [`Variant::best`](crate::Variant::best) goes by the adapter's type and features; nobody has to tune. [`tune`] measures: it runs the layer in
+//! every variant that the device can run, compares what they make, and says what each took. Its answer is plain data, to be
+//! kept (feature `serde`) and given to [`Context::with_variant`] at the next start.
+//!
+//! ```
+//! # use wgmoe::layer::{Batch, MoeLayer};
+//! # use wgmoe::{Context, tune::tune, wgpu};
+//! # fn example(layer: &MoeLayer, device: &wgpu::Device, queue: &wgpu::Queue, batch: &Batch<'_>) -> wgmoe::Result<()> {
+//! let tuning = tune(layer, queue, batch)?;
+//! for candidate in &tuning.candidates {
+//!     println!("{:?}: {:.3} ms", candidate.variant, candidate.ms);
+//! }
+//! let ctx = Context::with_variant(device, tuning.variant, None)?;
+//! let layer = layer.with_context(&ctx)?;
+//! # Ok(())
+//! # }
+//! ```
+use crate::layer::{Batch, MoeLayer, Scratch};
+use crate::{Context, Error, Gpu, Result, Slice, Variant, bits};
+use std::time::Instant;
+
+/// What [`tune`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tuning {
+    /// The fastest candidate that agrees with the layer's own variant.
+    pub variant: Variant,
+    /// Every variant that the device can run, the layer's own first.
+    pub candidates: Vec<Candidate>,
+}
+
+/// One variant, measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// The variant.
+    pub variant: Variant,
+    /// Least time of the whole step, from submission until the device was done, in milliseconds.
+    pub ms: f64,
+    /// What came before the first measured run, in milliseconds: compiling, binding, a first run.
+    pub first_ms: f64,
+    /// Tokens whose experts are not those of the layer's own variant. Logits that differ in their last bits may choose
+    /// otherwise where two scores lie that close.
+    pub tokens_apart: u32,
+    /// Largest difference of the other tokens' outputs, as a share of their row's largest value.
+    pub difference: f32,
+    /// Whether the output is that of the layer's own variant: at most one token in eight apart, the others within 0.1 %.
+    pub agrees: bool,
+}
+
+/// Runs of each candidate after the first.
+const RUNS: usize = 5;
+
+/// Measures every variant that the device can run on a batch. Submits to `queue` and waits, some runs of each variant; reads
+/// the batch's inputs, but writes to buffers of its own.
+///
+/// # Errors
+///
+/// Zero tokens, what [`MoeLayer::bind`] refuses, or a device that is lost meanwhile ([`Error`]).
+pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<Tuning> {
+    crate::ops::not_zero(&[("tokens", batch.tokens)])?;
+    let (device, own) = (layer.context().device(), layer.context().variant());
+    let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
+    let (tokens, experts) = (batch.tokens as usize, layer.settings().experts as usize);
+    let out = layer.context().scratch("out", batch.out.size)?;
+    let scratch = Scratch::new();
+    let batch = Batch {
+        out: Slice::new(&out, 0, batch.out.size),
+        add: false,
+        scratch: Some(&scratch),
+        ..*batch
+    };
+
+    let mut variants = Variant::all(device);
+    variants.sort_by_key(|&v| v != own);
+    let mut steps = vec![];
+    let mut candidates: Vec<Candidate> = vec![];
+    let mut reference = None;
+    for variant in variants {
+        let start = Instant::now();
+        let layer = layer.with_context(&Context::with_variant(device, variant, None)?)?;
+        let step = layer.bind(&batch)?;
+        gpu.run_layer(&step)?;
+        let first_ms = milliseconds(start);
+        let assigned = step.assigned().ok_or_else(|| Error::invalid("tokens", "no work"))?;
+        let made = (gpu.download::<f32>(batch.out)?, gpu.download::<u32>(assigned)?);
+        let reference = reference.get_or_insert_with(|| made.clone());
+        let (tokens_apart, difference) = compare(reference, &made, tokens, experts);
+        let agrees = u64::from(tokens_apart) * 8 <= tokens as u64 && difference <= 1e-3;
+        let ms = f64::INFINITY;
+        candidates.push(Candidate { variant, ms, first_ms, tokens_apart, difference, agrees });
+        steps.push(step);
+    }
+    // In turn, so that a change of the device's clocks meets all alike; once only what is far behind.
+    for run in 0..RUNS {
+        let best = candidates.iter().fold(f64::INFINITY, |best, c| best.min(c.ms));
+        for (step, candidate) in steps.iter().zip(&mut candidates) {
+            if run == 0 || candidate.ms < 4.0 * best {
+                let start = Instant::now();
+                gpu.run_layer(step)?;
+                candidate.ms = candidate.ms.min(milliseconds(start));
+            }
+        }
+    }
+    let fastest = candidates.iter().filter(|c| c.agrees).min_by(|a, b| a.ms.total_cmp(&b.ms));
+    let variant = fastest.map_or(own, |c| c.variant); // the own one agrees with itself
+    Ok(Tuning { variant, candidates })
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Tokens whose experts differ, and the largest difference of the others' rows as a share of the row's largest value. Outputs
+/// `[T, D]` and bit sets of both. A row that is not finite in one only differs without bound.
+fn compare(
+    (want, want_assigned): &(Vec<f32>, Vec<u32>),
+    (got, got_assigned): &(Vec<f32>, Vec<u32>),
+    tokens: usize,
+    experts: usize,
+) -> (u32, f32) {
+    let width = want.len() / tokens;
+    let (mut apart, mut most) = (0, 0f32);
+    for (t, (want, got)) in want.chunks(width).zip(got.chunks(width)).enumerate() {
+        let has = |words: &[u32], e| bits::get(words, tokens, e, t);
+        if (0..experts).any(|e| has(want_assigned, e) != has(got_assigned, e)) {
+            apart += 1;
+            continue;
+        }
+        let scale = want.iter().fold(f32::MIN_POSITIVE, |max, v| max.max(v.abs()));
+        for (want, got) in want.iter().zip(got) {
+            let same = want == got || (want.is_nan() && got.is_nan());
+            let difference = if same { 0.0 } else { (want - got).abs() / scale };
+            most = if difference.is_nan() { f32::INFINITY } else { most.max(difference) };
+        }
+    }
+    (apart, most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_seen() {
+        // Two tokens of two values, one expert.
+        let made = |values: [f32; 4], assigned: u32| (values.to_vec(), vec![assigned]);
+        let want = made([4.0, 1.0, 0.0, 0.0], 0b01);
+        let compared = |got| compare(&want, &got, 2, 1);
+        assert_eq!(compared(want.clone()), (0, 0.0));
+        assert_eq!(compared(made([4.0, 2.0, 0.0, 0.0], 0b01)), (0, 0.25));
+        assert_eq!(compared(made([4.0, 1.0, 9.0, 9.0], 0b11)), (1, 0.0));
+        assert_eq!(compared(made([f32::NAN, 1.0, 0.0, 0.0], 0b01)), (0, f32::INFINITY));
+        assert_eq!(compared(made([f32::INFINITY, 1.0, 0.0, 0.0], 0b01)).1, f32::INFINITY);
+    }
+}

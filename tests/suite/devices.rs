@@ -1,0 +1,222 @@
+//! What layers of one device share, and what threads and devices do not.
+use crate::common::*;
+use std::time::Instant;
+use wgmoe::layer::*;
+use wgmoe::ops::*;
+use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice};
+use wgmoe::wgpu::{self, BufferUsages, Features};
+use wgmoe::{Context, Gpu, Score, Slice, model};
+
+fn settings() -> Settings {
+    let settings = model::find("llada2-mini").unwrap().settings;
+    Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
+}
+
+#[test]
+fn public_types_cross_threads() {
+    fn crosses<T: Send + Sync>() {}
+    crosses::<(Context, wgmoe::Dispatch, wgmoe::Step, wgmoe::Variant, wgmoe::Target)>();
+    crosses::<(Gpu, Slice<'_>, wgmoe::Error)>();
+    crosses::<(MoeLayer, MoeRouting, MoeExperts, LayerStep, Scratch)>();
+    crosses::<(Settings, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
+    crosses::<(Assignments<'_>, Sequences<'_>, Blocks<'_>)>();
+    crosses::<(HostRouter<'_>, HostSequences<'_>, HostBlocks<'_>, HostBatch<'_>, HostRouting)>();
+    crosses::<HostExperts<'_>>();
+    crosses::<(wgmoe::ExpertWeights, wgmoe::weights::HostWeights<'_>, wgmoe::weights::Projection)>(
+    );
+    crosses::<(wgmoe::PlanShape, wgmoe::plan::Sections, wgmoe::plan::HostPlan)>();
+    crosses::<(wgmoe::kernel::Spec, wgmoe::kernel::Binding, wgmoe::kernel::Prelude)>();
+    crosses::<(wgmoe::schedule::Schedule, wgmoe::scaling::ScalingTable, model::Model)>();
+    crosses::<(assign::Assign, assign_lists::AssignLists, block_choice::BlockChoice)>();
+    crosses::<(block_plan::BlockPlan, capacity::Capacity, combine::Combine, coreset::Coreset)>();
+    crosses::<(expert_choice::ExpertChoice, expert_union::ExpertUnion, gather::Gather)>();
+    crosses::<(matmul::GroupedMatmul, matmul::Logits, plan_count::PlanCount)>();
+    crosses::<(plan_fill::PlanFill, plan_scan::PlanScan, scores::Scores)>();
+    crosses::<(sequence_top::SequenceTop, token_choice::TokenChoice, plan_scan::Stats)>();
+}
+
+/// The layer's output for these hidden states, which lie in one buffer with it; submitted and read back here.
+fn output(gpu: &Gpu, layer: &MoeLayer, x: &[f32]) -> Vec<f32> {
+    let size = x.len() as u64 * 4;
+    let both = gpu.upload(&[x, &vec![f32::NAN; x.len()]].concat());
+    let [hidden, out] = [0, size].map(|at| Slice::new(&both, at, size));
+    let tokens = x.len() as u32 / layer.settings().hidden;
+    let step = layer.bind(&Batch::new(hidden, out, tokens)).unwrap();
+    let mut encoder = gpu.device.create_command_encoder(&Default::default());
+    step.record(&mut encoder);
+    gpu.queue.submit([encoder.finish()]);
+    gpu.download(out).unwrap()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn threads_share_a_device() {
+    let Some(gpu) = gpu() else { return };
+    let (sample, ctx) = (Sample::new(settings()), contexts(&gpu)[0].clone());
+    let layer = sample.layer(&ctx, &gpu.queue).unwrap();
+    let inputs: Vec<Vec<f32>> = (0..6).map(|i| random(10 + i, 64 * (20 + i as usize))).collect();
+    let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, x)).collect();
+    assert_close(&alone[0], &sample.cpu(&inputs[0]), 1e-4, 1e-4, "alone");
+    std::thread::scope(|threads| {
+        for (x, want) in inputs.iter().zip(&alone) {
+            let (gpu, ctx, layer, sample) = (&gpu, &ctx, &layer, &sample);
+            threads.spawn(move || {
+                // A layer of everybody's, and one made here at the same time as elsewhere.
+                let own = sample.layer(ctx, &gpu.queue).unwrap();
+                for layer in [layer, &own, layer] {
+                    assert_same(&bits(&output(gpu, layer, x)), &bits(want), "in a thread");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn two_devices_in_one_process() {
+    if gpu().is_none() {
+        return;
+    }
+    let adapters = pollster::block_on(Gpu::adapters());
+    let sample = Sample::new(settings());
+    let x = random(3, 64 * 33);
+    let outputs = [(); 2].map(|()| {
+        let gpu = pollster::block_on(Gpu::from_adapter(&adapters[0])).unwrap();
+        let ctx = Context::new(&gpu.device).unwrap();
+        let layer = sample.layer(&ctx, &gpu.queue).unwrap();
+        (gpu, layer)
+    });
+    let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &x));
+    assert_close(&outputs[0], &sample.cpu(&x), 1e-4, 1e-4, "a device");
+    assert_same(&bits(&outputs[1]), &bits(&outputs[0]), "another device");
+}
+
+#[test]
+fn a_layer_makes_all_its_pipelines() {
+    let Some(gpu) = gpu() else { return };
+    let base = settings();
+    let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
+    let choice = |rule| Routing::TokenChoice(rule);
+    let coreset = |coreset| choice(TokenChoice { coreset: Some(coreset), ..rule });
+    let Routing::ExpertChoice(few) = model::find("ec-dlm").unwrap().settings.routing else {
+        unreachable!()
+    };
+    let few = ExpertChoice { max_experts_per_token: 1, ..few };
+    let pairs = SequenceTop { score: Score::Softmax, gate: rule.gate, top: 8, scale: 1.0 };
+    for (routing, experts) in [
+        (base.routing, 32),
+        (choice(TokenChoice { capacity_factor: Some(1.25), ..rule }), 32),
+        (model::find("ec-dlm").unwrap().settings.routing, 32),
+        (model::find("ec-dlm").unwrap().settings.routing, 33),
+        (coreset(BlockRule::Mass { p: 0.6, floor: 16 }), 32),
+        (coreset(BlockRule::Capacity(10)), 512),
+        (coreset(BlockRule::Vote(9)), 32),
+        (coreset(BlockRule::Union(3)), 32),
+        (Routing::SequenceTop(pairs), 32),
+        // Narrow, so that many tokens fit.
+        (choice(TokenChoice { top: 1, groups: None, capacity_factor: Some(1.0), ..rule }), 4),
+        (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 4),
+        (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 5),
+    ] {
+        let shared_experts = u32::from(experts > 5);
+        let base = Settings { hidden: 4, intermediate: 4, shared_experts, ..base };
+        let settings = Settings { experts, routing, ..base };
+        for ctx in contexts(&gpu) {
+            let made = Context::with_variant(&gpu.device, ctx.variant(), None).unwrap();
+            let sample = Sample::new(settings);
+            let layer = sample.layer(&made, &gpu.queue).unwrap();
+            let pipelines = made.pipelines();
+            // Past 32, 4,096, and 2^18 tokens other kernels do the work. One buffer holds both slices.
+            for tokens in [1u32, 33, 5000, (1 << 18) + 1] {
+                if tokens > 5000 && experts > 5 {
+                    continue;
+                }
+                let size = u64::from(tokens) * 16;
+                let both = gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                    label: None,
+                    size: 2 * size + 256,
+                    usage: BufferUsages::STORAGE,
+                    mapped_at_creation: false,
+                });
+                let [hidden, out] =
+                    [0, size.next_multiple_of(256)].map(|at| Slice::new(&both, at, size));
+                let step = layer.bind(&Batch::new(hidden, out, tokens)).unwrap();
+                let mut encoder = gpu.device.create_command_encoder(&Default::default());
+                step.record(&mut encoder);
+                let what = format!("{:?} {routing:?} T {tokens}", ctx.variant());
+                assert_eq!(made.pipelines(), pipelines, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn twenty_layers_of_one_model() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let sample = Sample::new(settings());
+    let scratch = Scratch::new();
+    let x = random(3, 64 * 40);
+    let hidden = gpu.upload(&x);
+    let out = Output::f32s(&gpu, x.len());
+    let weights = sample.weights(&ctx, &gpu.queue).unwrap();
+    let mut times = vec![];
+    let mut made = vec![];
+    for _ in 0..20 {
+        let router = sample.router(&ctx).unwrap();
+        let start = Instant::now();
+        let layer = MoeLayer::new(&ctx, sample.settings, router, weights.clone()).unwrap();
+        times.push(start.elapsed());
+        let batch = Batch::new((&hidden).into(), out.slice(), 40);
+        layer.bind(&Batch { scratch: Some(&scratch), ..batch }).unwrap();
+        made.push((ctx.pipelines(), scratch.bytes()));
+    }
+    let (pipelines, bytes) = made[0];
+    assert_eq!(made, [made[0]; 20], "later layers make pipelines or scratch");
+    let rest: std::time::Duration = times[1..].iter().sum();
+    eprintln!(
+        "20 layers: {pipelines} pipelines, the first in {:?}, the others in {rest:?}; {bytes} bytes of scratch shared",
+        times[0]
+    );
+    assert!(rest < times[0], "19 layers took {rest:?}, the first {:?}", times[0]);
+}
+
+#[test]
+fn the_callers_pipeline_cache() {
+    if gpu().is_none() {
+        return;
+    }
+    let adapters = pollster::block_on(Gpu::adapters());
+    if !adapters[0].features().contains(Features::PIPELINE_CACHE) {
+        eprintln!("skipped: no pipeline caches on this adapter");
+        return;
+    }
+    let descriptor = wgpu::DeviceDescriptor {
+        required_features: Features::PIPELINE_CACHE,
+        ..Default::default()
+    };
+    let devices =
+        [(); 2].map(|()| pollster::block_on(adapters[0].request_device(&descriptor)).unwrap());
+    let caches = devices.each_ref().map(|(device, _)| {
+        let descriptor = wgpu::PipelineCacheDescriptor { label: None, data: None, fallback: true };
+        #[expect(unsafe_code, reason = "wgpu has no other way to make one; no data is given")]
+        unsafe {
+            device.create_pipeline_cache(&descriptor)
+        }
+    });
+    let sample = Sample::new(settings());
+    let (device, queue) = &devices[0];
+    let layer = |cache: &wgpu::PipelineCache| {
+        let variant = wgmoe::Variant::best(device);
+        let ctx = Context::with_variant(device, variant, Some(cache.clone()))?;
+        sample.layer(&ctx, queue)
+    };
+    let x = random(3, 64 * 33);
+    let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: adapters[0].get_info() };
+    assert_close(&output(&gpu, &layer(&caches[0]).unwrap(), &x), &sample.cpu(&x), 1e-4, 1e-4, "y");
+    // It is handed over indeed: wgpu refuses that of another device.
+    let refused = layer(&caches[1]).unwrap_err().to_string();
+    assert!(refused.contains("evice"), "{refused}");
+}

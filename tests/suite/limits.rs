@@ -1,0 +1,204 @@
+//! Layers larger than a storage binding: equal bits to those that fit one.
+use crate::common::{Output, assert_same, gpu, random};
+use crate::host_layer::{HostLayer, PROJECTIONS};
+use wgmoe::layer::{Batch, MoeLayer, Settings, cpu_token};
+use wgmoe::ops::plan_count::GateRule;
+use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::weights::HostWeights;
+use wgmoe::{
+    Activation, Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, bits, wgpu,
+};
+
+const TOKEN_CHOICE: TokenChoice = TokenChoice {
+    score: Score::Sigmoid,
+    gate: GateRule::Normalised,
+    top: 3,
+    groups: None,
+    scale: 2.5,
+    capacity_factor: None,
+    coreset: None,
+};
+
+const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
+    score: Score::Softmax,
+    normalise: Normalise::AfterSelection,
+    scope: Scope::Batch,
+    experts_per_token: 3,
+    max_experts_per_token: 3,
+});
+
+fn settings(hidden: u32, routing: Routing) -> Settings {
+    Settings {
+        hidden,
+        intermediate: 40,
+        experts: 12,
+        shared_experts: 1,
+        activation: Activation::Silu,
+        routing,
+    }
+}
+
+/// A device of the same adapter whose storage bindings hold no more than `bytes`.
+fn small(gpu: &Gpu, bytes: u64) -> Gpu {
+    let all = pollster::block_on(Gpu::adapters());
+    let same = |a: &&wgpu::Adapter| a.get_info() == gpu.info;
+    let adapter = all.iter().find(same).expect("the adapter that was there before");
+    let required_limits =
+        wgpu::Limits { max_storage_buffer_binding_size: bytes, ..adapter.limits() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+        required_features: gpu.device.features(),
+        required_limits,
+        ..Default::default()
+    }))
+    .expect("a device with smaller limits");
+    Gpu { device, queue, info: adapter.get_info() }
+}
+
+/// What a layer adds to a residual.
+fn run(gpu: &Gpu, layer: &MoeLayer, x: &[f32], tokens: u32) -> (Vec<u32>, usize) {
+    let residual: Vec<f32> = x.iter().map(|v| 1.0 - v).collect();
+    let hidden = gpu.upload(x);
+    let out = Output::holding(gpu, &residual);
+    let batch = Batch { add: true, ..Batch::new((&hidden).into(), out.slice(), tokens) };
+    let step = layer.bind(&batch).unwrap();
+    gpu.run_layer(&step).unwrap();
+    (out.get(gpu), step.dispatches().count())
+}
+
+#[test]
+fn tensors_larger_than_a_binding() {
+    let Some(gpu) = gpu() else { return };
+    const LIMIT: u64 = 48 << 10;
+    let small = small(&gpu, LIMIT);
+    let tokens = 90;
+    let token_choice = |coreset| Routing::TokenChoice(TokenChoice { coreset, ..TOKEN_CHOICE });
+    let mass = token_choice(Some(BlockRule::Mass { p: 0.5, floor: 4 }));
+    // Rows of whole vectors, and rows of which only some start where a binding may.
+    let rules = [(512, token_choice(None)), (512, EXPERT_CHOICE), (512, mass), (510, mass)];
+    // A software driver takes seconds to compile a matmul; subgroups change none of the kernels that this is about.
+    for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
+        let devices = [&small, &gpu]
+            .map(|gpu| (gpu, Context::with_variant(&gpu.device, variant, None).unwrap()));
+        let rules = if variant.target == Target::Gpu { &rules[..2] } else { &rules[..] };
+        for &(hidden, routing) in rules {
+            let what = format!("{variant:?} D {hidden} {routing:?}");
+            let host = HostLayer::new(settings(hidden, routing));
+            let x = random(3, (tokens * hidden) as usize);
+            assert!(x.len() as u64 * 4 > 3 * LIMIT);
+            let [(got, dispatches), (want, fewer)] = devices.each_ref().map(|(gpu, ctx)| {
+                run(gpu, &host.resident(gpu, ctx, WeightType::Bf16, None), &x, tokens)
+            });
+            assert!(dispatches > 2 * fewer, "{what}: {dispatches} dispatches, {fewer} at once");
+            assert_same(&got, &want, &what);
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let Some(gpu) = gpu() else { return };
+    let small = small(&gpu, 16 << 10);
+    let ctx = Context::new(&small.device).unwrap();
+    let host = HostLayer::new(settings(64, Routing::TokenChoice(TOKEN_CHOICE)));
+    let layer = host.resident(&small, &ctx, WeightType::Bf16, None);
+    for (tokens, argument) in [(400, "logits"), (40, "tokens"), (300, "plan")] {
+        let b = small.upload(&vec![0f32; 2 * 64 * tokens as usize]);
+        let bytes = 256 * u64::from(tokens);
+        let [hidden, out] = [0, bytes].map(|at| wgmoe::Slice::new(&b, at, bytes));
+        match layer.bind(&Batch::new(hidden, out, tokens)) {
+            Err(Error::Limit { name, .. }) => assert_eq!(name, argument, "{tokens} tokens"),
+            other => panic!("{tokens} tokens: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn page_limits_give_equal_bits() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    // 2.6 MB a matrix in f32: columns of one expert in a page, several experts, all of them.
+    let settings = Settings {
+        hidden: 1024,
+        intermediate: 640,
+        experts: 9,
+        ..settings(1024, Routing::TokenChoice(TOKEN_CHOICE))
+    };
+    let host = HostLayer::new(settings);
+    let tokens = 33;
+    let x = random(5, (tokens * settings.hidden) as usize);
+    let mut want = None;
+    let mut pages = vec![];
+    for limit in [128 << 20, 16 << 20, 1 << 20] {
+        let layer = host.resident(&gpu, &ctx, WeightType::F32, Some(limit));
+        pages.push(layer.weights().page_counts());
+        let (got, _) = run(&gpu, &layer, &x, tokens);
+        assert_same(&got, want.get_or_insert(got.clone()), &format!("pages of {limit} bytes"));
+    }
+    assert_eq!(pages, [[1, 1], [2, 2], [30, 30]]);
+}
+
+/// A whole layer of a model in bf16: `MODEL=llada2-mini cargo test --release --test suite full_size -- --ignored --nocapture`.
+/// LLaDA2-flash takes 6.4 GB on the device.
+#[test]
+#[ignore = "takes gigabytes and minutes"]
+fn full_size() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let name = std::env::var("MODEL").unwrap_or_else(|_| "llada2-mini".into());
+    let limit = std::env::var("PAGE_LIMIT").ok().map(|v| v.parse().expect("PAGE_LIMIT: bytes"));
+    let settings = wgmoe::model::find(&name).expect("MODEL: a model's name").settings;
+    let (d, e) = (settings.hidden as usize, settings.experts as usize);
+    let shape = settings.expert_shape(WeightType::Bf16);
+    let size = d * settings.intermediate as usize;
+    // Windows of one pool: no two matrices alike, no copy of each.
+    let pool: Vec<half::bf16> = random(1, size + 3 * shape.experts as usize * 1009)
+        .into_iter()
+        .map(|v| half::bf16::from_f32(v * 0.03))
+        .collect();
+    let matrix = |e: u32, p| {
+        let place = 3 * e as usize + PROJECTIONS.iter().position(|&q| q == p).unwrap();
+        HostWeights::Bf16(&pool[place * 1009..][..size])
+    };
+    let start = std::time::Instant::now();
+    let weights = ExpertWeights::new(&ctx, shape, limit).unwrap();
+    for e in 0..shape.experts {
+        for p in PROJECTIONS {
+            weights.write(&gpu.queue, e, p, matrix(e, p)).unwrap();
+        }
+        gpu.queue.submit([]);
+        gpu.wait().unwrap();
+    }
+    eprintln!(
+        "{name}: {} bytes in {:?} pages, {:?}",
+        weights.bytes(),
+        weights.page_counts(),
+        start.elapsed()
+    );
+    let router = HostLayer::new(Settings { intermediate: 1, ..settings }).router(&ctx);
+    let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
+    for tokens in [32, 512, 4096] {
+        let x = random(u64::from(tokens), tokens as usize * d);
+        let (hidden, out) = (gpu.upload(&x), Output::f32s(&gpu, x.len()));
+        let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), tokens)).unwrap();
+        let start = std::time::Instant::now();
+        gpu.run_layer(&step).unwrap();
+        let (elapsed, count) = (start.elapsed(), step.dispatches().count());
+        eprintln!("{tokens} tokens: {elapsed:?}, {count} dispatches, binding limit {}", {
+            gpu.device.limits().max_storage_buffer_binding_size
+        });
+        let got: Vec<f32> = out.get(&gpu);
+        let assigned: Vec<u32> = gpu.download(step.assigned().unwrap()).unwrap();
+        let gates: Vec<f32> = gpu.download(step.gates().unwrap()).unwrap();
+        for t in [0, tokens as usize / 2, tokens as usize - 1] {
+            let chosen: Vec<(u32, f32)> = bits::experts_of(&assigned, tokens as usize, t)
+                .into_iter()
+                .map(|i| (i as u32, gates[t * e + i]))
+                .collect();
+            assert!(!chosen.is_empty());
+            let want = cpu_token(&settings, &matrix, &x[t * d..][..d], &chosen);
+            let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+            let what = format!("{name}, {tokens} tokens, token {t}");
+            crate::common::assert_close(&got[t * d..][..d], &want, 2e-5 * largest, 2e-5, &what);
+        }
+    }
+}

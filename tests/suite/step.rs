@@ -1,0 +1,170 @@
+//! What a recorded step of a layer costs beside its work: dispatches, and nothing made.
+use crate::common::{assert_close, contexts, gpu, random};
+use wgmoe::layer::{Batch, MoeLayer, Router, Tensor};
+use wgmoe::ops::plan_count::GateRule;
+use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
+use wgmoe::tune::tune;
+use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::{
+    Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, Settings, Variant, WeightType,
+};
+
+const HIDDEN: u32 = 64;
+const EXPERTS: u32 = 40;
+
+fn expert_choice() -> Routing {
+    Routing::ExpertChoice(ExpertChoice {
+        score: Score::Sigmoid, // with scores of its own: the longest way
+        normalise: Normalise::AfterSelection,
+        scope: Scope::Sequence,
+        experts_per_token: 3,
+        max_experts_per_token: 3,
+    })
+}
+
+fn block(rule: BlockRule) -> Routing {
+    Routing::TokenChoice(TokenChoice {
+        score: Score::Sigmoid,
+        gate: GateRule::Normalised,
+        top: 4,
+        groups: None,
+        scale: 2.5,
+        capacity_factor: None,
+        coreset: Some(rule),
+    })
+}
+
+fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
+    let settings = Settings {
+        hidden: HIDDEN,
+        intermediate: 64,
+        experts: EXPERTS,
+        shared_experts: 1,
+        activation: Activation::Silu,
+        routing,
+    };
+    let weights =
+        ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), page_limit).unwrap();
+    for e in 0..=EXPERTS {
+        for p in [Projection::Gate, Projection::Up, Projection::Down] {
+            let values = random(u64::from(3 * e) + p as u64, 64 * HIDDEN as usize);
+            weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
+        }
+    }
+    let router = Router {
+        weight: Tensor::new(ctx, "router", &random(1, (EXPERTS * HIDDEN) as usize)).unwrap(),
+        bias: Some(Tensor::new(ctx, "bias", &random(2, EXPERTS as usize)).unwrap()),
+        by_count: None,
+        by_expert: None,
+    };
+    MoeLayer::new(ctx, settings, router, weights).unwrap()
+}
+
+/// Router logits, shared experts and combination included.
+#[test]
+fn dispatches_are_few() {
+    let Some(gpu) = gpu() else { return };
+    let rules = [
+        (9, expert_choice()),
+        (12, block(BlockRule::Mass { p: 0.6, floor: 4 })),
+        (12, block(BlockRule::Capacity(12))),
+        (12, block(BlockRule::Vote(12))),
+        (12, block(BlockRule::Union(2))),
+    ];
+    for ctx in contexts(&gpu) {
+        for (most, routing) in rules {
+            for page_limit in [None, Some(64 * 64 * 2 * 10)] {
+                let layer = layer(&gpu, &ctx, routing, page_limit);
+                let [first, second] = layer.weights().page_counts();
+                assert_eq!((first, second), if page_limit.is_none() { (1, 1) } else { (5, 5) });
+                for tokens in [1, 8, 32, 33, 500] {
+                    let [x, out] =
+                        [0, 1].map(|_| gpu.upload(&vec![0f32; (tokens * HIDDEN) as usize]));
+                    let batch = Batch::new((&x).into(), (&out).into(), tokens);
+                    let step = layer.bind(&batch).unwrap();
+                    // Both matmuls, once for each page and shape of kernel: skinny items alone up to 8 tokens.
+                    let shapes = if tokens <= 8 { 1 } else { 2 };
+                    let allowed = most - 2 + (first + second) * shapes;
+                    let names: Vec<_> = step.dispatches().map(|d| d.name()).collect();
+                    assert!(
+                        names.len() <= allowed,
+                        "{routing:?}, {tokens} tokens: {} dispatches, at most {allowed}: {names:?}",
+                        names.len()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn recording_makes_nothing() {
+    if gpu().is_none() {
+        return;
+    }
+    // A device of its own: the counters are the device's, and other tests run meanwhile.
+    let gpu = Gpu::new().unwrap();
+    let ctx = Context::new(&gpu.device).unwrap();
+    for routing in [expert_choice(), block(BlockRule::Capacity(12))] {
+        let layer = layer(&gpu, &ctx, routing, None);
+        let tokens = 40;
+        let [x, out] = [0, 1].map(|_| gpu.upload(&vec![0f32; (tokens * HIDDEN) as usize]));
+        let step = layer.bind(&Batch::new((&x).into(), (&out).into(), tokens)).unwrap();
+        let made = || {
+            let hal = gpu.device.get_internal_counters().hal;
+            [
+                hal.buffers.read(),
+                hal.bind_groups.read(),
+                hal.bind_group_layouts.read(),
+                hal.compute_pipelines.read(),
+                hal.shader_modules.read(),
+            ]
+        };
+        let before = made();
+        assert!(before.iter().all(|&n| n > 0), "the counters count: {before:?}");
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        for _ in 0..3 {
+            step.record(&mut encoder);
+        }
+        assert_eq!(made(), before, "{routing:?}");
+    }
+}
+
+#[test]
+fn the_device_chooses_among_equals() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = contexts(&gpu).pop().unwrap();
+    let layer = layer(&gpu, &ctx, expert_choice(), None);
+    let tokens = 33;
+    let values = random(5, (tokens * HIDDEN) as usize);
+    let (x, out) = (gpu.upload(&values), gpu.upload(&vec![7f32; values.len()]));
+    let batch = Batch::new((&x).into(), (&out).into(), tokens);
+    let tuning = tune(&layer, &gpu.queue, &batch).unwrap();
+
+    let mut found: Vec<Variant> = tuning.candidates.iter().map(|c| c.variant).collect();
+    assert_eq!(found[0], ctx.variant(), "the layer's own comes first");
+    let mut all = Variant::all(&gpu.device);
+    found.sort_by_key(|v| format!("{v:?}"));
+    all.sort_by_key(|v| format!("{v:?}"));
+    assert_eq!(found, all);
+    assert!(tuning.candidates.iter().all(|c| c.agrees && c.ms > 0.0), "{tuning:?}");
+    let best = tuning.candidates.iter().find(|c| c.variant == tuning.variant).unwrap();
+    assert!(tuning.candidates.iter().all(|c| best.ms <= c.ms), "{tuning:?}");
+    assert_eq!(gpu.download::<f32>(&out).unwrap(), vec![7f32; values.len()], "not written to");
+
+    // Kept, and given back.
+    let kept = serde_json::to_string(&tuning.variant).unwrap();
+    let variant: Variant = serde_json::from_str(&kept).unwrap();
+    assert_eq!(variant, tuning.variant);
+    let tuned = Context::with_variant(&gpu.device, variant, None).unwrap();
+    let run = |layer: &MoeLayer| {
+        gpu.run_layer(&layer.bind(&batch).unwrap()).unwrap();
+        gpu.download::<f32>(&out).unwrap()
+    };
+    let want = run(&layer);
+    let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
+    assert_close(&run(&layer.with_context(&tuned).unwrap()), &want, 1e-4 * largest, 0.0, &kept);
+
+    let none = Batch { tokens: 0, ..batch };
+    assert!(tune(&layer, &gpu.queue, &none).unwrap_err().to_string().contains("tokens"));
+}
