@@ -194,12 +194,8 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
-            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s"))
-                .unwrap()
-                .unwrap();
-            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r"))
-                .unwrap()
-                .unwrap();
+            close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
+            close(&bench.download(&r), &want.1, 1e-6, 1e-5, &format!("{what}: r")).unwrap();
             step.into()
         });
     }
@@ -227,7 +223,7 @@ fn expert_choice_step(
     let step = op.bind(expert_choice::Dims { tokens, experts, sequences: 1 }, args).unwrap();
     gpu.run(&step).unwrap();
     let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
-    same(&bench.download(&assigned), &want, what).unwrap().unwrap();
+    same(&bench.download(&assigned), &want, what).unwrap();
     step.into()
 }
 
@@ -278,7 +274,7 @@ fn token_choice_step(
     let step = op.bind(tokens, args).unwrap();
     gpu.run(&step).unwrap();
     let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
-    same(&bench.download(&assigned), &want, what).unwrap().unwrap();
+    same(&bench.download(&assigned), &want, what).unwrap();
     step.into()
 }
 
@@ -338,10 +334,8 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
             let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
-            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap().unwrap();
-            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of"))
-                .unwrap()
-                .unwrap();
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
+            same(&bench.download(&block_of), &want.1, &format!("{what}: block_of")).unwrap();
             step.into()
         });
     }
@@ -366,7 +360,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
             let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
-            same(&bench.download(&assigned), &want, what).unwrap().unwrap();
+            same(&bench.download(&assigned), &want, what).unwrap();
             step.into()
         });
     }
@@ -400,10 +394,8 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         gpu.run(&step).unwrap();
         let source = capacity::HostSource::Ratios(&schedule, &ratios);
         let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
-        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of"))
-            .unwrap()
-            .unwrap();
-        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of")).unwrap().unwrap();
+        same(&bench.download(&capacity_of), &want.0, &format!("{what}: capacity_of")).unwrap();
+        same(&bench.download(&k_of), &want.1, &format!("{what}: k_of")).unwrap();
         step.into()
     });
 }
@@ -433,11 +425,9 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
             let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
-            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"))
-                .unwrap()
-                .unwrap();
-            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap().unwrap();
-            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap().unwrap();
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap();
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap();
             step.into()
         });
     }
@@ -549,7 +539,7 @@ fn plan(
         1.0,
         Scales { by_count: None, by_expert: None },
     );
-    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap().unwrap();
+    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap();
     let host = HostPlan::from_words(&shape, &bench.download::<u32>(&plan)).unwrap();
     assert!(host == HostPlan::cpu(&shape, assigned, &got), "{what}: the plan differs");
     let stats = Stats::from_words(&bench.download::<u32>(&stats)).unwrap();
@@ -643,7 +633,7 @@ fn bench_matmul(bench: &Bench, c: &mut Criterion) {
                 let want: Vec<f32> =
                     cpu_row(row, &weight, COLUMNS as usize).into_iter().map(|v| v as f32).collect();
                 let got = &got[slot * COLUMNS as usize..][..COLUMNS as usize];
-                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap().unwrap();
+                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap();
             }
             assert!(got.iter().all(|v| v.is_finite()), "{what}: not finite");
             step.into()
@@ -677,7 +667,7 @@ fn bench_combine(bench: &Bench, c: &mut Criterion) {
             let step = combine::Combine::new(ctx).unwrap().bind(&planned.shape, args).unwrap();
             gpu.run(&step).unwrap();
             let want = combine::cpu(&planned.host, &y, hidden as usize, None);
-            close(&bench.download(&out), &want, 1e-6, 1e-5, what).unwrap().unwrap();
+            close(&bench.download(&out), &want, 1e-6, 1e-5, what).unwrap();
             step.into()
         });
     }
@@ -709,9 +699,9 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
             gpu.run(&step).unwrap();
             let (t, e) = (tokens as usize, experts as usize);
             let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);
-            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap().unwrap();
-            same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap().unwrap();
-            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap().unwrap();
+            same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
+            same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap();
+            same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap();
             step.into()
         });
     }
