@@ -463,9 +463,9 @@ fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
             let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
-            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"));
-            same(&bench.download(&gates), &want.1, &format!("{what}: gates"));
-            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored"));
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap();
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap();
             step.into()
         });
     }
