@@ -8,6 +8,7 @@
 //!
 //! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
 //! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
+#[expect(dead_code, unused_imports, reason = "shared with wgmoe-bench, which uses other parts")]
 mod cases;
 
 use cases::{
@@ -27,13 +28,11 @@ use wgmoe::ops::plan_fill::PlanFill;
 use wgmoe::ops::plan_scan::{PlanScan, Stats};
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{
-    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, gather,
-    plan_count, plan_fill, plan_scan, scores, sequence_top, token_choice,
+    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, plan_count,
+    plan_fill, plan_scan, scores, sequence_top, token_choice,
 };
 use wgmoe::plan::HostPlan;
-use wgmoe::routing::{
-    BlockRule, ExpertChoice, Normalise, Routing, Scope, SequenceTop, TokenChoice,
-};
+use wgmoe::routing::BlockRule;
 use wgmoe::schedule::{Schedule, ScheduleKind};
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{
@@ -464,9 +463,9 @@ fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
             let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
-            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned"));
-            same(&bench.download(&gates), &want.1, &format!("{what}: gates"));
-            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored"));
+            same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
+            same(&bench.download(&gates), &want.1, &format!("{what}: gates")).unwrap();
+            same(&bench.download(&ignored), &want.2, &format!("{what}: ignored")).unwrap();
             step.into()
         });
     }

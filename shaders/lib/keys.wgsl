@@ -21,8 +21,18 @@ fn is_finite(bits: u32) -> bool {
     return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
-// a + b for any two f32 given as bits; WGSL's own sum is only defined for finite ones.
+// A subnormal f32 given as bits, in units of the smallest one.
+fn units(bits: u32) -> i32 {
+    let magnitude = i32(bits & 0x7fffffu);
+    return select(magnitude, -magnitude, (bits >> 31u) == 1u);
+}
+
+// a + b for any two f32 given as bits; WGSL's own sum is only defined for finite ones, and may take subnormals for 0.
 fn add_bits(a: u32, b: u32) -> u32 {
+    if ((a | b) & 0x7f800000u) == 0u {
+        let sum = units(a) + units(b);
+        return u32(abs(sum)) | select(0u, 0x80000000u, sum < 0);
+    }
     if is_finite(a) && is_finite(b) {
         return bitcast<u32>(bitcast<f32>(a) + bitcast<f32>(b));
     }

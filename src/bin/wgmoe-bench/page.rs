@@ -345,7 +345,7 @@ fn all_cases(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
             @for layer in by_layer(ids) {
                 details {
                     summary { (layer_name(layer[0][0])) }
-                    @for why in reduced(devices, layer[0][0]) { p.none { "Fewer experts: " (why) } }
+                    @for why in reduced(devices, layer[0][0]) { p.none { "Fewer experts on " (why) } }
                     @for load in &layer {
                         h3 { (load[0].load_name()) }
                         div.grid.cases { @for id in load { (case(devices, id)) } }
@@ -360,7 +360,7 @@ fn all_cases(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
 fn reduced(devices: &[Device<'_>], id: &CaseId) -> Vec<String> {
     let of = |d: &Device<'_>| {
         let why = d.cases.get(id)?.reduced.as_ref()?;
-        Some(clean(&format!("{} {why}", d.key)))
+        Some(clean(&format!("{}: {why}", d.key)))
     };
     devices.iter().filter_map(of).collect()
 }
