@@ -22,7 +22,7 @@ pub(crate) fn router(settings: &Settings, block: u64) -> Vec<f32> {
 
 /// An expert's matrix, `[out, in]`.
 pub(crate) fn matrix(settings: &Settings, block: u64, e: u32, p: Projection) -> Vec<f32> {
-    let seed = (block << 16 | u64::from(e)) << 8 | p as u64 + 1;
+    let seed = ((block << 16 | u64::from(e)) << 8) | (p as u64 + 1);
     random(seed << 16, HIDDEN * settings.intermediate, 0.3)
 }
 
