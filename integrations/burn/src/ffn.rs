@@ -132,7 +132,9 @@ impl Layer {
         if tokens == 0 {
             return Ok(());
         }
-        let places = [Place::of(hidden)?, Place::of(out)?];
+        let (input, _input) = Place::hold(hidden)?;
+        let (output, _output) = Place::hold(out)?;
+        let places = [input, output];
         flush(hidden)?;
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(i) = bound.iter().position(|b| b.places == places) {

@@ -48,15 +48,15 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place of a tensor, which stays while the tensor does.
-    pub(crate) fn of(tensor: &CubeTensor) -> Result<Self> {
-        let managed = tensor
+    /// The place of a tensor, which stays while what comes with it does: Burn moves memory that nobody holds.
+    pub(crate) fn hold(tensor: &CubeTensor) -> Result<(Self, impl Sized + use<>)> {
+        let held = tensor
             .client
             .get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone())
             .map_err(|e| Error::Device(e.to_string()))?;
-        let resource = managed.resource();
+        let (buffer, offset) = (held.resource().buffer.clone(), held.resource().offset);
         let size = tensor.shape().num_elements() as u64 * 4;
-        Ok(Self { buffer: resource.buffer.clone(), offset: resource.offset, size })
+        Ok((Self { buffer, offset, size }, held))
     }
 
     pub(crate) fn slice(&self) -> Slice<'_> {
@@ -72,7 +72,7 @@ pub(crate) fn flush(tensor: &CubeTensor) -> Result<()> {
     flush()
 }
 
-/// Where a tensor lies.
+/// Where a tensor lies now.
 ///
 /// # Errors
 ///
@@ -86,5 +86,5 @@ pub fn place<const R: usize>(tensor: &Tensor<R>) -> Result<Place> {
         let client = primitive.client.clone();
         client.resolve_tensor_float::<CubeBackend>(primitive)
     };
-    Place::of(&primitive)
+    Ok(Place::hold(&primitive)?.0)
 }
