@@ -1,7 +1,7 @@
 //! The module.
-use crate::op::{MoeOps, Place};
+use crate::op::{MoeOps, Place, flush};
 use crate::shared::MoeDevice;
-use burn::backend::{Dispatch, TensorMetadata};
+use burn::backend::{DType, Dispatch, TensorMetadata};
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_cubecl::tensor::CubeTensor;
@@ -85,10 +85,12 @@ impl MoeFfn {
     ///
     /// # Panics
     ///
-    /// As Burn's own operations: where the tensor is of another shape, type or device, or wgpu refuses the work.
+    /// Where the tensor is of another shape or type. Where wgpu refuses the work, or the tensor lies on another device, Burn
+    /// reports it as a failure of its own operations: with fusion, when the result is read.
     pub fn forward(&self, hidden: Tensor<2>) -> Tensor<2> {
         let width = self.layer.layer.settings().hidden as usize;
         assert_eq!(hidden.dims()[1], width, "hidden states are [tokens, {width}]");
+        assert_eq!(hidden.dtype(), DType::F32, "hidden states are f32");
         let out = <Dispatch as MoeOps>::moe_ffn(hidden.into_dispatch(), self.layer.clone());
         Tensor::from_dispatch(out)
     }
@@ -130,7 +132,10 @@ impl Layer {
         if tokens == 0 {
             return Ok(());
         }
-        let places = [Place::of(hidden)?, Place::of(out)?];
+        let (input, _input) = Place::hold(hidden)?;
+        let (output, _output) = Place::hold(out)?;
+        let places = [input, output];
+        flush(hidden)?;
         let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(i) = bound.iter().position(|b| b.places == places) {
             let found = bound.remove(i);

@@ -21,9 +21,8 @@ pub trait MoeOps: Backend {
 impl MoeOps for CubeBackend {
     /// # Panics
     ///
-    /// As Burn's own operations: where the tensor is not f32, not on the layer's device, or wgpu refuses the work.
+    /// Where wgpu refuses the work.
     fn moe_ffn(hidden: CubeTensor, layer: Layer) -> CubeTensor {
-        assert_eq!(hidden.dtype, DType::F32, "moe_ffn takes f32");
         // Burn's own copy, where a view is not contiguous; else the tensor itself.
         let hidden = into_contiguous(hidden);
         let out = empty_device_contiguous_dtype(
@@ -49,21 +48,15 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place of a tensor, which stays while the tensor does. All work of Burn's that the tensor waits for is submitted.
-    pub(crate) fn of(tensor: &CubeTensor) -> Result<Self> {
-        let refused = |e: &dyn std::fmt::Display| Error::Device(e.to_string());
-        let handle = tensor.handle.clone();
-        let stream = handle.stream;
-        let managed = tensor
+    /// The place of a tensor, which stays while what comes with it does: Burn moves memory that nobody holds.
+    pub(crate) fn hold(tensor: &CubeTensor) -> Result<(Self, impl Sized + use<>)> {
+        let held = tensor
             .client
-            .get_resource::<WgpuServer<AutoCompiler>>(handle)
-            .map_err(|e| refused(&e))?;
-        // Work lies in encoders, one for each stream, until they are flushed.
-        tensor.client.flush().map_err(|e| refused(&e))?;
-        stream.executes(|| tensor.client.flush()).map_err(|e| refused(&e))?;
-        let resource = managed.resource();
+            .get_resource::<WgpuServer<AutoCompiler>>(tensor.handle.clone())
+            .map_err(|e| Error::Device(e.to_string()))?;
+        let (buffer, offset) = (held.resource().buffer.clone(), held.resource().offset);
         let size = tensor.shape().num_elements() as u64 * 4;
-        Ok(Self { buffer: resource.buffer.clone(), offset: resource.offset, size })
+        Ok((Self { buffer, offset, size }, held))
     }
 
     pub(crate) fn slice(&self) -> Slice<'_> {
@@ -71,19 +64,27 @@ impl Place {
     }
 }
 
-/// Where a tensor lies. All of Burn's work that it waits for is submitted.
+/// Submits Burn's work that `tensor` waits for, and what uses memory that this thread's stream was given since.
+pub(crate) fn flush(tensor: &CubeTensor) -> Result<()> {
+    // Work lies in encoders, one for each stream, until they are flushed.
+    let flush = || tensor.client.flush().map_err(|e| Error::Device(e.to_string()));
+    tensor.handle.stream.executes(flush)?;
+    flush()
+}
+
+/// Where a tensor lies now.
 ///
 /// # Errors
 ///
 /// [`Error::Invalid`] for a tensor of another backend or type, [`Error::Device`] where Burn cannot tell.
 pub fn place<const R: usize>(tensor: &Tensor<R>) -> Result<Place> {
-    let other =
-        |e: &dyn std::fmt::Display| Error::Invalid { name: "tensor", reason: e.to_string() };
-    let primitive = tensor.clone().try_into_primitive::<Cube>().map_err(|e| other(&e))?;
+    let primitive = tensor.clone().try_into_primitive::<Cube>();
+    let primitive =
+        primitive.map_err(|e| Error::Invalid { name: "tensor", reason: format!("{e:?}") })?;
     #[cfg(feature = "fusion")]
     let primitive = {
         let client = primitive.client.clone();
         client.resolve_tensor_float::<CubeBackend>(primitive)
     };
-    Place::of(&primitive)
+    Ok(Place::hold(&primitive)?.0)
 }

@@ -57,8 +57,8 @@ impl Reference {
         let [tokens, width] = x.dims();
         let (all, routed) = (self.gate.dims()[0], self.router.dims()[1]);
         let (gates, ids) = self.choose(&x);
-        let ids = ids.into_data_as::<i64>().try_to_vec::<i64>().expect("converted to i64");
-        let gates = gates.into_data_as::<f32>().try_to_vec::<f32>().expect("converted to f32");
+        let ids = ids.try_into_vec_as::<i64>().expect("a tensor that can be read");
+        let gates = gates.try_into_vec_as::<f32>().expect("a tensor that can be read");
         let mut lists = vec![(vec![], vec![]); all];
         for (i, (&e, &gate)) in ids.iter().zip(&gates).enumerate() {
             lists[e as usize].0.push((i / self.top) as i32);

@@ -95,10 +95,7 @@ impl MoeDevice {
 
     /// Reads a tensor back, counted.
     pub(crate) fn read<const R: usize>(&self, tensor: Tensor<R>) -> Vec<f32> {
-        let values: Vec<f32> = tensor
-            .into_data_as::<f32>()
-            .try_to_vec::<f32>()
-            .expect("the tensor was converted to f32");
+        let values: Vec<f32> = tensor.try_into_vec_as().expect("a tensor that can be read");
         self.inner.readbacks.fetch_add(1, Ordering::Relaxed);
         self.moved(values.len() as u64 * 4);
         values
