@@ -1,7 +1,6 @@
 //! Integration tests, one binary.
 mod assign;
 mod assign_lists;
-#[cfg(feature = "bench")]
 mod bench_program;
 mod block;
 mod cache;

@@ -58,7 +58,7 @@ struct RunOptions {
     #[arg(long)]
     all: bool,
     /// Minutes for each adapter, at most; what does not fit is skipped and marked
-    #[arg(long, value_parser = minutes)]
+    #[arg(long, value_parser = minutes, allow_negative_numbers = true)]
     minutes: Option<f64>,
     /// GiB for a layer's weights, at most [default: 8 on a discrete GPU, 1 on a software driver, else 4]
     #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1024))]
