@@ -86,7 +86,7 @@ impl MoeFfn {
     /// # Panics
     ///
     /// Where the tensor is of another shape or type. Where wgpu refuses the work, or the tensor lies on another device, Burn
-    /// reports it as a failure of its own operations: with fusion, when the result is read.
+    /// reports it as a failure of its own operations, when the result is read.
     pub fn forward(&self, hidden: Tensor<2>) -> Tensor<2> {
         let width = self.layer.layer.settings().hidden as usize;
         assert_eq!(hidden.dims()[1], width, "hidden states are [tokens, {width}]");

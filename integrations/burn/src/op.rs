@@ -11,7 +11,7 @@ use cubecl::wgpu::{AutoCompiler, WgpuServer};
 use wgmoe::{Error, Result, Slice, wgpu};
 
 /// The layer as an operation of Burn's.
-#[backend_extension(Cube, Fusion: cfg(feature = "fusion"))]
+#[backend_extension(Cube, Fusion)]
 pub trait MoeOps: Backend {
     /// `[tokens, D]` f32 to `[tokens, D]`.
     #[fusion(dtype = hidden, shape = hidden)]
@@ -81,10 +81,7 @@ pub fn place<const R: usize>(tensor: &Tensor<R>) -> Result<Place> {
     let primitive = tensor.clone().try_into_primitive::<Cube>();
     let primitive =
         primitive.map_err(|e| Error::Invalid { name: "tensor", reason: format!("{e:?}") })?;
-    #[cfg(feature = "fusion")]
-    let primitive = {
-        let client = primitive.client.clone();
-        client.resolve_tensor_float::<CubeBackend>(primitive)
-    };
+    let client = primitive.client.clone();
+    let primitive = client.resolve_tensor_float::<CubeBackend>(primitive);
     Ok(Place::hold(&primitive)?.0)
 }
