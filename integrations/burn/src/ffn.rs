@@ -75,7 +75,7 @@ impl MoeFfn {
         Ok(Self::from_layer(device, MoeLayer::new(ctx, settings, router, weights)?))
     }
 
-    /// A layer that was made on the device's [context](MoeDevice::context), of weights from anywhere.
+    /// A layer of weights from anywhere, which must have been made on the device's [context](MoeDevice::context).
     pub fn from_layer(device: &MoeDevice, layer: MoeLayer) -> Self {
         let (device, bound) = (device.clone(), Arc::default());
         Self { layer: Layer { device, layer, bound } }

@@ -1,6 +1,6 @@
 //! The module against the CPU twins and Burn's own operations, and that nothing is copied.
 use burn::tensor::{Distribution, Tensor};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings};
 use wgmoe_burn::wgmoe::ops::plan_count::GateRule;
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
@@ -31,6 +31,12 @@ const SETTINGS: Settings = Settings {
 fn device() -> MoeDevice {
     static DEVICE: OnceLock<MoeDevice> = OnceLock::new();
     DEVICE.get_or_init(|| MoeDevice::open().expect("a device")).clone()
+}
+
+/// One test at a time, for what the device has moved is counted in one place.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn random<const R: usize>(shape: [usize; R], scale: f64) -> Tensor<R> {
@@ -73,6 +79,7 @@ fn cpu(settings: &Settings, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
 
 #[test]
 fn equals_the_twin_under_every_kind_of_rule() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let block = TokenChoice { coreset: Some(BlockRule::Capacity(4)), ..RULE };
     for routing in [
@@ -96,6 +103,7 @@ fn equals_the_twin_under_every_kind_of_rule() {
 
 #[test]
 fn equals_burns_own_operations() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
     let reference = Reference::new(tensors, 3);
@@ -107,6 +115,7 @@ fn equals_burns_own_operations() {
 
 #[test]
 fn takes_a_layer_made_elsewhere() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ctx = device.context();
     let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32), None).unwrap();
@@ -128,6 +137,7 @@ fn takes_a_layer_made_elsewhere() {
 
 #[test]
 fn runs_in_order_with_burns_work() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
     // Burn's work before, between and behind; memory of dropped tensors is handed out again meanwhile.
@@ -143,6 +153,7 @@ fn runs_in_order_with_burns_work() {
 
 #[test]
 fn takes_views() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
     let turned = random([64, 96], 1.0).transpose();
@@ -154,6 +165,7 @@ fn takes_views() {
 
 #[test]
 fn nothing_is_copied() {
+    let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap();
     let before = device.traffic();
@@ -169,6 +181,7 @@ fn nothing_is_copied() {
 
 #[test]
 fn a_wrong_shape_is_an_error() {
+    let _turn = turn();
     let device = device();
     let short = MoeTensors { up: random([9, 32, 60], 0.2), ..tensors() };
     let error = MoeFfn::new(&device, SETTINGS, WeightType::F32, short).unwrap_err();
@@ -181,6 +194,7 @@ fn a_wrong_shape_is_an_error() {
 #[test]
 #[should_panic(expected = "hidden states are [tokens, 64]")]
 fn hidden_states_of_another_width_panic() {
+    let _turn = turn();
     let ffn = MoeFfn::new(&device(), SETTINGS, WeightType::F32, tensors()).unwrap();
     ffn.forward(random([2, 4], 1.0));
 }
