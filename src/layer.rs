@@ -196,13 +196,15 @@ impl<'a> RoutingBatch<'a> {
     }
 }
 
-/// Name of a tensor, which of its buffers, and bytes.
-type ScratchKey = (&'static str, usize, u64);
+/// The context (by its address), the tensor's name, part and bytes.
+type ScratchKey = (usize, &'static str, usize, u64);
 
-/// Buffers between the kernels of a layer. Layers bound to one share them: they must then run in order.
+/// Buffers between the kernels of a layer. Layers of one context that are bound to one share them: they must then run in order.
+/// Nothing is freed before the scratch and all steps bound to it are.
 #[derive(Clone, Debug, Default)]
 pub struct Scratch {
-    buffers: Arc<Mutex<HashMap<ScratchKey, wgpu::Buffer>>>,
+    /// With their contexts, so that no other comes to lie at the address of one.
+    buffers: Arc<Mutex<HashMap<ScratchKey, (Context, wgpu::Buffer)>>>,
 }
 
 impl Scratch {
@@ -218,18 +220,19 @@ impl Scratch {
     /// A part of a tensor that lies in several buffers.
     fn part(&self, ctx: &Context, name: &'static str, part: usize, bytes: u64) -> Result<Tensor> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(buffer) = buffers.get(&(name, part, bytes)) {
+        let key = (ctx.address(), name, part, bytes);
+        if let Some((_, buffer)) = buffers.get(&key) {
             return Ok(Tensor { buffer: buffer.clone(), offset: 0, size: bytes });
         }
         let buffer = ctx.scratch(name, bytes)?;
-        buffers.insert((name, part, bytes), buffer.clone());
+        buffers.insert(key, (ctx.clone(), buffer.clone()));
         Ok(Tensor { buffer, offset: 0, size: bytes })
     }
 
     /// Bytes on the device.
     pub fn bytes(&self) -> u64 {
         let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        buffers.values().map(wgpu::Buffer::size).sum()
+        buffers.values().map(|(_, buffer)| buffer.size()).sum()
     }
 }
 

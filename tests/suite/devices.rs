@@ -36,12 +36,13 @@ fn public_types_cross_threads() {
 }
 
 /// The layer's output for these hidden states, which lie in one buffer with it; submitted and read back here.
-fn output(gpu: &Gpu, layer: &MoeLayer, x: &[f32]) -> Vec<f32> {
+fn output(gpu: &Gpu, layer: &MoeLayer, scratch: &Scratch, x: &[f32]) -> Vec<f32> {
     let size = x.len() as u64 * 4;
     let both = gpu.upload(&[x, &vec![f32::NAN; x.len()]].concat());
     let [hidden, out] = [0, size].map(|at| Slice::new(&both, at, size));
     let tokens = x.len() as u32 / layer.settings().hidden;
-    let step = layer.bind(&Batch::new(hidden, out, tokens)).unwrap();
+    let batch = Batch { scratch: Some(scratch), ..Batch::new(hidden, out, tokens) };
+    let step = layer.bind(&batch).unwrap();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
@@ -58,7 +59,7 @@ fn threads_share_a_device() {
     let (sample, ctx) = (Sample::new(settings()), contexts(&gpu)[0].clone());
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let inputs: Vec<Vec<f32>> = (0..6).map(|i| random(10 + i, 64 * (20 + i as usize))).collect();
-    let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, x)).collect();
+    let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, &Scratch::new(), x)).collect();
     assert_close(&alone[0], &sample.cpu(&inputs[0]), 1e-4, 1e-4, "alone");
     std::thread::scope(|threads| {
         for (x, want) in inputs.iter().zip(&alone) {
@@ -67,7 +68,11 @@ fn threads_share_a_device() {
                 // A layer of everybody's, and one made here at the same time as elsewhere.
                 let own = sample.layer(ctx, &gpu.queue).unwrap();
                 for layer in [layer, &own, layer] {
-                    assert_same(&bits(&output(gpu, layer, x)), &bits(want), "in a thread");
+                    assert_same(
+                        &bits(&output(gpu, layer, &Scratch::new(), x)),
+                        &bits(want),
+                        "in a thread",
+                    );
                 }
             });
         }
@@ -88,7 +93,9 @@ fn two_devices_in_one_process() {
         let layer = sample.layer(&ctx, &gpu.queue).unwrap();
         (gpu, layer)
     });
-    let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &x));
+    // One scratch for both: each gets buffers of its own device.
+    let scratch = Scratch::new();
+    let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &scratch, &x));
     assert_close(&outputs[0], &sample.cpu(&x), 1e-4, 1e-4, "a device");
     assert_same(&bits(&outputs[1]), &bits(&outputs[0]), "another device");
 }
@@ -215,7 +222,13 @@ fn the_callers_pipeline_cache() {
     };
     let x = random(3, 64 * 33);
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: adapters[0].get_info() };
-    assert_close(&output(&gpu, &layer(&caches[0]).unwrap(), &x), &sample.cpu(&x), 1e-4, 1e-4, "y");
+    assert_close(
+        &output(&gpu, &layer(&caches[0]).unwrap(), &Scratch::new(), &x),
+        &sample.cpu(&x),
+        1e-4,
+        1e-4,
+        "y",
+    );
     // It is handed over indeed: wgpu refuses that of another device.
     let refused = layer(&caches[1]).unwrap_err().to_string();
     assert!(refused.contains("evice"), "{refused}");
