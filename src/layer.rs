@@ -1,4 +1,4 @@
-//! A whole MoE layer: from hidden states to output, recorded in one pass (ARCHITECTURE 1).
+//! A whole MoE layer: from hidden states to output, recorded in one pass.
 use crate::kernel::{holding, scoped};
 use crate::ops::expert_choice::{self, DropArgs};
 use crate::ops::matmul::{
@@ -41,7 +41,7 @@ impl Settings {
     /// Shape of the layer's weights, shared experts included.
     pub fn expert_shape(&self, weight_type: crate::WeightType) -> ExpertShape {
         ExpertShape {
-            experts: self.experts + self.shared_experts,
+            experts: self.experts.saturating_add(self.shared_experts),
             hidden: self.hidden,
             intermediate: self.intermediate,
             weight_type,
@@ -106,7 +106,8 @@ pub struct Router {
     pub by_expert: Option<Tensor>,
 }
 
-/// Sequences of a batch, for expert choice within each: token ranges and capacities, read when the work runs.
+/// Sequences of a batch, for expert choice within each (and [`SequenceTop`], by the offsets alone): token ranges and
+/// capacities, read when the work runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequences<'a> {
     /// Sequences.
@@ -145,7 +146,8 @@ pub struct Batch<'a> {
     pub tokens: u32,
     /// Whether the layer's output is added to what `out` holds (a residual) rather than replacing it.
     pub add: bool,
-    /// Sequences of expert choice; one of all tokens, with the rule's own `experts_per_token`, where absent.
+    /// Sequences of expert choice and of [`SequenceTop`] (which takes the offsets alone); one of all tokens, with the rule's own
+    /// `experts_per_token`, where absent.
     pub sequences: Option<Sequences<'a>>,
     /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent.
     pub blocks: Option<Blocks<'a>>,
@@ -179,7 +181,7 @@ pub struct RoutingBatch<'a> {
     pub hidden: Slice<'a>,
     /// T.
     pub tokens: u32,
-    /// Sequences of expert choice.
+    /// Sequences of expert choice and of [`SequenceTop`].
     pub sequences: Option<Sequences<'a>>,
     /// Blocks of a block-level rule.
     pub blocks: Option<Blocks<'a>>,
@@ -293,6 +295,8 @@ struct FfnKernels {
     gate_up: [GroupedMatmul; 2],
     down: [GroupedMatmul; 2],
     combine: combine::Combine,
+    /// For hidden states larger than a binding.
+    gather: gather::Gather,
 }
 
 #[derive(Debug)]
@@ -471,7 +475,7 @@ impl MoeRouting {
         &self.router
     }
 
-    /// Bound of the routed slots of a batch (METHODS 2, 3).
+    /// Bound of the routed slots of a batch.
     fn routed_slots(&self, batch: &RoutingBatch<'_>) -> Result<u32> {
         let (tokens, experts) = (batch.tokens, self.settings.experts);
         let slots = match self.settings.routing {
@@ -749,6 +753,7 @@ impl Ffn {
             gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
             down: [down(Class::Skinny)?, down(Class::Tile)?],
             combine: combine::Combine::new(ctx)?,
+            gather: gather::Gather::new(ctx)?,
         };
         Ok(Self { ctx: ctx.clone(), weights, kernels: Arc::new(kernels) })
     }
@@ -804,7 +809,7 @@ impl Ffn {
         let most_rows = (ctx.max_binding() / 4 / u64::from(widest)).clamp(1, slots.into()) as u32;
         let x_rows = if gathered {
             let bytes = u64::from(most_rows) * u64::from(hidden) * 4;
-            Some((gather::Gather::new(ctx)?, scratch.get(ctx, "x", bytes)?))
+            Some((&kernels.gather, scratch.get(ctx, "x", bytes)?))
         } else {
             None
         };
@@ -855,7 +860,8 @@ impl Ffn {
             }
         }
         let most_columns = (ctx.max_binding() / 4 / u64::from(slots))
-            .min(hidden.next_multiple_of(PANEL).into()) as u32;
+            .min(u64::from(hidden).next_multiple_of(PANEL.into()))
+            as u32;
         let most_columns = most_columns / PANEL * PANEL;
         if most_columns == 0 {
             let need = u64::from(slots) * 4 * u64::from(PANEL);

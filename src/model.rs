@@ -1,4 +1,4 @@
-//! Shapes and routing of the models that use these layers (METHODS 6; sources there).
+//! Shapes and routing of the models that use these layers.
 use crate::layer::Settings;
 use crate::ops::plan_count::GateRule;
 use crate::ops::token_choice::Groups;

@@ -1,4 +1,4 @@
-//! The order of scores, on the CPU: the specification that the kernels' integer keys follow (METHODS, "Order, ties, NaN").
+//! The order of scores, on the CPU: the specification that the kernels' integer keys follow.
 use std::cmp::Ordering;
 
 /// Higher values first; `+0 == -0`; NaN after everything, also after `-inf`.

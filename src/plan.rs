@@ -56,7 +56,7 @@ pub struct Sections {
 impl PlanShape {
     /// Routed and shared experts.
     pub fn all_experts(&self) -> u32 {
-        self.experts + self.shared_experts
+        self.experts.saturating_add(self.shared_experts)
     }
 
     /// Bound of all slots, shared experts' included.

@@ -1,4 +1,4 @@
-//! Routing rules as plain data (METHODS 2 to 4).
+//! Routing rules as plain data.
 use crate::ops::coreset::mass_units;
 use crate::ops::not_zero;
 use crate::ops::plan_count::GateRule;
@@ -61,11 +61,11 @@ impl ExpertChoice {
     /// Tokens that each expert takes from a range of `tokens`: `clamp(floor(N k / E), 1, N)`.
     pub fn capacity(experts_per_token: u32, tokens: u32, experts: u32) -> u32 {
         let share = u64::from(tokens) * u64::from(experts_per_token) / u64::from(experts.max(1));
-        (share as u32).clamp(1.min(tokens), tokens) // share <= tokens where k <= E; clamped anyway
+        (share.min(tokens.into()) as u32).max(1.min(tokens))
     }
 }
 
-/// Each token takes its highest experts (METHODS 3).
+/// Each token takes its highest experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TokenChoice {
     /// Scores of logits.
@@ -127,8 +127,7 @@ impl Routing {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for zero or too many experts, a K of 0 or above the experts or
-    /// [`MAX_TOP`], groups that do not divide the experts, a factor that is not positive and finite.
+    /// [`Error::Invalid`] for zero or too many experts, a K of 0 or (tokens choosing) above the experts or [`MAX_TOP`], groups that do not divide the experts, a factor that is not positive and finite.
     pub fn check(&self, experts: u32) -> Result<()> {
         not_zero(&[("experts", experts)])?;
         if experts > MAX_EXPERTS {
@@ -228,7 +227,7 @@ impl Routing {
 }
 
 /// How a block of tokens that are decoded together elects its coreset: the experts that its tokens then choose among
-/// (METHODS 4). A token's own top K is over all experts, groups apart; a vote for an expert is the token's selection value.
+///. A token's own top K is over all experts, groups apart; a vote for an expert is the token's selection value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum BlockRule {
     /// The fewest experts that together hold more than the share `p` of all votes, and at least `floor` (dMoE, arXiv

@@ -1,4 +1,4 @@
-//! EC-DLM's table of gate scales (arXiv 2604.01622; METHODS 2): the output of a token that n experts took has the norm of
+//! EC-DLM's table of gate scales (arXiv 2604.01622): the output of a token that n experts took has the norm of
 //! `||p||` of one expert's, `p` being its gates; the table brings it to that of the shared experts.
 use crate::exact::{cos_pi, exp, ln};
 use crate::plan::MAX_EXPERTS;

@@ -1,5 +1,5 @@
 //! Capacity schedules: how many experts a token gets on average, as a function of how much of its sequence is still masked
-//! (EC-DLM, arXiv 2604.01622, "timestep-dependent expert capacity"; METHODS 2), and what a schedule costs.
+//! (EC-DLM, arXiv 2604.01622, "timestep-dependent expert capacity"), and what a schedule costs.
 //!
 //! A schedule is plain data, and [`Schedule::k`] is its meaning. `k` is a whole number, so over the mask ratio it is a
 //! staircase: [`Schedule::steps`] finds the first f32 of every step, and the device compares ratios with those

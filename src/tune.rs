@@ -1,8 +1,8 @@
 //! Which variant of the kernels is the fastest on this device for a layer and a batch of the caller's.
 //!
 //! [`Variant::best`](crate::Variant::best) goes by the adapter's type and features; nobody has to tune. [`tune`] measures: it runs the layer in
-//! every variant that the device can run, compares what they make, and says what each took. Its answer is plain data, to be
-//! kept (feature `serde`) and given to [`Context::with_variant`] at the next start.
+//! every variant that the device can run, compares what they make, and says what each took. The variant it names is plain data, to
+//! be kept (feature `serde`) and given to [`Context::with_variant`] at the next start.
 //!
 //! ```
 //! # use wgmoe::layer::{Batch, MoeLayer};
@@ -17,7 +17,8 @@
 //! # Ok(())
 //! # }
 //! ```
-use crate::layer::{Batch, MoeLayer, Scratch};
+use crate::kernel::{alive, scoped};
+use crate::layer::{Batch, LayerStep, MoeLayer, Scratch};
 use crate::{Context, Error, Gpu, Result, Slice, Variant, bits};
 use std::time::Instant;
 
@@ -26,7 +27,7 @@ use std::time::Instant;
 pub struct Tuning {
     /// The fastest candidate that agrees with the layer's own variant.
     pub variant: Variant,
-    /// Every variant that the device can run, the layer's own first.
+    /// Every variant that the device ran, the layer's own first.
     pub candidates: Vec<Candidate>,
 }
 
@@ -62,7 +63,14 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
     let (tokens, experts) = (batch.tokens as usize, layer.settings().experts as usize);
-    let out = layer.context().scratch("out", batch.out.size)?;
+    let out = scoped(device, || {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("out"),
+            size: batch.out.size, // perhaps more than a binding
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        })
+    })?;
     let scratch = Scratch::new();
     let batch = Batch {
         out: Slice::new(&out, 0, batch.out.size),
@@ -78,9 +86,14 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     let mut reference = None;
     for variant in variants {
         let start = Instant::now();
-        let layer = layer.with_context(&Context::with_variant(device, variant, None)?)?;
-        let step = layer.bind(&batch)?;
-        gpu.run_layer(&step)?;
+        let step = match first_run(&gpu, layer, variant, &batch) {
+            Ok(step) => step,
+            Err(e) if variant == own => return Err(e),
+            Err(_) => {
+                alive(device)?;
+                continue; // more than this device has
+            }
+        };
         let first_ms = milliseconds(start);
         let assigned = step.assigned().ok_or_else(|| Error::invalid("tokens", "no work"))?;
         let made = (gpu.download::<f32>(batch.out)?, gpu.download::<u32>(assigned)?);
@@ -105,6 +118,18 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     let fastest = candidates.iter().filter(|c| c.agrees).min_by(|a, b| a.ms.total_cmp(&b.ms));
     let variant = fastest.map_or(own, |c| c.variant); // the own one agrees with itself
     Ok(Tuning { variant, candidates })
+}
+
+fn first_run(
+    gpu: &Gpu,
+    layer: &MoeLayer,
+    variant: Variant,
+    batch: &Batch<'_>,
+) -> Result<LayerStep> {
+    let ctx = Context::with_variant(&gpu.device, variant, None)?;
+    let step = layer.with_context(&ctx)?.bind(batch)?;
+    gpu.run_layer(&step)?;
+    Ok(step)
 }
 
 fn milliseconds(since: Instant) -> f64 {

@@ -1,5 +1,5 @@
 //! Expert weights in pages: buffers that each hold a range of experts, or of one expert's columns, within the device's
-//! limits (ARCHITECTURE 1).
+//! limits.
 //!
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
 //! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
@@ -88,6 +88,10 @@ impl<'a> HostWeights<'a> {
     }
 
     /// A value, widened exactly.
+    ///
+    /// # Panics
+    ///
+    /// If `i` is not below [`HostWeights::len`].
     pub fn get(&self, i: usize) -> f32 {
         match self {
             Self::F32(v) => v[i],
@@ -195,7 +199,7 @@ impl ExpertShape {
 
     /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values.
     fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
-        u64::from(columns.next_multiple_of(PANEL))
+        u64::from(columns).next_multiple_of(PANEL.into())
             * u64::from(depth.div_ceil(self.weight_type.lanes()))
             * 16
     }

@@ -290,7 +290,12 @@ impl Checkpoint {
         let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), load.page_limit)?;
         let all = settings.experts + settings.shared_experts;
         let mut done = 0;
-        let total = u64::from(all) * settings.expert_shape(self.weight_type(layer)?).expert_bytes();
+        let mut total = 0;
+        for expert in 0..all {
+            for projection in Projection::ALL {
+                total += self.expert(layer, expert, projection)?.size();
+            }
+        }
         for expert in 0..all {
             for projection in Projection::ALL {
                 let matrix = self.expert(layer, expert, projection)?;

@@ -1,4 +1,4 @@
-//! Assignments of somebody else's router, brought into the bit set (METHODS, ARCHITECTURE 1).
+//! Assignments of somebody else's router, brought into the bit set.
 use super::{GRID, few_experts, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, Result, Slice, Step, bits};

@@ -1,4 +1,4 @@
-//! Each expert's tokens, as somebody else's router lists them, brought into the bit set (METHODS, ARCHITECTURE 1).
+//! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
 use super::{GRID, OFFSETS, few_experts};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, Result, Slice, Step, bits};

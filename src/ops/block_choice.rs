@@ -1,5 +1,5 @@
 //! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election and the choice inside
-//! the coresets in one dispatch (METHODS 4). It gives what [`token_choice`], [`coreset`] and
+//! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::{ELECTION, VOTES, WIDE, rule_number};
 use super::token_choice::{CHOICE, Groups, TokenChoice, list_of};

@@ -1,5 +1,5 @@
 //! The plan of up to 32 tokens in one dispatch: what [`plan_count`], [`plan_scan`] and [`plan_fill`](super::plan_fill) do
-//! one after the other (ARCHITECTURE 1). Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
+//! one after the other. Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
 //! [`plan_count::cpu`].
 use super::plan_count::{self, Gates};
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};

@@ -1,5 +1,5 @@
 //! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is one recording, whatever
-//! its ratios (EC-DLM, arXiv 2604.01622, METHODS 2).
+//! its ratios (EC-DLM, arXiv 2604.01622).
 use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::schedule::{self, Schedule};

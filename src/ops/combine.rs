@@ -1,4 +1,4 @@
-//! The output of the layer: each token's experts, weighted by their gates and summed in expert order (METHODS 5).
+//! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
 use super::{GRID, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::plan::HostPlan;

@@ -1,4 +1,4 @@
-//! The experts that each block of tokens elects, for its tokens to choose among (METHODS 4; dMoE, arXiv 2605.30876;
+//! The experts that each block of tokens elects, for its tokens to choose among (dMoE, arXiv 2605.30876;
 //! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};

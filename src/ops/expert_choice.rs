@@ -1,5 +1,5 @@
-//! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622,
-//! METHODS 2), and the same selection among bits already set: the capacity factor of token choice (METHODS 3).
+//! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622),
+//! and the same selection among bits already set: the capacity factor of token choice.
 use super::{GRID, KEYS, OFFSETS, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, Result, Slice, Step, Target, bits, order};

@@ -1,4 +1,4 @@
-//! The experts that a block's tokens use together: the bytes that decoding the block must read (METHODS 4).
+//! The experts that a block's tokens use together: the bytes that decoding the block must read.
 use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits};

@@ -1,4 +1,4 @@
-//! Grouped expert matmuls: each row of a slot times the weights of the slot's expert (METHODS 5). The gather of the rows
+//! Grouped expert matmuls: each row of a slot times the weights of the slot's expert. The gather of the rows
 //! is part of the first one's loads, the activation of its epilogue. Router logits are the same with one dense expert.
 //!
 //! Three kernels compute it: [`matmul_register`](super::matmul_register) on CPU-type devices,
@@ -437,7 +437,7 @@ pub struct LogitsArgs<'a> {
     pub logits: Slice<'a>,
 }
 
-/// Router logits `g = x Wr^T` (METHODS 1): the same matmul with one dense expert.
+/// Router logits `g = x Wr^T`: the same matmul with one dense expert.
 #[derive(Clone, Debug)]
 pub struct Logits {
     ctx: Context,

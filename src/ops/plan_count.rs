@@ -1,5 +1,5 @@
 //! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
-//! (METHODS 2, 3: gates; ARCHITECTURE 1: the plan).
+//!.
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant, bits};

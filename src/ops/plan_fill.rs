@@ -1,4 +1,4 @@
-//! Last part of a plan: token and gate of each slot, slots of each token (ARCHITECTURE 1). Its CPU twin, with the other
+//! Last part of a plan: token and gate of each slot, slots of each token. Its CPU twin, with the other
 //! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::{COLUMNS, GRID};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};

@@ -1,4 +1,4 @@
-//! Second part of a plan: counts to offsets, active experts, items of the matmuls, statistics (ARCHITECTURE 1). Its CPU
+//! Second part of a plan: counts to offsets, active experts, items of the matmuls, statistics. Its CPU
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};

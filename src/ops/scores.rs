@@ -1,5 +1,5 @@
 //! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
-//! (METHODS 1; LLaDA2's gate, EC-DLM arXiv 2604.01622).
+//!.
 use super::{EXP, GRID, KEYS, not_zero, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::routing::Score;

@@ -1,5 +1,5 @@
 //! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
-//! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494; METHODS 4).
+//! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::{Context, Error, Result, Slice, Step, Target, bits, order};

@@ -1,5 +1,5 @@
 //! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
-//! (METHODS 3 and 4; group limits: DeepSeek-V3, LLaDA2.0).
+//!.
 use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
 use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
 use crate::plan::MAX_EXPERTS;

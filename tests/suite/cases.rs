@@ -15,7 +15,7 @@ pub(crate) const KINDS: &[&str] = &[
     "mixed",
 ];
 
-/// Seeded values of a kind: what METHODS calls ordinary input.
+/// Seeded values of a kind: all of it ordinary input.
 pub(crate) fn values(kind: &str, seed: u64, len: usize) -> Vec<f32> {
     const ODD: [f32; 10] = [
         f32::NAN,

@@ -258,6 +258,19 @@ fn dimensions_that_make_no_sense() {
 }
 
 #[test]
+fn sizes_at_the_end_of_32_bits() {
+    use wgmoe::{WeightType, model, routing, weights::ExpertShape};
+    // 2^32 / 1, cut to the tokens; not to what is left of it in 32 bits.
+    assert_eq!(routing::ExpertChoice::capacity(1 << 16, 1 << 16, 1), 1 << 16);
+    let weight_type = WeightType::F32;
+    let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
+    assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
+    let settings = model::find("llada2-mini").unwrap().settings;
+    let many = wgmoe::Settings { shared_experts: u32::MAX, ..settings };
+    assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
+}
+
+#[test]
 fn products_that_overflow() {
     let Some(gpu) = gpu() else { return };
     let ctx = context(&gpu);

@@ -48,7 +48,7 @@ enum What {
 
 #[derive(clap::Args)]
 struct RunOptions {
-    /// Two models with 32 of their experts, decoding: under two minutes on a software driver
+    /// Two models with 32 or 64 of their experts, decoding: under two minutes an adapter on a software driver
     #[arg(long)]
     quick: bool,
     /// Adapter, by its index in `devices` or a part of its name; a GPU before a software driver where absent
