@@ -760,7 +760,7 @@ fn on_gpu(
     let shape = weights.settings.expert_shape(WeightType::Bf16);
     let experts = ExpertWeights::new(&ctx, shape, None)?;
     for e in 0..shape.experts {
-        for p in [Projection::Gate, Projection::Up, Projection::Down] {
+        for p in Projection::ALL {
             experts.write(&gpu.queue, e, p, weights.expert(e, p))?;
         }
     }

@@ -815,7 +815,7 @@ fn upload(
     progress
         .say(format!("making and packing {} MB of expert weights", weights.bytes() / 1_000_000));
     for e in 0..settings.experts + settings.shared_experts {
-        for p in [Projection::Gate, Projection::Up, Projection::Down] {
+        for p in Projection::ALL {
             weights.write(&gpu.queue, e, p, data.expert(e, p))?;
         }
         // Lets wgpu free the memory that carried them.
@@ -1018,8 +1018,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
     lap("plan");
     let mut y = vec![];
     for (e, span) in (0..).zip(plan.expert_offsets.windows(2)) {
-        let [gate, up, down] =
-            [Projection::Gate, Projection::Up, Projection::Down].map(|p| data.expert(e, p));
+        let [gate, up, down] = Projection::ALL.map(|p| data.expert(e, p));
         for &t in &plan.token_of[span[0] as usize..span[1] as usize] {
             y.extend(matmul::cpu_expert(
                 data.row(t as usize),

@@ -44,9 +44,7 @@
 //! }
 //! ```
 use crate::kernel::{alive, scoped};
-use crate::layer::{
-    Batch, ExpertParts, Ffn, LayerStep, MoeRouting, Router, RoutingBatch, Scratch, Settings,
-};
+use crate::layer::{Batch, ExpertParts, Ffn, LayerStep, MoeRouting, Router, Scratch, Settings};
 use crate::ops::plan_scan::Stats;
 use crate::weights::{HostWeights, Projection};
 use crate::{Context, Error, ExpertWeights, Result, Slice, Step, WeightType};
@@ -245,7 +243,7 @@ impl ExpertCache {
 
     /// Packs and uploads one expert; it is on its way with the next submission.
     fn upload(&self, queue: &wgpu::Queue, expert: u32, place: u32) -> Result<()> {
-        for projection in [Projection::Gate, Projection::Up, Projection::Down] {
+        for projection in Projection::ALL {
             let matrix = self.source.matrix(expert, projection)?;
             scoped(&self.device, || self.weights.write(queue, place, projection, matrix))??;
         }
@@ -369,19 +367,11 @@ impl CachedLayer {
     ///
     /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<CachedStep> {
-        let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
+        let Batch { hidden, out, tokens, add, .. } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
-        let scratch = scratch.unwrap_or(&own);
-        let routing = RoutingBatch {
-            hidden,
-            tokens,
-            sequences,
-            blocks,
-            routed_slots,
-            scratch: Some(scratch),
-        };
-        let routing = self.routing.bind(&routing)?;
+        let scratch = batch.scratch.unwrap_or(&own);
+        let routing = self.routing.bind(&batch.routing(scratch))?;
         let mut round = vec![];
         let mut combine = vec![];
         if let Some((shape, plan)) = routing.plan() {

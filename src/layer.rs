@@ -172,6 +172,12 @@ impl<'a> Batch<'a> {
             scratch: None,
         }
     }
+
+    /// What the first half of the layer is bound to.
+    pub(crate) fn routing(&self, scratch: &'a Scratch) -> RoutingBatch<'a> {
+        let Self { hidden, tokens, sequences, blocks, routed_slots, .. } = *self;
+        RoutingBatch { hidden, tokens, sequences, blocks, routed_slots, scratch: Some(scratch) }
+    }
 }
 
 /// What the first half of a layer is bound to; fields as in [`Batch`].
@@ -385,19 +391,11 @@ impl MoeLayer {
     ///
     /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<LayerStep> {
-        let Batch { hidden, out, tokens, add, sequences, blocks, routed_slots, scratch } = *batch;
+        let Batch { hidden, out, tokens, add, .. } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
-        let scratch = scratch.unwrap_or(&own);
-        let routing = RoutingBatch {
-            hidden,
-            tokens,
-            sequences,
-            blocks,
-            routed_slots,
-            scratch: Some(scratch),
-        };
-        let mut step = self.routing.bind(&routing)?;
+        let scratch = batch.scratch.unwrap_or(&own);
+        let mut step = self.routing.bind(&batch.routing(scratch))?;
         self.ffn.bind(&mut step, hidden, out, add, scratch)?;
         Ok(step)
     }

@@ -190,7 +190,7 @@ impl ExpertShape {
 
     /// Bytes of one expert's three matrices on the device, padded and packed.
     pub fn device_bytes(&self) -> u64 {
-        [Projection::Gate, Projection::Up, Projection::Down]
+        Projection::ALL
             .map(|p| self.matrix(p))
             .iter()
             .map(|&[columns, depth]| self.packed_bytes(columns, depth))

@@ -20,13 +20,13 @@ pub(crate) fn gpu() -> Option<Gpu> {
 /// A context for every variant `gpu` can run; each is made once.
 pub(crate) fn contexts(gpu: &Gpu) -> Vec<Context> {
     static ALL: std::sync::OnceLock<Vec<Context>> = std::sync::OnceLock::new();
-    ALL.get_or_init(|| {
-        Variant::all(&gpu.device)
-            .into_iter()
-            .map(|v| Context::with_variant(&gpu.device, v, None).expect("a context"))
-            .collect()
-    })
-    .clone()
+    ALL.get_or_init(|| own_contexts(gpu)).clone()
+}
+
+/// The same, made anew: for tests that count pipelines, which other tests would add to.
+pub(crate) fn own_contexts(gpu: &Gpu) -> Vec<Context> {
+    let context = |v| Context::with_variant(&gpu.device, v, None).expect("a context");
+    Variant::all(&gpu.device).into_iter().map(context).collect()
 }
 
 /// Uniform in [-1, 1), the same on every machine.

@@ -213,7 +213,7 @@ impl Layer {
     pub(crate) fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
         let weights = ExpertWeights::new(ctx, self.settings.expert_shape(WeightType::F32), None)?;
         for (e, matrices) in (0..).zip(&self.experts) {
-            for p in [Projection::Gate, Projection::Up, Projection::Down] {
+            for p in Projection::ALL {
                 weights.write(&gpu.queue, e, p, HostWeights::F32(&matrices[index(p)]))?;
             }
         }

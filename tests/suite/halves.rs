@@ -44,7 +44,7 @@ fn experts_of_another_router() {
     let sample = Sample::new(settings());
     let (d, e, top) = (sample.settings.hidden as usize, 12usize, 4usize);
     let mut rng = StdRng::seed_from_u64(7);
-    for ctx in contexts(&gpu) {
+    for ctx in own_contexts(&gpu) {
         let weights = sample.weights(&ctx, &gpu.queue).unwrap();
         let Settings { activation, shared_experts, .. } = sample.settings;
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
@@ -154,7 +154,7 @@ fn experts_of_another_engine() {
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let coreset = Some(BlockRule::Capacity(5));
     let block = Routing::TokenChoice(TokenChoice { coreset, ..rule });
-    for ctx in contexts(&gpu) {
+    for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
             let what = format!("{} T {tokens} {routing:?}", cases::name(&ctx));
             let sample = Sample::new(Settings { routing, shared_experts: 0, ..base });
@@ -247,7 +247,7 @@ fn experts_of_another_engine() {
 #[test]
 fn assignments_that_do_not_fit() {
     let Some(gpu) = gpu() else { return };
-    let ctx = contexts(&gpu)[0].clone();
+    let ctx = own_contexts(&gpu)[0].clone();
     let sample = Sample::new(settings());
     let weights = sample.weights(&ctx, &gpu.queue).unwrap();
     let Settings { activation, .. } = sample.settings;

@@ -4,9 +4,6 @@ use wgmoe::layer::{MoeLayer, Router, Settings, Tensor};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, WeightType};
 
-pub(crate) const PROJECTIONS: [Projection; 3] =
-    [Projection::Gate, Projection::Up, Projection::Down];
-
 /// Seeded weights of every expert, shared ones included.
 #[derive(Clone)]
 pub(crate) struct HostLayer {
@@ -40,7 +37,7 @@ impl HostLayer {
     }
 
     pub(crate) fn matrix(&self, expert: u32, projection: Projection) -> HostWeights<'_> {
-        let place = PROJECTIONS.iter().position(|&p| p == projection).unwrap();
+        let place = Projection::ALL.iter().position(|&p| p == projection).unwrap();
         HostWeights::F32(&self.experts[expert as usize][place])
     }
 
@@ -64,7 +61,7 @@ impl HostLayer {
         let shape = self.settings.expert_shape(weight_type);
         let weights = ExpertWeights::new(ctx, shape, page_limit).unwrap();
         for e in 0..shape.experts {
-            for p in PROJECTIONS {
+            for p in Projection::ALL {
                 weights.write(&gpu.queue, e, p, self.matrix(e, p)).unwrap();
             }
         }

@@ -87,7 +87,7 @@ impl Experts {
 
     fn upload(&self, gpu: &Gpu, weights: &ExpertWeights) {
         for (e, m) in self.values.iter().enumerate() {
-            for p in [Projection::Gate, Projection::Up, Projection::Down] {
+            for p in Projection::ALL {
                 weights
                     .write(&gpu.queue, e as u32, p, HostWeights::F32(&m[Self::index(p)]))
                     .unwrap();

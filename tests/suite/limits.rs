@@ -1,10 +1,10 @@
 //! Layers larger than a storage binding: equal bits to those that fit one.
 use crate::common::{Output, assert_same, gpu, random};
-use crate::host_layer::{HostLayer, PROJECTIONS};
+use crate::host_layer::HostLayer;
 use wgmoe::layer::{Batch, MoeLayer, Settings, cpu_token};
 use wgmoe::ops::plan_count::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::weights::HostWeights;
+use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{
     Activation, Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, bits, wgpu,
 };
@@ -157,13 +157,13 @@ fn full_size() {
         .map(|v| half::bf16::from_f32(v * 0.03))
         .collect();
     let matrix = |e: u32, p| {
-        let place = 3 * e as usize + PROJECTIONS.iter().position(|&q| q == p).unwrap();
+        let place = 3 * e as usize + Projection::ALL.iter().position(|&q| q == p).unwrap();
         HostWeights::Bf16(&pool[place * 1009..][..size])
     };
     let start = std::time::Instant::now();
     let weights = ExpertWeights::new(&ctx, shape, limit).unwrap();
     for e in 0..shape.experts {
-        for p in PROJECTIONS {
+        for p in Projection::ALL {
             weights.write(&gpu.queue, e, p, matrix(e, p)).unwrap();
         }
         gpu.queue.submit([]);

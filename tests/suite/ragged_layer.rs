@@ -101,8 +101,7 @@ impl Case {
 
     fn upload(&self, gpu: &Gpu) {
         for (e, matrices) in (0..).zip(&self.experts) {
-            for (p, m) in [Projection::Gate, Projection::Up, Projection::Down].iter().zip(matrices)
-            {
+            for (p, m) in Projection::ALL.iter().zip(matrices) {
                 self.layer.weights().write(&gpu.queue, e, *p, HostWeights::F32(m)).unwrap();
             }
         }

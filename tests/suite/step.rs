@@ -46,7 +46,7 @@ fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) ->
     let weights =
         ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), page_limit).unwrap();
     for e in 0..=EXPERTS {
-        for p in [Projection::Gate, Projection::Up, Projection::Down] {
+        for p in Projection::ALL {
             let values = random(u64::from(3 * e) + p as u64, 64 * HIDDEN as usize);
             weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
         }
