@@ -3,8 +3,9 @@
 //   weights, weights_up [experts, columns, depth] in the layout of lib/matmul/layout.wgsl
 //   items of up to TILE_ROWS rows of one expert, from the plan or dense; a lane has all of them and 8 columns (GATED: 4 of
 //   each matrix)
-// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * items groups, items slowest; a workgroup of WG lanes takes SPAN stretches of
-// TILE_COLUMNS columns, one after the other, since a group that finds nothing to do costs 0.6 us.
+// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, items slowest; a workgroup of WG lanes takes SPAN
+// stretches of TILE_COLUMNS columns of ITEMS items, one after the other, since a group that finds nothing to do costs 0.6 us.
+// Items of one expert are neighbours, and read the same weights while a cache still holds them.
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in registers.
 
 @compute @workgroup_size(WG)
@@ -15,14 +16,15 @@ fn matmul_register(
 ) {
   let across = (params.column_end - params.column_begin + SPAN * TILE_COLUMNS - 1u) / (SPAN * TILE_COLUMNS);
   let id = flat(group, groups);
-  let tile = tile_at(id / across);
-  if tile.rows == 0u { return; }
-  let x0 = rows_at(tile, 0u, lane);
-  let x1 = rows_at(tile, 8u, lane);
-  for (var i = 0u; i < SPAN; i++) {
-    let first = params.column_begin + (id % across * SPAN + i) * TILE_COLUMNS;
-    if first >= params.column_end { return; }
-    stretch(tile, first + 2u * lane, x0, x1);
+  for (var i = 0u; i < ITEMS; i++) {
+    let tile = tile_at(id / across * ITEMS + i);
+    if tile.rows == 0u { continue; }
+    let x0 = rows_at(tile, 0u, lane);
+    let x1 = rows_at(tile, 8u, lane);
+    for (var j = 0u; j < SPAN; j++) {
+      let first = params.column_begin + (id % across * SPAN + j) * TILE_COLUMNS;
+      if first < params.column_end { stretch(tile, first + 2u * lane, x0, x1); }
+    }
   }
 }
 

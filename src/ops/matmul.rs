@@ -180,12 +180,14 @@ impl Problem {
         }
     }
 
-    fn tile_columns(&self, ctx: &Context) -> u32 {
-        match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => super::matmul_register::tile_columns(self),
-            (Target::Gpu, Class::Skinny) => super::matmul_skinny::tile_columns(self),
-            (Target::Gpu, Class::Tile) => super::matmul_tile::tile_columns(self),
-        }
+    /// Workgroups for so many columns and items.
+    fn groups(&self, ctx: &Context, columns: u32, items: u32) -> u64 {
+        let [width, height] = match (ctx.variant().target, self.class) {
+            (Target::Cpu, _) => super::matmul_register::group_tile(self),
+            (Target::Gpu, Class::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
+            (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
+        };
+        u64::from(columns.div_ceil(width)) * u64::from(items.div_ceil(height))
     }
 }
 
@@ -385,8 +387,7 @@ impl GroupedMatmul {
         };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
-        let groups = u64::from(bound)
-            * u64::from((end - begin).div_ceil(self.problem.tile_columns(&self.ctx)));
+        let groups = self.problem.groups(&self.ctx, end - begin, bound);
         let places = or_nothing(&self.ctx, args.places);
         let slices = [args.x, args.plan, weights, up, places, args.out];
         let stage = match self.stage {
@@ -518,8 +519,7 @@ impl Logits {
             out_slot: 0u32.wrapping_sub(of.start),
             ..Params::default()
         };
-        let columns = u64::from(experts.div_ceil(problem.tile_columns(&self.ctx)));
-        let groups = columns * u64::from(rows.div_ceil(item_rows));
+        let groups = problem.groups(&self.ctx, experts, rows.div_ceil(item_rows));
         let nothing = self.ctx.nothing();
         let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())

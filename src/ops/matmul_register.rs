@@ -1,5 +1,5 @@
 //! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Layout, Params, Problem};
+use super::matmul::{BINDINGS, Class, Layout, Params, Problem};
 use crate::Context;
 use crate::kernel::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
@@ -29,8 +29,15 @@ const WG: u32 = 8;
 /// Rows of a tile item. 32 were 0 to 10 % faster and took two to three times as long to compile.
 pub(crate) const TILE_ROWS: u32 = 16;
 
-/// Stretches of columns that a workgroup takes one after the other.
-const SPAN: u32 = 4;
+/// Stretches of columns, and items, that a workgroup takes one after the other. Tiles of one expert read the same weights:
+/// taken in turn, a cache still holds those of one stretch (f32: 512 KiB at a depth of 2,048) or two of half the size.
+fn span(problem: &Problem) -> [u32; 2] {
+    match (problem.class, problem.weight_type) {
+        (Class::Skinny, _) => [4, 1],
+        (Class::Tile, WeightType::F32) => [1, 4],
+        (Class::Tile, _) => [2, 2],
+    }
+}
 
 /// What the device has that this kernel can use.
 #[derive(Clone, Copy, Debug)]
@@ -51,9 +58,10 @@ impl Features {
     }
 }
 
-/// Columns that one workgroup makes.
-pub(crate) fn tile_columns(problem: &Problem) -> u32 {
-    SPAN * WG * if problem.activation.is_some() { 4 } else { 8 }
+/// Columns and items that one workgroup makes.
+pub(crate) fn group_tile(problem: &Problem) -> [u32; 2] {
+    let [span, items] = span(problem);
+    [span * WG * if problem.activation.is_some() { 4 } else { 8 }, items]
 }
 
 pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
@@ -78,7 +86,8 @@ pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
     prelude = problem
         .constants(prelude)
         .constant("WG", WG)
-        .constant("SPAN", SPAN)
+        .constant("SPAN", span(problem)[0])
+        .constant("ITEMS", span(problem)[1])
         .constant("TILE_ROWS", problem.rows())
         .constant("PANEL", if layout == Layout::Packed { PANEL } else { 1 })
         // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
