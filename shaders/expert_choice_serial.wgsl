@@ -4,7 +4,7 @@
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many keys reach
 // each of eight pivots. The first pivots are guessed from a sample, so that one pass is mostly enough for the bracket to hold
-// no more than CANDIDATES tokens. The last pass sets the bits above the bracket and collects the tokens inside, among
+// few tokens. The last pass sets the bits above the bracket and collects the tokens inside, among
 // which the rest is found in workgroup memory. Wrong guesses cost passes: at most 14, as from the fourth on each
 // divides the bracket by 9.
 
@@ -167,7 +167,10 @@ fn keys4(a: u32, b: u32, c: u32, d: u32, live: u32) -> vec4<u32> {
 }
 
 fn count8(given: Eights, p: Eights, t: u32, e: u32, live: vec2<u32>) -> Eights {
-    let k = keys_of(t, e, live);
+    return count_keys(given, p, keys_of(t, e, live));
+}
+
+fn count_keys(given: Eights, p: Eights, k: Eights) -> Eights {
     var c = count(given, p, vec2(k.x0.x, k.y0.x));
     c = count(c, p, vec2(k.x0.y, k.y0.y));
     c = count(c, p, vec2(k.x0.z, k.y0.z));
@@ -325,18 +328,31 @@ fn expert_choice_serial(
     let length = end - start;
     let share = vec2<f32>(want) / vec2<f32>(max(eligible, vec2(1u)));
     var guess = b;
-    if length > CANDIDATES {
-        let size = select(32u, CANDIDATES, length >= 2048u);
-        for (var i = 0u; i < size; i++) {
-            let v = scores_of(start + i * (length / size), e);
-            candidate_keys[i * 2u * WG + lane] = key(v.x);
-            candidate_keys[i * 2u * WG + WG + lane] = key(v.y);
-        }
-        let ranks = sample_ranks(share, size);
-        guess = Bracket(vec2(1u), vec2(0xffffffffu), vec2(size), vec2(0u));
+    if length >= 64u {
+        // Strips of eight tokens.
+        let apart = length / 8u;
+        let all = vec2(0xffu);
+        let k0 = keys_of(start, e, all);
+        let k1 = keys_of(start + apart, e, all);
+        let k2 = keys_of(start + 2u * apart, e, all);
+        let k3 = keys_of(start + 3u * apart, e, all);
+        let k4 = keys_of(start + 4u * apart, e, all);
+        let k5 = keys_of(start + 5u * apart, e, all);
+        let k6 = keys_of(start + 6u * apart, e, all);
+        let k7 = keys_of(start + 7u * apart, e, all);
+        let ranks = sample_ranks(share, 64u);
+        guess = Bracket(vec2(1u), vec2(0xffffffffu), vec2(64u), vec2(0u));
         for (var i = 0u; i < 11u && any(is_wide(guess, ranks)); i++) {
             let p = pivots_of(guess.lo, guess.hi);
-            guess = narrowed(guess, ranks, p, count_candidates(p, vec2(size), lane));
+            var c = count_keys(Eights(), p, k0);
+            c = count_keys(c, p, k1);
+            c = count_keys(c, p, k2);
+            c = count_keys(c, p, k3);
+            c = count_keys(c, p, k4);
+            c = count_keys(c, p, k5);
+            c = count_keys(c, p, k6);
+            c = count_keys(c, p, k7);
+            guess = narrowed(guess, ranks, p, c);
         }
         guess = widened(guess);
     }
@@ -352,8 +368,10 @@ fn expert_choice_serial(
         guess = widened(guess);
     }
 
+    // Many candidates of a short sequence cost more than a pass.
+    let few = vec2(clamp(length / 8u, 40u, CANDIDATES));
     let all = Words(start, end, words.x, words.y, 1u);
-    for (var i = 0u; any((b.reach - b.over > vec2(CANDIDATES)) & !is_settled(b, want)); i++) {
+    for (var i = 0u; any((b.reach - b.over > few) & !is_settled(b, want)); i++) {
         guess.lo = max(guess.lo, b.lo);
         guess.hi = min(guess.hi, b.hi);
         let p = pivots_of(guess.lo, guess.hi);
