@@ -6,7 +6,11 @@
 // MASKED (capacity factor of token choice): chooses among the bits already set, at most capacity[b], 0 included;
 //   dropped[e] = how many lost their bit (one sequence).
 // Grid: ceil(experts / EXPERTS) * sequences groups; EXPERTS neighbouring experts, LANES lanes each.
-// A radix select: four passes of 8 bits find the key of the last token that is taken, and one sets the bits.
+//
+// Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts the keys of 254 equal
+// parts of the bracket. Up to 32 * LANES tokens stay in registers: the scores are read once. Of more, each lane first takes a
+// sample of 32, which mostly says enough for one pass over all tokens to leave few of them; a second one sets the bits
+// above the bracket and lists the tokens inside, which are ranked in workgroup memory. Wrong guesses cost passes.
 
 struct Params {
     tokens: u32,
@@ -24,45 +28,178 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> dropped: array<u32>;
 
 const BINS: u32 = 256u;
+const CANDIDATES: u32 = 64u;
 
+// Bin 0 holds the keys below a bracket, BINS - 1 those above.
 var<workgroup> bins: array<atomic<u32>, BINS * EXPERTS>;
 var<workgroup> totals: array<u32, WG>;
-var<workgroup> prefixes: array<u32, EXPERTS>;
-var<workgroup> needs: array<u32, EXPERTS>;
+var<workgroup> busy: atomic<u32>;
+var<workgroup> any_busy: u32;
+var<workgroup> range_end: u32;
+// Of each expert: what a pass has found, and the tokens that are left to rank.
+var<workgroup> found: array<Bracket, EXPERTS>;
+var<workgroup> listed: array<atomic<u32>, EXPERTS>;
+var<workgroup> candidate_keys: array<u32, CANDIDATES * EXPERTS>;
+var<workgroup> candidate_tokens: array<u32, CANDIDATES * EXPERTS>;
 
-// The key of a token for an expert, 0 where it is not eligible.
-fn token_key(e: u32, t: u32) -> u32 {
+// Keys lo..=hi. `reach` keys are at least lo, `over` of them above hi.
+struct Bracket { lo: u32, hi: u32, reach: u32, over: u32 }
+
+// Ranks, from above and from 1, whose keys a bracket is to hold: those of high to low.
+struct Ranks { high: u32, low: u32 }
+
+// A lane's place: its expert and the expert's place in the workgroup, its place among the expert's lanes.
+struct Place { e: u32, slot: u32, first: u32 }
+
+// The keys of a word's 32 tokens, 0 where they are not eligible.
+alias Word = array<u32, 32>;
+
+// Tokens start..end, in the words first..last.
+struct Tokens { start: u32, end: u32, first: u32, last: u32 }
+
+// Bits of the tokens of word w that are within start..end, and set already where that is asked for.
+fn eligible_bits(tokens: Tokens, e: u32, w: u32) -> u32 {
+    let low = max(tokens.start, w * 32u);
+    let high = min(tokens.end, w * 32u + 32u);
+    if w >= tokens.last || low >= high {
+        return 0u;
+    }
+    var bits = (0xffffffffu >> (32u - (high - low))) << (low - w * 32u);
     if MASKED {
-        let columns = (params.tokens + 31u) / 32u;
-        if ((atomicLoad(&assigned[e * columns + t / 32u]) >> (t % 32u)) & 1u) == 0u {
-            return 0u;
+        bits &= atomicLoad(&assigned[e * ((params.tokens + 31u) / 32u) + w]);
+    }
+    return bits;
+}
+
+fn load_word(keys: ptr<function, Word>, tokens: Tokens, e: u32, w: u32) {
+    let bits = eligible_bits(tokens, e, w);
+    for (var i = 0u; i < 32u; i++) {
+        // A token that is not there stands for the last one, to be masked: no branch keeps loads from being under way together.
+        let k = key(r[min(w * 32u + i, params.tokens - 1u) * params.experts + e]);
+        (*keys)[i] = select(0u, k, ((bits >> i) & 1u) == 1u);
+    }
+}
+
+// The least shift that leaves fewer than BINS - 2 parts of a bracket.
+fn shift_of(b: Bracket) -> u32 {
+    let width = b.hi - b.lo;
+    let bits = 32u - countLeadingZeros(width | 1u);
+    let least = max(bits, 8u) - 8u;
+    return least + u32((width >> least) >= BINS - 2u);
+}
+
+// Counts a word's keys: those inside `b` in their bins; the result is those below and above, added to the given ones.
+fn count_word(keys: ptr<function, Word>, b: Bracket, shift: u32, slot: u32, sides: vec2<u32>) -> vec2<u32> {
+    var sum = sides;
+    for (var i = 0u; i < 32u; i++) {
+        let k = (*keys)[i];
+        sum += vec2(u32(k != 0u && k < b.lo), u32(k > b.hi));
+        if k >= b.lo && k <= b.hi {
+            atomicAdd(&bins[(1u + ((k - b.lo) >> shift)) * EXPERTS + slot], 1u);
         }
     }
-    return key(r[t * params.experts + e]);
+    return sum;
 }
 
-// Where a pass of the select is.
-struct At { e: u32, slot: u32, end: u32, shift: u32, prefix: u32 }
-
-// Counts a token whose key begins with the prefix.
-fn count(at: At, t: u32) {
-    var k = 0u;
-    if t < at.end {
-        k = token_key(at.e, t);
+fn clear_bins(index: u32) {
+    for (var i = index; i < EXPERTS * BINS; i += WG) {
+        atomicStore(&bins[i], 0u);
     }
-    // Two shifts: one of 32 is undefined.
-    if k != 0u && ((k >> at.shift) >> 8u) == ((at.prefix >> at.shift) >> 8u) {
-        atomicAdd(&bins[((k >> at.shift) & 255u) * EXPERTS + at.slot], 1u);
+    workgroupBarrier();
+}
+
+// From the bins of `guess` to the part of `outer` that holds the ranks. All lanes call.
+fn find(at: Place, guess: Bracket, shift: u32, outer: Bracket, ranks: Ranks, sides: vec2<u32>) -> Bracket {
+    atomicAdd(&bins[at.slot], sides.x);
+    atomicAdd(&bins[(BINS - 1u) * EXPERTS + at.slot], sides.y);
+    if at.first == 0u {
+        found[at.slot] = outer;
+    }
+    workgroupBarrier();
+    // Each lane sums a stretch of bins; those in whose stretch a rank lies find its bin.
+    const STRETCH = BINS / LANES;
+    var mine = 0u;
+    for (var i = 0u; i < STRETCH; i++) {
+        mine += atomicLoad(&bins[(at.first * STRETCH + i) * EXPERTS + at.slot]);
+    }
+    totals[at.first * EXPERTS + at.slot] = mine;
+    workgroupBarrier();
+    var above = 0u;
+    for (var l = at.first + 1u; l < LANES; l++) {
+        above += totals[l * EXPERTS + at.slot];
+    }
+    for (var i = STRETCH; i > 0u; i--) {
+        let bin = at.first * STRETCH + i - 1u;
+        let reach = above + atomicLoad(&bins[bin * EXPERTS + at.slot]);
+        let outside = bin == 0u || bin == BINS - 1u;
+        if above < ranks.high && reach >= ranks.high {
+            if bin == 0u {
+                found[at.slot].hi = guess.lo - 1u;
+            } else if !outside {
+                found[at.slot].hi = guess.lo + min(guess.hi - guess.lo, (bin << shift) - 1u);
+            }
+            found[at.slot].over = select(above, outer.over, bin == BINS - 1u);
+        }
+        if above < ranks.low && reach >= ranks.low {
+            if bin == BINS - 1u {
+                found[at.slot].lo = guess.hi + 1u;
+            } else if !outside {
+                found[at.slot].lo = guess.lo + ((bin - 1u) << shift);
+            }
+            found[at.slot].reach = select(reach, outer.reach, bin == 0u);
+        }
+        above = reach;
+    }
+    workgroupBarrier();
+    return found[at.slot];
+}
+
+// The sum over an expert's lanes. All lanes call.
+fn sum_lanes(at: Place, mine: u32) -> u32 {
+    totals[at.first * EXPERTS + at.slot] = mine;
+    workgroupBarrier();
+    var sum = 0u;
+    for (var l = 0u; l < LANES; l++) {
+        sum += totals[l * EXPERTS + at.slot];
+    }
+    workgroupBarrier();
+    return sum;
+}
+
+// Ranks on both sides of that of the last token taken, in a sample of n tokens: 2.25 standard deviations away.
+fn sample_ranks(share: f32, n: u32) -> Ranks {
+    let rank = share * f32(n);
+    let margin = 2.25 * sqrt(rank * (1.0 - share) + 0.25);
+    return Ranks(min(max(u32(max(rank - margin, 0.0)), 1u), n), min(u32(rank + margin) + 1u, n));
+}
+
+// Puts a word's bits at this sequence's tokens and padding, begin..to; other sequences have the rest of it.
+fn put(at: Place, begin: u32, to: u32, w: u32, take: u32) {
+    let word = at.e * ((params.tokens + 31u) / 32u) + w;
+    let low = max(begin, w * 32u) - w * 32u;
+    let own = (0xffffffffu >> (32u - (min(to, w * 32u + 32u) - w * 32u - low))) << low;
+    if own == 0xffffffffu {
+        atomicStore(&assigned[word], take);
+    } else {
+        atomicAnd(&assigned[word], take | ~own);
+        atomicOr(&assigned[word], take);
     }
 }
 
-// Adds the bits of a token that is above the threshold, or equal to it: x and y.
-fn compare(bits: vec2<u32>, e: u32, t: u32, end: u32, threshold: u32) -> vec2<u32> {
-    var k = 0u;
-    if t < end {
-        k = token_key(e, t);
+// Whether any lane says so. All lanes call.
+fn any_lane(index: u32, mine: bool) -> bool {
+    if index == 0u {
+        atomicStore(&busy, 0u);
     }
-    return bits | (vec2(u32(k > threshold), u32(k == threshold && k != 0u)) << vec2(t % 32u));
+    workgroupBarrier();
+    if mine {
+        atomicOr(&busy, 1u);
+    }
+    workgroupBarrier();
+    if index == 0u {
+        any_busy = atomicLoad(&busy);
+    }
+    return workgroupUniformLoad(&any_busy) != 0u;
 }
 
 @compute @workgroup_size(WG)
@@ -81,144 +218,146 @@ fn expert_choice(
     let first = index / EXPERTS;
     let live = (id % tiles) * EXPERTS + slot < params.experts;
     let e = min((id % tiles) * EXPERTS + slot, params.experts - 1u);
+    let at = Place(e, slot, first);
     let columns = (params.tokens + 31u) / 32u;
 
     let range = token_range(index, b, params.tokens);
     let start = range.x;
-    var end = range.y;
-    if params.has_lengths == 1u {
-        end = min(end, start + min(lengths[b], params.tokens));
+    if index == 0u {
+        range_end = range.y;
+        if params.has_lengths == 1u {
+            range_end = min(range.y, start + min(lengths[b], params.tokens));
+        }
     }
-    var want = capacity[b];
-    if !MASKED {
-        want = clamp(want, min(1u, end - start), end - start);
-    }
+    let end = workgroupUniformLoad(&range_end);
+    let tokens = Tokens(start, end, start / 32u, select((end + 31u) / 32u, 0u, start >= end));
+    let words = max(tokens.last, tokens.first) - tokens.first;
+    let kept = words <= LANES;
 
-    if first == 0u {
-        prefixes[slot] = 0u;
-        needs[slot] = want;
-    }
-    var eligible = 0u;
-    for (var shift = 32u; shift > 0u;) {
-        shift -= 8u;
-        for (var i = index; i < EXPERTS * BINS; i += WG) {
-            atomicStore(&bins[i], 0u);
-        }
-        workgroupBarrier();
-        let prefix = prefixes[slot];
-        let need = needs[slot];
-        let at = At(e, slot, end, shift, prefix);
-        for (var t = start + first; t < end; t += 8u * LANES) {
-            count(at, t);
-            count(at, t + LANES);
-            count(at, t + 2u * LANES);
-            count(at, t + 3u * LANES);
-            count(at, t + 4u * LANES);
-            count(at, t + 5u * LANES);
-            count(at, t + 6u * LANES);
-            count(at, t + 7u * LANES);
-        }
-        workgroupBarrier();
-        // Each lane sums a stretch of bins; the one in whose stretch the need is met from above finds the bin.
-        const STRETCH = BINS / LANES;
+
+    var eligible = end - start;
+    if MASKED {
         var mine = 0u;
-        for (var i = 0u; i < STRETCH; i++) {
-            mine += atomicLoad(&bins[(first * STRETCH + i) * EXPERTS + slot]);
+        for (var w = tokens.first + first; w < tokens.last; w += LANES) {
+            mine += countOneBits(eligible_bits(tokens, e, w));
         }
-        totals[index] = mine;
-        workgroupBarrier();
-        var over = 0u;
-        for (var l = first + 1u; l < LANES; l++) {
-            over += totals[l * EXPERTS + slot];
-        }
-        if shift == 24u && first == 0u {
-            eligible = over + mine;
-            if eligible < need {
-                // Fewer than the capacity (MASKED only): a need of none above key 0 takes all.
-                needs[slot] = 0u;
-            }
-        }
-        if over < need && over + mine >= need {
-            var i = STRETCH;
-            var count = 0u;
-            loop {
-                i -= 1u;
-                count = atomicLoad(&bins[(first * STRETCH + i) * EXPERTS + slot]);
-                if over + count >= need || i == 0u {
-                    break;
-                }
-                over += count;
-            }
-            prefixes[slot] = prefix | ((first * STRETCH + i) << shift);
-            needs[slot] = need - over;
-        }
-        workgroupBarrier();
+        eligible = sum_lanes(at, mine);
     }
-    let threshold = select(prefixes[slot], 0xffffffffu, want == 0u);
-    let need = needs[slot];
+    let want = clamp(capacity[b], select(min(1u, eligible), 0u, MASKED), eligible);
     if MASKED && live && first == 0u {
-        dropped[e] = eligible - min(eligible, want);
+        dropped[e] = eligible - want;
+    }
+    if first == 0u {
+        atomicStore(&listed[slot], 0u);
     }
 
-    // Whole words, in token order; a word that two sequences share is changed at this sequence's bits alone. The first
-    // and the last sequence also clear what lies before and behind all of them, and each its own padding.
-    let begin = select(start, 0u, b == 0u);
-    var to = range.y;
-    if b + 1u == params.sequences {
-        to = columns * 32u;
+    // Where none is wanted, a bracket that no key reaches.
+    var whole = Bracket(1u, 0xffffffffu, eligible, 0u);
+    if want == 0u {
+        whole = Bracket(0xffffffffu, 0xffffffffu, 0u, 0u);
     }
-    var ties = 0u;
-    // An empty sequence has no words: where it lies inside one, that word belongs to others.
-    let last = select((to + 31u) / 32u, 0u, begin >= to);
-    for (var w0 = begin / 32u; w0 < last; w0 += LANES) {
-        let w = w0 + first;
-        var bits = vec2(0u);
-        if w < last {
-            let high = min(end, w * 32u + 32u);
-            for (var t = max(start, w * 32u); t < high; t += 8u) {
-                bits = compare(bits, e, t, high, threshold);
-                bits = compare(bits, e, t + 1u, high, threshold);
-                bits = compare(bits, e, t + 2u, high, threshold);
-                bits = compare(bits, e, t + 3u, high, threshold);
-                bits = compare(bits, e, t + 4u, high, threshold);
-                bits = compare(bits, e, t + 5u, high, threshold);
-                bits = compare(bits, e, t + 6u, high, threshold);
-                bits = compare(bits, e, t + 7u, high, threshold);
+    var bracket = whole;
+    var guess = whole;
+
+    // All tokens, or a sample: one word a lane, in equal steps.
+    var keys: Word;
+    let own = tokens.first + select(u32(f32(first) / f32(LANES) * f32(words)), first, kept);
+    load_word(&keys, tokens, e, own);
+    if !kept {
+        let n = sum_lanes(at, countOneBits(eligible_bits(tokens, e, own)));
+        let ranks = sample_ranks(f32(want) / f32(max(eligible, 1u)), n);
+        for (var i = 0u; i < 3u; i++) {
+            clear_bins(index);
+            let shift = shift_of(guess);
+            let sides = count_word(&keys, guess, shift, slot, vec2(0u));
+            guess = find(at, guess, shift, guess, ranks, sides);
+        }
+    }
+    while any_lane(index, bracket.lo != bracket.hi && bracket.reach - bracket.over > CANDIDATES) {
+        clear_bins(index);
+        let shift = shift_of(guess);
+        var sides = vec2(0u);
+        if kept {
+            sides = count_word(&keys, guess, shift, slot, sides);
+        } else {
+            for (var w = tokens.first + first; w < tokens.last; w += LANES) {
+                load_word(&keys, tokens, e, w);
+                sides = count_word(&keys, guess, shift, slot, sides);
             }
         }
-        let higher = bits.x;
-        var equal = bits.y;
-        totals[index] = countOneBits(equal);
+        bracket = find(at, guess, shift, bracket, Ranks(want, want), sides);
+        guess = bracket;
+    }
+
+    // In token order. The first and the last sequence also clear what lies before and behind all of them, and each its own
+    // padding.
+    let begin = select(start, 0u, b == 0u);
+    let to = select(range.y, columns * 32u, b + 1u == params.sequences);
+    let tied = bracket.lo == bracket.hi;
+    let room = want - bracket.over;
+    var before = 0u;
+    for (var w0 = tokens.first; w0 < tokens.last; w0 += LANES) {
+        let w = w0 + first;
+        if !kept {
+            load_word(&keys, tokens, e, w);
+        }
+        var take = 0u;
+        var inside = 0u;
+        for (var i = 0u; i < 32u; i++) {
+            let k = keys[i];
+            take |= u32(k > bracket.hi) << i;
+            inside |= u32(k >= bracket.lo && k <= bracket.hi) << i;
+        }
+        // Among equals the lowest tokens.
+        totals[index] = select(0u, countOneBits(inside), tied);
         workgroupBarrier();
-        var before = ties;
+        var here = before;
         for (var l = 0u; l < LANES; l++) {
             let n = totals[l * EXPERTS + slot];
-            before += select(0u, n, l < first);
-            ties += n;
+            here += select(0u, n, l < first);
+            before += n;
         }
         workgroupBarrier();
-        // The lowest `room` ties of the word.
-        var room = need - min(need, before);
-        var take = higher;
-        if room >= countOneBits(equal) {
-            take |= equal;
-            equal = 0u;
-        }
-        while equal != 0u && room > 0u {
-            take |= equal & (~equal + 1u);
-            equal &= equal - 1u;
-            room -= 1u;
-        }
-        if w < last && live {
-            let low = max(begin, w * 32u) - w * 32u;
-            let length = min(to, w * 32u + 32u) - w * 32u - low;
-            let own = (0xffffffffu >> (32u - length)) << low;
-            if own == 0xffffffffu {
-                atomicStore(&assigned[e * columns + w], take);
-            } else {
-                atomicAnd(&assigned[e * columns + w], take | ~own);
-                atomicOr(&assigned[e * columns + w], take);
+        if tied {
+            for (var left = room - min(room, here); left > 0u && inside != 0u; left--) {
+                take |= inside & (~inside + 1u);
+                inside &= inside - 1u;
             }
+        } else {
+            while inside != 0u {
+                let t = w * 32u + countTrailingZeros(inside);
+                let i = atomicAdd(&listed[slot], 1u) * EXPERTS + slot;
+                candidate_keys[i] = key(r[t * params.experts + e]);
+                candidate_tokens[i] = t;
+                inside &= inside - 1u;
+            }
+        }
+        if w < tokens.last && live {
+            put(at, begin, to, w, take);
+        }
+    }
+    // An empty sequence has no words: where it lies inside one, that word belongs to others.
+    let last = select((to + 31u) / 32u, 0u, begin >= to);
+    for (var w = begin / 32u + first; w < last; w += LANES) {
+        if live && (w < tokens.first || w >= tokens.last) {
+            put(at, begin, to, w, 0u);
+        }
+    }
+
+    // The candidates: each is ranked among all of its expert.
+    storageBarrier();
+    workgroupBarrier();
+    let n = atomicLoad(&listed[slot]);
+    for (var c = first; c < n; c += LANES) {
+        let k = candidate_keys[c * EXPERTS + slot];
+        let t = candidate_tokens[c * EXPERTS + slot];
+        var rank = 0u;
+        for (var i = 0u; i < n; i++) {
+            let other = candidate_keys[i * EXPERTS + slot];
+            rank += u32(other > k || (other == k && candidate_tokens[i * EXPERTS + slot] < t));
+        }
+        if rank < room && live {
+            atomicOr(&assigned[e * columns + t / 32u], 1u << (t % 32u));
         }
     }
 }

@@ -106,8 +106,14 @@ fn sizes_and_kinds() {
             (32, 8, 32),
             (33, 40, 33),
             (33, 40, 1),
+            (64, 18, 9),
             (65, 96, 64),
+            (97, 5, 12),
+            (121, 16, 40),
             (257, 17, 100),
+            (1024, 3, 300),
+            (1025, 3, 300),
+            (2047, 2, 7),
         ] {
             for (seed, kind) in cases::KINDS.iter().enumerate() {
                 let r = cases::values(kind, seed as u64, tokens * experts);
