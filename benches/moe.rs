@@ -12,7 +12,8 @@
 mod cases;
 
 use cases::{
-    BIAS, GATE, INDEX, Part, SCORES, TABLE, Work, X, close, fill, gather, mix, round, rules, same,
+    BIAS, Bound, GATE, INDEX, Part, SCORES, TABLE, Work, X, close, fill, gather, mix, round, rules,
+    same,
 };
 use criterion::measurement::WallTime;
 use criterion::{
@@ -21,7 +22,6 @@ use criterion::{
 };
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
-use wgmoe::layer::LayerStep;
 use wgmoe::ops::matmul::{Class, GroupedMatmul, SKINNY_ROWS, Stage, cpu_row, tile_rows};
 use wgmoe::ops::plan_count::{GateRule, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::PlanFill;
@@ -32,7 +32,7 @@ use wgmoe::ops::{
     plan_fill, plan_scan, scores, sequence_top, token_choice,
 };
 use wgmoe::plan::HostPlan;
-use wgmoe::routing::BlockRule;
+use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::schedule::{Schedule, ScheduleKind};
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{
@@ -43,8 +43,11 @@ use wgmoe::{
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
     Step(Step),
-    Layer(Box<LayerStep>),
+    Layer(Box<Bound>),
 }
+
+/// Work below this is run twice where it takes turns with other work, and timed the second time.
+const SHORT: Duration = Duration::from_millis(20);
 
 impl From<Step> for Ready {
     fn from(step: Step) -> Self {
@@ -101,7 +104,7 @@ impl Bench {
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         match work {
             Ready::Step(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
-            Ready::Layer(step) => step.record(&mut encoder),
+            Ready::Layer(bound) => bound.step.record(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);
         self.gpu.device.poll(wgpu::PollType::wait_indefinitely()).expect("the device");
@@ -117,23 +120,39 @@ impl Bench {
         throughput: Throughput,
         prepare: impl Fn(&Context, &str) -> Ready,
     ) {
+        let ids = contexts.iter().map(|(variant, _)| BenchmarkId::new(name, variant)).collect();
+        self.turns(group, ids, throughput, || {
+            contexts.iter().map(|(v, ctx)| prepare(ctx, &format!("{name}, {v}"))).collect()
+        });
+    }
+
+    /// Times works that are to be compared with each other: they run in turns. `prepare` makes and checks one for each id.
+    fn turns(
+        &self,
+        group: &mut BenchmarkGroup<'_, WallTime>,
+        ids: Vec<BenchmarkId>,
+        throughput: Throughput,
+        prepare: impl Fn() -> Vec<Ready>,
+    ) {
         let ready = OnceCell::new();
         group.throughput(throughput);
-        for (i, (variant, _)) in contexts.iter().enumerate() {
+        for (i, id) in ids.into_iter().enumerate() {
             let fastest = Cell::new((Duration::MAX, 0));
-            group.bench_function(BenchmarkId::new(name, variant), |b| {
-                let ready: &Vec<Ready> = ready.get_or_init(|| {
-                    contexts.iter().map(|(v, ctx)| prepare(ctx, &format!("{name}, {v}"))).collect()
-                });
+            group.bench_function(id, |b| {
+                let ready: &Vec<Ready> = ready.get_or_init(&prepare);
                 b.iter_custom(|n| {
                     let mut sum = Duration::ZERO;
                     for _ in 0..n {
                         for (j, work) in ready.iter().enumerate() {
-                            if ready.len() > 1 {
-                                // The others have emptied the caches of it.
-                                self.time(work);
+                            // A single run is a test, or the first of the warm-up.
+                            if n == 1 && i != j {
+                                continue;
                             }
-                            let time = self.time(work);
+                            let mut time = self.time(work);
+                            if ready.len() > 1 && time < SHORT {
+                                // The others had emptied the caches of it.
+                                time = self.time(work);
+                            }
                             if i == j {
                                 sum += time;
                                 let (least, runs) = fastest.get();
@@ -147,8 +166,32 @@ impl Bench {
             let (least, runs) = fastest.get();
             if runs > 1 {
                 println!("{:24}least:  {least:.2?} of {runs} runs", "");
+                if let Some(Ready::Layer(bound)) = ready.get().and_then(|ready| ready.get(i)) {
+                    self.print_parts(bound);
+                }
             }
         }
+    }
+
+    /// Where the time of a layer goes: the least of five for each part, every dispatch in a pass of its own.
+    fn print_parts(&self, bound: &Bound) {
+        let mut least = [f64::MAX; Part::ALL.len()];
+        for _ in 0..5 {
+            let Some(times) = self.gpu.profile(bound.step.dispatches()).expect("the device") else {
+                return;
+            };
+            for (part, least) in Part::ALL.iter().zip(&mut least) {
+                let own = bound.step.dispatches().zip(&times).filter(|(d, _)| Part::of(d) == *part);
+                *least = least.min(own.map(|(_, (_, ms))| ms).sum());
+            }
+        }
+        let [router, routing, plan, experts, combine] = least;
+        println!(
+            "{:24}parts:  router {router:.2} ms, routing {routing:.2}, plan {plan:.2}, experts {experts:.2}, combine {combine:.2}; \
+             routing and plan {:.2} % of the experts",
+            "",
+            100.0 * (routing + plan) / experts
+        );
     }
 
     /// A buffer of `n` words that no kernel would write: as f32, NaN.
@@ -246,6 +289,10 @@ fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
     // How its time grows: with tokens at equal experts and an eighth of the tokens each, with experts, with the capacity.
     for (axis, shapes) in [
         ("tokens", vec![[1024, 64, 128], [4096, 64, 512], [16384, 64, 2048], [65536, 64, 8192]]),
+        (
+            "tokens, 512 experts",
+            vec![[1024, 512, 128], [4096, 512, 512], [16384, 512, 2048], [65536, 512, 8192]],
+        ),
         ("experts", vec![[4096, 16, 512], [4096, 64, 512], [4096, 256, 512], [4096, 512, 512]]),
         ("capacity", vec![[4096, 64, 8], [4096, 64, 256], [4096, 64, 2048]]),
     ] {
@@ -718,7 +765,7 @@ fn bench_layer(bench: &Bench, c: &mut Criterion) {
     for (name, work, weight_type, slots) in [
         ("W1 f32", Work::w1(), WeightType::F32, 32 * 8),
         ("W1 bf16", Work::w1(), WeightType::Bf16, 32 * 8),
-        ("W2 f32", Work::w2(), WeightType::F32, 64 * 64),
+        ("W2 f32", Work::w2(512), WeightType::F32, 64 * 64),
     ] {
         let flops = Throughput::Elements(work.flops(slots));
         bench.case(&mut group, name, bench.best(), flops, |ctx, what| {
@@ -730,20 +777,61 @@ fn bench_layer(bench: &Bench, c: &mut Criterion) {
     // A block of LLaDA2.0-mini under each rule, over the same weights.
     let experts = if std::env::var_os("WGMOE_BENCH_FULL").is_some() { 256 } else { 64 };
     let work = Work::block(experts);
+    let what = format!("LLaDA2-mini block of 32, {experts} experts bf16");
+    bench_rules(bench, &mut group, &work, WeightType::Bf16, &what, &|_| true);
+    group.finish();
+
+    // Equal slots, unequal demand.
+    let mut group = c.benchmark_group("expert choice against token choice");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    let either = |rule: &str| ["original", "expert_choice"].contains(&rule);
+    let work = Work::w2(512).skewed();
+    bench_rules(bench, &mut group, &work, WeightType::F32, "W2 skewed f32", &either);
+    group.finish();
+
+    // How a layer's time grows with its slots: eight a token.
+    let mut group = c.benchmark_group("layer over tokens");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    for tokens in [512, 1024, 2048, 4096] {
+        let work = Work::w2(tokens);
+        let slots = Throughput::Elements(u64::from(tokens) * 8);
+        bench.case(
+            &mut group,
+            &format!("W2 f32 T{tokens}"),
+            &bench.contexts[..1],
+            slots,
+            |ctx, what| {
+                let weights = work.weights(gpu, ctx, WeightType::F32).unwrap();
+                layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
+            },
+        );
+    }
+}
+
+/// One layer under several rules, which take turns.
+fn bench_rules(
+    bench: &Bench,
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    work: &Work,
+    weight_type: WeightType,
+    what: &str,
+    wanted: &dyn Fn(&str) -> bool,
+) {
+    let gpu = &bench.gpu;
+    let mut rules = rules(work.settings.routing, work.settings.experts);
+    rules.retain(|(rule, _)| wanted(rule));
     for (variant, ctx) in bench.best() {
-        let contexts = [(variant.clone(), ctx.clone())];
-        let layer: OnceCell<MoeLayer> = OnceCell::new();
-        for (rule, routing) in rules(work.settings.routing, experts) {
-            let name = format!("LLaDA2-mini block of 32, {experts} experts bf16, {rule}");
-            let tokens = Throughput::Elements(work.tokens.into());
-            bench.case(&mut group, &name, &contexts, tokens, |ctx, what| {
-                let layer = layer.get_or_init(|| {
-                    let weights = work.weights(gpu, ctx, WeightType::Bf16).unwrap();
-                    work.layer(ctx, weights).unwrap()
-                });
-                layer_step(gpu, &work, &layer.with_routing(routing).unwrap(), what)
-            });
-        }
+        let name = |rule: &str| format!("{what}, {rule}");
+        let ids = rules.iter().map(|(rule, _)| BenchmarkId::new(name(rule), variant)).collect();
+        bench.turns(group, ids, Throughput::Elements(work.tokens.into()), || {
+            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            let layer = work.layer(ctx, weights).unwrap();
+            let step = |(rule, routing): &(String, Routing)| {
+                let what = format!("{}, {variant}", name(rule));
+                layer_step(gpu, work, &layer.with_routing(*routing).unwrap(), &what)
+            };
+            rules.iter().map(step).collect()
+        });
     }
 }
 
@@ -757,14 +845,27 @@ fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
     });
     let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
     let (settings, unique) = (layer.settings(), choice.unique_experts());
+    let loads = choice.loads();
     eprintln!(
-        "{what}: {} slots, {unique} of {} routed experts used, weights of {:.1} MB read",
+        "{what}: {} slots, {unique} of {} routed experts used, at most {} slots each, weights of {:.1} MB read",
         choice.slots(),
         settings.experts,
+        loads.iter().max().unwrap_or(&0),
         f64::from(unique + settings.shared_experts) * layer.weights().shape().expert_bytes() as f64
             / 1e6
     );
-    Ready::Layer(Box::new(bound.step))
+    // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an item.
+    for factor in [1.25, 1.5] {
+        let rows = (factor * f64::from(choice.slots()) / loads.len() as f64).ceil() as u32;
+        let kept: u32 = loads.iter().map(|&n| n.min(rows)).sum();
+        eprintln!(
+            "    in {rows} rows an expert (capacity {factor}): {} padded of {}, {} slots dropped",
+            rows * loads.len() as u32 - kept,
+            rows * loads.len() as u32,
+            choice.slots() - kept
+        );
+    }
+    Ready::Layer(Box::new(bound))
 }
 
 fn all(c: &mut Criterion) {

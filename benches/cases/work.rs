@@ -94,8 +94,9 @@ impl Work {
         Self::new(settings, 32)
     }
 
-    /// Expert choice: T 512, D 512, F 384, E 64, C 64, chosen by and weighed with softmax over all experts.
-    pub(crate) fn w2() -> Self {
+    /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed with softmax over all
+    /// experts.
+    pub(crate) fn w2(tokens: u32) -> Self {
         let routing = Routing::ExpertChoice(ExpertChoice {
             score: Score::Softmax,
             normalise: Normalise::BeforeSelection,
@@ -105,7 +106,18 @@ impl Work {
         });
         let settings =
             Settings { hidden: 512, intermediate: 384, experts: 64, ..Self::w1().settings };
-        Self::new(Settings { routing, ..settings }, 512)
+        Self::new(Settings { routing, ..settings }, tokens)
+    }
+
+    /// The same with some experts more popular than others: to logits of variance 1, one of variance 1 is added that is each
+    /// expert's own.
+    pub(crate) fn skewed(mut self) -> Self {
+        let width = self.settings.hidden as usize;
+        self.x.chunks_exact_mut(width).for_each(|row| row[0] = 1.0);
+        for (e, row) in self.router.chunks_exact_mut(width).enumerate() {
+            row[0] = uniform(BIAS, e as u32, 12f32.sqrt());
+        }
+        self
     }
 
     /// LLaDA2.0-mini decoding a block of 32 tokens, with `experts` of its 256.
@@ -412,7 +424,7 @@ impl Part {
     pub(crate) const ALL: [Self; 5] =
         [Self::Router, Self::Routing, Self::Plan, Self::Experts, Self::Combine];
 
-    fn of(dispatch: &Dispatch) -> Self {
+    pub(crate) fn of(dispatch: &Dispatch) -> Self {
         match (dispatch.stage(), dispatch.name()) {
             (Some("logits"), _) => Self::Router,
             (Some(_), _) => Self::Experts,
@@ -443,10 +455,15 @@ impl Choice {
         self.assigned.iter().map(|w| w.count_ones()).sum()
     }
 
+    /// Tokens of each expert.
+    pub(crate) fn loads(&self) -> Vec<u32> {
+        let load = |bits: &[u32]| bits.iter().map(|w| w.count_ones()).sum();
+        self.assigned.chunks_exact(self.tokens.div_ceil(32)).map(load).collect()
+    }
+
     /// Experts that some token uses.
     pub(crate) fn unique_experts(&self) -> u32 {
-        let used = |bits: &&[u32]| bits.iter().any(|&w| w != 0);
-        self.assigned.chunks_exact(self.tokens.div_ceil(32)).filter(used).count() as u32
+        self.loads().iter().filter(|&&n| n > 0).count() as u32
     }
 
     /// Experts that the tokens of a block use together: the mean over blocks of 32 tokens, each a column of words.
