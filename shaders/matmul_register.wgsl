@@ -3,9 +3,10 @@
 //   weights, weights_up [experts, columns, depth] in the layout of lib/matmul/layout.wgsl
 //   items of up to TILE_ROWS rows of one expert, from the plan or dense; a lane has all of them and 8 columns (GATED: 4 of
 //   each matrix)
-// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, items slowest; a workgroup of WG lanes takes SPAN
+// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest; a workgroup of WG lanes takes SPAN
 // stretches of TILE_COLUMNS columns of ITEMS items, one after the other, since a group that finds nothing to do costs 0.6 us.
-// Items of one expert are neighbours, and read the same weights while a cache still holds them.
+// Items of one expert are neighbours, and read the same weights while a cache still holds them. Groups of items are taken in
+// steps, so that those that exist are spread over the grid.
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in registers.
 
 @compute @workgroup_size(WG)
@@ -14,15 +15,16 @@ fn matmul_register(
   @builtin(num_workgroups) groups: vec3<u32>,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let across = (params.column_end - params.column_begin + SPAN * TILE_COLUMNS - 1u) / (SPAN * TILE_COLUMNS);
   let id = flat(group, groups);
+  let first_column = params.column_begin + id / params.item_groups * SPAN * TILE_COLUMNS;
+  let items = id % params.item_groups * params.item_step % params.item_groups * ITEMS;
   for (var i = 0u; i < ITEMS; i++) {
-    let tile = tile_at(id / across * ITEMS + i);
+    let tile = tile_at(items + i);
     if tile.rows == 0u { continue; }
     let x0 = rows_at(tile, 0u, lane);
     let x1 = rows_at(tile, 8u, lane);
     for (var j = 0u; j < SPAN; j++) {
-      let first = params.column_begin + (id % across * SPAN + j) * TILE_COLUMNS;
+      let first = first_column + j * TILE_COLUMNS;
       if first < params.column_end { stretch(tile, first + 2u * lane, x0, x1); }
     }
   }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 params! {
     columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
     slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32,
-    expert_offsets: u32, token_of: u32, placed: u32,
+    expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
 }
 
 impl Params {
@@ -180,14 +180,17 @@ impl Problem {
         }
     }
 
-    /// Workgroups for so many columns and items.
-    fn groups(&self, ctx: &Context, columns: u32, items: u32) -> u64 {
+    /// Workgroups for so many items, completing the parameters.
+    fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
         let [width, height] = match (ctx.variant().target, self.class) {
             (Target::Cpu, _) => super::matmul_register::group_tile(self),
             (Target::Gpu, Class::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
             (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
         };
-        u64::from(columns.div_ceil(width)) * u64::from(items.div_ceil(height))
+        params.item_groups = items.div_ceil(height);
+        params.item_step = super::matmul_register::item_step(params.item_groups);
+        let across = (params.column_end - params.column_begin).div_ceil(width);
+        u64::from(across) * u64::from(params.item_groups)
     }
 }
 
@@ -350,7 +353,7 @@ impl GroupedMatmul {
             }
             Class::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
         };
-        let params = Params {
+        let mut params = Params {
             columns: page.columns.end - page.columns.start,
             column_begin: begin - page.columns.start,
             column_end: end - page.columns.start,
@@ -370,6 +373,7 @@ impl GroupedMatmul {
             expert_offsets: at.expert_offsets,
             token_of: if gather { at.token_of } else { 0 },
             placed: args.places.is_some().into(),
+            ..Params::default()
         };
         let quad = [
             params.columns,
@@ -387,7 +391,7 @@ impl GroupedMatmul {
         };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
-        let groups = self.problem.groups(&self.ctx, end - begin, bound);
+        let groups = self.problem.groups(&self.ctx, &mut params, bound);
         let places = or_nothing(&self.ctx, args.places);
         let slices = [args.x, args.plan, weights, up, places, args.out];
         let stage = match self.stage {
@@ -508,7 +512,7 @@ impl Logits {
         } else {
             (&self.tile, tile_rows(&self.ctx))
         };
-        let params = Params {
+        let mut params = Params {
             columns: experts,
             column_end: experts,
             depth: hidden,
@@ -519,7 +523,7 @@ impl Logits {
             out_slot: 0u32.wrapping_sub(of.start),
             ..Params::default()
         };
-        let groups = problem.groups(&self.ctx, experts, rows.div_ceil(item_rows));
+        let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
         let nothing = self.ctx.nothing();
         let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())

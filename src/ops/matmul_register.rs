@@ -35,7 +35,7 @@ fn span(problem: &Problem) -> [u32; 2] {
     match (problem.class, problem.weight_type) {
         (Class::Skinny, _) => [4, 1],
         (Class::Tile, WeightType::F32) => [1, 4],
-        (Class::Tile, _) => [2, 2],
+        (Class::Tile, _) => [2, 4],
     }
 }
 
@@ -62,6 +62,21 @@ impl Features {
 pub(crate) fn group_tile(problem: &Problem) -> [u32; 2] {
     let [span, items] = span(problem);
     [span * WG * if problem.activation.is_some() { 4 } else { 8 }, items]
+}
+
+/// The step between groups of items that follow one another, modulo their number, with which it has no divisor in common. llvmpipe gives each
+/// of its threads one run of workgroups; of a bounded grid the items that exist come first, so that without the step some
+/// threads had twice the work of others (W1: 98 ms instead of 52).
+pub(crate) fn item_step(groups: u32) -> u32 {
+    let coprime = |step: &u32| {
+        let (mut a, mut b) = (*step, groups);
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a == 1
+    };
+    // Near the golden section, which spreads any run evenly. The product of place and step must fit 32 bits.
+    if groups <= 1 << 16 { (groups * 5 / 8..groups).find(coprime).unwrap_or(1) } else { 1 }
 }
 
 pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {

@@ -18,6 +18,8 @@ struct Params {
   expert_offsets: u32, // plan section: first slot of each expert
   token_of: u32,      // plan section: row of x of each slot; 0: rows are slots
   placed: u32,        // 1: the page holds any experts, and places says which
+  item_groups: u32,   // groups of items of one stretch of columns, for matmul_register
+  item_step: u32,     // between two of them that follow one another
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
