@@ -12,8 +12,8 @@
 mod cases;
 
 use cases::{
-    BIAS, Bound, GATE, INDEX, Part, SCORES, TABLE, Work, X, close, fill, gather, mix, round, rules,
-    same,
+    BIAS, Bound, INDEX, OP2, Part, Planned, SCORES, TABLE, Work, choice, close, fill, gather,
+    grouped_matmul, mix, plan, rules, same,
 };
 use criterion::measurement::WallTime;
 use criterion::{
@@ -22,23 +22,14 @@ use criterion::{
 };
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
-use wgmoe::ops::matmul::{Class, GroupedMatmul, SKINNY_ROWS, Stage, cpu_row, tile_rows};
-use wgmoe::ops::plan_count::{GateRule, Gates, PlanCount, Scales};
-use wgmoe::ops::plan_fill::PlanFill;
-use wgmoe::ops::plan_scan::{PlanScan, Stats};
 use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{
-    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, plan_count,
-    plan_fill, plan_scan, scores, sequence_top, token_choice,
+    assign, assign_lists, capacity, combine, coreset, expert_union, scores, sequence_top,
+    token_choice,
 };
-use wgmoe::plan::HostPlan;
 use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::schedule::{Schedule, ScheduleKind};
-use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{
-    Context, ExpertWeights, Gpu, MoeLayer, PlanShape, Score, Step, Target, Variant, WeightType,
-    bits, wgpu,
-};
+use wgmoe::{Context, Gpu, MoeLayer, Score, Step, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
@@ -248,32 +239,6 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
     }
 }
 
-/// The choice of `capacity` tokens for each expert, compared whole.
-fn expert_choice_step(
-    bench: &Bench,
-    ctx: &Context,
-    [tokens, experts, capacity]: [u32; 3],
-    what: &str,
-) -> Ready {
-    let gpu = &bench.gpu;
-    let r = fill(SCORES, tokens * experts, 1.0);
-    let (r_in, offsets, take) = (gpu.upload(&r), gpu.upload(&[0, tokens]), gpu.upload(&[capacity]));
-    let assigned = bench.poisoned(experts * columns(tokens));
-    let args = expert_choice::Args {
-        r: (&r_in).into(),
-        offsets: (&offsets).into(),
-        lengths: None,
-        capacity: (&take).into(),
-        assigned: (&assigned).into(),
-    };
-    let op = expert_choice::ExpertChoice::new(ctx).unwrap();
-    let step = op.bind(expert_choice::Dims { tokens, experts, sequences: 1 }, args).unwrap();
-    gpu.run(&step).unwrap();
-    let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
-    same(&bench.download(&assigned), &want, what).unwrap();
-    step.into()
-}
-
 fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("expert_choice");
     for (name, shape) in [
@@ -282,7 +247,7 @@ fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
         ("EC-DLM T512 E512 C20", [512, 512, 20]),
     ] {
         bench.case(&mut group, name, &bench.contexts, pairs(shape[0], shape[1]), |ctx, what| {
-            expert_choice_step(bench, ctx, shape, what)
+            choice(&bench.gpu, ctx, shape).unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
     }
     group.finish();
@@ -302,7 +267,7 @@ fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
             let name = format!("T{tokens} E{experts} C{capacity}");
             let best = &bench.contexts[..1];
             bench.case(&mut group, &name, best, pairs(tokens, experts), |ctx, what| {
-                expert_choice_step(bench, ctx, shape, what)
+                choice(&bench.gpu, ctx, shape).unwrap_or_else(|e| panic!("{what}: {e}")).into()
             });
         }
     }
@@ -522,80 +487,16 @@ fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
     }
 }
 
-/// A plan on the device, its three kernels, and what it holds.
-struct Planned {
-    shape: PlanShape,
-    plan: wgpu::Buffer,
-    step: Step,
-    host: HostPlan,
-}
-
-/// Makes the plan of an assignment, gates from logits; compared whole.
-fn plan(
+/// The plan of an assignment.
+fn planned(
     bench: &Bench,
     ctx: &Context,
-    [tokens, experts]: [u32; 2],
+    dims: [u32; 2],
     logits: &[f32],
     assigned: &[u32],
     what: &str,
 ) -> Planned {
-    let gpu = &bench.gpu;
-    let slots: u32 = assigned.iter().map(|w| w.count_ones()).sum();
-    let shape = PlanShape {
-        tokens,
-        experts,
-        shared_experts: 0,
-        routed_slots: slots,
-        tile_rows: tile_rows(ctx),
-        skinny_rows: SKINNY_ROWS,
-    };
-    let (assigned_in, logits_in) = (gpu.upload(assigned), gpu.upload(logits));
-    let gates = gpu.upload(&vec![0f32; logits.len()]);
-    let plan = bench.poisoned((shape.bytes().unwrap() / 4) as u32);
-    let stats = bench.poisoned(8 + experts);
-    let how = Gates {
-        rule: GateRule::Softmax,
-        source: (&logits_in).into(),
-        scale: 1.0,
-        scales: Scales { by_count: None, by_expert: None },
-        gates: (&gates).into(),
-    };
-    let count = plan_count::Args {
-        assigned: (&assigned_in).into(),
-        gates: Some(how),
-        plan: (&plan).into(),
-    };
-    let scan = plan_scan::Args {
-        losses: None,
-        offsets: None,
-        plan: (&plan).into(),
-        stats: (&stats).into(),
-    };
-    let fill = plan_fill::Args {
-        assigned: (&assigned_in).into(),
-        gates: (&gates).into(),
-        plan: (&plan).into(),
-    };
-    let step = PlanCount::new(ctx).unwrap().bind(&shape, count).unwrap();
-    let step = step.then(PlanScan::new(ctx).unwrap().bind(&shape, scan).unwrap());
-    let step = step.then(PlanFill::new(ctx).unwrap().bind(&shape, fill).unwrap());
-    gpu.run(&step).unwrap();
-    let got: Vec<f32> = bench.download(&gates);
-    let e = experts as usize;
-    let want = plan_count::cpu(
-        assigned,
-        logits,
-        e,
-        GateRule::Softmax,
-        1.0,
-        Scales { by_count: None, by_expert: None },
-    );
-    close(&got, &want, 1e-30, 1e-5, &format!("{what}: gates")).unwrap();
-    let host = HostPlan::from_words(&shape, &bench.download::<u32>(&plan)).unwrap();
-    assert!(host == HostPlan::cpu(&shape, assigned, &got), "{what}: the plan differs");
-    let stats = Stats::from_words(&bench.download::<u32>(&stats)).unwrap();
-    assert_eq!((stats.slots, stats.ignored), (slots, 0), "{what}: statistics");
-    Planned { shape, plan, step, host }
+    plan(&bench.gpu, ctx, dims, logits, assigned).unwrap_or_else(|e| panic!("{what}: {e}"))
 }
 
 fn bench_plan(bench: &Bench, c: &mut Criterion) {
@@ -605,7 +506,7 @@ fn bench_plan(bench: &Bench, c: &mut Criterion) {
     {
         bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
             let (logits, assigned) = chosen(tokens, experts, 8);
-            plan(bench, ctx, [tokens, experts], &logits, &assigned, what).step.into()
+            planned(bench, ctx, [tokens, experts], &logits, &assigned, what).step.into()
         });
     }
 }
@@ -626,68 +527,16 @@ fn bench_gather(bench: &Bench, c: &mut Criterion) {
     }
 }
 
-/// OP2: 32 experts of [2048, 512], 64 slots each, through a plan in which each token has one expert.
 fn bench_matmul(bench: &Bench, c: &mut Criterion) {
-    const EXPERTS: u32 = 32;
-    const ROWS: u32 = 64;
-    const DEPTH: u32 = 2048;
-    const COLUMNS: u32 = 512;
     let mut group = c.benchmark_group("matmul");
     group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
     for (name, weight_type) in
         [("OP2 32x[64,2048]x[2048,512] f32", WeightType::F32), ("OP2 bf16", WeightType::Bf16)]
     {
-        let flops = 2 * u64::from(EXPERTS * ROWS) * u64::from(DEPTH * COLUMNS);
+        let flops = 2 * OP2.iter().map(|&n| u64::from(n)).product::<u64>();
         bench.case(&mut group, name, bench.best(), Throughput::Elements(flops), |ctx, what| {
-            let gpu = &bench.gpu;
-            let tokens = EXPERTS * ROWS;
-            let mut assigned = bits::empty(tokens as usize, EXPERTS as usize);
-            for t in 0..tokens as usize {
-                bits::set(&mut assigned, tokens as usize, t / ROWS as usize, t);
-            }
-            let logits = fill(SCORES, tokens * EXPERTS, 1.0);
-            let planned = plan(bench, ctx, [tokens, EXPERTS], &logits, &assigned, what);
-            let (x, w) = (fill(X, tokens * DEPTH, 1.0), fill(GATE, EXPERTS * COLUMNS * DEPTH, 1.0));
-            let shape =
-                ExpertShape { experts: EXPERTS, hidden: COLUMNS, intermediate: DEPTH, weight_type };
-            let weights = ExpertWeights::new(ctx, shape, None).unwrap();
-            for (e, w) in (0..).zip(w.chunks_exact((COLUMNS * DEPTH) as usize)) {
-                weights.write(&gpu.queue, e, Projection::Down, HostWeights::F32(w)).unwrap();
-            }
-            let (x_in, out) = (gpu.upload(&x), bench.poisoned(tokens * COLUMNS));
-            let op = GroupedMatmul::new(ctx, &shape, Stage::Down, Class::Tile).unwrap();
-            let step = (0..weights.page_counts()[1])
-                .map(|page| {
-                    op.bind(wgmoe::ops::matmul::Args {
-                        x: (&x_in).into(),
-                        gather: false,
-                        shape: &planned.shape,
-                        plan: (&planned.plan).into(),
-                        weights: &weights,
-                        page,
-                        places: None,
-                        out: (&out).into(),
-                        slots: 0..tokens,
-                        columns: 0..COLUMNS,
-                        x_slot: 0,
-                        out_slot: 0,
-                    })
-                    .unwrap()
-                })
-                .fold(Step::default(), Step::then);
-            gpu.run(&step).unwrap();
-            let got: Vec<f32> = bench.download(&out);
-            for slot in (0..tokens as usize).step_by(131) {
-                let first = slot / ROWS as usize * (COLUMNS * DEPTH) as usize;
-                let row = &x[slot * DEPTH as usize..][..DEPTH as usize];
-                let weight = |i: usize| round(w[first + i], weight_type);
-                let want: Vec<f32> =
-                    cpu_row(row, &weight, COLUMNS as usize).into_iter().map(|v| v as f32).collect();
-                let got = &got[slot * COLUMNS as usize..][..COLUMNS as usize];
-                close(got, &want, 1e-4, 1e-5, &format!("{what}: slot {slot}")).unwrap();
-            }
-            assert!(got.iter().all(|v| v.is_finite()), "{what}: not finite");
-            step.into()
+            let step = grouped_matmul(&bench.gpu, ctx, weight_type);
+            step.unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
     }
 }
@@ -704,7 +553,7 @@ fn bench_combine(bench: &Bench, c: &mut Criterion) {
         bench.case(&mut group, name, best, Throughput::BytesDecimal(bytes), |ctx, what| {
             let gpu = &bench.gpu;
             let (logits, assigned) = chosen(tokens, experts, 8);
-            let planned = plan(bench, ctx, [tokens, experts], &logits, &assigned, what);
+            let planned = planned(bench, ctx, [tokens, experts], &logits, &assigned, what);
             let y = fill(TABLE, planned.shape.slots().unwrap() * hidden, 1.0);
             let (y_in, out) = (gpu.upload(&y), bench.poisoned(tokens * hidden));
             let args = combine::Args {

@@ -173,6 +173,11 @@ impl Work {
         6 * rows * u64::from(hidden) * u64::from(intermediate)
     }
 
+    /// `[E, D]`.
+    pub(crate) fn router(&self) -> &[f32] {
+        &self.router
+    }
+
     pub(crate) fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
         let Settings { hidden, intermediate, .. } = self.settings;
         let (place, seed, depth) = match projection {
@@ -388,7 +393,7 @@ pub(crate) struct Bound {
     pub(crate) settings: Settings,
     pub(crate) step: LayerStep,
     pub(crate) hidden: wgpu::Buffer,
-    out: wgpu::Buffer,
+    pub(crate) out: wgpu::Buffer,
 }
 
 impl Bound {
