@@ -1,5 +1,5 @@
 //! `cargo bench --bench moe`: a group for each op, and the layer. Every case is compared with the CPU twin (the largest ones
-//! in sampled rows) before it is timed; a case that a filter leaves out is not even made. With `-- --test` each case is
+//! in sampled rows) before it is timed; work of which a filter leaves nothing is not even made. With `-- --test` each case is
 //! compared and run once.
 //!
 //! A time is that of one submission: encoding, submitting and waiting. Below criterion's estimate of the mean stands the
@@ -37,7 +37,7 @@ enum Ready {
     Layer(Box<Bound>),
 }
 
-/// Work below this is run twice where it takes turns with other work, and timed the second time.
+/// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed the second time.
 const SHORT: Duration = Duration::from_millis(20);
 
 impl From<Step> for Ready {
@@ -126,24 +126,29 @@ impl Bench {
         prepare: impl Fn() -> Vec<Ready>,
     ) {
         let ready = OnceCell::new();
+        let short = OnceCell::new();
         group.throughput(throughput);
         for (i, id) in ids.into_iter().enumerate() {
             let fastest = Cell::new((Duration::MAX, 0));
+            let first = Cell::new(true);
             group.bench_function(id, |b| {
                 let ready: &Vec<Ready> = ready.get_or_init(&prepare);
                 b.iter_custom(|n| {
+                    if first.replace(false) {
+                        // All of a test, or the first of the warm-up.
+                        return self.time(&ready[i]) * n as u32;
+                    }
+                    let short = *short.get_or_init(|| {
+                        ready.len() > 1 && ready.iter().all(|work| self.time(work) < SHORT)
+                    });
                     let mut sum = Duration::ZERO;
                     for _ in 0..n {
                         for (j, work) in ready.iter().enumerate() {
-                            // A single run is a test, or the first of the warm-up.
-                            if n == 1 && i != j {
-                                continue;
+                            if short {
+                                // The others have emptied the caches of it.
+                                self.time(work);
                             }
-                            let mut time = self.time(work);
-                            if ready.len() > 1 && time < SHORT {
-                                // The others had emptied the caches of it.
-                                time = self.time(work);
-                            }
+                            let time = self.time(work);
                             if i == j {
                                 sum += time;
                                 let (least, runs) = fastest.get();

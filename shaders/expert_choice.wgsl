@@ -8,9 +8,9 @@
 // Grid: ceil(experts / EXPERTS) * sequences groups; EXPERTS neighbouring experts, LANES lanes each.
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts the keys of 254 equal
-// parts of the bracket. Up to 32 * LANES tokens stay in registers: the scores are read once. Of more, each lane first takes a
-// sample of 32, which mostly says enough for one pass over all tokens to leave few of them; a second one sets the bits
-// above the bracket and lists the tokens inside, which are ranked in workgroup memory. Wrong guesses cost passes.
+// parts of the bracket. The tokens of up to LANES words of 32 stay in registers: their scores are read once. Of more, each lane
+// first takes one word as a sample, which mostly says enough for one pass over all tokens to leave few of them; a second one sets
+// the bits above the bracket and lists the tokens inside, which are ranked in workgroup memory. Wrong guesses cost passes.
 
 struct Params {
     tokens: u32,
@@ -52,7 +52,7 @@ struct Ranks { high: u32, low: u32 }
 struct Place { e: u32, slot: u32, first: u32 }
 
 // The keys of a word's 32 tokens, 0 where they are not eligible.
-alias Word = array<u32, 32>;
+alias Word = array<vec4<u32>, 8>;
 
 // Tokens start..end, in the words first..last.
 struct Tokens { start: u32, end: u32, first: u32, last: u32 }
@@ -71,16 +71,16 @@ fn eligible_bits(tokens: Tokens, e: u32, w: u32) -> u32 {
     return bits;
 }
 
-fn load_word(keys: ptr<function, Word>, tokens: Tokens, e: u32, w: u32) {
-    let bits = eligible_bits(tokens, e, w);
-    for (var i = 0u; i < 32u; i++) {
-        // A token that is not there stands for the last one, to be masked: no branch keeps loads from being under way together.
-        let k = key(r[min(w * 32u + i, params.tokens - 1u) * params.experts + e]);
-        (*keys)[i] = select(0u, k, ((bits >> i) & 1u) == 1u);
-    }
+// The keys of the four tokens of word w from its `4 * i`th on; `bits` says which of the word are eligible. A token that is not
+// there stands for the last one, to be masked: a branch would keep loads from being under way together.
+fn word_four(e: u32, w: u32, i: u32, bits: u32) -> vec4<u32> {
+    let t = w * 32u + 4u * i;
+    let row = min(vec4(t, t + 1u, t + 2u, t + 3u), vec4(params.tokens - 1u)) * params.experts + e;
+    let k = vec4(key(r[row.x]), key(r[row.y]), key(r[row.z]), key(r[row.w]));
+    return select(vec4(0u), k, (vec4(bits >> (4u * i)) & vec4(1u, 2u, 4u, 8u)) != vec4(0u));
 }
 
-// The least shift that leaves fewer than BINS - 2 parts of a bracket.
+// The least shift that leaves at most BINS - 2 parts of a bracket.
 fn shift_of(b: Bracket) -> u32 {
     let width = b.hi - b.lo;
     let bits = 32u - countLeadingZeros(width | 1u);
@@ -88,17 +88,31 @@ fn shift_of(b: Bracket) -> u32 {
     return least + u32((width >> least) >= BINS - 2u);
 }
 
-// Counts a word's keys: those inside `b` in their bins; the result is those below and above, added to the given ones.
-fn count_word(keys: ptr<function, Word>, b: Bracket, shift: u32, slot: u32, sides: vec2<u32>) -> vec2<u32> {
-    var sum = sides;
-    for (var i = 0u; i < 32u; i++) {
-        let k = (*keys)[i];
-        sum += vec2(u32(k != 0u && k < b.lo), u32(k > b.hi));
-        if k >= b.lo && k <= b.hi {
-            atomicAdd(&bins[(1u + ((k - b.lo) >> shift)) * EXPERTS + slot], 1u);
-        }
+// What keys are counted by: a bracket, the shift of its parts, the expert's place.
+struct Scale { b: Bracket, shift: u32, slot: u32 }
+
+fn count_one(s: Scale, k: u32) {
+    if k >= s.b.lo && k <= s.b.hi {
+        atomicAdd(&bins[(1u + ((k - s.b.lo) >> s.shift)) * EXPERTS + s.slot], 1u);
     }
-    return sum;
+}
+
+// Counts keys: those inside the bracket in their bins; the result is those below and above.
+fn count_four(s: Scale, k: vec4<u32>) -> vec2<u32> {
+    count_one(s, k.x);
+    count_one(s, k.y);
+    count_one(s, k.z);
+    count_one(s, k.w);
+    let below = vec4<u32>(k < vec4(s.b.lo)) * min(k, vec4(1u));
+    let above = vec4<u32>(k > vec4(s.b.hi));
+    return vec2(below.x + below.y + below.z + below.w, above.x + above.y + above.z + above.w);
+}
+
+// Bits of the keys above a bracket, and of those inside.
+fn mark_four(b: Bracket, k: vec4<u32>) -> vec2<u32> {
+    let above = select(vec4(0u), vec4(1u, 2u, 4u, 8u), k > vec4(b.hi));
+    let inside = select(vec4(0u), vec4(1u, 2u, 4u, 8u), (k >= vec4(b.lo)) & (k <= vec4(b.hi)));
+    return vec2(above.x + above.y + above.z + above.w, inside.x + inside.y + inside.z + inside.w);
 }
 
 fn clear_bins(index: u32) {
@@ -152,6 +166,11 @@ fn find(at: Place, guess: Bracket, shift: u32, outer: Bracket, ranks: Ranks, sid
     }
     workgroupBarrier();
     return found[at.slot];
+}
+
+// Whether the bracket says who is taken: all inside, or the first ones among equals.
+fn is_settled(b: Bracket, want: u32) -> bool {
+    return b.reach == want || b.lo == b.hi;
 }
 
 // The sum over an expert's lanes. All lanes call.
@@ -234,7 +253,6 @@ fn expert_choice(
     let words = max(tokens.last, tokens.first) - tokens.first;
     let kept = words <= LANES;
 
-
     var eligible = end - start;
     if MASKED {
         var mine = 0u;
@@ -260,29 +278,38 @@ fn expert_choice(
     var guess = whole;
 
     // All tokens, or a sample: one word a lane, in equal steps.
-    var keys: Word;
     let own = tokens.first + select(u32(f32(first) / f32(LANES) * f32(words)), first, kept);
-    load_word(&keys, tokens, e, own);
+    var keys: Word;
+    let own_bits = eligible_bits(tokens, e, own);
+    for (var i = 0u; i < 8u; i++) {
+        keys[i] = word_four(e, own, i, own_bits);
+    }
     if !kept {
-        let n = sum_lanes(at, countOneBits(eligible_bits(tokens, e, own)));
+        let n = sum_lanes(at, countOneBits(own_bits));
         let ranks = sample_ranks(f32(want) / f32(max(eligible, 1u)), n);
         for (var i = 0u; i < 3u; i++) {
             clear_bins(index);
             let shift = shift_of(guess);
-            let sides = count_word(&keys, guess, shift, slot, vec2(0u));
+            var sides = vec2(0u);
+            for (var j = 0u; j < 8u; j++) {
+                sides += count_four(Scale(guess, shift, slot), keys[j]);
+            }
             guess = find(at, guess, shift, guess, ranks, sides);
         }
     }
-    while any_lane(index, bracket.lo != bracket.hi && bracket.reach - bracket.over > CANDIDATES) {
+    while any_lane(index, !is_settled(bracket, want) && bracket.reach - bracket.over > CANDIDATES) {
         clear_bins(index);
         let shift = shift_of(guess);
         var sides = vec2(0u);
-        if kept {
-            sides = count_word(&keys, guess, shift, slot, sides);
-        } else {
-            for (var w = tokens.first + first; w < tokens.last; w += LANES) {
-                load_word(&keys, tokens, e, w);
-                sides = count_word(&keys, guess, shift, slot, sides);
+        // Once where they are kept.
+        for (var w = tokens.first + first; w < tokens.last; w += LANES) {
+            let bits = eligible_bits(tokens, e, w);
+            for (var i = 0u; i < 8u; i++) {
+                var k = keys[i];
+                if !kept {
+                    k = word_four(e, w, i, bits);
+                }
+                sides += count_four(Scale(guess, shift, slot), k);
             }
         }
         bracket = find(at, guess, shift, bracket, Ranks(want, want), sides);
@@ -293,23 +320,24 @@ fn expert_choice(
     // padding.
     let begin = select(start, 0u, b == 0u);
     let to = select(range.y, columns * 32u, b + 1u == params.sequences);
-    let tied = bracket.lo == bracket.hi;
+    let settled = is_settled(bracket, want);
     let room = want - bracket.over;
     var before = 0u;
     for (var w0 = tokens.first; w0 < tokens.last; w0 += LANES) {
         let w = w0 + first;
-        if !kept {
-            load_word(&keys, tokens, e, w);
+        let bits = eligible_bits(tokens, e, w);
+        var marks = vec2(0u);
+        for (var i = 0u; i < 8u; i++) {
+            var k = keys[i];
+            if !kept {
+                k = word_four(e, w, i, bits);
+            }
+            marks |= mark_four(bracket, k) << vec2(4u * i);
         }
-        var take = 0u;
-        var inside = 0u;
-        for (var i = 0u; i < 32u; i++) {
-            let k = keys[i];
-            take |= u32(k > bracket.hi) << i;
-            inside |= u32(k >= bracket.lo && k <= bracket.hi) << i;
-        }
-        // Among equals the lowest tokens.
-        totals[index] = select(0u, countOneBits(inside), tied);
+        var take = marks.x;
+        var inside = marks.y;
+        // Where the bracket settles it, the lowest tokens inside: among equals those first, or all.
+        totals[index] = select(0u, countOneBits(inside), settled);
         workgroupBarrier();
         var here = before;
         for (var l = 0u; l < LANES; l++) {
@@ -318,10 +346,15 @@ fn expert_choice(
             before += n;
         }
         workgroupBarrier();
-        if tied {
-            for (var left = room - min(room, here); left > 0u && inside != 0u; left--) {
-                take |= inside & (~inside + 1u);
-                inside &= inside - 1u;
+        if settled {
+            let left = room - min(room, here);
+            if left >= countOneBits(inside) {
+                take |= inside;
+            } else {
+                for (var i = 0u; i < left; i++) {
+                    take |= inside & (~inside + 1u);
+                    inside &= inside - 1u;
+                }
             }
         } else {
             while inside != 0u {

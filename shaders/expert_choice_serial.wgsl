@@ -3,7 +3,7 @@
 // Grid: ceil(experts / 16) * sequences groups.
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many keys reach
-// each of eight pivots. The first pivots are guessed from a sample, so that one pass is mostly enough for the bracket to hold
+// each of eight pivots. From 64 tokens on the first pivots are guessed from a sample, so that one pass is mostly enough for the bracket to hold
 // few tokens. The last pass sets the bits above the bracket and collects the tokens inside, among
 // which the rest is found in workgroup memory. Wrong guesses cost passes: at most 14, as from the fourth on each
 // divides the bracket by 9.
@@ -368,8 +368,8 @@ fn expert_choice_serial(
         guess = widened(guess);
     }
 
-    // Many candidates of a short sequence cost more than a pass.
-    let few = vec2(clamp(length / 8u, 40u, CANDIDATES));
+    // Many candidates of a short sequence cost more than a pass, given a guess.
+    let few = vec2(select(clamp(length / 8u, 40u, CANDIDATES), CANDIDATES, length < 64u));
     let all = Words(start, end, words.x, words.y, 1u);
     for (var i = 0u; any((b.reach - b.over > few) & !is_settled(b, want)); i++) {
         guess.lo = max(guess.lo, b.lo);

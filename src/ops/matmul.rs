@@ -188,7 +188,9 @@ impl Problem {
             (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
         };
         params.item_groups = items.div_ceil(height);
-        params.item_step = super::matmul_register::item_step(params.item_groups);
+        if ctx.variant().target == Target::Cpu {
+            params.item_step = super::matmul_register::item_step(params.item_groups);
+        }
         let across = (params.column_end - params.column_begin).div_ceil(width);
         u64::from(across) * u64::from(params.item_groups)
     }

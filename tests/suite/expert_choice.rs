@@ -174,9 +174,13 @@ fn hashed(len: usize) -> Vec<f32> {
 #[test]
 fn long_batches() {
     let Some(gpu) = gpu() else { return };
-    for (tokens, experts, capacity) in
-        [(65_536, 16, 4096), (65_536, 512, 128), (99_999, 7, 50_000), (200_003, 8, 100_000)]
-    {
+    for (tokens, experts, capacity) in [
+        (65_536, 16, 4096),
+        (65_536, 512, 128),
+        (99_999, 7, 50_000),
+        (200_003, 8, 100_000),
+        (600_000, 8, 50_000),
+    ] {
         let r = hashed(tokens * experts);
         let twin = reference(&r, experts, capacity);
         let choice = Choice {
@@ -208,7 +212,12 @@ fn long_batches() {
 #[test]
 fn long_batches_of_hard_values() {
     let Some(gpu) = gpu() else { return };
-    let (tokens, experts, capacity) = (65_536, 18, 4096);
+    for (tokens, experts) in [(65_536, 18), (262_144, 3)] {
+        hard_values(&gpu, tokens, experts, 4096);
+    }
+}
+
+fn hard_values(gpu: &Gpu, tokens: usize, experts: usize, capacity: usize) {
     let bits = |i: u32| i.wrapping_mul(0x9e37_79b9) ^ (i >> 3).wrapping_mul(0x85eb_ca6b);
     let outlier = |i: u32| if bits(i) < 1 << 20 { f32::MAX } else { 0.0 };
     // What no sample tells: any bits at all; equal but for outliers; sorted, with one value a stretch; the highest ones last.
@@ -216,7 +225,9 @@ fn long_batches_of_hard_values() {
         ("bits", &|i| f32::from_bits(bits(i))),
         ("outliers", &|i| f32::from_bits(0x3f80_0000 + bits(i) % 2) + outlier(i)),
         ("sorted", &|i| (i / (64 * experts as u32)) as f32),
-        ("last", &|i| f32::from_bits(if i < 1_100_000 { i % 1000 } else { 0x7f00_0000 + i })),
+        ("last", &|i| {
+            f32::from_bits(if i < tokens as u32 * 14 { i % 1000 } else { 0x7f00_0000 + i })
+        }),
     ];
     for (kind, value) in kinds {
         let r: Vec<f32> = (0..(tokens * experts) as u32).map(value).collect();
@@ -228,12 +239,8 @@ fn long_batches_of_hard_values() {
             lengths: None,
             capacity: &[capacity as u32],
         };
-        for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
-            assert_same(
-                &choice.run(&gpu, &ctx, 3),
-                &twin,
-                &format!("{} {kind}", cases::name(&ctx)),
-            );
+        for ctx in contexts(gpu).into_iter().filter(|c| !c.variant().subgroups) {
+            assert_same(&choice.run(gpu, &ctx, 3), &twin, &format!("{} {kind}", cases::name(&ctx)));
         }
     }
 }
@@ -274,6 +281,29 @@ fn sequences() {
                 let r = cases::values(kind, i as u64, tokens * experts);
                 let choice = Choice { r: &r, experts, offsets, lengths, capacity };
                 let what = format!("{} case {i}, {kind}, E {experts}", cases::name(&ctx));
+                assert_same(&choice.run(&gpu, &ctx, 5), &choice.twin(), &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn long_sequences() {
+    let Some(gpu) = gpu() else { return };
+    // Of more and of fewer tokens than a kernel keeps in registers, at any place in a word, sharing words.
+    type Case<'a> = (&'a [u32], Option<&'a [u32]>, &'a [u32]);
+    let table: &[Case<'_>] = &[
+        (&[7, 1031, 1032, 3100, 5003], None, &[100, 1, 300, 1903]),
+        (&[7, 1031, 1032, 3100, 5003], Some(&[1020, 1, 1500, 1100]), &[0, 1, u32::MAX, 64]),
+        (&[0, 1024, 2048, 3073, 5003], None, &[1024, 1, 65, 0]),
+        (&[31, 1055, 2111, 5003], Some(&[u32::MAX, 0, 1025]), &[512, 8, 1000]),
+    ];
+    for ctx in contexts(&gpu) {
+        for (i, &(offsets, lengths, capacity)) in table.iter().enumerate() {
+            for kind in ["random", "ties", "mixed", "equal"] {
+                let r = cases::values(kind, i as u64, 5003 * 11);
+                let choice = Choice { r: &r, experts: 11, offsets, lengths, capacity };
+                let what = format!("{} case {i}, {kind}", cases::name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx, 5), &choice.twin(), &what);
             }
         }
@@ -359,9 +389,17 @@ fn drops_the_lowest_gates() {
     let Some(gpu) = gpu() else { return };
     for ctx in contexts(&gpu) {
         let op = ExpertChoice::new(&ctx).unwrap();
-        for (tokens, experts, probability) in
-            [(1, 1, 1.0), (33, 5, 0.5), (100, 40, 0.1), (300, 9, 1.0), (64, 3, 0.0)]
-        {
+        for (tokens, experts, probability) in [
+            (1, 1, 1.0),
+            (33, 5, 0.5),
+            (100, 40, 0.1),
+            (300, 9, 1.0),
+            (64, 3, 0.0),
+            (2051, 11, 0.3),
+            (1500, 9, 0.01),
+            (1100, 3, 1.0),
+            (1100, 3, 0.0),
+        ] {
             for (seed, kind) in cases::KINDS.iter().enumerate() {
                 for capacity in [0, 1, 7, 40, u32::MAX] {
                     let gates = cases::values(kind, seed as u64, tokens * experts);
