@@ -1,6 +1,5 @@
-//! Single operations that other implementations are timed on as well: OP1, a choice; OP2, a grouped matmul. OP3 is a [gather].
-//!
-//! [gather]: super::gather
+//! Single operations that other implementations are timed on as well: OP1, a choice; OP2, a grouped matmul. OP3 is a
+//! gather.
 use super::compare::{close, same};
 use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
