@@ -59,14 +59,13 @@ struct Tokens { start: u32, end: u32, first: u32, last: u32 }
 
 // Bits of the tokens of word w that are within start..end, and set already where that is asked for.
 fn eligible_bits(tokens: Tokens, e: u32, w: u32) -> u32 {
-    let low = max(tokens.start, w * 32u);
-    let high = min(tokens.end, w * 32u + 32u);
-    if w >= tokens.last || low >= high {
+    if w >= tokens.last {
         return 0u;
     }
-    var bits = (0xffffffffu >> (32u - (high - low))) << (low - w * 32u);
+    let low = max(tokens.start, w * 32u);
+    let bits = bits_between(low - w * 32u, max(low, min(tokens.end, w * 32u + 32u)) - w * 32u);
     if MASKED {
-        bits &= atomicLoad(&assigned[e * ((params.tokens + 31u) / 32u) + w]);
+        return bits & atomicLoad(&assigned[e * ((params.tokens + 31u) / 32u) + w]);
     }
     return bits;
 }
@@ -192,17 +191,9 @@ fn sample_ranks(share: f32, n: u32) -> Ranks {
     return Ranks(min(max(u32(max(rank - margin, 0.0)), 1u), n), min(u32(rank + margin) + 1u, n));
 }
 
-// Puts a word's bits at this sequence's tokens and padding, begin..to; other sequences have the rest of it.
-fn put(at: Place, begin: u32, to: u32, w: u32, take: u32) {
-    let word = at.e * ((params.tokens + 31u) / 32u) + w;
-    let low = max(begin, w * 32u) - w * 32u;
-    let own = (0xffffffffu >> (32u - (min(to, w * 32u + 32u) - w * 32u - low))) << low;
-    if own == 0xffffffffu {
-        atomicStore(&assigned[word], take);
-    } else {
-        atomicAnd(&assigned[word], take | ~own);
-        atomicOr(&assigned[word], take);
-    }
+// The bits of word w that are this sequence's tokens and padding, begin..to.
+fn own_bits(begin: u32, to: u32, w: u32) -> u32 {
+    return bits_between(max(begin, w * 32u) - w * 32u, min(to, w * 32u + 32u) - w * 32u);
 }
 
 // Whether any lane says so. All lanes call.
@@ -280,12 +271,12 @@ fn expert_choice(
     // All tokens, or a sample: one word a lane, in equal steps.
     let own = tokens.first + select(u32(f32(first) / f32(LANES) * f32(words)), first, kept);
     var keys: Word;
-    let own_bits = eligible_bits(tokens, e, own);
+    let sample_bits = eligible_bits(tokens, e, own);
     for (var i = 0u; i < 8u; i++) {
-        keys[i] = word_four(e, own, i, own_bits);
+        keys[i] = word_four(e, own, i, sample_bits);
     }
     if !kept {
-        let n = sum_lanes(at, countOneBits(own_bits));
+        let n = sum_lanes(at, countOneBits(sample_bits));
         let ranks = sample_ranks(f32(want) / f32(max(eligible, 1u)), n);
         for (var i = 0u; i < 3u; i++) {
             clear_bins(index);
@@ -366,14 +357,14 @@ fn expert_choice(
             }
         }
         if w < tokens.last && live {
-            put(at, begin, to, w, take);
+            put(e * columns + w, own_bits(begin, to, w), take);
         }
     }
     // An empty sequence has no words: where it lies inside one, that word belongs to others.
     let last = select((to + 31u) / 32u, 0u, begin >= to);
     for (var w = begin / 32u + first; w < last; w += LANES) {
         if live && (w < tokens.first || w >= tokens.last) {
-            put(at, begin, to, w, 0u);
+            put(e * columns + w, own_bits(begin, to, w), 0u);
         }
     }
 

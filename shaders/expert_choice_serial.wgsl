@@ -3,10 +3,9 @@
 // Grid: ceil(experts / 16) * sequences groups.
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many keys reach
-// each of eight pivots. From 64 tokens on the first pivots are guessed from a sample, so that one pass is mostly enough for the bracket to hold
-// few tokens. The last pass sets the bits above the bracket and collects the tokens inside, among
-// which the rest is found in workgroup memory. Wrong guesses cost passes: at most 14, as from the fourth on each
-// divides the bracket by 9.
+// each of eight pivots. From 64 tokens on the first pivots are guessed from a sample, so that one pass is mostly enough for the
+// bracket to hold few tokens. The last pass sets the bits above the bracket and collects the tokens inside, among which the rest
+// is found in workgroup memory. Wrong guesses cost passes: at most 14, as from the fourth on each divides the bracket by 9.
 
 struct Params {
     tokens: u32,
@@ -207,11 +206,6 @@ fn mark8(given: Marks, b: Bracket, t: u32, e: u32, live: vec2<u32>, bit: u32) ->
     return mark(m, b, vec2(k.x1.w, k.y1.w), bit << 7u);
 }
 
-// Bits low..high, each at most 32.
-fn bits_between(low: u32, high: u32) -> u32 {
-    return select((0xffffffffu >> (32u - (high - low))) << low, 0u, low >= high);
-}
-
 // Eligible tokens of word w.
 fn live_word(start: u32, end: u32, w: u32, e: vec2<u32>, columns: u32) -> vec2<u32> {
     let low = max(start, w * 32u);
@@ -265,16 +259,6 @@ fn collect(bits: u32, w: u32, e: u32, which: u32, n: u32, lane: u32) -> u32 {
         rest &= rest - 1u;
     }
     return i;
-}
-
-fn put(e: u32, columns: u32, w: u32, own: u32, take: u32) {
-    if own == 0xffffffffu {
-        atomicStore(&assigned[e * columns + w], take);
-    } else {
-        // Other sequences hold the rest of the word.
-        atomicAnd(&assigned[e * columns + w], take | ~own);
-        atomicOr(&assigned[e * columns + w], take);
-    }
 }
 
 @compute @workgroup_size(WG)
@@ -414,9 +398,9 @@ fn expert_choice_serial(
         n.y = collect(m.inside.y, w, e, 1u, n.y, lane);
         let low = max(begin, t);
         let own = bits_between(low - t, min(to, t + 32u) - t);
-        put(pair.x, columns, w, own, take.x);
+        put(pair.x * columns + w, own, take.x);
         if pair.y != pair.x {
-            put(pair.y, columns, w, own, take.y);
+            put(pair.y * columns + w, own, take.y);
         }
     }
 

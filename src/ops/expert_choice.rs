@@ -39,6 +39,8 @@ pub const SERIAL: Spec = Spec {
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
+const WORDS: &str = include_str!("../../shaders/lib/choice_words.wgsl");
+
 /// Neighbouring experts of one workgroup, and lanes for each, of the layout for GPUs.
 const EXPERTS: u32 = 8;
 const LANES: u32 = 32;
@@ -57,6 +59,7 @@ fn prelude(masked: bool) -> Prelude {
         .piece(GRID)
         .piece(KEYS)
         .piece(OFFSETS)
+        .piece(WORDS)
 }
 
 fn serial_prelude(masked: bool, wide: bool) -> Prelude {
@@ -71,6 +74,7 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
         .piece(GRID)
         .piece(KEYS)
         .piece(OFFSETS)
+        .piece(WORDS)
         .piece(if wide {
             include_str!("../../shaders/lib/choice_pairs_wide.wgsl")
         } else {
