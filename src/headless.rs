@@ -1,5 +1,5 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
-use crate::layer::LayerStep;
+use crate::layer::BoundLayer;
 use crate::{Error, Result, Step};
 
 /// A device and its queue, with the features our kernels can use where present.
@@ -130,10 +130,10 @@ impl Gpu {
     /// # Errors
     ///
     /// As [`Gpu::run`].
-    pub fn run_layer(&self, step: &LayerStep) -> Result<()> {
+    pub fn run_layer(&self, step: &BoundLayer) -> Result<()> {
         crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            step.record(&mut encoder);
+            step.encode(&mut encoder);
             self.queue.submit([encoder.finish()]);
         })?;
         self.wait()

@@ -6,6 +6,7 @@ pub(crate) mod shader;
 mod slice;
 mod tensor;
 mod variant;
+pub(crate) mod wait;
 
 pub use context::Context;
 pub(crate) use record::Kernel;

@@ -17,6 +17,7 @@ pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
+pub mod logits;
 pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;

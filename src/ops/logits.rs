@@ -1,0 +1,117 @@
+//! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
+use super::grouped_matmul::{
+    Class, Layout, Params, Problem, SKINNY_ROWS, cpu_row, depth_lanes, tile_rows,
+};
+use super::not_zero;
+use crate::device::Kernel;
+use crate::weights::WeightType;
+use crate::{Context, Error, Result, Slice, Step};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Buffers of router logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, hidden]` f32, read.
+    pub x: Slice<'a>,
+    /// `[experts, hidden]` f32, row-major, read where it lies.
+    pub weights: Slice<'a>,
+    /// `[tokens, experts]` f32, written whole.
+    pub logits: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct Logits {
+    ctx: Context,
+    hidden: u32,
+    experts: u32,
+    skinny: (Problem, Arc<Kernel>),
+    tile: (Problem, Arc<Kernel>),
+}
+
+impl Logits {
+    /// Compiles the kernel for a router of this shape.
+    ///
+    /// # Errors
+    ///
+    /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
+    pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
+        not_zero(&[("hidden", hidden), ("experts", experts)])?;
+        let depth_lanes = depth_lanes(hidden);
+        let make = |class| {
+            let problem = Problem {
+                activation: None,
+                gather: false,
+                dense: true,
+                weight_type: WeightType::F32,
+                layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
+                depth_lanes,
+                quad_columns: experts.is_multiple_of(4),
+                class,
+            };
+            Ok::<_, Error>((problem, problem.kernel(ctx)?))
+        };
+        Ok(Self {
+            ctx: ctx.clone(),
+            hidden,
+            experts,
+            skinny: make(Class::Skinny)?,
+            tile: make(Class::Tile)?,
+        })
+    }
+
+    /// Logits of `tokens` rows; 0 is a no-op.
+    ///
+    /// # Errors
+    ///
+    /// A slice that does not fit ([`Error`]).
+    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
+        self.bind_rows(tokens, 0..tokens, args)
+    }
+
+    /// The same for some of the rows, which alone are `args.x`.
+    pub(crate) fn bind_rows(&self, tokens: u32, of: Range<u32>, args: Args<'_>) -> Result<Step> {
+        let rows = of.end - of.start;
+        if rows == 0 {
+            return Ok(Step::default());
+        }
+        let (hidden, experts) = (self.hidden, self.experts);
+        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
+        args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
+        args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
+        let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
+            (&self.skinny, SKINNY_ROWS)
+        } else {
+            (&self.tile, tile_rows(&self.ctx))
+        };
+        let mut params = Params {
+            columns: experts,
+            column_end: experts,
+            depth: hidden,
+            x_stride: hidden,
+            out_stride: experts,
+            experts: 1,
+            slot_end: rows,
+            out_slot: 0u32.wrapping_sub(of.start),
+            ..Params::default()
+        };
+        let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
+        let nothing = self.ctx.nothing();
+        let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
+    }
+}
+
+/// The CPU twin of [`Logits`]: `[tokens, experts]`, f64 sums rounded once.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
+    let experts = weights.len() / hidden;
+    x.chunks_exact(hidden)
+        .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
+        .map(|g| g as f32)
+        .collect()
+}
