@@ -1,6 +1,6 @@
 //! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
-use super::{GRID, OFFSETS, few_experts};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use super::few_experts;
+use crate::kernel::{Kernel, Prelude, Spec, params, piece, read, write};
 use crate::{Context, Result, Slice, Step, bits};
 use std::sync::Arc;
 
@@ -23,7 +23,10 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, entries: u32 }
 
 fn prelude() -> Prelude {
-    Prelude::new("64 lanes an expert").constant("WG", 64).piece(GRID).piece(OFFSETS)
+    Prelude::new("64 lanes an expert")
+        .constant("WG", 64)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
 }
 
 /// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of each expert were ignored.

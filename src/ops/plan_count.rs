@@ -1,7 +1,7 @@
 //! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
 //!.
-use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use super::{few_experts, or_nothing};
+use crate::kernel::{Kernel, Prelude, Spec, params, piece, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant, bits};
 use std::sync::Arc;
 
@@ -30,8 +30,6 @@ params! {
     expert_offsets: u32, token_offsets: u32, ranks: u32,
 }
 
-pub(crate) const COUNT: &str = include_str!("../../shaders/lib/plan_count.wgsl");
-
 fn lanes(target: Target) -> [u32; 2] {
     match target {
         Target::Gpu => [8, 32],
@@ -45,11 +43,11 @@ fn prelude(variant: Variant) -> Prelude {
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", expert_lanes)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
-        .piece(COLUMNS)
-        .piece(COUNT)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/count"))
 }
 
 /// How the gates of a token's experts come from its logits or scores.

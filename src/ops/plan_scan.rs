@@ -1,7 +1,7 @@
 //! Second part of a plan: counts to offsets, active experts, items of the matmuls, statistics. Its CPU
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::kernel::{Kernel, Prelude, Spec, params, piece, read, write};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
@@ -24,15 +24,12 @@ params! {
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
 
-/// The scan of a plan's counts, and the prefix sums it is made of.
-pub(crate) const SCAN: &str = concat!(
-    include_str!("../../shaders/lib/scan_workgroup.wgsl"),
-    include_str!("../../shaders/lib/plan_scan.wgsl")
-);
-
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(SCAN)
+    Prelude::new(format!("{wg} lanes"))
+        .constant("WG", wg)
+        .piece(piece!("plan/prefix_sums"))
+        .piece(piece!("plan/scan"))
 }
 
 /// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.

@@ -1,7 +1,7 @@
 //! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
 //!.
-use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use super::{few_experts, not_zero, or_nothing};
+use crate::kernel::{Kernel, Prelude, Spec, params, piece, read, write};
 use crate::plan::MAX_EXPERTS;
 use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits, order};
 use std::sync::Arc;
@@ -32,8 +32,6 @@ pub const MAX_TOP: u32 = 64;
 /// Most groups of experts.
 pub const MAX_GROUPS: u32 = 32;
 
-pub(crate) const CHOICE: &str = include_str!("../../shaders/lib/choice.wgsl");
-
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
     [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
@@ -52,9 +50,10 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
         .constant("LIST", list)
         .constant("GROUPS", groups)
         .constant("MOST", MAX_EXPERTS)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(CHOICE)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/experts_of_token"))
 }
 
 /// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
