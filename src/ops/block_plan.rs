@@ -1,9 +1,10 @@
-//! The plan of up to 32 tokens in one dispatch: what [`plan_count`], [`plan_scan`] and [`plan_fill`](super::plan_fill) do
-//! one after the other. Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
-//! [`plan_count::cpu`].
+//! The plan of up to 32 tokens in one dispatch: what [`plan_count`](super::plan_count),
+//! [`plan_scan`](super::plan_scan) and [`plan_fill`](super::plan_fill) do one after the other. Its CPU twin is
+//! [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates [`plan_count::cpu`](super::plan_count::cpu).
 use super::plan_count::Gates;
 use super::{few_experts, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, piece, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
 //! `prelude` lists its pieces in order, and so does its WGSL.
-use super::matmul::{Layout, Problem};
-use crate::kernel::{Piece, piece};
+use super::grouped_matmul::{Layout, Problem};
+use crate::device::shader::{Piece, piece};
 use crate::routing::Activation;
 use crate::weights::WeightType;
 

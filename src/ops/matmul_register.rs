@@ -1,8 +1,8 @@
-//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Layout, Params, Problem};
+//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
 use super::matmul_pieces as pieces;
 use crate::Context;
-use crate::kernel::{Prelude, Spec, piece};
+use crate::device::shader::{Prelude, Spec, piece};
 use crate::weights::WeightType;
 
 /// See `shaders/matmul_register.wgsl`.

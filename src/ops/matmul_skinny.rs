@@ -1,7 +1,7 @@
-//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
+//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
 use super::matmul_pieces as pieces;
-use crate::kernel::{Prelude, Spec, piece};
+use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_skinny.wgsl`.
 pub const SPEC: Spec = Spec {

@@ -1,7 +1,7 @@
-//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Params, Problem};
+//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Params, Problem};
 use super::matmul_pieces as pieces;
-use crate::kernel::{Prelude, Spec, piece};
+use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_tile.wgsl`.
 pub const SPEC: Spec = Spec {
