@@ -1,7 +1,7 @@
 //! Assignments of somebody else's router, brought into the bit set.
-use super::{GRID, few_experts, not_zero};
+use super::{few_experts, not_zero};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, top: u32 }
 
 fn prelude() -> Prelude {
-    Prelude::new("one lane a token").piece(GRID)
+    Prelude::new("one lane a token").piece(piece!("common/grid"))
 }
 
 /// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many ids of each 32 tokens were ignored.

@@ -1,7 +1,7 @@
 //! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
-use super::{GRID, OFFSETS, few_experts};
+use super::few_experts;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
@@ -25,7 +25,10 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, entries: u32 }
 
 fn prelude() -> Prelude {
-    Prelude::new("64 lanes an expert").constant("WG", 64).piece(GRID).piece(OFFSETS)
+    Prelude::new("64 lanes an expert")
+        .constant("WG", 64)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
 }
 
 /// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of each expert were ignored.

@@ -1,11 +1,11 @@
 //! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election and the choice inside
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
-use super::coreset::{ELECTION, VOTES, WIDE, rule_number};
-use super::token_choice::{CHOICE, TokenChoice, list_of};
-use super::{GRID, KEYS, OFFSETS, coreset, not_zero, or_nothing};
+use super::coreset::rule_number;
+use super::token_choice::{TokenChoice, list_of};
+use super::{coreset, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::{BlockRule, Groups, MAX_GROUPS};
 use crate::{Context, Error, Result, Slice, Step, Target};
 use std::sync::Arc;
@@ -61,13 +61,14 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
         .constant("GROUPS", groups)
         .constant("MOST", MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WIDE)
-        .piece(VOTES)
-        .piece(ELECTION)
-        .piece(CHOICE)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("election/u64"))
+        .piece(piece!("election/votes"))
+        .piece(piece!("election/elect"))
+        .piece(piece!("choice/experts_of_token"))
 }
 
 /// Sizes of one dispatch.

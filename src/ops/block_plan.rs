@@ -1,10 +1,10 @@
-//! The plan of up to 32 tokens in one dispatch: what [`plan_count`], [`plan_scan`] and [`plan_fill`](super::plan_fill) do
-//! one after the other. Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
-//! [`plan_count::cpu`].
-use super::plan_count::{self, Gates};
-use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};
+//! The plan of up to 32 tokens in one dispatch: what [`plan_count`](super::plan_count),
+//! [`plan_scan`](super::plan_scan) and [`plan_fill`](super::plan_fill) do one after the other. Its CPU twin is
+//! [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates [`plan_count::cpu`](super::plan_count::cpu).
+use super::plan_count::Gates;
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
 use std::sync::Arc;
 
@@ -42,13 +42,14 @@ fn prelude(target: Target) -> Prelude {
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", 1)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
-        .piece(COLUMNS)
-        .piece(plan_count::COUNT)
-        .piece(plan_scan::SCAN)
-        .piece(super::plan_fill::FILL)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/count"))
+        .piece(piece!("plan/prefix_sums"))
+        .piece(piece!("plan/scan"))
+        .piece(piece!("plan/fill"))
 }
 
 /// Buffers of one dispatch.

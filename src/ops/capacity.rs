@@ -1,8 +1,8 @@
 //! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is one recording, whatever
 //! its ratios (EC-DLM, arXiv 2604.01622).
-use super::{GRID, OFFSETS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::schedule::{self, Schedule};
 use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -31,7 +31,10 @@ params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u
 
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 1 } else { 32 };
-    Prelude::new(format!("{wg} lanes a sequence")).constant("WG", wg).piece(GRID).piece(OFFSETS)
+    Prelude::new(format!("{wg} lanes a sequence"))
+        .constant("WG", wg)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
 }
 
 /// Where the experts per token of each sequence come from, on the host.

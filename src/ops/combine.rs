@@ -1,7 +1,7 @@
 //! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
-use super::{GRID, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::HostPlan;
 use crate::{Context, Error, PlanShape, Result, Slice, Step};
 use std::ops::Range;
@@ -26,8 +26,8 @@ const WG: u32 = 64;
 fn prelude(vector: u32) -> Prelude {
     Prelude::new(format!("vectors of {vector}"))
         .constant("WG", WG)
-        .piece(super::vector(vector))
-        .piece(GRID)
+        .alias("Vector", super::vector(vector))
+        .piece(piece!("common/grid"))
 }
 
 /// The CPU twin: `[tokens, hidden]` from `y [slots, hidden]`; `residual` is added where there is one.

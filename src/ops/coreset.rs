@@ -1,8 +1,8 @@
 //! The experts that each block of tokens elects, for its tokens to choose among (dMoE, arXiv 2605.30876;
 //! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
-use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{BlockRule, mass_units};
@@ -36,10 +36,6 @@ params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_mar
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
 
-pub(crate) const WIDE: &str = include_str!("../../shaders/lib/wide.wgsl");
-pub(crate) const VOTES: &str = include_str!("../../shaders/lib/votes.wgsl");
-pub(crate) const ELECTION: &str = include_str!("../../shaders/lib/election.wgsl");
-
 pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 
 /// Lanes of a block. A software driver's barriers cost by the lane; but Mesa's (22.3) ends all loops of an invocation, without
@@ -72,12 +68,13 @@ fn prelude(lanes: u32, rule: &'static str) -> Prelude {
         .constant("WG", lanes)
         .constant("MOST", crate::routing::MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WIDE)
-        .piece(VOTES)
-        .piece(ELECTION)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("election/u64"))
+        .piece(piece!("election/votes"))
+        .piece(piece!("election/elect"))
 }
 
 /// What a score counts as a vote, in units of 2^-24: clamped to +-2047, half to even, NaN 0.

@@ -1,8 +1,8 @@
 //! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622),
 //! and the same selection among bits already set: the capacity factor of token choice.
-use super::{GRID, KEYS, OFFSETS, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::{Context, Result, Slice, Step, Target};
@@ -42,8 +42,6 @@ pub const SERIAL: Spec = Spec {
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
-const WORDS: &str = include_str!("../../shaders/lib/choice_words.wgsl");
-
 /// Neighbouring experts of one workgroup, and lanes for each, of the layout for GPUs.
 const EXPERTS: u32 = 8;
 const LANES: u32 = 32;
@@ -59,10 +57,11 @@ fn prelude(masked: bool) -> Prelude {
         .constant("LANES", LANES)
         .constant("WG", EXPERTS * LANES)
         .flag("MASKED", masked)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WORDS)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/words"))
 }
 
 fn serial_prelude(masked: bool, wide: bool) -> Prelude {
@@ -74,15 +73,12 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
     prelude
         .constant("WG", SERIAL_LANES)
         .flag("MASKED", masked)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WORDS)
-        .piece(if wide {
-            include_str!("../../shaders/lib/choice_pairs_wide.wgsl")
-        } else {
-            include_str!("../../shaders/lib/choice_pairs.wgsl")
-        })
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/words"))
+        .piece(if wide { piece!("choice/pairs_wide") } else { piece!("choice/pairs") })
 }
 
 /// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made

@@ -1,7 +1,7 @@
 //! The experts that a block's tokens use together: the bytes that decoding the block must read.
-use super::{GRID, OFFSETS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -30,7 +30,11 @@ params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_
 
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 8 } else { 256 };
-    Prelude::new(format!("{wg} lanes a block")).constant("WG", wg).piece(GRID).piece(OFFSETS)
+    Prelude::new(format!("{wg} lanes a block"))
+        .constant("WG", wg)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
 }
 
 /// The CPU twin: the members `[blocks, ceil(experts / 32)]`, counts, and bytes of each block.

@@ -1,8 +1,8 @@
 //! Rows of the tokens that each slot stands for. (The layer's matmuls gather as they load; this is for engines that run
 //! the experts themselves.)
-use super::{GRID, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target};
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,8 +49,8 @@ fn prelude(target: Target, width: u32) -> Prelude {
     let wg = workgroup(target);
     let prelude = Prelude::new(format!("vectors of {width}, {wg} lanes"))
         .constant("WG", wg)
-        .piece(super::vector(width))
-        .piece(GRID);
+        .alias("Vector", super::vector(width))
+        .piece(piece!("common/grid"));
     if width == 8 { prelude.needs(wgpu::Features::SHADER_INT64) } else { prelude }
 }
 

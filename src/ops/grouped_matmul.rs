@@ -149,23 +149,10 @@ impl Problem {
 
     /// The constants that all three kernels read.
     pub(crate) fn constants(&self, prelude: Prelude) -> Prelude {
-        prelude.flag("GATED", self.activation.is_some()).flag("GATHER", self.gather)
-    }
-
-    pub(crate) fn tile_piece(&self) -> &'static str {
-        if self.dense {
-            include_str!("../../shaders/lib/matmul/tile_dense.wgsl")
-        } else {
-            include_str!("../../shaders/lib/matmul/tile_plan.wgsl")
-        }
-    }
-
-    pub(crate) fn activation_piece(&self) -> &'static str {
-        match self.activation {
-            None => include_str!("../../shaders/lib/matmul/activate_none.wgsl"),
-            Some(Activation::Silu) => include_str!("../../shaders/lib/matmul/activate_silu.wgsl"),
-            Some(Activation::Gelu) => include_str!("../../shaders/lib/matmul/activate_gelu.wgsl"),
-        }
+        prelude
+            .flag("GATED", self.activation.is_some())
+            .flag("GATHER", self.gather)
+            .constant("PANEL", if self.layout == Layout::Packed { PANEL } else { 1 })
     }
 
     /// Rows of an item of the register kernel.

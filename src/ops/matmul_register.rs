@@ -1,8 +1,9 @@
 //! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
 use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
+use super::matmul_pieces as pieces;
 use crate::Context;
-use crate::device::shader::{Prelude, Spec};
-use crate::weights::{PANEL, WeightType};
+use crate::device::shader::{Prelude, Spec, piece};
+use crate::weights::WeightType;
 
 /// See `shaders/matmul_register.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -98,57 +99,35 @@ pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
         prelude.label += ", shuffled rows";
         prelude = prelude.needs(wgpu::Features::SUBGROUP);
     }
-    prelude = problem
+    problem
         .constants(prelude)
         .constant("WG", WG)
         .constant("SPAN", span(problem)[0])
         .constant("ITEMS", span(problem)[1])
         .constant("TILE_ROWS", problem.rows())
-        .constant("PANEL", if layout == Layout::Packed { PANEL } else { 1 })
         // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
         .flag("WHOLE_STEPS", weight_type != WeightType::F32 || depth_lanes % 8 == 0)
-        .piece(super::GRID)
-        .piece(include_str!("../../shaders/lib/matmul/params.wgsl"))
-        .piece(problem.tile_piece())
-        .piece(if wide_x {
-            include_str!("../../shaders/lib/matmul/register/x_wide.wgsl")
-        } else if depth_lanes % 4 == 0 {
-            include_str!("../../shaders/lib/matmul/register/x_vec4.wgsl")
-        } else {
-            include_str!("../../shaders/lib/matmul/register/x_scalar.wgsl")
-        })
+        .piece(piece!("common/grid"))
+        .piece(piece!("matmul/params"))
+        .piece(pieces::tile(problem))
+        .piece(piece!("matmul/register/eight"))
+        .piece(pieces::eight(problem, wide_x))
         .piece(if features.shuffle {
-            include_str!("../../shaders/lib/matmul/register/share_shuffle.wgsl")
+            piece!("matmul/register/share_shuffle")
         } else {
-            include_str!("../../shaders/lib/matmul/register/share_none.wgsl")
+            piece!("matmul/register/share_none")
         })
-        .piece(include_str!("../../shaders/lib/matmul/register/pair.wgsl"))
-        .piece(super::matmul_tile::unpack(weight_type));
-    prelude = if wide_weights {
-        prelude
-            .piece(include_str!("../../shaders/lib/matmul/layout.wgsl"))
-            .piece(include_str!("../../shaders/lib/matmul/register/words_wide.wgsl"))
-    } else {
-        super::matmul_tile::weights(problem, prelude)
-            .piece(include_str!("../../shaders/lib/matmul/register/words_plain.wgsl"))
-    };
-    prelude
-        .piece(match (layout, weight_type) {
-            (Layout::AnyRows, _) => {
-                include_str!("../../shaders/lib/matmul/register/weights_rows.wgsl")
-            }
-            (_, WeightType::F32) => {
-                include_str!("../../shaders/lib/matmul/register/weights_f32.wgsl")
-            }
-            (_, WeightType::F16) => {
-                include_str!("../../shaders/lib/matmul/register/weights_f16.wgsl")
-            }
-            (_, WeightType::Bf16) => {
-                include_str!("../../shaders/lib/matmul/register/weights_bf16.wgsl")
-            }
+        .piece(pieces::unpack(problem))
+        .piece(pieces::layout(problem))
+        .piece(if wide_weights {
+            piece!("matmul/register/words_wide")
+        } else {
+            pieces::weights(problem)
         })
-        .piece(problem.activation_piece())
-        .piece(include_str!("../../shaders/lib/matmul/register/block.wgsl"))
+        .maybe_piece((!wide_weights).then_some(piece!("matmul/register/words_plain")))
+        .piece(pieces::pair(problem))
+        .piece(pieces::activation(problem))
+        .piece(piece!("matmul/register/block"))
 }
 
 #[cfg(test)]

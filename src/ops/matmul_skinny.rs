@@ -1,6 +1,7 @@
 //! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
 use super::grouped_matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
-use crate::device::shader::{Prelude, Spec};
+use super::matmul_pieces as pieces;
+use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_skinny.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -26,5 +27,14 @@ pub(crate) fn prelude(problem: &Problem) -> Prelude {
         .constant("COLUMNS", COLUMNS)
         .constant("SPLIT", SPLIT)
         .constant("TILE_ROWS", SKINNY_ROWS);
-    super::matmul_tile::common(problem, prelude)
+    problem
+        .constants(prelude)
+        .piece(piece!("common/grid"))
+        .piece(piece!("matmul/params"))
+        .piece(pieces::tile(problem))
+        .piece(pieces::x(problem))
+        .piece(pieces::unpack(problem))
+        .piece(pieces::activation(problem))
+        .piece(pieces::layout(problem))
+        .piece(pieces::weights(problem))
 }

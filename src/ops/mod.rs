@@ -18,6 +18,7 @@ pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
 pub mod logits;
+mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;
@@ -53,12 +54,6 @@ pub const SPECS: &[&Spec] = &[
     &expert_union::SPEC,
 ];
 
-pub(crate) const GRID: &str = include_str!("../../shaders/lib/grid.wgsl");
-pub(crate) const KEYS: &str = include_str!("../../shaders/lib/keys.wgsl");
-pub(crate) const EXP: &str = include_str!("../../shaders/lib/exp.wgsl");
-pub(crate) const OFFSETS: &str = include_str!("../../shaders/lib/offsets.wgsl");
-pub(crate) const COLUMNS: &str = include_str!("../../shaders/lib/columns.wgsl");
-
 /// Optional input: the slice, or the context's stand-in.
 pub(crate) fn or_nothing<'a>(
     ctx: &'a crate::Context,
@@ -75,11 +70,11 @@ impl crate::Variant {
     }
 }
 
-/// The element type of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
+/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
     match width {
-        8 => "alias Vector = vec4<u64>;\n",
-        4 => "alias Vector = vec4<f32>;\n",
-        _ => "alias Vector = f32;\n",
+        8 => "vec4<u64>",
+        4 => "vec4<f32>",
+        _ => "f32",
     }
 }

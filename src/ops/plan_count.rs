@@ -1,8 +1,8 @@
 //! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
 //!.
-use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::GateRule;
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
@@ -33,8 +33,6 @@ params! {
     expert_offsets: u32, token_offsets: u32, ranks: u32,
 }
 
-pub(crate) const COUNT: &str = include_str!("../../shaders/lib/plan_count.wgsl");
-
 fn lanes(target: Target) -> [u32; 2] {
     match target {
         Target::Gpu => [8, 32],
@@ -48,11 +46,11 @@ fn prelude(variant: Variant) -> Prelude {
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", expert_lanes)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
-        .piece(COLUMNS)
-        .piece(COUNT)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/count"))
 }
 
 /// What gates are multiplied by, beside a constant.

@@ -1,8 +1,7 @@
 //! Last part of a plan: token and gate of each slot, slots of each token. Its CPU twin, with the other
 //! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
-use super::{COLUMNS, GRID};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
@@ -24,16 +23,14 @@ params! {
     token_of: u32, gate_of: u32, slot_of: u32,
 }
 
-pub(crate) const FILL: &str = include_str!("../../shaders/lib/plan_fill.wgsl");
-
 fn prelude(variant: Variant) -> Prelude {
     let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
-        .piece(GRID)
-        .piece(COLUMNS)
-        .piece(FILL)
+        .piece(piece!("common/grid"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/fill"))
 }
 
 /// Buffers of one dispatch.

@@ -2,7 +2,7 @@
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
@@ -25,15 +25,12 @@ params! {
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
 
-/// The scan of a plan's counts, and the prefix sums it is made of.
-pub(crate) const SCAN: &str = concat!(
-    include_str!("../../shaders/lib/scan_workgroup.wgsl"),
-    include_str!("../../shaders/lib/plan_scan.wgsl")
-);
-
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(SCAN)
+    Prelude::new(format!("{wg} lanes"))
+        .constant("WG", wg)
+        .piece(piece!("plan/prefix_sums"))
+        .piece(piece!("plan/scan"))
 }
 
 /// Numbers to add up into the statistics, from the kernels before.

@@ -1,8 +1,8 @@
 //! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
 //!.
-use super::{EXP, GRID, KEYS, not_zero, or_nothing};
+use super::{not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::Score;
 use crate::{Context, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -24,19 +24,13 @@ params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u
 
 fn prelude(variant: Variant) -> Prelude {
     let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Cpu, _) => {
-            ("one lane a row", [8, 1], include_str!("../../shaders/lib/reduce_serial.wgsl"))
+        (Target::Cpu, _) => ("one lane a row", [8, 1], piece!("common/reduce_serial")),
+        (Target::Gpu, false) => {
+            ("workgroup reductions", [64, 64], piece!("common/reduce_workgroup"))
         }
-        (Target::Gpu, false) => (
-            "workgroup reductions",
-            [64, 64],
-            include_str!("../../shaders/lib/reduce_workgroup.wgsl"),
-        ),
-        (Target::Gpu, true) => (
-            "subgroup reductions",
-            [128, 128],
-            include_str!("../../shaders/lib/reduce_subgroup.wgsl"),
-        ),
+        (Target::Gpu, true) => {
+            ("subgroup reductions", [128, 128], piece!("common/reduce_subgroup"))
+        }
     };
     let subgroups = variant.subgroups && variant.target == Target::Gpu;
     Prelude::new(label)
@@ -44,9 +38,9 @@ fn prelude(variant: Variant) -> Prelude {
         .constant("WG", wg)
         .constant("LANES", lanes)
         .constant("ROWS", wg / lanes)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
         .piece(reduce)
 }
 

@@ -1,8 +1,8 @@
 //! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
 //! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
-use super::{GRID, KEYS, OFFSETS, few_experts, not_zero};
+use super::{few_experts, not_zero};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::{Context, Error, Result, Slice, Step, Target};
@@ -27,9 +27,11 @@ fn prelude(target: Target) -> Prelude {
     let wg = lanes(target);
     Prelude::new(format!("{wg} lanes a piece"))
         .constant("WG", wg)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/words"))
 }
 
 /// Tokens that one workgroup works on: a multiple of 32, few enough pieces for each of them to add up the counts of all, and

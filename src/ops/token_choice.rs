@@ -1,8 +1,8 @@
 //! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
 //!.
-use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
@@ -30,8 +30,6 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
 
-pub(crate) const CHOICE: &str = include_str!("../../shaders/lib/choice.wgsl");
-
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
     [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
@@ -50,9 +48,10 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
         .constant("LIST", list)
         .constant("GROUPS", groups)
         .constant("MOST", MAX_EXPERTS)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(CHOICE)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/experts_of_token"))
 }
 
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.

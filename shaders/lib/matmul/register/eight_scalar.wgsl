@@ -1,8 +1,6 @@
 // Eight values of a row of x, any depth and stride; 0 past the end of the row.
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 
-struct Eight { lo: vec4<f32>, hi: vec4<f32> }
-
 fn x_base(row: u32) -> u32 { return row * params.x_stride; }
 
 fn x_value(base: u32, k: u32) -> f32 {

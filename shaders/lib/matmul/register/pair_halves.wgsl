@@ -1,7 +1,6 @@
-// f16: 8 values a word, the even one in the low half.
-
+// Eight values a 16-byte word (f16, bf16): one word of each column. Twin of pair_f32.wgsl and pair_rows.wgsl.
 fn widen(w: vec4<u32>) -> Eight {
-  return Eight(vec4(unpack2x16float(w.x), unpack2x16float(w.y)), vec4(unpack2x16float(w.z), unpack2x16float(w.w)));
+  return Eight(unpack_low(w), unpack_high(w));
 }
 
 fn load_pair(up: bool, c: Columns, step: u32) -> Pair {

@@ -1,8 +1,6 @@
 // Eight values of a row of x by two loads. Needs depth % 4 == 0 and x_stride % 4 == 0.
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
-struct Eight { lo: vec4<f32>, hi: vec4<f32> }
-
 fn x_base(row: u32) -> u32 { return row * (params.x_stride / 4u); }
 
 fn load_x(base: u32, step: u32) -> Eight {
