@@ -22,13 +22,13 @@ use criterion::{
 };
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
-use wgmoe::ops::token_choice::Groups;
 use wgmoe::ops::{
     assign, assign_lists, capacity, combine, coreset, expert_union, scores, sequence_top,
     token_choice,
 };
+use wgmoe::routing::Groups;
+use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Routing};
-use wgmoe::schedule::{Schedule, ScheduleKind};
 use wgmoe::{Context, Gpu, MoeLayer, Score, Step, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
@@ -397,7 +397,7 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         let schedule = Schedule::new(ScheduleKind::CosineReverse, 8, 32);
         let ratios: Vec<f32> = fill(SCORES, sequences, 1.0).iter().map(|v| v + 0.5).collect();
         let offsets: Vec<u32> = (0..=sequences).map(|b| b * 512).collect();
-        let steps = schedule.steps().unwrap().upload(&gpu.device).unwrap();
+        let steps = gpu.upload(&schedule.steps().unwrap().words());
         let (ratios_in, offsets_in) = (gpu.upload(&ratios), gpu.upload(&offsets));
         let [capacity_of, k_of] = [(); 2].map(|()| bench.poisoned(sequences));
         let args = capacity::Args {

@@ -18,12 +18,13 @@ use wgmoe::layer::{
     Batch, Blocks, HostBatch, HostBlocks, HostRouter, HostSequences, LayerStep, MoeLayer, Router,
     Settings, Tensor, cpu_routing, cpu_token,
 };
-use wgmoe::model;
+use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
+use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, Step, WeightType, bits, wgpu};
+use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, Step, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -124,13 +125,13 @@ impl Rule {
 
 /// The layer whose experts are counted.
 fn mini() -> Result<Settings, String> {
-    Ok(model::find("llada2-mini").ok_or("no llada2-mini")?.settings)
+    Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.settings)
 }
 
 /// Every row, in the order printed. Rules elect their coresets without regard to groups; LLaDA2.0's tokens then choose
 /// within its groups, 4 of 8.
 fn rules() -> Result<Vec<Rule>, String> {
-    let trained = model::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
+    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
     let Routing::TokenChoice(own) = mini()?.routing else {
         return Err("llada2-mini does not route by token choice".into());
     };

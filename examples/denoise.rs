@@ -23,14 +23,15 @@ use wgmoe::layer::{
     Sequences, Settings, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::plan_scan::Stats;
-use wgmoe::ops::{expert_choice, matmul};
+use wgmoe::ops::{expert_choice, grouped_matmul};
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
 use wgmoe::report::Report;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, Step, WeightType, bits, wgpu};
+use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, Step, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -591,7 +592,7 @@ impl OnGpu<'_> {
         batch.scratch = Some(&self.scratch);
         let mut capacities = Step::default();
         if let Some(schedule) = &rule.schedule {
-            let stairs = schedule.steps()?.upload(&gpu.device)?;
+            let stairs = gpu.upload(&schedule.steps()?.words());
             let args = capacity::Args {
                 source: Source::Masked { masked: (&self.masked).into(), steps: (&stairs).into() },
                 offsets: (&self.offsets).into(),
@@ -684,7 +685,7 @@ impl OnGpu<'_> {
         let d = run.shape.hidden as usize;
         for t in spread(tokens) {
             let x = &step.hidden[t * d..][..d];
-            let want = matmul::cpu_logits(x, &weights.router, d);
+            let want = grouped_matmul::cpu_logits(x, &weights.router, d);
             let got = &logits[t * experts..][..experts];
             checks.close(&format!("step {i}: logits of token {t}: expert"), got, &want, 1e-5);
         }
@@ -804,8 +805,11 @@ fn on_cpu(weights: &Weights, run: &Run, rules: &[Rule], progress: &Progress) -> 
     let (tokens, experts) = (run.tokens() as usize, run.shape.experts as usize);
     let d = run.shape.hidden as usize;
     progress.say("logits on the CPU");
-    let logits: Vec<Vec<f32>> =
-        run.steps.iter().map(|s| matmul::cpu_logits(&s.hidden, &weights.router, d)).collect();
+    let logits: Vec<Vec<f32>> = run
+        .steps
+        .iter()
+        .map(|s| grouped_matmul::cpu_logits(&s.hidden, &weights.router, d))
+        .collect();
     let mut reports = vec![];
     for rule in rules {
         progress.say(&rule.name);

@@ -2,7 +2,7 @@
 //! `cargo run --example dump_wgsl -- DIR` makes `DIR/name.variant.wgsl`, one file each. Needs no GPU.
 use std::{collections::HashMap, fs, path::Path, process::ExitCode};
 use wgmoe::SPECS;
-use wgmoe::kernel::Prelude;
+use wgmoe::device::Prelude;
 
 /// Letters and digits of a variant's label, joined by dashes.
 fn file_part(label: &str) -> String {

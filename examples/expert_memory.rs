@@ -16,11 +16,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
-use wgmoe::cache::{CacheOptions, CachedLayer, CachedStep, ExpertSource};
+use wgmoe::layer::cached::{CacheOptions, CachedLayer, CachedStep, ExpertSource};
 use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router, Tensor};
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, ExpertWeights, Gpu, Settings, WeightType, model, wgpu};
+use wgmoe::{Context, Error, ExpertWeights, Gpu, Settings, WeightType, models, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -123,8 +123,8 @@ const BLOCK: u32 = 32;
 
 /// The rules compared.
 fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
-    let mini = model::find("llada2-mini").ok_or("no llada2-mini")?.settings;
-    let trained = model::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
+    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
     let Routing::TokenChoice(own) = mini.routing else {
         return Err("llada2-mini does not route by token choice".into());
     };
@@ -333,7 +333,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         return Err("--agreement must lie in 0..=1".into());
     }
     let rules = rules(options.experts)?;
-    let mini = model::find("llada2-mini").ok_or("no llada2-mini")?.settings;
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
     let settings = Settings { experts: options.experts, routing: rules[0].1, ..mini };
     let shape = settings.expert_shape(WeightType::Bf16);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();

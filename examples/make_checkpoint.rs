@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use wgmoe::model::{self, MODELS};
+use wgmoe::models::{self, MODELS};
 
 #[path = "shared/checkpoint_writer.rs"]
 mod checkpoint_writer;
@@ -39,7 +39,7 @@ struct Options {
 }
 
 fn run(options: &Options) -> Result<(), String> {
-    let model = model::find(&options.model).ok_or("no such model")?; // clap has checked it
+    let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
     let [layers, dense] = model.layers;
     let most = model.settings.experts;
     let experts = options.experts.unwrap_or(most);

@@ -18,17 +18,18 @@ use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
     Settings, Tensor, cpu_routing, cpu_token,
 };
-use wgmoe::model::{self, MODELS};
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::plan_scan::Stats;
-use wgmoe::ops::token_choice::Groups;
-use wgmoe::ops::{combine, expert_choice, expert_union, matmul, scores};
+use wgmoe::models::{self, MODELS};
+use wgmoe::ops::{combine, expert_choice, expert_union, grouped_matmul, scores};
 use wgmoe::plan::HostPlan;
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, bits, wgpu};
+use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -601,7 +602,7 @@ impl OnGpu<'_> {
         let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
-            let want = matmul::cpu_logits(data.row(t), &data.router, d);
+            let want = grouped_matmul::cpu_logits(data.row(t), &data.router, d);
             checks.close(&format!("token {t}: logits"), &row(&logits), &want, LOGITS, 1e-5);
             if s == logits {
                 continue; // a rule that needs no scores
@@ -986,7 +987,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
         last = now;
     };
     let (score, from_logits) = (rule.routing.score(), rule.routing.by_logits());
-    let logits = matmul::cpu_logits(&data.x, &data.router, d);
+    let logits = grouped_matmul::cpu_logits(&data.x, &data.router, d);
     lap("logits");
     let (s, r) = scores::cpu(&logits, e, score, from_logits, data.bias.as_deref());
     lap("scores");
@@ -1020,7 +1021,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
     for (e, span) in (0..).zip(plan.expert_offsets.windows(2)) {
         let [gate, up, down] = Projection::ALL.map(|p| data.expert(e, p));
         for &t in &plan.token_of[span[0] as usize..span[1] as usize] {
-            y.extend(matmul::cpu_expert(
+            y.extend(grouped_matmul::cpu_expert(
                 data.row(t as usize),
                 settings.intermediate as usize,
                 settings.activation,
@@ -1180,7 +1181,7 @@ fn subject(options: &Options) -> Result<Subject, String> {
         let name = format!("{}, layer {}", dir.display(), stored.number());
         return Ok(Subject { name, settings, of: settings.experts, stored: Some(stored) });
     }
-    let model = model::find(&options.model).ok_or("no such model")?; // clap has checked it
+    let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
     let of = model.settings.experts;
     if options.experts > of {
         return Err(format!("--experts {}: {} has {of}", options.experts, model.name));

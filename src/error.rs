@@ -109,3 +109,19 @@ impl Error {
         Self::Invalid { name, reason: reason.into() }
     }
 }
+
+/// The product of a shape in bytes, or an error naming the argument where it overflows.
+pub(crate) fn bytes_of(name: &'static str, shape: &[u64], bytes: u64) -> Result<u64> {
+    shape
+        .iter()
+        .try_fold(bytes, |n, &d| n.checked_mul(d))
+        .ok_or_else(|| Error::invalid(name, format!("{shape:?} overflows")))
+}
+
+/// Errors for a zero dimension.
+pub(crate) fn not_zero(dims: &[(&'static str, u32)]) -> Result<()> {
+    match dims.iter().find(|(_, n)| *n == 0) {
+        Some(&(name, _)) => Err(Error::invalid(name, "must not be 0")),
+        None => Ok(()),
+    }
+}

@@ -1,39 +1,28 @@
 #![doc = include_str!("../docs/crate.md")]
 
-pub mod bits;
-pub mod cache;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
+pub mod device;
 #[doc = include_str!("../docs/embedding.md")]
 pub mod embedding {}
 mod error;
-mod exact;
-mod gpu;
-pub mod kernel;
+pub mod headless;
 pub mod layer;
-pub mod model;
+pub mod measure;
+pub mod models;
 pub mod ops;
-pub mod order;
-mod pack;
 pub mod plan;
-pub mod profile;
 pub mod report;
 pub mod routing;
-pub mod scaling;
-pub mod schedule;
-mod slice;
-#[cfg(feature = "checkpoint")]
-mod staging;
-pub mod tune;
 pub mod weights;
 
-pub use cache::{CachedLayer, ExpertSource};
+pub use device::{Context, Dispatch, Slice, Step, Target, Variant};
 pub use error::{Error, Result};
-pub use gpu::Gpu;
-pub use kernel::{Context, Dispatch, SPECS, Step, Target, Variant};
+pub use headless::Gpu;
+pub use layer::cached::{CachedLayer, ExpertSource};
 pub use layer::{MoeExperts, MoeLayer, MoeRouting, Settings};
+pub use ops::SPECS;
 pub use plan::PlanShape;
 pub use routing::{Activation, BlockRule, Routing, Score};
-pub use slice::Slice;
 pub use weights::{ExpertWeights, WeightType};
 pub use wgpu;

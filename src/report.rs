@@ -2,7 +2,7 @@
 //! moved from one to the other (arXiv 2604.01622, "retrofit").
 //!
 //! ```
-//! use wgmoe::{ops::plan_scan::Stats, report::Report};
+//! use wgmoe::{plan::Stats, report::Report};
 //!
 //! let stats = Stats { slots: 8, tokens_per_expert: vec![4, 2, 2, 0], untouched: 1, ..Stats::default() };
 //! let report = Report::new(&stats, 4);
@@ -34,7 +34,7 @@
 //!
 //! So no single device reproduces the 2.1. The example `denoise` prints time, slots, padded rows and drops as they are on one
 //! device, and the slowest device's share for 2, 4, 8 and 16, of the same run.
-use crate::ops::plan_scan::Stats;
+use crate::plan::Stats;
 use crate::{Error, Result};
 
 /// Numbers of devices that [`Report::devices`] looks at.

@@ -1,7 +1,7 @@
 //! Memory that loading a checkpoint takes, counted by the allocator; a binary of its own, as an allocator serves all of one.
 use peak_alloc::PeakAlloc;
 use wgmoe::checkpoint::{Checkpoint, Load};
-use wgmoe::{Context, Gpu, model};
+use wgmoe::{Context, Gpu, models};
 
 #[path = "../examples/shared/checkpoint_writer.rs"]
 mod checkpoint_writer;
@@ -24,7 +24,7 @@ fn a_layer_of_any_size_loads_in_128_mib() {
             return;
         }
     };
-    let mini = model::find("llada2-mini").expect("a model");
+    let mini = models::find("llada2-mini").expect("a model");
     let mut settings = mini.settings;
     settings.experts = 64;
     let layout = Layout::Fused;

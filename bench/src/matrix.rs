@@ -3,7 +3,7 @@ use crate::cases::rules;
 use crate::file::{CaseId, Load, Part};
 use wgmoe::Routing;
 use wgmoe::layer::Settings;
-use wgmoe::model::{self, MODELS, Model};
+use wgmoe::models::{self, MODELS, Model};
 
 /// A model's layer with the experts that fit, under every load.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ pub(crate) fn layers(quick: bool) -> Vec<Layer> {
         return MODELS.iter().map(|model| whole(model, LOADS.len())).collect();
     }
     let quick = QUICK.iter().filter_map(|&(name, experts, loads)| {
-        Some(whole(&model::find(name)?, loads).with_experts(experts, "quick run"))
+        Some(whole(&models::find(name)?, loads).with_experts(experts, "quick run"))
     });
     quick.collect()
 }

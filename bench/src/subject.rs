@@ -336,7 +336,7 @@ pub(crate) mod tests {
     use crate::file::{Ceilings, Load, Outcome};
     use crate::run::measure;
     use std::sync::atomic::AtomicBool;
-    use wgmoe::model;
+    use wgmoe::models;
     use wgmoe::weights::{HostWeights, Projection};
 
     /// The device, or `None` with a note; `MOE_REQUIRE_GPU=1` makes absence a failure.
@@ -359,7 +359,7 @@ pub(crate) mod tests {
     fn a_wrong_result_is_reported_and_never_timed() {
         let Some(device) = open() else { return };
         let ctx = Context::new(&device.gpu.device).unwrap();
-        let model = model::find("ec-dlm").unwrap();
+        let model = models::find("ec-dlm").unwrap();
         let layer = Layer {
             model,
             settings: model.settings,

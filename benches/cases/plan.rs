@@ -1,10 +1,12 @@
 //! The plan of an assignment, compared with the twin.
 use super::compare::close;
-use wgmoe::ops::matmul::{SKINNY_ROWS, tile_rows};
-use wgmoe::ops::plan_count::{self, GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
+use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
-use wgmoe::ops::plan_scan::{self, PlanScan, Stats};
+use wgmoe::ops::plan_scan::{self, PlanScan};
 use wgmoe::plan::HostPlan;
+use wgmoe::plan::Stats;
+use wgmoe::routing::GateRule;
 use wgmoe::{Context, Gpu, PlanShape, Step, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.

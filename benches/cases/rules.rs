@@ -1,6 +1,6 @@
 //! The routing rules that are compared over one layer.
 use wgmoe::Routing;
-use wgmoe::ops::plan_count::GateRule;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Scope, Score, SequenceTop, TokenChoice};
 
 /// A rule and its name. Names of the counts that stand for 256 experts say the count for the experts there are.

@@ -8,14 +8,15 @@ use wgmoe::layer::{
     Batch, HostBatch, HostRouter, LayerStep, MoeLayer, Router, Scratch, Settings, Tensor,
     cpu_routing, cpu_token,
 };
-use wgmoe::ops::matmul::cpu_logits;
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::plan_scan::Stats;
+use wgmoe::ops::grouped_matmul::cpu_logits;
 use wgmoe::ops::scores;
 use wgmoe::plan::HostPlan;
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, Step, WeightType, bits, model, wgpu};
+use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, Step, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
@@ -122,7 +123,7 @@ impl Work {
 
     /// LLaDA2.0-mini decoding a block of 32 tokens, with `experts` of its 256.
     pub(crate) fn block(experts: u32) -> Self {
-        let llada = model::find("llada2-mini").expect("a model");
+        let llada = models::find("llada2-mini").expect("a model");
         Self::synthetic(llada.with_experts(experts), 32)
     }
 

@@ -5,7 +5,7 @@ use std::{cell::Cell, time::Instant};
 use wgmoe::layer::{Batch, MoeLayer, Router, Scratch, Settings, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
 use wgmoe::wgpu::{self, BufferUsages as Usage, ComputePass, ComputePipeline};
-use wgmoe::{Context, Slice, model};
+use wgmoe::{Context, Slice, models};
 
 mod check;
 
@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
 
     // Our layers: one context, one scratch, and for each block a layer, bound once.
-    let settings = model::find("llada2-mini").ok_or("no such model")?.settings;
+    let settings = models::find("llada2-mini").ok_or("no such model")?.settings;
     let settings = Settings { hidden: HIDDEN, intermediate: 32, experts: 64, ..settings };
     let (ctx, scratch, mut steps) = (Context::new(&device)?, Scratch::new(), vec![]);
     for block in 0..BLOCKS {

@@ -17,7 +17,7 @@ use std::io::{BufWriter, Error, Result, Write};
 use std::ops::Range;
 use std::path::Path;
 use wgmoe::layer::{BLOCK, Settings};
-use wgmoe::ops::plan_count::GateRule;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::Projection;
 

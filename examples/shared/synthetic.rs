@@ -3,7 +3,7 @@ use half::bf16;
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use wgmoe::Settings;
-use wgmoe::ops::token_choice::Groups;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 

@@ -1,8 +1,8 @@
 //! Shape and routing of a model from its `config.json`.
 use super::failed;
-use crate::ops::plan_count::GateRule;
-use crate::ops::token_choice::Groups;
-use crate::plan::MAX_EXPERTS;
+use crate::routing::GateRule;
+use crate::routing::Groups;
+use crate::routing::MAX_EXPERTS;
 use crate::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use crate::{Result, Settings};
 use serde_json::Value;

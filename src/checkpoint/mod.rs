@@ -21,9 +21,9 @@ mod names;
 pub use config::Config;
 pub use names::{ExpertNames, Names};
 
-use crate::kernel::Context;
+use crate::device::Context;
 use crate::layer::{MoeLayer, Router};
-use crate::staging::Staging;
+use crate::weights::upload::Uploader;
 use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
 use crate::{Error, Result, Settings, WeightType};
 use files::{Files, Tensor};
@@ -280,7 +280,7 @@ impl Checkpoint {
             Some(weight_type) => weight_type,
             None => self.weight_type(layer)?,
         };
-        let mut staging = Staging::new(ctx, queue);
+        let mut staging = Uploader::new(ctx, queue);
         let router = Router {
             weight: staging.floats("router", self.router(layer)?)?,
             bias: self.bias(layer)?.map(|bias| staging.floats("bias", bias)).transpose()?,

@@ -1,7 +1,9 @@
 //! Assignments of somebody else's router, brought into the bit set.
 use super::{GRID, few_experts, not_zero};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, bits};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
 
 /// See `shaders/assign.wgsl`.
@@ -58,7 +60,7 @@ pub fn cpu(
 pub struct Dims {
     /// Tokens; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Places of a token.
     pub top: u32,

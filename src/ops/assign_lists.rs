@@ -1,7 +1,9 @@
 //! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
 use super::{GRID, OFFSETS, few_experts};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, bits};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
 
 /// See `shaders/assign_lists.wgsl`.
@@ -61,7 +63,7 @@ pub fn cpu(
 pub struct Dims {
     /// Tokens; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Entries of all lists, empty places included.
     pub entries: u32,

@@ -2,10 +2,11 @@
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::{ELECTION, VOTES, WIDE, rule_number};
-use super::token_choice::{CHOICE, Groups, TokenChoice, list_of};
-use super::{GRID, KEYS, OFFSETS, coreset, not_zero, or_nothing, token_choice};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::routing::BlockRule;
+use super::token_choice::{CHOICE, TokenChoice, list_of};
+use super::{GRID, KEYS, OFFSETS, coreset, not_zero, or_nothing};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::routing::{BlockRule, Groups, MAX_GROUPS};
 use crate::{Context, Error, Result, Slice, Step, Target};
 use std::sync::Arc;
 
@@ -127,7 +128,7 @@ impl BlockChoice {
         let groups = groups.filter(|g| g.count > 1);
         let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
         let target = ctx.variant().target;
-        let of_groups = if groups.is_some() { token_choice::MAX_GROUPS } else { 1 };
+        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
         let kernel =
             ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
         Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, kernel })

@@ -3,7 +3,8 @@
 //! [`plan_count::cpu`].
 use super::plan_count::{self, Gates};
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
 use std::sync::Arc;
 

@@ -1,8 +1,9 @@
 //! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is one recording, whatever
 //! its ratios (EC-DLM, arXiv 2604.01622).
 use super::{GRID, OFFSETS, few_experts, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::schedule::{self, Schedule};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::routing::schedule::{self, Schedule};
 use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
@@ -75,14 +76,14 @@ pub fn cpu(
 pub struct Dims {
     /// Tokens of the batch.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Sequences; 0 is a no-op.
     pub sequences: u32,
 }
 
 /// Where the experts per token of each sequence come from. Errors name what is given a sequence `mask`. `steps` is
-/// [`Steps::upload`](schedule::Steps::upload)'s, or any such `[steps, 2]` u32: it may be rewritten between steps too.
+/// [`Steps::words`](schedule::Steps::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].

@@ -1,6 +1,7 @@
 //! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
 use super::{GRID, not_zero};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::HostPlan;
 use crate::{Context, Error, PlanShape, Result, Slice, Step};
 use std::ops::Range;

@@ -1,9 +1,12 @@
 //! The experts that each block of tokens elects, for its tokens to choose among (dMoE, arXiv 2605.30876;
 //! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::routing::BlockRule;
-use crate::{Context, Error, Result, Slice, Step, Target, bits, order};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::routing::order;
+use crate::routing::{BlockRule, mass_units};
+use crate::{Context, Error, Result, Slice, Step, Target};
 use std::sync::Arc;
 
 /// See `shaders/coreset.wgsl`.
@@ -67,7 +70,7 @@ pub(crate) fn rule_number(name: &str) -> u32 {
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
     Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
-        .constant("MOST", crate::plan::MAX_EXPERTS)
+        .constant("MOST", crate::routing::MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
         .piece(GRID)
         .piece(KEYS)
@@ -75,11 +78,6 @@ fn prelude(lanes: u32, rule: &'static str) -> Prelude {
         .piece(WIDE)
         .piece(VOTES)
         .piece(ELECTION)
-}
-
-/// `p` in units of 2^-24, 2^24 and above meaning all.
-pub(crate) fn mass_units(p: f32) -> u32 {
-    (f64::from(p) * f64::from(1 << 24)).round_ties_even().min(f64::from(1 << 24)) as u32
 }
 
 /// What a score counts as a vote, in units of 2^-24: clamped to +-2047, half to even, NaN 0.

@@ -1,8 +1,11 @@
 //! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622),
 //! and the same selection among bits already set: the capacity factor of token choice.
 use super::{GRID, KEYS, OFFSETS, not_zero};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Result, Slice, Step, Target, bits, order};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::routing::order;
+use crate::{Context, Result, Slice, Step, Target};
 use std::sync::Arc;
 
 /// See `shaders/expert_choice.wgsl`.

@@ -1,7 +1,9 @@
 //! The experts that a block's tokens use together: the bytes that decoding the block must read.
 use super::{GRID, OFFSETS, few_experts, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/expert_union.wgsl`.
@@ -115,7 +117,7 @@ impl Totals {
 pub struct Dims {
     /// Tokens.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Blocks; 0 is a no-op.
     pub blocks: u32,

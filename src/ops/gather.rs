@@ -1,7 +1,8 @@
 //! Rows of the tokens that each slot stands for. (The layer's matmuls gather as they load; this is for engines that run
 //! the experts themselves.)
 use super::{GRID, not_zero};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target};
 use std::ops::Range;
 use std::sync::Arc;

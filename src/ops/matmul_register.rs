@@ -1,7 +1,7 @@
-//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Layout, Params, Problem};
+//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
 use crate::Context;
-use crate::kernel::{Prelude, Spec};
+use crate::device::shader::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
 
 /// See `shaders/matmul_register.wgsl`.

@@ -1,6 +1,6 @@
-//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
-use crate::kernel::{Prelude, Spec};
+//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
+use crate::device::shader::{Prelude, Spec};
 
 /// See `shaders/matmul_skinny.wgsl`.
 pub const SPEC: Spec = Spec {

@@ -1,6 +1,6 @@
-//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::matmul).
-use super::matmul::{BINDINGS, Class, Layout, Params, Problem};
-use crate::kernel::{Prelude, Spec};
+//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::grouped_matmul).
+use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
+use crate::device::shader::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
 
 /// See `shaders/matmul_tile.wgsl`.

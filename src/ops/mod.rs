@@ -2,7 +2,9 @@
 //!
 //! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
 //! checks them, and makes its uniform and bind group), and recorded as a [`Step`](crate::Step) any number of times.
-use crate::kernel::Spec;
+use crate::device::shader::Spec;
+use crate::error::not_zero;
+use crate::routing::few_experts;
 
 pub mod assign;
 pub mod assign_lists;
@@ -14,7 +16,7 @@ pub mod coreset;
 pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
-pub mod matmul;
+pub mod grouped_matmul;
 pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;
@@ -26,7 +28,8 @@ pub mod sequence_top;
 pub mod token_choice;
 
 /// Every kernel.
-pub(crate) const SPECS: &[&Spec] = &[
+#[doc(hidden)]
+pub const SPECS: &[&Spec] = &[
     &scores::SPEC,
     &capacity::SPEC,
     &expert_choice::SPEC,
@@ -61,25 +64,6 @@ pub(crate) fn or_nothing<'a>(
     slice: Option<crate::Slice<'a>>,
 ) -> crate::Slice<'a> {
     slice.unwrap_or_else(|| ctx.nothing())
-}
-
-/// Errors for a zero dimension.
-pub(crate) fn not_zero(dims: &[(&'static str, u32)]) -> crate::Result<()> {
-    match dims.iter().find(|(_, n)| *n == 0) {
-        Some(&(name, _)) => Err(crate::Error::invalid(name, "must not be 0")),
-        None => Ok(()),
-    }
-}
-
-/// Errors for more experts than the kernels' workgroup memory holds.
-pub(crate) fn few_experts(experts: u32) -> crate::Result<()> {
-    not_zero(&[("experts", experts)])?;
-    let max = crate::plan::MAX_EXPERTS;
-    if experts > max {
-        Err(crate::Error::invalid("experts", format!("{experts}, at most {max}")))
-    } else {
-        Ok(())
-    }
 }
 
 impl crate::Variant {

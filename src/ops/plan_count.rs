@@ -1,8 +1,11 @@
 //! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
 //!.
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant, bits};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::routing::GateRule;
+use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_count.wgsl`.
@@ -50,28 +53,6 @@ fn prelude(variant: Variant) -> Prelude {
         .piece(EXP)
         .piece(COLUMNS)
         .piece(COUNT)
-}
-
-/// How the gates of a token's experts come from its logits or scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GateRule {
-    /// Softmax of the logits over the experts chosen.
-    Softmax,
-    /// Scores, divided by their sum over the experts chosen `+ 1e-20`.
-    Normalised,
-    /// Scores as they are.
-    Plain,
-}
-
-impl GateRule {
-    /// What `rule` is in the WGSL.
-    pub(crate) fn number(self) -> u32 {
-        match self {
-            Self::Softmax => 1,
-            Self::Normalised => 2,
-            Self::Plain => 3,
-        }
-    }
 }
 
 /// What gates are multiplied by, beside a constant.

@@ -1,7 +1,8 @@
 //! Last part of a plan: token and gate of each slot, slots of each token. Its CPU twin, with the other
 //! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::{COLUMNS, GRID};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 

@@ -1,8 +1,9 @@
 //! Second part of a plan: counts to offsets, active experts, items of the matmuls, statistics. Its CPU
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_scan.wgsl`.
@@ -33,54 +34,6 @@ pub(crate) const SCAN: &str = concat!(
 fn prelude(variant: Variant) -> Prelude {
     let wg = if variant.target == Target::Cpu { 32 } else { 256 };
     Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(SCAN)
-}
-
-/// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// (token, expert) pairs, shared experts apart.
-    pub slots: u32,
-    /// Experts that some token uses.
-    pub unique_experts: u32,
-    /// Pairs dropped by the capacity factor.
-    pub dropped: u32,
-    /// Ids of another router that were out of range or repeated, and slots past the plan's bound.
-    pub ignored: u32,
-    /// Tokens that no expert took.
-    pub untouched: u32,
-    /// Offsets of blocks or sequences that decrease or exceed the tokens.
-    pub clamped: u32,
-    /// Tokens of each expert.
-    pub tokens_per_expert: Vec<u32>,
-}
-
-impl Stats {
-    /// Bytes of the buffer.
-    pub fn bytes(experts: u32) -> u64 {
-        4 * (8 + u64::from(experts))
-    }
-
-    /// From the words of the buffer.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Size`] for fewer than 8.
-    pub fn from_words(words: &[u32]) -> Result<Self> {
-        match words {
-            [slots, unique_experts, dropped, ignored, untouched, clamped, _, _, rest @ ..] => {
-                Ok(Self {
-                    slots: *slots,
-                    unique_experts: *unique_experts,
-                    dropped: *dropped,
-                    ignored: *ignored,
-                    untouched: *untouched,
-                    clamped: *clamped,
-                    tokens_per_expert: rest.to_vec(),
-                })
-            }
-            _ => Err(Error::Size { name: "words", expected: 32, got: 4 * words.len() as u64 }),
-        }
-    }
 }
 
 /// Numbers to add up into the statistics, from the kernels before.

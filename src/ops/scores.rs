@@ -1,7 +1,8 @@
 //! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
 //!.
 use super::{EXP, GRID, KEYS, not_zero, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::routing::Score;
 use crate::{Context, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;

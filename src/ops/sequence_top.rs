@@ -1,8 +1,11 @@
 //! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
 //! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::{Context, Error, Result, Slice, Step, Target, bits, order};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::routing::order;
+use crate::{Context, Error, Result, Slice, Step, Target};
 use std::sync::Arc;
 
 /// See `shaders/sequence_top.wgsl`.
@@ -60,7 +63,7 @@ pub fn cpu(r: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
 pub struct Dims {
     /// Rows of `r`; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS).
+    /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Ranges of tokens that are chosen from apart.
     pub sequences: u32,

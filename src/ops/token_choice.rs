@@ -1,9 +1,12 @@
 //! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
 //!.
 use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
-use crate::kernel::{Kernel, Prelude, Spec, params, read, write};
-use crate::plan::MAX_EXPERTS;
-use crate::{Context, Error, Result, Slice, Step, Target, Variant, bits, order};
+use crate::device::Kernel;
+use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::plan::bits;
+use crate::routing::order;
+use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
+use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
@@ -26,11 +29,6 @@ pub const SPEC: Spec = Spec {
 };
 
 params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
-
-/// Most experts a token can choose.
-pub const MAX_TOP: u32 = 64;
-/// Most groups of experts.
-pub const MAX_GROUPS: u32 = 32;
 
 pub(crate) const CHOICE: &str = include_str!("../../shaders/lib/choice.wgsl");
 
@@ -55,15 +53,6 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
         .piece(GRID)
         .piece(KEYS)
         .piece(CHOICE)
-}
-
-/// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Groups {
-    /// Equal groups of neighbouring experts, at most [`MAX_GROUPS`]; divides the experts.
-    pub count: u32,
-    /// Groups a token may use.
-    pub top: u32,
 }
 
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.

@@ -1,7 +1,7 @@
 use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::bits;
 use wgmoe::ops::assign::{Args, Assign, Dims, cpu};
+use wgmoe::plan::bits;
 
 #[test]
 fn equals_twin() {

@@ -1,7 +1,8 @@
 use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use wgmoe::ops::assign_lists::{Args, AssignLists, Dims, cpu};
-use wgmoe::{Context, Gpu, bits};
+use wgmoe::plan::bits;
+use wgmoe::{Context, Gpu};
 
 /// Runs the kernel on lists and compares everything it writes with the twin.
 fn check(gpu: &Gpu, ctx: &Context, tokens: usize, offsets: &[u32], list: &[u32], what: &str) {

@@ -3,16 +3,19 @@
 use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, Settings, Tensor};
-use wgmoe::ops::plan_count::{self, GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
-use wgmoe::ops::token_choice::{self, Groups};
+use wgmoe::ops::token_choice;
 use wgmoe::ops::{block_choice, block_plan, coreset};
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::{
-    Activation, Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, bits, wgpu,
+    Activation, Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, wgpu,
 };
 
 /// Contexts that differ for kernels without subgroup operations.

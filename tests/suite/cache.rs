@@ -3,9 +3,9 @@ use crate::common::{Output, assert_same, gpu, random};
 use crate::host_layer::HostLayer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use wgmoe::cache::{CacheOptions, CacheStats, CachedLayer, CachedStep, ExpertSource};
+use wgmoe::layer::cached::{CacheOptions, CacheStats, CachedLayer, CachedStep, ExpertSource};
 use wgmoe::layer::{Batch, Settings};
-use wgmoe::ops::plan_count::GateRule;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Activation, Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
@@ -96,7 +96,7 @@ fn equal_bits_whatever_the_budget() {
                     put(out.slice(), x);
                     layer.run(&gpu.queue, &mut step).unwrap();
                     assert_same(&out.get::<u32>(&gpu), want, &what);
-                    let stats = wgmoe::ops::plan_scan::Stats::from_words(
+                    let stats = wgmoe::plan::Stats::from_words(
                         &gpu.download(step.routing().stats()).unwrap(),
                     )
                     .unwrap();

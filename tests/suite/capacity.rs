@@ -3,8 +3,9 @@ use crate::common::{Output, assert_close, assert_same, contexts, gpu, random, ru
 use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
-use wgmoe::schedule::{Schedule, ScheduleKind, mask_ratio, slot_bound};
-use wgmoe::{Context, Error, Gpu, PlanShape, Score, Slice, Variant, bits, wgpu};
+use wgmoe::plan::bits;
+use wgmoe::routing::schedule::{Schedule, ScheduleKind, mask_ratio, slot_bound};
+use wgmoe::{Context, Error, Gpu, PlanShape, Score, Slice, Variant, wgpu};
 
 /// Runs the kernel: (capacities, k).
 fn capacities(
@@ -17,7 +18,7 @@ fn capacities(
     lengths: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
     let sequences = offsets.len() - 1;
-    let upload_steps = |s: &Schedule| s.steps().unwrap().upload(&gpu.device).unwrap();
+    let upload_steps = |s: &Schedule| gpu.upload(&s.steps().unwrap().words());
     let (values, steps) = match source {
         HostSource::Ratios(schedule, ratios) => (gpu.upload(ratios), Some(upload_steps(schedule))),
         HostSource::Masked(schedule, masked) => (gpu.upload(masked), Some(upload_steps(schedule))),
@@ -314,7 +315,7 @@ fn ragged_expert_choice_follows_the_ratios() {
     let steps_of_denoising = [[1.0, f32::NAN, 0.9, 0.35, 0.5], [0.0, 1.5, 0.1, 0.9, 0.2]];
     for variant in Variant::all(&gpu.device) {
         let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
-        let steps = schedule.steps().unwrap().upload(&gpu.device).unwrap();
+        let steps = gpu.upload(&schedule.steps().unwrap().words());
         let [ratios, later] = steps_of_denoising.map(|ratios| gpu.upload(&ratios));
         let [offset_buffer, length_buffer] = [gpu.upload(&offsets), gpu.upload(&lengths)];
         let r_buffer = gpu.upload(&r);
@@ -465,9 +466,9 @@ fn recorded_capacities_per_sequence() {
             let step = step.then(choice.bind(dims, args).unwrap());
             let weights = plan_count::Gates {
                 rule: if softmax {
-                    plan_count::GateRule::Softmax
+                    wgmoe::routing::GateRule::Softmax
                 } else {
-                    plan_count::GateRule::Normalised
+                    wgmoe::routing::GateRule::Normalised
                 },
                 source: if softmax { (&logits).into() } else { s.slice() },
                 scale: 1.0,

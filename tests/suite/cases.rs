@@ -65,11 +65,11 @@ pub(crate) fn permutation(seed: u64, len: usize) -> Vec<usize> {
 /// A seeded bit set `[experts, ceil(tokens / 32)]`, each pair assigned with this probability.
 pub(crate) fn assignment(seed: u64, tokens: usize, experts: usize, probability: f64) -> Vec<u32> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut words = wgmoe::bits::empty(tokens, experts);
+    let mut words = wgmoe::plan::bits::empty(tokens, experts);
     for e in 0..experts {
         for t in 0..tokens {
             if rng.random_bool(probability) {
-                wgmoe::bits::set(&mut words, tokens, e, t);
+                wgmoe::plan::bits::set(&mut words, tokens, e, t);
             }
         }
     }

@@ -10,11 +10,12 @@ use std::path::Path;
 use tempfile::TempDir;
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
 use wgmoe::layer::{Batch, HostBatch, HostRouter, cpu_routing, cpu_token};
-use wgmoe::model::{self, MODELS};
-use wgmoe::ops::token_choice::Groups;
+use wgmoe::models::{self, MODELS};
+use wgmoe::plan::bits;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, Settings, WeightType, bits};
+use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, Settings, WeightType};
 
 #[path = "../../examples/shared/checkpoint_writer.rs"]
 mod checkpoint_writer;
@@ -22,7 +23,7 @@ pub(crate) use checkpoint_writer::{Layout, Plan};
 
 /// Awkward in every size: no multiple of a panel, a lane or each other; two shared experts; groups and a bias.
 pub(crate) fn small() -> Settings {
-    let Routing::TokenChoice(mini) = model::find("llada2-mini").expect("a model").settings.routing
+    let Routing::TokenChoice(mini) = models::find("llada2-mini").expect("a model").settings.routing
     else {
         unreachable!("token choice")
     };
@@ -116,7 +117,7 @@ fn configs_of_published_models() {
     let read = |value: serde_json::Value| {
         Config::from_json(Path::new("config.json"), value.to_string().as_bytes()).expect("a config")
     };
-    let preset = |name: &str| model::find(name).expect("a model").settings;
+    let preset = |name: &str| models::find(name).expect("a model").settings;
     // LLaDA2's code has sigmoid scores and normalises without being told.
     let llada2 = json!({
         "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "first_k_dense_replace": 1, "head_dim": 128,
@@ -341,7 +342,7 @@ fn a_loaded_layer_runs() {
         let assigned: Vec<u32> = gpu.download(step.assigned().expect("tokens")).expect("read back");
         let weight = values(checkpoint.router(index).expect("a router"));
         let bias = values(checkpoint.bias(index).expect("a bias").expect("sigmoid has one"));
-        let logits_want = wgmoe::ops::matmul::cpu_logits(&x, &weight, d);
+        let logits_want = wgmoe::ops::grouped_matmul::cpu_logits(&x, &weight, d);
         assert_close(&logits, &logits_want, 1e-4, 1e-4, "logits");
         let (_, r_want) = wgmoe::ops::scores::cpu(&logits, e, Score::Sigmoid, false, Some(&bias));
         assert_close(&r, &r_want, 1e-5, 1e-5, "selection");

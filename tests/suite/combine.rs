@@ -1,7 +1,8 @@
 use crate::{cases, common::*};
 use wgmoe::ops::combine::{Args, Combine, cpu};
 use wgmoe::plan::HostPlan;
-use wgmoe::{Context, Gpu, PlanShape, bits};
+use wgmoe::plan::bits;
+use wgmoe::{Context, Gpu, PlanShape};
 
 /// The words of a plan: the sections that the kernel reads, the rest poison.
 fn words(shape: &PlanShape, plan: &HostPlan) -> Vec<u32> {

@@ -2,7 +2,8 @@
 use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use wgmoe::ops::{coreset, token_choice};
-use wgmoe::{BlockRule, Context, Gpu, bits};
+use wgmoe::plan::bits;
+use wgmoe::{BlockRule, Context, Gpu};
 
 /// What each token would choose over all experts, or nothing where the rule does not ask.
 fn own_choice(rule: BlockRule, r: &[f32], experts: usize, top: usize) -> Vec<u32> {
@@ -268,7 +269,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
         }
     }
     // And so they route: the coresets, then each token's choice inside its own, with groups.
-    let groups = Some(token_choice::Groups { count: 8, top: 4 });
+    let groups = Some(wgmoe::routing::Groups { count: 8, top: 4 });
     for rule in rules(96) {
         for ctx in contexts(&gpu) {
             let route = |r: &[f32], offsets: &[u32]| -> Vec<Vec<usize>> {

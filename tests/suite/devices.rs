@@ -5,10 +5,10 @@ use wgmoe::layer::*;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages, Features};
-use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, model};
+use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, models};
 
 fn settings() -> Settings {
-    let settings = model::find("llada2-mini").unwrap().settings;
+    let settings = models::find("llada2-mini").unwrap().settings;
     Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
@@ -25,14 +25,18 @@ fn public_types_cross_threads() {
     crosses::<(wgmoe::ExpertWeights, wgmoe::weights::HostWeights<'_>, wgmoe::weights::Projection)>(
     );
     crosses::<(wgmoe::PlanShape, wgmoe::plan::Sections, wgmoe::plan::HostPlan)>();
-    crosses::<(wgmoe::kernel::Spec, wgmoe::kernel::Binding, wgmoe::kernel::Prelude)>();
-    crosses::<(wgmoe::schedule::Schedule, wgmoe::scaling::ScalingTable, model::Model)>();
+    crosses::<(wgmoe::device::Spec, wgmoe::device::Binding, wgmoe::device::Prelude)>();
+    crosses::<(
+        wgmoe::routing::schedule::Schedule,
+        wgmoe::routing::scaling::ScalingTable,
+        models::Model,
+    )>();
     crosses::<(assign::Assign, assign_lists::AssignLists, block_choice::BlockChoice)>();
     crosses::<(block_plan::BlockPlan, capacity::Capacity, combine::Combine, coreset::Coreset)>();
     crosses::<(expert_choice::ExpertChoice, expert_union::ExpertUnion, gather::Gather)>();
-    crosses::<(matmul::GroupedMatmul, matmul::Logits, plan_count::PlanCount)>();
+    crosses::<(grouped_matmul::GroupedMatmul, grouped_matmul::Logits, plan_count::PlanCount)>();
     crosses::<(plan_fill::PlanFill, plan_scan::PlanScan, scores::Scores)>();
-    crosses::<(sequence_top::SequenceTop, token_choice::TokenChoice, plan_scan::Stats)>();
+    crosses::<(sequence_top::SequenceTop, token_choice::TokenChoice, wgmoe::plan::Stats)>();
 }
 
 /// The layer's output for these hidden states, which lie in one buffer with it; submitted and read back here.
@@ -107,7 +111,7 @@ fn a_layer_makes_all_its_pipelines() {
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let choice = |rule| Routing::TokenChoice(rule);
     let coreset = |coreset| choice(TokenChoice { coreset: Some(coreset), ..rule });
-    let Routing::ExpertChoice(few) = model::find("ec-dlm").unwrap().settings.routing else {
+    let Routing::ExpertChoice(few) = models::find("ec-dlm").unwrap().settings.routing else {
         unreachable!()
     };
     let few = ExpertChoice { max_experts_per_token: 1, ..few };
@@ -115,8 +119,8 @@ fn a_layer_makes_all_its_pipelines() {
     for (routing, experts) in [
         (base.routing, 32),
         (choice(TokenChoice { capacity_factor: Some(1.25), ..rule }), 32),
-        (model::find("ec-dlm").unwrap().settings.routing, 32),
-        (model::find("ec-dlm").unwrap().settings.routing, 33),
+        (models::find("ec-dlm").unwrap().settings.routing, 32),
+        (models::find("ec-dlm").unwrap().settings.routing, 33),
         (coreset(BlockRule::Mass { p: 0.6, floor: 16 }), 32),
         (coreset(BlockRule::Capacity(10)), 512),
         (coreset(BlockRule::Vote(9)), 32),

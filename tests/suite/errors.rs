@@ -4,10 +4,12 @@ use wgmoe::ops::expert_choice::{self, ExpertChoice};
 use wgmoe::ops::gather::{self, Gather};
 use wgmoe::ops::plan_count::{self, PlanCount};
 use wgmoe::ops::scores::{self, Scores};
-use wgmoe::ops::token_choice::{self, Groups, TokenChoice};
+use wgmoe::ops::token_choice::{self, TokenChoice};
 use wgmoe::ops::{assign, combine, expert_union};
+use wgmoe::plan::bits;
+use wgmoe::routing::Groups;
 use wgmoe::wgpu::{self, BufferUsages};
-use wgmoe::{Context, Error, Gpu, PlanShape, Score, Slice, Variant, bits};
+use wgmoe::{Context, Error, Gpu, PlanShape, Score, Slice, Variant};
 
 /// The message of a result that must be an error.
 #[track_caller]
@@ -259,13 +261,14 @@ fn dimensions_that_make_no_sense() {
 
 #[test]
 fn sizes_at_the_end_of_32_bits() {
-    use wgmoe::{WeightType, model, routing, weights::ExpertShape};
+    use wgmoe::weights::ExpertShape;
+    use wgmoe::{WeightType, models, routing};
     // 2^32 / 1, cut to the tokens; not to what is left of it in 32 bits.
     assert_eq!(routing::ExpertChoice::capacity(1 << 16, 1 << 16, 1), 1 << 16);
     let weight_type = WeightType::F32;
     let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
-    let settings = model::find("llada2-mini").unwrap().settings;
+    let settings = models::find("llada2-mini").unwrap().settings;
     let many = wgmoe::Settings { shared_experts: u32::MAX, ..settings };
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }

@@ -1,6 +1,7 @@
 use crate::{cases, common::*};
 use wgmoe::ops::expert_choice::{Args, Dims, DropArgs, ExpertChoice, cpu, cpu_drop, ranges};
-use wgmoe::{Context, Gpu, Target, bits};
+use wgmoe::plan::bits;
+use wgmoe::{Context, Gpu, Target};
 
 /// What is chosen from.
 #[derive(Clone)]

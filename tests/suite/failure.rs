@@ -5,10 +5,10 @@ use std::sync::Arc;
 use wgmoe::layer::{Batch, MoeLayer, Settings};
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
-use wgmoe::{Context, Error, Gpu, Slice, WeightType, model};
+use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
 
 fn settings() -> Settings {
-    let settings = model::find("llada2-mini").unwrap().settings;
+    let settings = models::find("llada2-mini").unwrap().settings;
     Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
@@ -129,7 +129,7 @@ fn a_device_that_is_lost() {
         Context::new(&gpu.device).map(|_| ()),
         ExpertWeights::new(&ctx, layer.weights().shape(), None).map(|_| ()),
         sample.router(&ctx).map(|_| ()),
-        layer.with_routing(model::find("ec-dlm").unwrap().settings.routing).map(|_| ()),
+        layer.with_routing(models::find("ec-dlm").unwrap().settings.routing).map(|_| ()),
         layer.bind(&batch).map(|_| ()),
         gpu.run_layer(&step),
         gpu.download::<u32>(&lost).map(|_| ()),

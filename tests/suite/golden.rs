@@ -7,10 +7,13 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::plan_count::{self, GateRule, PlanCount, Scales};
+use wgmoe::ops::plan_count::{self, PlanCount, Scales};
 use wgmoe::ops::scores::{self, Scores};
-use wgmoe::ops::token_choice::{self, Groups, TokenChoice};
-use wgmoe::{Context, Gpu, PlanShape, Score, bits};
+use wgmoe::ops::token_choice::{self, TokenChoice};
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
+use wgmoe::{Context, Gpu, PlanShape, Score};
 
 /// The settings of a case: the union over kinds. A file that lacks what its kind needs fails by the setting's name.
 #[derive(Deserialize)]

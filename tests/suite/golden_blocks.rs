@@ -5,11 +5,14 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::Path;
 use wgmoe::ops::coreset::{self, Coreset};
-use wgmoe::ops::plan_count::{self, GateRule, PlanCount, Scales};
+use wgmoe::ops::plan_count::{self, PlanCount, Scales};
 use wgmoe::ops::scores::{self, Scores};
 use wgmoe::ops::sequence_top::{self, SequenceTop};
-use wgmoe::ops::token_choice::{self, Groups, TokenChoice};
-use wgmoe::{BlockRule, Context, Gpu, PlanShape, Score, bits};
+use wgmoe::ops::token_choice::{self, TokenChoice};
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
+use wgmoe::{BlockRule, Context, Gpu, PlanShape, Score};
 
 const ATOL: f32 = 1e-5;
 const RTOL: f32 = 1e-4;

@@ -4,12 +4,13 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::PathBuf;
 use wgmoe::layer::{HostBatch, HostBlocks, HostRouter, Settings, cpu_routing, cpu_token};
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::token_choice::Groups;
-use wgmoe::ops::{matmul, scores};
+use wgmoe::ops::{grouped_matmul, scores};
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, bits, layer};
+use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, layer};
 
 /// How far an output may be from the recorded one: `ATOL + RTOL |want|`.
 pub(crate) const ATOL: f32 = 1e-5;
@@ -186,7 +187,7 @@ impl Layer {
         let Settings { hidden, experts, .. } = self.settings;
         let Routing::TokenChoice(rule) = self.settings.routing else { unreachable!("as read") };
         let (d, e, tokens) = (hidden as usize, experts as usize, self.tokens as usize);
-        let logits = matmul::cpu_logits(&self.x, &self.router_weight, d);
+        let logits = grouped_matmul::cpu_logits(&self.x, &self.router_weight, d);
         let (s, r) = scores::cpu(&logits, e, rule.score, false, Some(&self.bias));
         let router = HostRouter {
             weight: &self.router_weight,

@@ -5,14 +5,15 @@ use wgmoe::layer::{
     Assignments, ExpertBatch, LayerStep, MoeExperts, MoeRouting, RoutingBatch, Scratch, Settings,
 };
 use wgmoe::ops::combine::{self, Combine};
-use wgmoe::ops::plan_scan::Stats;
 use wgmoe::ops::{assign, assign_lists};
 use wgmoe::plan::HostPlan;
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
-use wgmoe::{Gpu, bits, model, wgpu};
+use wgmoe::{Gpu, models, wgpu};
 
 fn settings() -> Settings {
-    let settings = model::find("llada2-mini").unwrap().settings;
+    let settings = models::find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
     let rule = TokenChoice { top: 3, groups: None, ..rule };
     let routing = Routing::TokenChoice(rule);

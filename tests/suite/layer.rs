@@ -4,14 +4,15 @@ use half::{bf16, f16};
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token,
 };
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::plan_scan::Stats;
-use wgmoe::ops::token_choice::Groups;
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::Groups;
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, ExpertWeights, Gpu, WeightType, bits};
+use wgmoe::{Activation, Context, ExpertWeights, Gpu, WeightType};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice {
     score: Score::Sigmoid,
@@ -143,7 +144,7 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
         .selection()
         .unwrap()
         .map(|t| gpu.download::<f32>(t.buffer).unwrap()[..tokens as usize * e].to_vec());
-    let want_logits = wgmoe::ops::matmul::cpu_logits(&x, &router_weight, d);
+    let want_logits = wgmoe::ops::grouped_matmul::cpu_logits(&x, &router_weight, d);
     assert_close(&logits, &want_logits, 1e-5 * (d as f32).sqrt(), 1e-5, &format!("{what}: logits"));
     let host = HostRouter {
         weight: &router_weight,

@@ -2,12 +2,11 @@
 use crate::common::{Output, assert_same, gpu, random};
 use crate::host_layer::HostLayer;
 use wgmoe::layer::{Batch, MoeLayer, Settings, cpu_token};
-use wgmoe::ops::plan_count::GateRule;
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{
-    Activation, Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, bits, wgpu,
-};
+use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, wgpu};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice {
     score: Score::Sigmoid,
@@ -147,7 +146,7 @@ fn full_size() {
     let ctx = Context::new(&gpu.device).unwrap();
     let name = std::env::var("MODEL").unwrap_or_else(|_| "llada2-mini".into());
     let limit = std::env::var("PAGE_LIMIT").ok().map(|v| v.parse().expect("PAGE_LIMIT: bytes"));
-    let settings = wgmoe::model::find(&name).expect("MODEL: a model's name").settings;
+    let settings = wgmoe::models::find(&name).expect("MODEL: a model's name").settings;
     let (d, e) = (settings.hidden as usize, settings.experts as usize);
     let shape = settings.expert_shape(WeightType::Bf16);
     let size = d * settings.intermediate as usize;

@@ -1,6 +1,6 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
 use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router, Settings, Tensor};
-use wgmoe::model::find;
+use wgmoe::models::find;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages};
@@ -78,7 +78,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
             ctx,
             experts,
             9,
-            Some(token_choice::Groups { count: 8, top: 4 }),
+            Some(wgmoe::routing::Groups { count: 8, top: 4 }),
         )?
         .bind(
             tokens,
@@ -118,7 +118,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
             plan_count::Args {
                 assigned: bits(0),
                 gates: Some(plan_count::Gates {
-                    rule: plan_count::GateRule::Softmax,
+                    rule: wgmoe::routing::GateRule::Softmax,
                     source: pairs(1),
                     scale: 1.0,
                     scales: plan_count::Scales { by_count: None, by_expert: Some(words(&b[2], e)) },
@@ -150,7 +150,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
             block_plan::Args {
                 assigned: words(&b[0], e),
                 gates: plan_count::Gates {
-                    rule: plan_count::GateRule::Normalised,
+                    rule: wgmoe::routing::GateRule::Normalised,
                     source: few_pairs(1),
                     scale: 1.0,
                     scales: plan_count::Scales { by_count: None, by_expert: None },

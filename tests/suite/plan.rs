@@ -1,10 +1,13 @@
 //! The three plan kernels together.
 use crate::{cases, common::*};
-use wgmoe::ops::plan_count::{self, GateRule, Gates, PlanCount, Scales};
+use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
-use wgmoe::ops::plan_scan::{self, Losses, PlanScan, Stats};
+use wgmoe::ops::plan_scan::{self, Losses, PlanScan};
 use wgmoe::plan::HostPlan;
-use wgmoe::{Context, Gpu, PlanShape, bits};
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
+use wgmoe::routing::GateRule;
+use wgmoe::{Context, Gpu, PlanShape};
 
 /// What a device made of an assignment.
 struct Made {

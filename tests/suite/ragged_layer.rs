@@ -6,13 +6,14 @@ use wgmoe::layer::{
     Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::expert_choice::ranges;
-use wgmoe::ops::plan_count::GateRule;
-use wgmoe::ops::plan_scan::Stats;
+use wgmoe::plan::Stats;
+use wgmoe::plan::bits;
 use wgmoe::report::Report;
+use wgmoe::routing::GateRule;
+use wgmoe::routing::schedule::{capacity, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::schedule::{capacity, slot_bound};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, ExpertWeights, Gpu, Slice, Variant, WeightType, bits, wgpu};
+use wgmoe::{Activation, Context, ExpertWeights, Gpu, Slice, Variant, WeightType, wgpu};
 
 const D: usize = 32;
 const F: usize = 16;

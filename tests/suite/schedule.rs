@@ -2,10 +2,10 @@
 use crate::common::{assert_close, assert_same, random};
 use std::collections::BTreeMap;
 use wgmoe::Error;
-use wgmoe::ops::plan_scan::Stats;
+use wgmoe::plan::Stats;
 use wgmoe::report::{Load, Report, slowest_device};
-use wgmoe::scaling::ScalingTable;
-use wgmoe::schedule::*;
+use wgmoe::routing::scaling::ScalingTable;
+use wgmoe::routing::schedule::*;
 
 /// A recorded output: settings, and the tensors as 32-bit words (bytes widened).
 pub(crate) fn recorded(file: &str) -> (serde_json::Value, BTreeMap<String, Vec<u32>>) {

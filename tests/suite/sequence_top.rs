@@ -1,7 +1,8 @@
 //! The highest pairs of sequences, exact.
 use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::sequence_top::{Args, Dims, SequenceTop, cpu};
-use wgmoe::{Context, Gpu, bits};
+use wgmoe::plan::bits;
+use wgmoe::{Context, Gpu};
 
 fn on(
     gpu: &Gpu,

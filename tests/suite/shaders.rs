@@ -1,6 +1,6 @@
 //! Checks of the WGSL itself, of every kernel in every variant. Runs without a GPU.
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
-use wgmoe::kernel::{Prelude, Spec};
+use wgmoe::device::{Prelude, Spec};
 use wgmoe::{SPECS, wgpu};
 
 /// Every kernel in every variant, those for slices that share a buffer included.
@@ -87,7 +87,7 @@ fn every_variant_is_valid_and_matches_its_spec() {
             .map(|(_, v)| layouter[v.ty].size.next_multiple_of(16))
             .sum();
         assert!(
-            u64::from(workgroup) <= wgmoe::kernel::WORKGROUP_BYTES,
+            u64::from(workgroup) <= wgmoe::device::WORKGROUP_BYTES,
             "{what}: {workgroup} bytes of workgroup memory"
         );
     }

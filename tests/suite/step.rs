@@ -1,9 +1,9 @@
 //! What a recorded step of a layer costs beside its work: dispatches, and nothing made.
 use crate::common::{assert_close, contexts, gpu, random};
 use wgmoe::layer::{Batch, MoeLayer, Router, Tensor};
-use wgmoe::ops::plan_count::GateRule;
+use wgmoe::measure::tune::tune;
+use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
-use wgmoe::tune::tune;
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{
     Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, Settings, Variant, WeightType,

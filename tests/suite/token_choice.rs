@@ -1,6 +1,8 @@
 use crate::{cases, common::*};
-use wgmoe::ops::token_choice::{Args, Coresets, Groups, TokenChoice, cpu};
-use wgmoe::{Context, Gpu, Target, bits};
+use wgmoe::ops::token_choice::{Args, Coresets, TokenChoice, cpu};
+use wgmoe::plan::bits;
+use wgmoe::routing::Groups;
+use wgmoe::{Context, Gpu, Target};
 
 /// What is chosen from.
 struct Choice<'a> {

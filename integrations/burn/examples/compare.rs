@@ -3,7 +3,7 @@
 use burn::tensor::{Distribution, Tensor};
 use std::time::{Duration, Instant};
 use wgmoe_burn::wgmoe::layer::Settings;
-use wgmoe_burn::wgmoe::ops::plan_count::GateRule;
+use wgmoe_burn::wgmoe::routing::GateRule;
 use wgmoe_burn::wgmoe::routing::{Routing, Score, TokenChoice};
 use wgmoe_burn::wgmoe::{Activation, WeightType};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};

@@ -13,9 +13,11 @@ use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use cases::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, close, fill, mix};
 use std::time::{Duration, Instant};
 use wgmoe::layer::LayerStep;
-use wgmoe::ops::{expert_choice, matmul::cpu_row};
+use wgmoe::ops::expert_choice;
+use wgmoe::ops::grouped_matmul::cpu_row;
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Gpu, Step, WeightType, bits};
+use wgmoe::{Context, Gpu, Step, WeightType};
+use wgmoe::plan::bits;
 use wgmoe_burn::MoeDevice;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;

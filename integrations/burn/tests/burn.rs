@@ -2,7 +2,7 @@
 use burn::tensor::{Distribution, Tensor};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings};
-use wgmoe_burn::wgmoe::ops::plan_count::GateRule;
+use wgmoe_burn::wgmoe::routing::GateRule;
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
 use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, model};
@@ -85,7 +85,7 @@ fn equals_the_twin_under_every_kind_of_rule() {
     for routing in [
         SETTINGS.routing,
         Routing::TokenChoice(block),
-        model::find("ec-dlm").expect("a model").settings.routing,
+        models::find("ec-dlm").expect("a model").settings.routing,
     ] {
         let settings = Settings { routing, ..SETTINGS };
         let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();

@@ -6,7 +6,7 @@
 //! ([`ops::capacity`](crate::ops::capacity)). It needs no `cos` or `exp` for that, and gives `k` exactly, for every f32.
 //!
 //! ```
-//! use wgmoe::schedule::{CostShape, Ratios, Schedule, ScheduleKind};
+//! use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind};
 //!
 //! let schedule = Schedule::new(ScheduleKind::LinearReverse, 8, 32);
 //! assert_eq!([0.0, 0.5, 1.0].map(|ratio| schedule.k(ratio)), [32, 20, 8]);
@@ -18,11 +18,9 @@
 //! assert_eq!(schedule.matched(Ratios::Uniform, &shape)?, Schedule::fixed(20));
 //! # Ok::<(), wgmoe::Error>(())
 //! ```
-use crate::exact::{cos_pi, exp};
-use crate::kernel::scoped;
-use crate::plan::MAX_EXPERTS;
+use super::exact::{cos_pi, exp};
+use crate::routing::MAX_EXPERTS;
 use crate::{Error, Result};
-use wgpu::util::DeviceExt;
 
 /// Least and greatest `sigma` of the Gaussian schedules. A narrower one is a spike that few f32 ratios meet; a wider one
 /// differs from [`ScheduleKind::Bell`] by less than a thousandth, and loses digits.
@@ -305,26 +303,11 @@ impl Steps {
         &self.list
     }
 
-    /// What the device reads, `[steps + 1, 2]` u32: the key of a step's first ratio, and its k. The key of NaN is 0, that of
+    /// What the device reads, at most 16 KiB: `[steps + 1, 2]` u32: the key of a step's first ratio, and its k. The key of NaN is 0, that of
     /// any other ratio the bits of its value clamped to 0..=1, plus 1; so the list begins with NaN and is in ascending order.
     pub fn words(&self) -> Vec<[u32; 2]> {
         let steps = self.list.iter().map(|s| [s.first.to_bits() + 1, s.k]);
         [[0, self.k_of_nan]].into_iter().chain(steps).collect()
-    }
-
-    /// A buffer of [`Steps::words`], to bind as the capacity kernel's `steps`. At most 16 KiB.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Device`] where the device is lost or out of memory.
-    pub fn upload(&self, device: &wgpu::Device) -> Result<wgpu::Buffer> {
-        scoped(device, || {
-            device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                label: Some("capacity steps"),
-                contents: bytemuck::cast_slice(&self.words()),
-                usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
-            })
-        })
     }
 }
 

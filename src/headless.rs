@@ -108,7 +108,7 @@ impl Gpu {
             }
             buffer
         };
-        crate::kernel::watched(&self.device, make).0
+        crate::device::guard::watched(&self.device, make).0
     }
 
     /// Records `step` into a pass of its own, submits it, and waits.
@@ -117,7 +117,7 @@ impl Gpu {
     ///
     /// [`Error::Device`] where the device is lost or refuses the work.
     pub fn run(&self, step: &Step) -> Result<()> {
-        crate::kernel::scoped(&self.device, || {
+        crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             step.record(&mut encoder.begin_compute_pass(&Default::default()));
             self.queue.submit([encoder.finish()]);
@@ -131,7 +131,7 @@ impl Gpu {
     ///
     /// As [`Gpu::run`].
     pub fn run_layer(&self, step: &LayerStep) -> Result<()> {
-        crate::kernel::scoped(&self.device, || {
+        crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             step.record(&mut encoder);
             self.queue.submit([encoder.finish()]);
@@ -147,7 +147,7 @@ impl Gpu {
     pub fn wait(&self) -> Result<()> {
         let poll = self.device.poll(wgpu::PollType::wait_indefinitely());
         poll.map_err(|e| Error::Device(e.to_string()))?;
-        crate::kernel::alive(&self.device)
+        crate::device::guard::alive(&self.device)
     }
 
     /// Copies a buffer, or a range of one, back. Waits for the GPU.
@@ -160,8 +160,8 @@ impl Gpu {
         slice: impl Into<crate::Slice<'a>>,
     ) -> Result<Vec<T>> {
         let crate::Slice { buffer, offset, size } = slice.into();
-        crate::kernel::alive(&self.device)?;
-        let staging = crate::kernel::scoped(&self.device, || {
+        crate::device::guard::alive(&self.device)?;
+        let staging = crate::device::guard::scoped(&self.device, || {
             let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("download"),
                 size,

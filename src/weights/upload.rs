@@ -1,7 +1,7 @@
 //! Uploads of any size through a bounded amount of memory.
+use crate::error::bytes_of;
 use crate::layer::Tensor;
-use crate::pack::UNIT;
-use crate::slice::bytes_of;
+use crate::weights::pack::UNIT;
 use crate::weights::{ExpertWeights, HostWeights, Projection};
 use crate::{Context, Error, Result};
 use std::collections::VecDeque;
@@ -15,7 +15,7 @@ const UNDER_WAY: usize = 2;
 
 /// Uploads to one queue. wgpu keeps what is written until the next submission has run, however much it is: this submits in
 /// between, and waits where too much is under way.
-pub(crate) struct Staging<'a> {
+pub(crate) struct Uploader<'a> {
     ctx: &'a Context,
     queue: &'a wgpu::Queue,
     /// Bytes written since the last submission.
@@ -23,7 +23,7 @@ pub(crate) struct Staging<'a> {
     under_way: VecDeque<wgpu::SubmissionIndex>,
 }
 
-impl<'a> Staging<'a> {
+impl<'a> Uploader<'a> {
     pub(crate) fn new(ctx: &'a Context, queue: &'a wgpu::Queue) -> Self {
         Self { ctx, queue, written: 0, under_way: VecDeque::new() }
     }
@@ -80,7 +80,7 @@ impl<'a> Staging<'a> {
     pub(crate) fn finish(self) -> Result<()> {
         self.queue.submit([]);
         self.wait(wgpu::PollType::wait_indefinitely())?;
-        crate::kernel::alive(self.ctx.device())
+        crate::device::guard::alive(self.ctx.device())
     }
 
     fn wait(&self, poll: wgpu::PollType) -> Result<()> {

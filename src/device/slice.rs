@@ -1,4 +1,5 @@
 //! Arguments: a range of bytes of somebody's buffer.
+use crate::error::bytes_of;
 use crate::{Error, Result};
 use std::ops::Range;
 
@@ -51,14 +52,6 @@ impl<'a> Slice<'a> {
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         self.buffer == other.buffer && self.offset < other.end() && other.offset < self.end()
     }
-}
-
-/// The product of a shape in bytes, or an error naming the argument where it overflows.
-pub(crate) fn bytes_of(name: &'static str, shape: &[u64], bytes: u64) -> Result<u64> {
-    shape
-        .iter()
-        .try_fold(bytes, |n, &d| n.checked_mul(d))
-        .ok_or_else(|| Error::invalid(name, format!("{shape:?} overflows")))
 }
 
 impl<'a> From<&'a wgpu::Buffer> for Slice<'a> {

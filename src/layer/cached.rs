@@ -17,7 +17,7 @@
 //!
 //! ```no_run
 //! use std::sync::Arc;
-//! use wgmoe::cache::{CacheOptions, CachedLayer, ExpertSource};
+//! use wgmoe::layer::cached::{CacheOptions, CachedLayer, ExpertSource};
 //! use wgmoe::layer::{Batch, Router, Settings};
 //! use wgmoe::{Context, Result, Slice, wgpu};
 //!
@@ -43,9 +43,9 @@
 //!     Ok(())
 //! }
 //! ```
-use crate::kernel::{alive, scoped};
+use crate::device::guard::{alive, scoped};
 use crate::layer::{Batch, ExpertParts, Ffn, LayerStep, MoeRouting, Router, Scratch, Settings};
-use crate::ops::plan_scan::Stats;
+use crate::plan::Stats;
 use crate::weights::{HostWeights, Projection};
 use crate::{Context, Error, ExpertWeights, Result, Slice, Step, WeightType};
 use std::collections::VecDeque;

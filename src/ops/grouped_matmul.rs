@@ -4,9 +4,10 @@
 //! Three kernels compute it: [`matmul_register`](super::matmul_register) on CPU-type devices,
 //! [`matmul_tile`](super::matmul_tile) and [`matmul_skinny`](super::matmul_skinny) on GPUs, by the rows of an item.
 use super::{not_zero, or_nothing};
-use crate::kernel::{Binding, Kernel, Prelude, params, read, read_uniform, write};
+use crate::device::Kernel;
+use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write};
+use crate::error::bytes_of;
 use crate::routing::Activation;
-use crate::slice::bytes_of;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Projection, WeightType};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
 use std::ops::Range;

@@ -20,7 +20,7 @@
 //! # Ok(())
 //! # }
 //! ```
-use crate::kernel::scoped;
+use crate::device::guard::scoped;
 use crate::{Dispatch, Error, Gpu, Result};
 use std::time::Instant;
 

@@ -1,24 +1,29 @@
 //! A whole MoE layer: from hidden states to output, recorded in one pass.
-use crate::kernel::{holding, scoped};
 use crate::ops::expert_choice::{self, DropArgs};
-use crate::ops::matmul::{
-    self, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
+use crate::ops::grouped_matmul::{
+    self as matmul, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
 };
 use crate::ops::plan_count::{self, Gates, Scales};
-use crate::ops::plan_scan::{self, Losses, Stats};
+use crate::ops::plan_scan::{self, Losses};
 use crate::ops::{
     block_choice, block_plan, combine, coreset, gather, plan_fill, scores, sequence_top,
     token_choice,
 };
-use crate::routing::{Activation, ExpertChoice, Routing, Scope, SequenceTop, TokenChoice};
+use crate::plan::Stats;
+use crate::plan::bits;
+use crate::routing::{
+    Activation, ExpertChoice, GateRule, Routing, Scope, SequenceTop, TokenChoice,
+};
 use crate::weights::{ExpertShape, ExpertWeights, PANEL};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, bits};
+use crate::{Context, Error, PlanShape, Result, Slice, Step};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-mod experts;
-pub use experts::{Assignments, ExpertBatch, MoeExperts};
+pub mod cached;
+mod foreign;
+pub use crate::device::Tensor;
+pub use foreign::{Assignments, ExpertBatch, MoeExperts};
 
 /// A layer as plain data.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,50 +51,6 @@ impl Settings {
             intermediate: self.intermediate,
             weight_type,
         }
-    }
-}
-
-/// A tensor on the device that a layer keeps: a buffer and a range of it.
-#[derive(Clone, Debug)]
-pub struct Tensor {
-    buffer: wgpu::Buffer,
-    offset: u64,
-    size: u64,
-}
-
-impl Tensor {
-    /// Keeps a caller's tensor where it lies.
-    pub fn from_slice(slice: Slice<'_>) -> Self {
-        Self { buffer: slice.buffer.clone(), offset: slice.offset, size: slice.size }
-    }
-
-    /// Uploads values.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Device`] where memory runs out or the device is lost.
-    pub fn new<T: bytemuck::NoUninit>(
-        ctx: &Context,
-        name: &'static str,
-        data: &[T],
-    ) -> Result<Self> {
-        let usage = wgpu::BufferUsages::STORAGE
-            | wgpu::BufferUsages::COPY_DST
-            | wgpu::BufferUsages::COPY_SRC;
-        let contents = bytemuck::cast_slice(data);
-        let buffer = scoped(ctx.device(), || holding(ctx.device(), Some(name), usage, contents))??;
-        Ok(Self { buffer, offset: 0, size: contents.len() as u64 })
-    }
-
-    /// A buffer of ours and its first `size` bytes.
-    #[cfg(feature = "checkpoint")]
-    pub(crate) fn of_buffer(buffer: wgpu::Buffer, size: u64) -> Self {
-        Self { buffer, offset: 0, size }
-    }
-
-    /// The range, to bind.
-    pub fn slice(&self) -> Slice<'_> {
-        Slice::new(&self.buffer, self.offset, self.size)
     }
 }
 
@@ -335,7 +296,7 @@ impl MoeLayer {
         router: Router,
         weights: ExpertWeights,
     ) -> Result<Self> {
-        crate::ops::not_zero(&[("intermediate", settings.intermediate)])?;
+        crate::error::not_zero(&[("intermediate", settings.intermediate)])?;
         let routing = MoeRouting::new(ctx, settings, router)?;
         let shape = weights.shape();
         if shape != settings.expert_shape(shape.weight_type) {
@@ -410,7 +371,7 @@ impl MoeRouting {
     /// Settings that make no sense ([`Routing::check`]), router tensors of another shape, or what wgpu refuses.
     pub fn new(ctx: &Context, settings: Settings, router: Router) -> Result<Self> {
         let Settings { hidden, experts, .. } = settings;
-        crate::ops::not_zero(&[("hidden", hidden)])?;
+        crate::error::not_zero(&[("hidden", hidden)])?;
         settings.routing.check(experts)?;
         router.weight.slice().expect("router weight", &[experts.into(), hidden.into()], 4)?;
         for (name, tensor, length) in [
@@ -424,9 +385,8 @@ impl MoeRouting {
         }
         let routing = settings.routing;
         // Logits that are chosen by and weighed with as they are need no scores.
-        let plain = routing.by_logits()
-            && routing.gate() == plan_count::GateRule::Softmax
-            && router.bias.is_none();
+        let plain =
+            routing.by_logits() && routing.gate() == GateRule::Softmax && router.bias.is_none();
         let drop = matches!(routing, Routing::TokenChoice(rule) if rule.capacity_factor.is_some());
         let kernels = RoutingKernels {
             logits: Logits::new(ctx, hidden, experts)?,
@@ -668,7 +628,7 @@ impl MoeRouting {
         }
 
         // Plan.
-        let source = if routing.gate() == plan_count::GateRule::Softmax { &logits } else { &s };
+        let source = if routing.gate() == GateRule::Softmax { &logits } else { &s };
         let gate_args = Gates {
             rule: routing.gate(),
             source: source.slice(),
@@ -1122,7 +1082,7 @@ pub fn cpu_routing(
             sequence_top::cpu(r, experts, rule.top as usize, offsets)
         }
     };
-    let source = if routing.gate() == plan_count::GateRule::Softmax { logits } else { s };
+    let source = if routing.gate() == GateRule::Softmax { logits } else { s };
     let scales = Scales { by_count: router.by_count, by_expert: router.by_expert };
     let mut gates =
         plan_count::cpu(&assigned, source, experts, routing.gate(), routing.scale(), scales);

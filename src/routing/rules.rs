@@ -1,10 +1,12 @@
 //! Routing rules as plain data.
-use crate::ops::coreset::mass_units;
-use crate::ops::not_zero;
-use crate::ops::plan_count::GateRule;
-use crate::ops::token_choice::{Groups, MAX_GROUPS, MAX_TOP};
-use crate::plan::MAX_EXPERTS;
+use super::MAX_EXPERTS;
+use crate::error::not_zero;
 use crate::{Error, Result};
+
+/// Most experts a token can choose.
+pub const MAX_TOP: u32 = 64;
+/// Most groups of experts.
+pub const MAX_GROUPS: u32 = 32;
 
 /// How logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -301,4 +303,40 @@ impl BlockRule {
             Self::Capacity(count) | Self::Vote(count) | Self::Union(count) => (count, 0),
         }
     }
+}
+
+/// How the gates of a token's experts come from its logits or scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GateRule {
+    /// Softmax of the logits over the experts chosen.
+    Softmax,
+    /// Scores, divided by their sum over the experts chosen `+ 1e-20`.
+    Normalised,
+    /// Scores as they are.
+    Plain,
+}
+
+impl GateRule {
+    /// What `rule` is in the WGSL.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Softmax => 1,
+            Self::Normalised => 2,
+            Self::Plain => 3,
+        }
+    }
+}
+
+/// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Groups {
+    /// Equal groups of neighbouring experts, at most [`MAX_GROUPS`]; divides the experts.
+    pub count: u32,
+    /// Groups a token may use.
+    pub top: u32,
+}
+
+/// `p` in units of 2^-24, 2^24 and above meaning all.
+pub(crate) fn mass_units(p: f32) -> u32 {
+    (f64::from(p) * f64::from(1 << 24)).round_ties_even().min(f64::from(1 << 24)) as u32
 }

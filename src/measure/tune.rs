@@ -6,7 +6,8 @@
 //!
 //! ```
 //! # use wgmoe::layer::{Batch, MoeLayer};
-//! # use wgmoe::{Context, tune::tune, wgpu};
+//! # use wgmoe::{Context, wgpu};
+//! # use wgmoe::measure::tune::tune;
 //! # fn example(layer: &MoeLayer, device: &wgpu::Device, queue: &wgpu::Queue, batch: &Batch<'_>) -> wgmoe::Result<()> {
 //! let tuning = tune(layer, queue, batch)?;
 //! for candidate in &tuning.candidates {
@@ -17,9 +18,10 @@
 //! # Ok(())
 //! # }
 //! ```
-use crate::kernel::{alive, scoped};
+use crate::device::guard::{alive, scoped};
 use crate::layer::{Batch, LayerStep, MoeLayer, Scratch};
-use crate::{Context, Error, Gpu, Result, Slice, Variant, bits};
+use crate::plan::bits;
+use crate::{Context, Error, Gpu, Result, Slice, Variant};
 use std::time::Instant;
 
 /// What [`tune`] found.
@@ -59,7 +61,7 @@ const RUNS: usize = 5;
 ///
 /// Zero tokens, what [`MoeLayer::bind`] refuses, or a device that is lost meanwhile ([`Error`]).
 pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<Tuning> {
-    crate::ops::not_zero(&[("tokens", batch.tokens)])?;
+    crate::error::not_zero(&[("tokens", batch.tokens)])?;
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
     let (tokens, experts) = (batch.tokens as usize, layer.settings().experts as usize);

@@ -2,10 +2,13 @@
 use super::{Ffn, LayerStep, PlanKernels, Scratch};
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
-use crate::ops::matmul::{SKINNY_ROWS, tile_rows};
-use crate::ops::plan_scan::{Losses, Stats};
-use crate::ops::{few_experts, plan_count, plan_fill, plan_scan};
-use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, Slice, bits};
+use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
+use crate::ops::plan_scan::Losses;
+use crate::ops::{plan_count, plan_fill, plan_scan};
+use crate::plan::Stats;
+use crate::plan::bits;
+use crate::routing::few_experts;
+use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, Slice};
 use std::sync::Arc;
 
 /// Which experts work on which tokens, as another router decided; read when the work runs. Pairs that name no token or
@@ -74,7 +77,7 @@ impl MoeExperts {
     /// # Errors
     ///
     /// [`Error::Invalid`] for weights without a routed expert, or with more than
-    /// [`MAX_EXPERTS`](crate::plan::MAX_EXPERTS); [`Error::Device`] where wgpu refuses a kernel.
+    /// [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS); [`Error::Device`] where wgpu refuses a kernel.
     pub fn new(
         ctx: &Context,
         activation: Activation,
@@ -117,7 +120,7 @@ impl MoeExperts {
             Assignments::OfTokens { top, .. } => (u64::from(top) * u64::from(tokens), "top"),
             Assignments::OfExperts { entries, .. } => (entries.into(), "entries"),
         };
-        crate::ops::not_zero(&[(name, u32::from(places > 0))])?;
+        crate::error::not_zero(&[(name, u32::from(places > 0))])?;
         let pairs = u64::from(tokens) * u64::from(experts);
         let shape = PlanShape {
             tokens,

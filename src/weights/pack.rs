@@ -1,6 +1,6 @@
 //! Packing: matrices on the host, in any storage type and layout, into the panels that the kernels read (see
 //! [`crate::weights`]).
-use crate::slice::bytes_of;
+use crate::error::bytes_of;
 use crate::weights::PANEL;
 use crate::{Error, Result, WeightType};
 use bytemuck::{Pod, Zeroable};

@@ -1,7 +1,7 @@
 //! Shapes and routing of the models that use these layers.
 use crate::layer::Settings;
-use crate::ops::plan_count::GateRule;
-use crate::ops::token_choice::Groups;
+use crate::routing::GateRule;
+use crate::routing::Groups;
 use crate::routing::{
     Activation, BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice,
 };

@@ -1,13 +1,13 @@
 //! EC-DLM's table of gate scales (arXiv 2604.01622): the output of a token that n experts took has the norm of
 //! `||p||` of one expert's, `p` being its gates; the table brings it to that of the shared experts.
-use crate::exact::{cos_pi, exp, ln};
-use crate::plan::MAX_EXPERTS;
+use super::exact::{cos_pi, exp, ln};
+use crate::routing::MAX_EXPERTS;
 use crate::{Error, Result};
 
 /// How a table of scales is made. The same values give the same table, bit by bit, on every platform.
 ///
 /// ```
-/// use wgmoe::scaling::ScalingTable;
+/// use wgmoe::routing::scaling::ScalingTable;
 ///
 /// let scale = ScalingTable::new(12, 2).make()?;
 /// assert_eq!(scale.len(), 13);

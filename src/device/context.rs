@@ -1,0 +1,180 @@
+//! A device as the kernels see it, with the pipelines made so far.
+use super::guard::{alive, scoped};
+use super::record::Kernel;
+use super::shader::{Prelude, Spec, WORKGROUP_BYTES};
+use super::{Slice, Variant};
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A device as the kernels see it: the device, the variant in use, and the pipelines made so far. Clones share the
+/// pipelines, so any number of ops and layers made from one context compile each kernel once.
+#[derive(Clone)]
+pub struct Context {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context")
+            .field("adapter", &self.info().name)
+            .field("variant", &self.variant())
+            .field("pipelines", &self.pipelines())
+            .finish_non_exhaustive()
+    }
+}
+
+struct Inner {
+    device: wgpu::Device,
+    limits: wgpu::Limits,
+    info: wgpu::AdapterInfo,
+    variant: Variant,
+    cache: Option<wgpu::PipelineCache>,
+    kernels: Mutex<HashMap<(&'static str, Prelude), Arc<Kernel>>>,
+    /// Stands for optional inputs that are not given; never written, never read for its value.
+    nothing: wgpu::Buffer,
+}
+
+impl Context {
+    /// A context with the variant that suits the device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Device`] where the device is lost or out of memory.
+    pub fn new(device: &wgpu::Device) -> Result<Self> {
+        Self::with_variant(device, Variant::best(device), None)
+    }
+
+    /// A context with a chosen variant, and the caller's pipeline cache where there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Feature`] where the variant needs more than the device was made with; [`Error::Device`] as for
+    /// [`Context::new`].
+    pub fn with_variant(
+        device: &wgpu::Device,
+        variant: Variant,
+        cache: Option<wgpu::PipelineCache>,
+    ) -> Result<Self> {
+        let missing = if variant.subgroups {
+            wgpu::Features::SUBGROUP.difference(device.features())
+        } else {
+            wgpu::Features::empty()
+        };
+        if !missing.is_empty() {
+            return Err(Error::Feature { missing });
+        }
+        alive(device)?;
+        let nothing = scoped(device, || {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("nothing"),
+                size: 256,
+                usage: wgpu::BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            })
+        })?;
+        let inner = Inner {
+            device: device.clone(),
+            limits: device.limits(),
+            info: device.adapter_info(),
+            variant,
+            cache,
+            kernels: Mutex::default(),
+            nothing,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.inner.device
+    }
+
+    /// The variant in use.
+    pub fn variant(&self) -> Variant {
+        self.inner.variant
+    }
+
+    /// The device's limits.
+    pub fn limits(&self) -> &wgpu::Limits {
+        &self.inner.limits
+    }
+
+    /// The adapter.
+    pub fn info(&self) -> &wgpu::AdapterInfo {
+        &self.inner.info
+    }
+
+    /// Pipelines made so far.
+    pub fn pipelines(&self) -> usize {
+        self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Tells this context and its clones from all others that live.
+    pub(crate) fn address(&self) -> usize {
+        Arc::as_ptr(&self.inner).addr()
+    }
+
+    /// Stands for an optional input that is not given.
+    pub(crate) fn nothing(&self) -> Slice<'_> {
+        (&self.inner.nothing).into()
+    }
+
+    /// Bytes that one storage binding can hold.
+    pub(crate) fn max_binding(&self) -> u64 {
+        self.inner.limits.max_storage_buffer_binding_size.min(self.inner.limits.max_buffer_size)
+    }
+
+    /// A buffer of ours, written by kernels and readable by copies.
+    pub(crate) fn scratch(&self, name: &'static str, size: u64) -> Result<wgpu::Buffer> {
+        self.within(name, size)?;
+        alive(self.device())?;
+        scoped(self.device(), || {
+            self.device().create_buffer(&wgpu::BufferDescriptor {
+                label: Some(name),
+                size: size.max(16).next_multiple_of(16),
+                usage: wgpu::BufferUsages::STORAGE
+                    | wgpu::BufferUsages::COPY_SRC
+                    | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    pub(crate) fn within(&self, name: &'static str, need: u64) -> Result<()> {
+        let have = self.max_binding();
+        let limit = "max_storage_buffer_binding_size";
+        if need <= have { Ok(()) } else { Err(Error::Limit { name, limit, need, have }) }
+    }
+
+    /// The pipeline of a kernel in a variant, made now if it is the first of its kind.
+    pub(crate) fn kernel(&self, spec: &'static Spec, prelude: Prelude) -> Result<Arc<Kernel>> {
+        let key = (spec.name, prelude);
+        let mut kernels = self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = kernels.get(&key) {
+            return Ok(kernel.clone());
+        }
+        let missing = key.1.features.difference(self.device().features());
+        if !missing.is_empty() {
+            return Err(Error::Feature { missing });
+        }
+        let (need, have) =
+            (spec.bindings.len() as u64, self.limits().max_storage_buffers_per_shader_stage.into());
+        if need > have {
+            let limit = "max_storage_buffers_per_shader_stage";
+            return Err(Error::Limit { name: spec.name, limit, need, have });
+        }
+        // wgpu does not look at this limit, and drivers crash: all kernels stay within WebGPU's default.
+        let have = self.limits().max_compute_workgroup_storage_size.into();
+        if have < WORKGROUP_BYTES && spec.source(&key.1).contains("var<workgroup>") {
+            let limit = "max_compute_workgroup_storage_size";
+            return Err(Error::Limit { name: spec.name, limit, need: WORKGROUP_BYTES, have });
+        }
+        alive(self.device())?;
+        let kernel = Arc::new(scoped(self.device(), || {
+            Kernel::new(self.device(), spec, &key.1, self.inner.cache.as_ref())
+        })?);
+        kernels.insert(key, kernel.clone());
+        Ok(kernel)
+    }
+}

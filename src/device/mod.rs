@@ -1,0 +1,16 @@
+//! The caller's device: contexts, slices of buffers, kernels and the work they record.
+mod context;
+pub(crate) mod guard;
+mod record;
+pub(crate) mod shader;
+mod slice;
+mod tensor;
+mod variant;
+
+pub use context::Context;
+pub(crate) use record::Kernel;
+pub use record::{Dispatch, Step};
+pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
+pub use slice::Slice;
+pub use tensor::Tensor;
+pub use variant::{Target, Variant};

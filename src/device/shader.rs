@@ -1,0 +1,133 @@
+//! What a kernel is before a device compiles it: its WGSL, its bindings, and the text in front of it.
+use std::fmt::Write;
+
+/// Most workgroup memory of a kernel, in bytes: WebGPU's default limit.
+pub const WORKGROUP_BYTES: u64 = 16_384;
+/// What a kernel is: its WGSL, and the one list of its bindings.
+#[derive(Debug)]
+pub struct Spec {
+    /// File stem, entry point, debug label and bench group: one word.
+    pub name: &'static str,
+    /// The kernel's own WGSL, without prelude.
+    pub body: &'static str,
+    /// Names and byte offsets of the fields of the uniform at binding 0.
+    pub params: &'static [(&'static str, u32)],
+    /// The storage bindings, 1, 2, ...
+    pub bindings: &'static [Binding],
+    /// Every variant there is, whatever the device.
+    pub variants: fn() -> Vec<Prelude>,
+}
+
+/// A storage binding of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// Name in the WGSL and in errors.
+    pub name: &'static str,
+    /// Whether the kernel writes it.
+    pub written: bool,
+    /// Bytes of one item, the smallest binding that makes sense.
+    pub item: u64,
+    /// Whether it stays `read` in every variant, since browsers must see that what is read from it is uniform: it cannot
+    /// share a buffer with a binding that is written.
+    pub uniform: bool,
+}
+
+impl Binding {
+    /// Whether the binding at this place, which is only read, is declared `read_write` all the same.
+    pub(super) fn is_shared(&self, prelude: &Prelude, place: u32) -> bool {
+        !self.written && !self.uniform && prelude.shared >> place & 1 == 1
+    }
+}
+
+/// A binding that is read.
+pub(crate) const fn read(name: &'static str, item: u64) -> Binding {
+    Binding { name, written: false, item, uniform: false }
+}
+
+/// A binding that is read for values that barriers hang on.
+pub(crate) const fn read_uniform(name: &'static str, item: u64) -> Binding {
+    Binding { name, written: false, item, uniform: true }
+}
+
+/// A binding that is written, and perhaps read too.
+pub(crate) const fn write(name: &'static str, item: u64) -> Binding {
+    Binding { name, written: true, item, uniform: false }
+}
+
+/// What stands in front of a kernel's body: constants, and pieces of `shaders/lib` chosen among twins with the same
+/// function names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Prelude {
+    /// The choices in words.
+    pub label: String,
+    /// Features that the device needs.
+    pub features: wgpu::Features,
+    /// The text.
+    pub text: String,
+    /// Bit set of the bindings (bit 0 is binding 1) that are declared `read_write` though they are only read, because their
+    /// slice shares a buffer with one that is written. Those that are written, and [`Binding::uniform`] ones, take no notice.
+    pub shared: u32,
+}
+
+impl Prelude {
+    pub(crate) fn new(label: impl Into<String>) -> Self {
+        Self { label: label.into(), ..Self::default() }
+    }
+
+    pub(crate) fn constant(mut self, name: &str, value: u32) -> Self {
+        let _ = writeln!(self.text, "const {name}: u32 = {value}u;");
+        self
+    }
+
+    pub(crate) fn flag(mut self, name: &str, value: bool) -> Self {
+        let _ = writeln!(self.text, "const {name}: bool = {value};");
+        self
+    }
+
+    pub(crate) fn piece(mut self, wgsl: &str) -> Self {
+        self.text += wgsl;
+        self
+    }
+
+    pub(crate) fn needs(mut self, features: wgpu::Features) -> Self {
+        self.features |= features;
+        self
+    }
+}
+
+impl Spec {
+    /// The WGSL handed to the driver.
+    pub fn source(&self, prelude: &Prelude) -> String {
+        // `enable` must come first. Browsers want `enable subgroups;`, naga 30 rejects it.
+        let browser =
+            cfg!(target_family = "wasm") && prelude.features.contains(wgpu::Features::SUBGROUP);
+        let enable = if browser { "enable subgroups;\n" } else { "" };
+        let source = format!(
+            "{enable}// {}, variant: {}\n{}\n{}",
+            self.name, prelude.label, prelude.text, self.body
+        );
+        (0..).zip(self.bindings).filter(|&(i, b)| b.is_shared(prelude, i)).fold(
+            source,
+            |source, (_, b)| {
+                let [read, write] = ["read", "read_write"]
+                    .map(|access| format!("var<storage, {access}> {}:", b.name));
+                source.replace(&read, &write)
+            },
+        )
+    }
+}
+
+/// Declares the uniform of a kernel, and its layout for the tests.
+macro_rules! params {
+    ($($field:ident: $ty:ty),* $(,)?) => {
+        #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+        #[repr(C)]
+        pub(crate) struct Params { $(pub(crate) $field: $ty),* }
+
+        impl Params {
+            const LAYOUT: &[(&str, u32)] =
+                &[$((stringify!($field), std::mem::offset_of!(Params, $field) as u32)),*];
+        }
+    };
+}
+pub(crate) use params;

@@ -1,0 +1,49 @@
+//! Which of the variants of its kernels a device uses.
+
+/// What kind of device the kernels are laid out for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Target {
+    /// Wide devices: many lanes work on one row, and meet in workgroup memory.
+    Gpu,
+    /// Software drivers, where a barrier costs more than a row: one lane works on one row, and registers take the place
+    /// of workgroup memory.
+    Cpu,
+}
+
+/// Which of the variants of its kernels a [`Context`] uses. All give the same choices, and outputs equal within rounding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Variant {
+    /// Layout of the work.
+    pub target: Target,
+    /// Use subgroup operations (`Features::SUBGROUP`).
+    pub subgroups: bool,
+}
+
+impl Variant {
+    /// The one that runs everywhere: no optional feature, within WebGPU's default limits.
+    pub const PORTABLE: Self = Self { target: Target::Gpu, subgroups: false };
+
+    /// The one this device is likely to be fastest with, by its adapter's type and its features.
+    pub fn best(device: &wgpu::Device) -> Self {
+        let cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
+        Self {
+            target: if cpu { Target::Cpu } else { Target::Gpu },
+            subgroups: device.features().contains(wgpu::Features::SUBGROUP),
+        }
+    }
+
+    /// Every variant this device can run.
+    pub fn all(device: &wgpu::Device) -> Vec<Self> {
+        let subgroups: &[bool] = if device.features().contains(wgpu::Features::SUBGROUP) {
+            &[false, true]
+        } else {
+            &[false]
+        };
+        [Target::Gpu, Target::Cpu]
+            .into_iter()
+            .flat_map(|target| subgroups.iter().map(move |&subgroups| Self { target, subgroups }))
+            .collect()
+    }
+}

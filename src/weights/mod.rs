@@ -1,0 +1,12 @@
+//! Expert weights: storage types, packing, pages on the device, and uploads.
+mod format;
+mod host;
+mod pack;
+mod pages;
+#[cfg(feature = "checkpoint")]
+pub(crate) mod upload;
+
+pub use format::{PANEL, WeightType};
+pub use host::HostWeights;
+pub use pack::MatrixView;
+pub use pages::{ExpertShape, ExpertWeights, Projection};
