@@ -29,20 +29,20 @@ use wgmoe::ops::{
 use wgmoe::routing::Groups;
 use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Routing};
-use wgmoe::{Context, Gpu, MoeLayer, Score, Step, Target, Variant, WeightType, wgpu};
+use wgmoe::{Context, Gpu, MoeLayer, Score, BoundOp, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
-    Step(Step),
+    BoundOp(BoundOp),
     Layer(Box<Bound>),
 }
 
 /// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed the second time.
 const SHORT: Duration = Duration::from_millis(20);
 
-impl From<Step> for Ready {
-    fn from(step: Step) -> Self {
-        Self::Step(step)
+impl From<BoundOp> for Ready {
+    fn from(step: BoundOp) -> Self {
+        Self::BoundOp(step)
     }
 }
 
@@ -75,7 +75,7 @@ impl Bench {
         variants.extend(if full { Variant::all(&gpu.device) } else { vec![Variant::PORTABLE] });
         let mut contexts: Vec<(String, Context)> = vec![];
         for v in variants {
-            let layout = if v.target == Target::Cpu { "cpu" } else { "gpu" };
+            let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
             let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
             if !contexts.iter().any(|(n, _)| *n == name) {
                 contexts
@@ -94,7 +94,7 @@ impl Bench {
         let start = Instant::now();
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         match work {
-            Ready::Step(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
+            Ready::BoundOp(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
             Ready::Layer(bound) => bound.step.record(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);
@@ -347,7 +347,7 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
                 r: (&r_in).into(),
                 own: rule.own_top(8).map(|_| (&own_in).into()),
                 offsets: (&offsets_in).into(),
-                marks: None,
+                voters: None,
                 members: (&members).into(),
                 block_of: (&block_of).into(),
             };
@@ -397,7 +397,7 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         let schedule = Schedule::new(ScheduleKind::CosineReverse, 8, 32);
         let ratios: Vec<f32> = fill(SCORES, sequences, 1.0).iter().map(|v| v + 0.5).collect();
         let offsets: Vec<u32> = (0..=sequences).map(|b| b * 512).collect();
-        let steps = gpu.upload(&schedule.steps().unwrap().words());
+        let steps = gpu.upload(&schedule.staircase().unwrap().words());
         let (ratios_in, offsets_in) = (gpu.upload(&ratios), gpu.upload(&offsets));
         let [capacity_of, k_of] = [(); 2].map(|()| bench.poisoned(sequences));
         let args = capacity::Args {

@@ -15,8 +15,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use svg::node::element::{Group, Rectangle, Style, Text};
 use wgmoe::layer::{
-    Batch, Blocks, HostBatch, HostBlocks, HostRouter, HostSequences, LayerStep, MoeLayer, Router,
-    Settings, Tensor, cpu_routing, cpu_token,
+    Batch, Blocks, HostBatch, HostBlocks, HostRouter, HostSequences, BoundLayer, MoeLayer, Router,
+    LayerConfig, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
@@ -24,7 +24,7 @@ use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, Step, WeightType, wgpu};
+use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, BoundOp, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -124,7 +124,7 @@ impl Rule {
 }
 
 /// The layer whose experts are counted.
-fn mini() -> Result<Settings, String> {
+fn mini() -> Result<LayerConfig, String> {
     Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.settings)
 }
 
@@ -241,7 +241,7 @@ struct Draw {
     tokens: u32,
     offsets: Vec<u32>,
     /// Half of the tokens, by chance.
-    marks: Vec<u32>,
+    voters: Vec<u32>,
     logits: Vec<f32>,
 }
 
@@ -255,7 +255,7 @@ impl Draw {
             experts,
             tokens,
             offsets: (0..=blocks).map(|b| b * block).collect(),
-            marks: (0..tokens).map(|_| rng.random_range(0..2)).collect(),
+            voters: (0..tokens).map(|_| rng.random_range(0..2)).collect(),
             logits,
         }
     }
@@ -281,13 +281,13 @@ struct Routed {
 
 impl Routed {
     /// The CPU twin, from these scores.
-    fn twin(settings: &Settings, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
-        let settings = Settings { routing: rule.routing, ..*settings };
+    fn twin(settings: &LayerConfig, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
+        let settings = LayerConfig { routing: rule.routing, ..*settings };
         let router = HostRouter { weight: &[], bias: None, by_count: None, by_expert: None };
         let offsets = &draw.offsets;
         let batch = HostBatch {
             sequences: Some(HostSequences { offsets, lengths: None, capacity: &[] }),
-            blocks: Some(HostBlocks { offsets, marks: rule.marked.then_some(&draw.marks) }),
+            blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
         };
         let routed = cpu_routing(&settings, &router, batch, [&draw.logits, s, r]);
         let (tokens, e) = (draw.tokens as usize, draw.experts as usize);
@@ -322,7 +322,7 @@ impl Routed {
 }
 
 /// Bytes of one expert in bf16.
-fn expert_bytes(settings: &Settings) -> u64 {
+fn expert_bytes(settings: &LayerConfig) -> u64 {
     settings.expert_shape(WeightType::Bf16).expert_bytes()
 }
 
@@ -332,14 +332,14 @@ struct Scored<'a> {
     ctx: &'a Context,
     draw: &'a Draw,
     offsets: wgpu::Buffer,
-    marks: wgpu::Buffer,
+    voters: wgpu::Buffer,
     s: wgpu::Buffer,
     r: wgpu::Buffer,
 }
 
 /// A rule's choice, bound.
 struct Chosen {
-    step: Step,
+    step: BoundOp,
     coreset: Option<wgpu::Buffer>,
     assigned: wgpu::Buffer,
 }
@@ -356,8 +356,8 @@ impl<'a> Scored<'a> {
         let dims = scores::Dims { tokens: draw.tokens, experts: draw.experts };
         let step = scores::Scores::new(ctx)?.bind(dims, Score::Sigmoid, false, args)?;
         gpu.run(&step)?;
-        let (offsets, marks) = (gpu.upload(&draw.offsets), gpu.upload(&draw.marks));
-        Ok(Self { gpu, ctx, draw, offsets, marks, s, r })
+        let (offsets, voters) = (gpu.upload(&draw.offsets), gpu.upload(&draw.voters));
+        Ok(Self { gpu, ctx, draw, offsets, voters, s, r })
     }
 
     fn poisoned(&self, words: usize) -> wgpu::Buffer {
@@ -383,7 +383,7 @@ impl<'a> Scored<'a> {
                 Ok(Chosen { step, coreset: None, assigned })
             }
             Routing::TokenChoice(inside) => {
-                let mut step = Step::default();
+                let mut step = BoundOp::default();
                 let mut elected = None;
                 if let Some(block) = inside.coreset {
                     // Read before the final choice is written to the same place.
@@ -402,7 +402,7 @@ impl<'a> Scored<'a> {
                         r: (&self.r).into(),
                         own: own.map(|_| (&assigned).into()),
                         offsets: (&self.offsets).into(),
-                        marks: rule.marked.then(|| (&self.marks).into()),
+                        voters: rule.marked.then(|| (&self.voters).into()),
                         members: (&members).into(),
                         block_of: (&block_of).into(),
                     };
@@ -433,7 +433,7 @@ impl Scored<'_> {
     fn run(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
+        settings: &LayerConfig,
         [s, r]: [&[f32]; 2],
     ) -> Result<Routed, Error> {
         let (gpu, rule, draw) = (self.gpu, checks.rule, self.draw);
@@ -479,7 +479,7 @@ impl Scored<'_> {
 /// Every rule on the device, with the blocks of one draw for each block size.
 fn count_on_gpu(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     gpu: &Gpu,
     ctx: &Context,
     rules: &[Rule],
@@ -509,7 +509,7 @@ fn count_on_gpu(
 /// Every rule on the CPU twins alone; what must hold of any choice is checked.
 fn count_on_cpu(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     rules: &[Rule],
     progress: &Progress,
 ) -> Vec<Row> {
@@ -539,21 +539,21 @@ fn count_on_cpu(
 /// Each expert's matrix is a window of one pool of random numbers, at a place of its own, so that the layer takes little
 /// memory on the host. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
 struct Data {
-    settings: Settings,
+    settings: LayerConfig,
     x: Vec<f32>,
     router: Vec<f32>,
-    marks: Vec<u32>,
+    voters: Vec<u32>,
     experts: Experts,
 }
 
 impl Data {
-    fn new(settings: Settings, seed: u64) -> Self {
+    fn new(settings: LayerConfig, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let mut x = mixture(&mut rng, BLOCK, BLOCK, settings.hidden);
         x.iter_mut().step_by(settings.hidden as usize).for_each(|x| *x = 1.0);
         let router = router(&mut rng, &settings);
-        let marks = (0..BLOCK).map(|t| t % 2).collect();
-        Self { settings, x, router, marks, experts: Experts::new(&mut rng, settings) }
+        let voters = (0..BLOCK).map(|t| t % 2).collect();
+        Self { settings, x, router, voters, experts: Experts::new(&mut rng, settings) }
     }
 
     fn upload(&self, gpu: &Gpu, ctx: &Context) -> Result<MoeLayer, Error> {
@@ -605,14 +605,14 @@ fn check_layer(
     layer: &MoeLayer,
     data: &Data,
     checks: &mut Checks<'_>,
-) -> Result<(LayerStep, u32), Error> {
+) -> Result<(BoundLayer, u32), Error> {
     let rule = checks.rule;
     let [hidden, out] = [gpu.upload(&data.x), gpu.upload(&vec![f32::NAN; data.x.len()])];
     let offsets = [0, BLOCK];
-    let [ends, marks] = [gpu.upload(&offsets), gpu.upload(&data.marks)];
+    let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
     let mut batch = Batch::new((&hidden).into(), (&out).into(), BLOCK);
-    let marked = rule.marked.then(|| (&marks).into());
-    batch.blocks = Some(Blocks { count: 1, offsets: (&ends).into(), marks: marked });
+    let marked = rule.marked.then(|| (&voters).into());
+    batch.blocks = Some(Blocks { count: 1, offsets: (&ends).into(), voters: marked });
     let step = layer.bind(&batch)?;
     wall(gpu, step.dispatches())?;
     let got: Vec<f32> = gpu.download(&out)?;
@@ -623,9 +623,9 @@ fn check_layer(
     let [logits, s, r] = step.selection().ok_or_else(none)?;
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
     let router = HostRouter { weight: &data.router, bias: None, by_count: None, by_expert: None };
-    let marks = rule.marked.then_some(&data.marks[..]);
+    let voters = rule.marked.then_some(&data.voters[..]);
     let batch =
-        HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, marks }) };
+        HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, voters }) };
     let want = cpu_routing(settings, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
         checks.same("the layer's coreset", &gpu.download::<u32>(got)?, want);
@@ -668,7 +668,7 @@ struct Laps {
 }
 
 impl Laps {
-    fn lap(&mut self, gpu: &Gpu, step: &LayerStep) -> Result<(), Error> {
+    fn lap(&mut self, gpu: &Gpu, step: &BoundLayer) -> Result<(), Error> {
         let all: Vec<&Dispatch> = step.dispatches().collect();
         let is_ffn = |d: &&Dispatch| d.name().starts_with("matmul") || d.name() == "combine";
         // The first is the logits.
@@ -690,7 +690,7 @@ const ROUNDS: u32 = 3;
 /// Times every rule of blocks of [`BLOCK`] tokens.
 fn time_rules(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     (gpu, ctx): (&Gpu, &Context),
     rules: &[Rule],
     rows: &mut [Row],
@@ -698,7 +698,7 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings = Settings { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings = LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
@@ -728,7 +728,7 @@ fn time_rules(
         let (routing, ffn) = (median(&mut laps.routing), median(&mut laps.ffn));
         row.times = Some(Times { used, routing, ffn, layer });
     }
-    let Settings { hidden, intermediate, experts, shared_experts, .. } = settings;
+    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
     let fewer = if experts < from { ", counts of experts in rules in proportion" } else { "" };
     Ok(format!(
         "One block of {BLOCK} tokens through a layer of D {hidden}, F {intermediate}, {experts} experts in bf16{fewer} and {shared_experts} shared, synthetic weights; medians of {rounds} wall times, submission included"

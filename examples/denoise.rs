@@ -19,8 +19,8 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, LayerStep, MoeLayer, Router, Scratch,
-    Sequences, Settings, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, BoundLayer, MoeLayer, Router, Scratch,
+    Sequences, LayerConfig, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
 use wgmoe::ops::{expert_choice, grouped_matmul};
@@ -31,7 +31,7 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, Step, WeightType, wgpu};
+use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, BoundOp, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -369,7 +369,7 @@ struct Token {
 
 /// The layer on the host. Each matrix of an expert is a window of one pool of random numbers, at a place of its own.
 struct Weights {
-    settings: Settings,
+    settings: LayerConfig,
     router: Vec<f32>,
     inner: Vec<bf16>,
     outer: Vec<bf16>,
@@ -382,7 +382,7 @@ impl Weights {
     /// Logits have deviation 2; `--skew` apart, all experts are equally popular.
     fn new(options: &Options, routing: Routing, rng: &mut StdRng) -> Self {
         let Options { hidden, intermediate, experts, .. } = *options;
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden,
             intermediate,
             experts,
@@ -526,7 +526,7 @@ fn twin(
     capacity: Option<&[u32]>,
     selection: [&[f32]; 3],
 ) -> HostRouting {
-    let settings = Settings { routing, ..weights.settings };
+    let settings = LayerConfig { routing, ..weights.settings };
     let router =
         HostRouter { weight: &weights.router, bias: None, by_count: None, by_expert: None };
     let sequences =
@@ -572,8 +572,8 @@ struct OnGpu<'a> {
 struct Bound<'a> {
     rule: &'a Rule,
     /// Capacities of the step, under expert choice.
-    capacities: Step,
-    step: LayerStep,
+    capacities: BoundOp,
+    step: BoundLayer,
     log: Vec<Log>,
     times: Vec<Vec<f64>>,
 }
@@ -590,9 +590,9 @@ impl OnGpu<'_> {
         let layer = self.layer.with_routing(rule.routing)?;
         let mut batch = Batch::new((&self.hidden).into(), (&self.out).into(), tokens);
         batch.scratch = Some(&self.scratch);
-        let mut capacities = Step::default();
+        let mut capacities = BoundOp::default();
         if let Some(schedule) = &rule.schedule {
-            let stairs = gpu.upload(&schedule.steps()?.words());
+            let stairs = gpu.upload(&schedule.staircase()?.words());
             let args = capacity::Args {
                 source: Source::Masked { masked: (&self.masked).into(), steps: (&stairs).into() },
                 offsets: (&self.offsets).into(),
@@ -618,7 +618,7 @@ impl OnGpu<'_> {
         Ok(Bound { rule, capacities, step, log, times: vec![vec![]; run.steps.len()] })
     }
 
-    fn watched<'s>(&'s self, step: &'s LayerStep) -> Result<[Slice<'s>; 9], Error> {
+    fn watched<'s>(&'s self, step: &'s BoundLayer) -> Result<[Slice<'s>; 9], Error> {
         let none = || Error::Device("an empty step".into());
         let [logits, s, r] = step.selection().ok_or_else(none)?;
         let gates = step.gates().ok_or_else(none)?;

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
-    Settings, Tensor, cpu_routing, cpu_token,
+    LayerConfig, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::models::{self, MODELS};
 use wgmoe::ops::{combine, expert_choice, expert_union, grouped_matmul, scores};
@@ -247,7 +247,7 @@ impl Values {
 /// mixture of a normal vector of the block and one of the token; the router's weights are normal with deviation
 /// 2 / sqrt(D), and read the -3 from the first hidden value, which is 1. `make_checkpoint`'s routers do the same.
 struct Data<'a> {
-    settings: Settings,
+    settings: LayerConfig,
     x: Vec<f32>,
     router: Vec<f32>,
     bias: Option<Vec<f32>>,
@@ -277,7 +277,7 @@ enum Source<'a> {
 }
 
 impl<'a> Data<'a> {
-    fn new(settings: Settings, tokens: u32, source: Source<'a>, seed: u64) -> Self {
+    fn new(settings: LayerConfig, tokens: u32, source: Source<'a>, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let d = settings.hidden as usize;
         let mut x: Vec<f32> = Vec::with_capacity(tokens as usize * d);
@@ -351,7 +351,7 @@ impl<'a> Data<'a> {
     /// The twin of some tokens' output, on every core.
     fn twin(
         &self,
-        settings: &Settings,
+        settings: &LayerConfig,
         assigned: &[u32],
         gates: &[f32],
         sample: &[usize],
@@ -379,7 +379,7 @@ impl<'a> Data<'a> {
 
 /// Router, bias and experts.
 fn synthetic(
-    settings: &Settings,
+    settings: &LayerConfig,
     weights: Weights,
     rng: &mut StdRng,
 ) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
@@ -460,7 +460,7 @@ const LOGITS: f32 = 1e-4;
 const SCORES: f32 = 1e-5;
 
 /// Milliseconds of one step as users record it: encode, submit, wait.
-fn wall(gpu: &Gpu, step: &wgmoe::layer::LayerStep) -> Result<f64, Error> {
+fn wall(gpu: &Gpu, step: &wgmoe::layer::BoundLayer) -> Result<f64, Error> {
     let start = Instant::now();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
@@ -481,7 +481,7 @@ fn finite(value: f64) -> f64 {
 }
 
 /// Useful multiply-adds of the experts, times 2.
-fn flops(settings: &Settings, tokens: u32, slots: u32) -> f64 {
+fn flops(settings: &LayerConfig, tokens: u32, slots: u32) -> f64 {
     let rows = f64::from(slots) + f64::from(tokens) * f64::from(settings.shared_experts);
     2.0 * 3.0 * rows * f64::from(settings.hidden) * f64::from(settings.intermediate)
 }
@@ -586,8 +586,8 @@ impl OnGpu<'_> {
     fn check_routing(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
     ) -> Result<(Vec<u32>, Stats), Error> {
         let (gpu, data) = (self.gpu, self.data);
         let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
@@ -652,8 +652,8 @@ impl OnGpu<'_> {
     fn check_output(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
         assigned: &[u32],
         got: &[f32],
     ) -> Result<f32, Error> {
@@ -679,8 +679,8 @@ impl OnGpu<'_> {
     fn unions(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
         want_assigned: &[u32],
     ) -> Result<f64, Error> {
         let gpu = self.gpu;
@@ -724,7 +724,7 @@ fn mean_of_blocks(counts: &[u32], tokens: u32) -> f64 {
 /// The layer that is run.
 struct Subject {
     name: String,
-    settings: Settings,
+    settings: LayerConfig,
     /// Experts of the model it is of.
     of: u32,
     stored: Option<StoredLayer>,
@@ -740,7 +740,7 @@ impl Subject {
 }
 
 /// What a layer is, in a line.
-fn describe(subject: &Subject, settings: &Settings, weights: WeightType) -> String {
+fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> String {
     let mut line = format!(
         "{}: {} of {} experts, D {}, F {}, {} shared",
         subject.name,
@@ -942,7 +942,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
     // A stored layer is as wide as it is.
     let narrow = match subject.stored {
         Some(_) => settings,
-        None => Settings {
+        None => LayerConfig {
             hidden: settings.hidden.min(128),
             intermediate: settings.intermediate.min(32),
             ..settings
@@ -976,7 +976,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
 }
 
 fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
-    let settings = Settings { routing: rule.routing, ..data.settings };
+    let settings = LayerConfig { routing: rule.routing, ..data.settings };
     let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
     let mut checks = Checks { rule: rule.name, progress, ok: true };
     let mut kernels = vec![];
@@ -1065,7 +1065,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
 fn check_counts(
     checks: &mut Checks<'_>,
     data: &Data<'_>,
-    settings: &Settings,
+    settings: &LayerConfig,
     routed: &HostRouting,
     slots: u32,
 ) {

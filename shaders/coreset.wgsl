@@ -10,7 +10,7 @@
 // matters. The first MAX_BLOCK tokens of a block have a say, the others follow.
 //   r [tokens, experts] f32, any value; own [experts, ceil(tokens / 32)] bit set
 //   offsets [blocks + 1] u32, clamped
-//   marks [tokens] u32 where has_marks: tokens with 0 have no say; a block where none has one elects every
+//   voters [tokens] u32 where has_voters: tokens with 0 have no say; a block where none has one elects every
 //     expert
 //   members [blocks, ceil(experts / 32)] bit set, written whole; a block without tokens elects none
 //   block_of [tokens] u32, written whole: block of a token, or 0xffffffff
@@ -24,14 +24,14 @@ struct Params {
   blocks: u32,
   count: u32,
   mass: u32,
-  has_marks: u32,
+  has_voters: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> r: array<u32>;
 @group(0) @binding(2) var<storage, read> own: array<u32>;
 @group(0) @binding(3) var<storage, read> offsets: array<u32>;
-@group(0) @binding(4) var<storage, read> marks: array<u32>;
+@group(0) @binding(4) var<storage, read> voters: array<u32>;
 @group(0) @binding(5) var<storage, read_write> members: array<u32>;
 @group(0) @binding(6) var<storage, read_write> block_of: array<u32>;
 
@@ -64,7 +64,7 @@ fn coreset(
       block_of[t] = 0xffffffffu;
     }
   }
-  elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_marks));
+  elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_voters));
   let chunks = (params.experts + 31u) / 32u;
   for (var c = index; c < chunks; c += WG) {
     members[block * chunks + c] = elected[c];

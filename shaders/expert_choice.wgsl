@@ -324,16 +324,16 @@ fn expert_choice(
   for (var w0 = tokens.first; w0 < tokens.last; w0 += LANES) {
     let w = w0 + first;
     let bits = eligible_bits(tokens, e, w);
-    var marks = vec2(0u);
+    var voters = vec2(0u);
     for (var i = 0u; i < 8u; i++) {
       var k = keys[i];
       if !kept {
         k = word_four(e, w, i, bits);
       }
-      marks |= mark_four(bracket, k) << vec2(4u * i);
+      voters |= mark_four(bracket, k) << vec2(4u * i);
     }
-    var take = marks.x;
-    var inside = marks.y;
+    var take = voters.x;
+    var inside = voters.y;
     // Where the bracket settles it, the lowest tokens inside: among equals those first, or all.
     totals[index] = select(0u, countOneBits(inside), settled);
     workgroupBarrier();

@@ -1,7 +1,7 @@
 //! Rows by index, compared with the twin.
 use super::compare::same;
 use wgmoe::ops::gather::{self, Args, Dims, Gather};
-use wgmoe::{Context, Gpu, Slice, Step, wgpu};
+use wgmoe::{Context, Gpu, Slice, BoundOp, wgpu};
 
 /// Bytes up to which the whole output is read back.
 const WHOLE: u64 = 64 << 20;
@@ -15,7 +15,7 @@ pub(crate) fn gather(
     (x_in, x): (&wgpu::Buffer, &[f32]),
     hidden: u32,
     token_of: &[u32],
-) -> Result<Step, String> {
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let width = hidden as usize;
     let row_bytes = 4 * u64::from(hidden);

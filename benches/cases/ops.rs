@@ -5,17 +5,17 @@ use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
 use super::work::round;
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, Class, GroupedMatmul, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, ItemKind, GroupedMatmul, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, Step, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, BoundOp, WeightType};
 
 /// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
 pub(crate) fn choice(
     gpu: &Gpu,
     ctx: &Context,
     [tokens, experts, capacity]: [u32; 3],
-) -> Result<Step, String> {
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let r = fill(SCORES, tokens * experts, 1.0);
     let (r_in, offsets, take) = (gpu.upload(&r), gpu.upload(&[0, tokens]), gpu.upload(&[capacity]));
@@ -43,7 +43,7 @@ pub(crate) fn grouped_matmul(
     gpu: &Gpu,
     ctx: &Context,
     weight_type: WeightType,
-) -> Result<Step, String> {
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let [experts, rows, depth, columns] = OP2;
     let tokens = experts * rows;
@@ -61,8 +61,8 @@ pub(crate) fn grouped_matmul(
     }
     let x_in = gpu.upload(&x);
     let out = gpu.upload(&vec![f32::NAN; (tokens * columns) as usize]);
-    let op = GroupedMatmul::new(ctx, &shape, Stage::Down, Class::Tile).map_err(say)?;
-    let mut step = Step::default();
+    let op = GroupedMatmul::new(ctx, &shape, Stage::Down, ItemKind::Tile).map_err(say)?;
+    let mut step = BoundOp::default();
     for page in 0..weights.page_counts()[1] {
         let args = Args {
             x: (&x_in).into(),

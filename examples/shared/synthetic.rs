@@ -2,7 +2,7 @@
 use half::bf16;
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
-use wgmoe::Settings;
+use wgmoe::LayerConfig;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
@@ -12,8 +12,8 @@ pub(crate) const RHO: f32 = 0.6;
 
 /// A router `[E, D]` that makes of hidden states of which value 0 is 1 and the others are standard normal the logits
 /// `2 z - 3`, z standard normal and correlated as the hidden states are.
-pub(crate) fn router(rng: &mut StdRng, settings: &Settings) -> Vec<f32> {
-    let Settings { hidden, experts, .. } = *settings;
+pub(crate) fn router(rng: &mut StdRng, settings: &LayerConfig) -> Vec<f32> {
+    let LayerConfig { hidden, experts, .. } = *settings;
     let deviation = 2.0 / (hidden as f32).sqrt();
     let mut router: Vec<f32> =
         (0..experts * hidden).map(|_| deviation * rng.sample::<f32, _>(StandardNormal)).collect();
@@ -23,7 +23,7 @@ pub(crate) fn router(rng: &mut StdRng, settings: &Settings) -> Vec<f32> {
 
 /// Expert weights in bf16: windows of two pools, so that a layer of gigabytes takes megabytes here.
 pub(crate) struct Experts {
-    settings: Settings,
+    settings: LayerConfig,
     inner: Vec<bf16>,
     outer: Vec<bf16>,
 }
@@ -32,8 +32,8 @@ pub(crate) struct Experts {
 const STRIDE: usize = 1009;
 
 impl Experts {
-    pub(crate) fn new(rng: &mut StdRng, settings: Settings) -> Self {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = settings;
+    pub(crate) fn new(rng: &mut StdRng, settings: LayerConfig) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
         let count =
             (hidden * intermediate) as usize + 3 * (experts + shared_experts) as usize * STRIDE;
         let mut pool = |width: u32| -> Vec<bf16> {

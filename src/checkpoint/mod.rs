@@ -443,7 +443,7 @@ fn same(shape: &[usize], want: &[u32]) -> bool {
     shape.len() == want.len() && shape.iter().zip(want).all(|(&n, &w)| n as u64 == u64::from(w))
 }
 
-/// A matrix of a tensor, `from` values behind its beginning; borrowed as plain numbers where it lies as such.
+/// A matrix of a tensor, `from` values behind its beginning.
 fn view<'a>(
     tensor: &Tensor<'a>,
     name: &str,
@@ -454,13 +454,6 @@ fn view<'a>(
     let weight_type = tensor.weight_type(name)?;
     let bytes =
         usize::try_from(from * weight_type.bytes()).ok().and_then(|at| tensor.bytes.get(at..));
-    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides)
-        .map_err(|e| failed(tensor.file, Some(name), e.to_string()))?;
-    let plain = view.contiguous().filter(|_| cfg!(target_endian = "little"));
-    let plain = plain.and_then(|bytes| match weight_type {
-        WeightType::F32 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F32),
-        WeightType::F16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F16),
-        WeightType::Bf16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::Bf16),
-    });
-    Ok(plain.unwrap_or(HostWeights::View(view)))
+    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides);
+    view.map(HostWeights::View).map_err(|e| failed(tensor.file, Some(name), e.to_string()))
 }

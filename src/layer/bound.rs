@@ -1,13 +1,13 @@
 //! Layers bound to a batch.
 use crate::device::Tensor;
 use crate::plan::Stats;
-use crate::{Context, Dispatch, PlanShape, Result, Slice, Step};
+use crate::{Context, Dispatch, PlanShape, Result, Slice, BoundOp};
 
 /// A layer bound to a batch. Recording it makes nothing; what the bound buffers hold is read when the
 /// work runs.
 #[derive(Clone, Debug)]
 pub struct BoundLayer {
-    parts: Vec<Step>,
+    parts: Vec<BoundOp>,
     stats: Tensor,
     routed: Option<Routed>,
 }
@@ -51,12 +51,12 @@ impl BoundLayer {
         Ok(Self { parts: vec![], stats, routed: None })
     }
 
-    pub(crate) fn new(parts: Vec<Step>, stats: Tensor, routed: Routed) -> Self {
+    pub(crate) fn new(parts: Vec<BoundOp>, stats: Tensor, routed: Routed) -> Self {
         Self { parts, stats, routed: Some(routed) }
     }
 
     /// Adds what follows.
-    pub(crate) fn extend(&mut self, parts: impl IntoIterator<Item = Step>) {
+    pub(crate) fn extend(&mut self, parts: impl IntoIterator<Item = BoundOp>) {
         self.parts.extend(parts);
     }
 
@@ -78,7 +78,7 @@ impl BoundLayer {
 
     /// The dispatches, in order.
     pub fn dispatches(&self) -> impl Iterator<Item = &Dispatch> {
-        self.parts.iter().flat_map(Step::dispatches)
+        self.parts.iter().flat_map(BoundOp::dispatches)
     }
 
     /// What the layer did, `[8 + E]` u32 ([`Stats::from_words`]); there after it ran.

@@ -56,7 +56,7 @@ use super::scratch::Scratch;
 use crate::device::guard::{alive, scoped};
 use crate::device::wait::{Wait, signal};
 use crate::plan::Stats;
-use crate::{Context, Error, Result, Slice, Step};
+use crate::{Context, Error, Result, Slice, BoundOp};
 use std::sync::Arc;
 
 /// A layer with only some of its experts on the device.
@@ -274,8 +274,8 @@ impl CachedLayer {
 pub struct BoundCached {
     routing: BoundLayer,
     /// The matmuls over the pages, for the experts that the places name.
-    round: Vec<Step>,
-    combine: Vec<Step>,
+    round: Vec<BoundOp>,
+    combine: Vec<BoundOp>,
     readback: wgpu::Buffer,
     places: wgpu::Buffer,
     union: Vec<u32>,

@@ -4,7 +4,7 @@ use super::scratch::Scratch;
 use crate::device::Tensor;
 use crate::ops::{block_choice, capacity, coreset, expert_choice, sequence_top, token_choice};
 use crate::routing::{self, Routing};
-use crate::{Context, Error, Result, Slice, Step};
+use crate::{Context, Error, Result, Slice, BoundOp};
 
 /// A rule with its kernels.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub(super) struct Values<'a> {
 /// What a choice made beside the bit set.
 #[derive(Default)]
 pub(super) struct Chosen<'a> {
-    pub(super) parts: Vec<Step>,
+    pub(super) parts: Vec<BoundOp>,
     pub(super) coreset: Option<Tensor>,
     /// The caller's offsets, whose clamped ones are counted.
     pub(super) offsets: Option<Slice<'a>>,
@@ -254,7 +254,7 @@ impl Election {
             let args = block_choice::Args {
                 r,
                 offsets: blocks.offsets,
-                marks: blocks.voters,
+                voters: blocks.voters,
                 assigned,
                 members: members.slice(),
             };
@@ -271,7 +271,7 @@ impl Election {
             r,
             own: self.own.as_ref().map(|_| assigned),
             offsets: blocks.offsets,
-            marks: blocks.voters,
+            voters: blocks.voters,
             members: members.slice(),
             block_of: block_of.slice(),
         };

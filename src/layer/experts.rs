@@ -8,7 +8,7 @@ use crate::ops::gather::{Gather, WindowArgs};
 use crate::ops::grouped_matmul::{self, GroupedMatmul, Rows, SlotRows, Stage};
 use crate::routing::Activation;
 use crate::weights::{ExpertWeights, PANEL};
-use crate::{Context, Error, PlanShape, Result, Slice, Step};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -39,9 +39,9 @@ pub(super) struct InOut<'a> {
 
 /// The dispatches that follow a plan.
 pub(super) struct ExpertSteps {
-    pub(super) gate_up: Vec<Step>,
+    pub(super) gate_up: Vec<BoundOp>,
     /// The second matmul of each stretch of columns, and what combines it into `out`.
-    pub(super) down: Vec<(Vec<Step>, Vec<Step>)>,
+    pub(super) down: Vec<(Vec<BoundOp>, Vec<BoundOp>)>,
 }
 
 /// A plan, and the experts that the weights hold: what the stretches below have in common.
@@ -123,7 +123,7 @@ impl Experts {
         planned: &Planned<'_>,
         x: Slice<'_>,
         scratch: &Scratch,
-    ) -> Result<(Vec<Step>, Vec<(Range<u32>, Tensor)>)> {
+    ) -> Result<(Vec<BoundOp>, Vec<(Range<u32>, Tensor)>)> {
         let &Planned { shape, plan, places } = planned;
         let [intermediate, hidden] = self.weights.shape().gate_up_matrix();
         let slots = shape.slots()?;
@@ -178,7 +178,7 @@ impl Experts {
         stretches: &[(Range<u32>, Tensor)],
         in_out: InOut<'_>,
         scratch: &Scratch,
-    ) -> Result<Vec<(Vec<Step>, Vec<Step>)>> {
+    ) -> Result<Vec<(Vec<BoundOp>, Vec<BoundOp>)>> {
         let &Planned { shape, plan, places } = planned;
         let hidden = self.weights.shape().hidden;
         let out_windows = windows(&self.ctx, "out", shape.tokens, hidden)?;

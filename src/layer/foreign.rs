@@ -9,9 +9,9 @@ use crate::error::not_zero;
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
 use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
-use crate::ops::plan_scan::Losses;
+use crate::ops::plan_scan::Lost;
 use crate::routing::few_experts;
-use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, Step};
+use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, BoundOp};
 use std::sync::Arc;
 
 /// The second half of a layer, for engines with a router of their own: plan, experts, shared experts
@@ -107,8 +107,8 @@ impl MoeExperts {
         let tensors = PlanTensors::new(&scratch, shape)?;
         let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
         let mut parts = vec![assign];
-        let losses = Losses { counts: ignored.slice(), dropped: 0, ignored: count };
-        parts.extend(self.kernels.planning.bind(&tensors.args(None, None), Some(losses))?);
+        let lost = Lost { counts: ignored.slice(), dropped: 0, ignored: count };
+        parts.extend(self.kernels.planning.bind(&tensors.args(None, None), Some(lost))?);
         let (stats, routed) = tensors.routed(None, None);
         let mut bound = BoundLayer::new(parts, stats, routed);
         self.experts.extend(&mut bound, in_out, &scratch)?;
@@ -122,7 +122,7 @@ impl MoeExperts {
         assignments: Assignments<'_>,
         tensors: &PlanTensors,
         scratch: &Scratch,
-    ) -> Result<(Step, Tensor, u32)> {
+    ) -> Result<(BoundOp, Tensor, u32)> {
         let PlanShape { tokens, experts, .. } = tensors.shape;
         let (assigned, gates) = (tensors.assigned.slice(), tensors.gates.slice());
         match assignments {

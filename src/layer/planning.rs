@@ -6,9 +6,9 @@ use crate::ops::block_plan::{self, BlockPlan};
 use crate::ops::expert_choice::{DropArgs, ExpertChoice};
 use crate::ops::plan_count::{self, Gates, PlanCount};
 use crate::ops::plan_fill::{self, PlanFill};
-use crate::ops::plan_scan::{self, Losses, PlanScan};
+use crate::ops::plan_scan::{self, Lost, PlanScan};
 use crate::plan::bits;
-use crate::{Context, PlanShape, Result, Slice, Step};
+use crate::{Context, PlanShape, Result, Slice, BoundOp};
 
 /// The kernels of a plan.
 #[derive(Debug)]
@@ -46,14 +46,14 @@ impl Planning {
         })
     }
 
-    /// The plan of a bit set. `losses` are counted by the kernels before.
+    /// The plan of a bit set. `lost` are counted by the kernels before.
     pub(super) fn bind(
         &self,
         args: &PlanArgs<'_>,
-        losses: Option<Losses<'_>>,
-    ) -> Result<Vec<Step>> {
+        lost: Option<Lost<'_>>,
+    ) -> Result<Vec<BoundOp>> {
         match args.gates {
-            Some(gates) if losses.is_none() && args.shape.tokens <= block_plan::MAX_TOKENS => {
+            Some(gates) if lost.is_none() && args.shape.tokens <= block_plan::MAX_TOKENS => {
                 let args_of_block = block_plan::Args {
                     assigned: args.assigned.slice(),
                     gates,
@@ -65,7 +65,7 @@ impl Planning {
             }
             _ => {
                 let mut parts = vec![self.count(args, args.gates)?];
-                parts.extend(self.lists(args, losses)?);
+                parts.extend(self.lists(args, lost)?);
                 Ok(parts)
             }
         }
@@ -79,7 +79,7 @@ impl Planning {
         drop: &ExpertChoice,
         capacity: u32,
         scratch: &Scratch,
-    ) -> Result<Vec<Step>> {
+    ) -> Result<Vec<BoundOp>> {
         let PlanShape { tokens, experts, .. } = *args.shape;
         let dropped = scratch.get("dropped", u64::from(experts) * 4)?;
         let offsets = Tensor::new(&self.ctx, "offsets", &[0, tokens])?;
@@ -91,25 +91,25 @@ impl Planning {
             assigned: args.assigned.slice(),
             dropped: dropped.slice(),
         };
-        let losses = Losses { counts: dropped.slice(), dropped: experts, ignored: 0 };
+        let lost = Lost { counts: dropped.slice(), dropped: experts, ignored: 0 };
         let mut parts = vec![
             self.count(args, args.gates)?,
             drop.bind_drop(tokens, experts, drop_args)?,
             self.count(args, None)?,
         ];
-        parts.extend(self.lists(args, Some(losses))?);
+        parts.extend(self.lists(args, Some(lost))?);
         Ok(parts)
     }
 
-    fn count(&self, args: &PlanArgs<'_>, gates: Option<Gates<'_>>) -> Result<Step> {
+    fn count(&self, args: &PlanArgs<'_>, gates: Option<Gates<'_>>) -> Result<BoundOp> {
         let (assigned, plan) = (args.assigned.slice(), args.plan.slice());
         self.count.bind(args.shape, plan_count::Args { assigned, gates, plan })
     }
 
     /// Offsets, items, statistics and lists, from counts.
-    fn lists(&self, args: &PlanArgs<'_>, losses: Option<Losses<'_>>) -> Result<[Step; 2]> {
+    fn lists(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<[BoundOp; 2]> {
         let (plan, stats) = (args.plan.slice(), args.stats.slice());
-        let scan = plan_scan::Args { losses, offsets: args.offsets, plan, stats };
+        let scan = plan_scan::Args { lost, offsets: args.offsets, plan, stats };
         let (assigned, gates) = (args.assigned.slice(), args.gate_values.slice());
         Ok([
             self.scan.bind(args.shape, scan)?,

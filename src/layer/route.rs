@@ -13,7 +13,7 @@ use crate::ops::logits::{self, Logits};
 use crate::ops::plan_count::{Gates, Scales};
 use crate::ops::scores::{self, Scores};
 use crate::routing::GateRule;
-use crate::{Context, PlanShape, Result, Step};
+use crate::{Context, PlanShape, Result, BoundOp};
 use std::sync::Arc;
 
 /// The first half of a layer, for engines that run the experts themselves: router, choice and plan.
@@ -135,7 +135,7 @@ impl MoeRouting {
     }
 
     /// Logits, and scores where the rule needs them.
-    fn bind_router(&self, batch: &Batch<'_>, scratch: &Scratch) -> Result<(Vec<Step>, Selection)> {
+    fn bind_router(&self, batch: &Batch<'_>, scratch: &Scratch) -> Result<(Vec<BoundOp>, Selection)> {
         let LayerConfig { hidden, experts, routing, .. } = self.config;
         let tokens = batch.tokens;
         let pairs = u64::from(tokens) * u64::from(experts) * 4;

@@ -32,13 +32,13 @@ pub struct HostSequences<'a> {
     pub capacity: &'a [u32],
 }
 
-/// Blocks on the host: offsets `[n + 1]`, marks `[T]`.
+/// Blocks on the host: offsets `[n + 1]`, voters `[T]`.
 #[derive(Clone, Copy, Debug)]
 pub struct HostBlocks<'a> {
     /// Token ranges.
     pub offsets: &'a [u32],
     /// Tokens with 0 have no say.
-    pub marks: Option<&'a [u32]>,
+    pub voters: Option<&'a [u32]>,
 }
 
 /// What a batch brings of its own, on the host; as in [`Batch`] where absent.
@@ -92,13 +92,13 @@ pub fn cpu_routing(
         Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
             let ends: Vec<u32> =
                 (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect();
-            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, marks: None });
+            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
             let own = rule
                 .own_top(top)
                 .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
             let own = own.unwrap_or_default();
             let (members, block_of) =
-                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.marks);
+                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.voters);
             let eligible = |t: usize, e: usize| {
                 let row = block_of[t] as usize * experts.div_ceil(32);
                 block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1

@@ -6,7 +6,7 @@ use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{BlockRule, mass_units};
-use crate::{Context, Error, Result, Slice, Step, Target};
+use crate::{Context, Error, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/coreset.wgsl`.
@@ -18,7 +18,7 @@ pub const SPEC: Spec = Spec {
         read("r", 4),
         read("own", 4),
         read("offsets", 8),
-        read("marks", 4),
+        read("voters", 4),
         write("members", 4),
         write("block_of", 4),
     ],
@@ -31,7 +31,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_marks: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
@@ -42,9 +42,9 @@ pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 /// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
 pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
     match target {
-        Target::Gpu => 256,
-        Target::Cpu if experts > 256 => 32,
-        Target::Cpu => 8,
+        Target::Wide => 256,
+        Target::Serial if experts > 256 => 32,
+        Target::Serial => 8,
     }
 }
 
@@ -88,7 +88,7 @@ pub fn vote(r: f32) -> i64 {
 
 /// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `r` is
 /// `[tokens, experts]`; `own` the bit set `[experts, ceil(tokens / 32)]` of each token's own choice over all experts, of
-/// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `marks` `[tokens]`.
+/// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `voters` `[tokens]`.
 ///
 /// # Panics
 ///
@@ -99,7 +99,7 @@ pub fn cpu(
     experts: usize,
     own: &[u32],
     offsets: &[u32],
-    marks: Option<&[u32]>,
+    voters: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
     let tokens = r.len() / experts;
     let mut members = vec![];
@@ -109,7 +109,7 @@ pub fn cpu(
         let voters: Vec<usize> = range
             .clone()
             .take(MAX_BLOCK as usize)
-            .filter(|&t| marks.is_none_or(|m| m[t] != 0))
+            .filter(|&t| voters.is_none_or(|m| m[t] != 0))
             .collect();
         let chosen: Vec<usize> = if range.is_empty() {
             vec![]
@@ -211,7 +211,7 @@ pub struct Args<'a> {
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, and a block where no token has one elects all experts (TEAM); all
     /// have one where absent.
-    pub marks: Option<Slice<'a>>,
+    pub voters: Option<Slice<'a>>,
     /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
     pub members: Slice<'a>,
     /// `[tokens]` u32, written whole: block of each token, `u32::MAX` for tokens outside all blocks.
@@ -246,12 +246,12 @@ impl Coreset {
     /// # Errors
     ///
     /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, blocks } = dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
@@ -263,17 +263,17 @@ impl Coreset {
                 format!("{:?} needs each token's own choice", self.rule),
             ));
         }
-        if let Some(marks) = args.marks {
-            marks.expect("marks", &[tokens.into()], 4)?;
+        if let Some(voters) = args.voters {
+            voters.expect("voters", &[tokens.into()], 4)?;
         }
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.block_of.expect("block_of", &[tokens.into()], 4)?;
         let (count, mass) = self.rule.count_and_mass();
         let params =
-            Params { tokens, experts, blocks, count, mass, has_marks: args.marks.is_some().into() };
+            Params { tokens, experts, blocks, count, mass, has_voters: args.voters.is_some().into() };
         let own = or_nothing(&self.ctx, args.own);
-        let marks = or_nothing(&self.ctx, args.marks);
-        let slices = [args.r, own, args.offsets, marks, args.members, args.block_of];
+        let voters = or_nothing(&self.ctx, args.voters);
+        let slices = [args.r, own, args.offsets, voters, args.members, args.block_of];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

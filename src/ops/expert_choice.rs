@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::{Context, Result, Slice, Step, Target};
+use crate::{Context, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/expert_choice.wgsl`.
@@ -215,7 +215,7 @@ impl ExpertChoice {
 
     /// The kernel for this many tokens and experts, and the experts of a workgroup.
     fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
-        if self.ctx.variant().target == Target::Gpu || tokens > SERIAL_TOKENS {
+        if self.ctx.variant().target == Target::Wide || tokens > SERIAL_TOKENS {
             return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
         }
         let features = self.ctx.device().features();
@@ -228,11 +228,11 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = dims;
         not_zero(&[("experts", experts), ("sequences", sequences)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
         args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
@@ -258,10 +258,10 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<Step> {
+    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<BoundOp> {
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
         args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;

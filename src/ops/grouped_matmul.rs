@@ -10,7 +10,7 @@ use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -47,14 +47,14 @@ pub(crate) enum Layout {
 
 /// Rows per item: which list of the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Class {
+pub(crate) enum ItemKind {
     /// Items of at most [`SKINNY_ROWS`] rows.
     Skinny,
     /// Items of up to [`tile_rows`] rows.
     Tile,
 }
 
-impl Class {
+impl ItemKind {
     fn name(self) -> &'static str {
         match self {
             Self::Skinny => "skinny",
@@ -69,14 +69,14 @@ pub const SKINNY_ROWS: u32 = 8;
 /// Most rows of a tile item on this context's device.
 pub fn tile_rows(ctx: &Context) -> u32 {
     match ctx.variant().target {
-        Target::Cpu => super::matmul_register::TILE_ROWS,
-        Target::Gpu => super::matmul_tile::TILE_ROWS,
+        Target::Serial => super::matmul_register::TILE_ROWS,
+        Target::Wide => super::matmul_tile::TILE_ROWS,
     }
 }
 
 /// What is known of a matmul when its kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Problem {
+pub(crate) struct Specialization {
     /// The activation that joins two matrices; none: one matrix.
     pub(crate) activation: Option<Activation>,
     /// Rows of `x` are tokens of the slots, not slots.
@@ -89,17 +89,17 @@ pub(crate) struct Problem {
     pub(crate) depth_lanes: u32,
     /// Whether the columns are a multiple of 4, so that four of a row of `out` are one aligned store.
     pub(crate) quad_columns: bool,
-    pub(crate) class: Class,
+    pub(crate) kind: ItemKind,
 }
 
-impl Problem {
+impl Specialization {
     /// Every combination that some layer uses.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![];
         for depth_lanes in [1, 4, 8] {
-            for class in [Class::Skinny, Class::Tile] {
+            for kind in [ItemKind::Skinny, ItemKind::Tile] {
                 let quad_columns = depth_lanes != 1;
-                for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+                for &weight_type in WeightType::ALL {
                     for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
                         // The activation is a piece of its own: once is enough.
                         if activation == Some(Activation::Gelu)
@@ -115,7 +115,7 @@ impl Problem {
                             layout: Layout::Packed,
                             depth_lanes,
                             quad_columns,
-                            class,
+                            kind,
                         });
                     }
                 }
@@ -127,7 +127,7 @@ impl Problem {
                     layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                     depth_lanes,
                     quad_columns,
-                    class,
+                    kind,
                 });
             }
         }
@@ -135,7 +135,7 @@ impl Problem {
     }
 
     pub(crate) fn label(&self) -> String {
-        let rows = if self.class == Class::Skinny { "skinny" } else { "tile" };
+        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
         let what = match self.activation {
             None => "plain",
             Some(Activation::Silu) => "silu",
@@ -157,22 +157,22 @@ impl Problem {
 
     /// Rows of an item of the register kernel.
     pub(crate) fn rows(&self) -> u32 {
-        if self.class == Class::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
+        if self.kind == ItemKind::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
     }
 
     pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => {
+        match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => {
                 let features = super::matmul_register::Features::of(ctx);
                 ctx.kernel(
                     &super::matmul_register::SPEC,
                     super::matmul_register::prelude(self, features),
                 )
             }
-            (Target::Gpu, Class::Skinny) => {
+            (Target::Wide, ItemKind::Skinny) => {
                 ctx.kernel(&super::matmul_skinny::SPEC, super::matmul_skinny::prelude(self))
             }
-            (Target::Gpu, Class::Tile) => {
+            (Target::Wide, ItemKind::Tile) => {
                 ctx.kernel(&super::matmul_tile::SPEC, super::matmul_tile::prelude(self))
             }
         }
@@ -180,13 +180,13 @@ impl Problem {
 
     /// Workgroups for so many items, completing the parameters.
     pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let [width, height] = match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => super::matmul_register::group_tile(self),
-            (Target::Gpu, Class::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
-            (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
+        let [width, height] = match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => super::matmul_register::group_tile(self),
+            (Target::Wide, ItemKind::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
+            (Target::Wide, ItemKind::Tile) => [super::matmul_tile::tile_columns(self), 1],
         };
         params.item_groups = items.div_ceil(height);
-        if ctx.variant().target == Target::Cpu {
+        if ctx.variant().target == Target::Serial {
             params.item_step = super::matmul_register::item_step(params.item_groups);
         }
         let across = (params.column_end - params.column_begin).div_ceil(width);
@@ -276,7 +276,7 @@ pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
     /// By kind of item.
-    kernels: [(Problem, Arc<Kernel>); 2],
+    kernels: [(Specialization, Arc<Kernel>); 2],
 }
 
 /// What one page contributes to a matmul.
@@ -299,8 +299,8 @@ impl GroupedMatmul {
             Stage::Down => (None, Projection::Down),
         };
         let [columns, depth] = shape.matrix(projection);
-        let make = |class| {
-            let problem = Problem {
+        let make = |kind| {
+            let problem = Specialization {
                 activation,
                 gather: activation.is_some(),
                 dense: false,
@@ -308,11 +308,11 @@ impl GroupedMatmul {
                 layout: Layout::Packed,
                 depth_lanes: depth_lanes(depth),
                 quad_columns: columns.is_multiple_of(4),
-                class,
+                kind,
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
-        let kernels = [make(Class::Skinny)?, make(Class::Tile)?];
+        let kernels = [make(ItemKind::Skinny)?, make(ItemKind::Tile)?];
         Ok(Self { ctx: ctx.clone(), stage, kernels })
     }
 
@@ -322,7 +322,7 @@ impl GroupedMatmul {
     ///
     /// As [`PlanShape::sections`], weights of other experts than the plan's, columns outside the
     /// matrix, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, shape: &PlanShape, args: &Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: &Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         self.check(shape, &at, args)?;
         let pages = match self.stage {
@@ -331,7 +331,7 @@ impl GroupedMatmul {
         };
         // Few tokens make no tile.
         let kinds = if shape.tokens <= SKINNY_ROWS { 1 } else { 2 };
-        let mut step = Step::default();
+        let mut step = BoundOp::default();
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };
             for kernel in &self.kernels[..kinds] {
@@ -379,14 +379,14 @@ impl GroupedMatmul {
         shape: &PlanShape,
         args: &Args<'_>,
         of: &PageOf<'_>,
-        (problem, kernel): &(Problem, Arc<Kernel>),
-    ) -> Result<Step> {
+        (problem, kernel): &(Specialization, Arc<Kernel>),
+    ) -> Result<BoundOp> {
         let PageOf { at, page, .. } = *of;
         // What the page and the output have in common.
         let begin = args.columns.start.max(page.columns.start);
         let end = args.columns.end.min(page.columns.end);
         if begin >= end || args.slots.start >= args.slots.end {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let out_stride = args.columns.end - args.columns.start;
         let [_, depth] = args.weights.shape().matrix(match self.stage {
@@ -396,13 +396,13 @@ impl GroupedMatmul {
         // Experts of the plan that the page can hold.
         let all = 0..shape.all_experts();
         let experts = if args.places.is_some() { all } else { page.experts.clone() };
-        let (items, item_offsets, bound) = match problem.class {
+        let (items, item_offsets, bound) = match problem.kind {
             // What an expert has left: at most one item each.
-            Class::Skinny => {
+            ItemKind::Skinny => {
                 let most = shape.skinny()?.min(experts.end - experts.start);
                 (at.skinny_items, at.skinny_offsets, most)
             }
-            Class::Tile => (at.tile_items, at.tile_offsets, shape.tiles()?),
+            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tiles()?),
         };
         let (x, x_slot, token_of) = match args.x {
             // Kernels without a gather read a row a slot.
@@ -436,7 +436,7 @@ impl GroupedMatmul {
         let kernel = if ends.iter().all(|n| n % 4 == 0) || !problem.quad_columns {
             kernel.clone()
         } else {
-            Problem { quad_columns: false, ..*problem }.kernel(&self.ctx)?
+            Specialization { quad_columns: false, ..*problem }.kernel(&self.ctx)?
         };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
@@ -448,7 +448,7 @@ impl GroupedMatmul {
             Stage::Down => "down",
         };
         let dispatch = kernel.dispatch(&self.ctx, &params, &slices, groups)?;
-        Ok(dispatch.of_stage(stage).of_page(problem.class.name(), of.index, of.pages).into())
+        Ok(dispatch.of_stage(stage).of_page(problem.kind.name(), of.index, of.pages).into())
     }
 }
 

@@ -1,11 +1,11 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
 use super::grouped_matmul::{
-    Class, Layout, Params, Problem, SKINNY_ROWS, cpu_row, depth_lanes, tile_rows,
+    ItemKind, Layout, Params, Specialization, SKINNY_ROWS, cpu_row, depth_lanes, tile_rows,
 };
 use super::not_zero;
 use crate::device::Kernel;
 use crate::weights::WeightType;
-use crate::{Context, Error, Result, Slice, Step};
+use crate::{Context, Error, Result, Slice, BoundOp};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -26,8 +26,8 @@ pub struct Logits {
     ctx: Context,
     hidden: u32,
     experts: u32,
-    skinny: (Problem, Arc<Kernel>),
-    tile: (Problem, Arc<Kernel>),
+    skinny: (Specialization, Arc<Kernel>),
+    tile: (Specialization, Arc<Kernel>),
 }
 
 impl Logits {
@@ -39,8 +39,8 @@ impl Logits {
     pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
         let depth_lanes = depth_lanes(hidden);
-        let make = |class| {
-            let problem = Problem {
+        let make = |kind| {
+            let problem = Specialization {
                 activation: None,
                 gather: false,
                 dense: true,
@@ -48,7 +48,7 @@ impl Logits {
                 layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                 depth_lanes,
                 quad_columns: experts.is_multiple_of(4),
-                class,
+                kind,
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
@@ -56,8 +56,8 @@ impl Logits {
             ctx: ctx.clone(),
             hidden,
             experts,
-            skinny: make(Class::Skinny)?,
-            tile: make(Class::Tile)?,
+            skinny: make(ItemKind::Skinny)?,
+            tile: make(ItemKind::Tile)?,
         })
     }
 
@@ -66,15 +66,15 @@ impl Logits {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<BoundOp> {
         self.bind_rows(tokens, 0..tokens, args)
     }
 
     /// The same for some of the rows, which alone are `args.x`.
-    pub(crate) fn bind_rows(&self, tokens: u32, of: Range<u32>, args: Args<'_>) -> Result<Step> {
+    pub(crate) fn bind_rows(&self, tokens: u32, of: Range<u32>, args: Args<'_>) -> Result<BoundOp> {
         let rows = of.end - of.start;
         if rows == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
         args.x.expect("x", &[rows.into(), hidden.into()], 4)?;

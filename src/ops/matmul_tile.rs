@@ -1,5 +1,5 @@
 //! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, Class, Params, Problem};
+use super::grouped_matmul::{BINDINGS, ItemKind, Params, Specialization};
 use super::matmul_pieces as pieces;
 use crate::device::shader::{Prelude, Spec, piece};
 
@@ -9,18 +9,18 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/matmul_tile.wgsl"),
     params: Params::FIELDS,
     bindings: BINDINGS,
-    variants: || Problem::all().iter().filter(|p| p.class == Class::Tile).map(prelude).collect(),
+    variants: || Specialization::all().iter().filter(|p| p.kind == ItemKind::Tile).map(prelude).collect(),
 };
 
 /// Rows of an item. 64 rows give 80 % multiply-adds in the loop on AMD's compiler; 32 keep more waves.
 pub(crate) const TILE_ROWS: u32 = 64;
 
 /// Columns that one workgroup makes.
-pub(crate) fn tile_columns(problem: &Problem) -> u32 {
+pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
     if problem.activation.is_some() { 64 } else { 128 }
 }
 
-pub(crate) fn prelude(problem: &Problem) -> Prelude {
+pub(crate) fn prelude(problem: &Specialization) -> Prelude {
     let aligned = problem.depth_lanes.is_multiple_of(4) && problem.quad_columns;
     problem
         .constants(Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS))

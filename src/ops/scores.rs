@@ -4,7 +4,7 @@ use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::Score;
-use crate::{Context, Result, Slice, Step, Target, Variant};
+use crate::{Context, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/scores.wgsl`.
@@ -14,7 +14,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("logits", 4), read("bias", 4), write("s", 4), write("r", 4)],
     variants: || {
-        [(Target::Gpu, false), (Target::Gpu, true), (Target::Cpu, false)]
+        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
             .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
             .into()
     },
@@ -24,15 +24,15 @@ params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u
 
 fn prelude(variant: Variant) -> Prelude {
     let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Cpu, _) => ("one lane a row", [8, 1], piece!("common/reduce_serial")),
-        (Target::Gpu, false) => {
+        (Target::Serial, _) => ("one lane a row", [8, 1], piece!("common/reduce_serial")),
+        (Target::Wide, false) => {
             ("workgroup reductions", [64, 64], piece!("common/reduce_workgroup"))
         }
-        (Target::Gpu, true) => {
+        (Target::Wide, true) => {
             ("subgroup reductions", [128, 128], piece!("common/reduce_subgroup"))
         }
     };
-    let subgroups = variant.subgroups && variant.target == Target::Gpu;
+    let subgroups = variant.subgroups && variant.target == Target::Wide;
     Prelude::new(label)
         .needs(if subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() })
         .constant("WG", wg)
@@ -135,11 +135,11 @@ impl Scores {
         score: Score,
         from_logits: bool,
         args: Args<'_>,
-    ) -> Result<Step> {
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts } = dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let shape = [tokens.into(), experts.into()];
         args.logits.expect("logits", &shape, 4)?;
@@ -155,7 +155,7 @@ impl Scores {
             from_logits: u32::from(from_logits),
             has_bias: u32::from(args.bias.is_some()),
         };
-        let rows = if self.ctx.variant().target == Target::Cpu { 8 } else { 1 };
+        let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
         let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.s, args.r];
         Ok(self
             .kernel

@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::{Context, Error, Result, Slice, Step, Target};
+use crate::{Context, Error, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/sequence_top.wgsl`.
@@ -14,13 +14,13 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/sequence_top.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("r", 4), read("offsets", 8), write("counts", 4), write("assigned", 4)],
-    variants: || [Target::Gpu, Target::Cpu].map(prelude).into(),
+    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
 };
 
 params! { tokens: u32, experts: u32, sequences: u32, top: u32, tile: u32, tiles: u32, round: u32 }
 
 fn lanes(target: Target) -> u32 {
-    if target == Target::Cpu { 32 } else { 256 }
+    if target == Target::Serial { 32 } else { 256 }
 }
 
 fn prelude(target: Target) -> Prelude {
@@ -106,7 +106,7 @@ impl SequenceTop {
     /// # Errors
     ///
     /// Zero sequences, zero or too many experts, `top` of 0 or above `experts`, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences, top } = dims;
         few_experts(experts)?;
         not_zero(&[("sequences", sequences), ("top", top)])?;
@@ -114,7 +114,7 @@ impl SequenceTop {
             return Err(Error::invalid("top", format!("{top} of {experts} experts")));
         }
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
@@ -123,7 +123,7 @@ impl SequenceTop {
         let tiles = tokens.div_ceil(tile);
         let pieces = u64::from(tiles) + u64::from(sequences);
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;
-        let mut step = Step::default();
+        let mut step = BoundOp::default();
         for round in 0..5 {
             let params = Params { tokens, experts, sequences, top, tile, tiles, round };
             let slices = [args.r, args.offsets, (&counts).into(), args.assigned];

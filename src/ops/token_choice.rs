@@ -6,7 +6,7 @@ use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
@@ -17,7 +17,7 @@ pub const SPEC: Spec = Spec {
     bindings: &[read("r", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
+        for target in [Target::Wide, Target::Serial] {
             for list in [4, 8, 16] {
                 for groups in [1, 32] {
                     all.push(prelude(Variant { target, subgroups: false }, list, groups));
@@ -37,8 +37,8 @@ pub(crate) fn list_of(top: u32) -> u32 {
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
     let (label, lanes) = match variant.target {
-        Target::Gpu => ("eight lanes a token", 8),
-        Target::Cpu => ("one lane a token", 1),
+        Target::Wide => ("eight lanes a token", 8),
+        Target::Serial => ("one lane a token", 1),
     };
     let label =
         format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
@@ -186,10 +186,10 @@ impl TokenChoice {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<BoundOp> {
         let Dims { experts, top, groups, .. } = self.dims;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;

@@ -18,7 +18,7 @@ fn capacities(
     lengths: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
     let sequences = offsets.len() - 1;
-    let upload_steps = |s: &Schedule| gpu.upload(&s.steps().unwrap().words());
+    let upload_steps = |s: &Schedule| gpu.upload(&s.staircase().unwrap().words());
     let (values, steps) = match source {
         HostSource::Ratios(schedule, ratios) => (gpu.upload(ratios), Some(upload_steps(schedule))),
         HostSource::Masked(schedule, masked) => (gpu.upload(masked), Some(upload_steps(schedule))),
@@ -78,7 +78,7 @@ fn thresholds_and_odd_ratios_are_exact() {
     for ctx in contexts(&gpu) {
         for schedule in schedules() {
             let mut ratios = odd_ratios();
-            let steps = schedule.steps().unwrap();
+            let steps = schedule.staircase().unwrap();
             // Every threshold of the plain schedules, one in seven of those with a thousand.
             let every = if steps.list().len() > 100 { 7 } else { 1 };
             for step in steps.list().iter().step_by(every) {
@@ -136,7 +136,7 @@ fn masked_counts_are_exact() {
         }
         // Lengths that only 32 bits hold: quotients at both sides of each threshold.
         for n in [u32::MAX, (1 << 31) + 1, (1 << 24) + 1, (1 << 25) - 1] {
-            for step in linear.steps().unwrap().list().iter().step_by(97) {
+            for step in linear.staircase().unwrap().list().iter().step_by(97) {
                 let at = (f64::from(step.first) * f64::from(n)) as u32;
                 for m in at.saturating_sub(1)..=at.saturating_add(2) {
                     let source = HostSource::Masked(&linear, &[m]);
@@ -222,7 +222,7 @@ fn capacities_of_odd_sizes() {
 fn slices_of_one_buffer() {
     let Some(gpu) = gpu() else { return };
     let schedule = Schedule::new(ScheduleKind::Cosine, 1, 9);
-    let words = schedule.steps().unwrap().words();
+    let words = schedule.staircase().unwrap().words();
     let ratios = [0.1f32, f32::NAN, 0.8];
     let offsets = [0u32, 1, 8, 520];
     // Five sections, aligned.
@@ -315,7 +315,7 @@ fn ragged_expert_choice_follows_the_ratios() {
     let steps_of_denoising = [[1.0, f32::NAN, 0.9, 0.35, 0.5], [0.0, 1.5, 0.1, 0.9, 0.2]];
     for variant in Variant::all(&gpu.device) {
         let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
-        let steps = gpu.upload(&schedule.steps().unwrap().words());
+        let steps = gpu.upload(&schedule.staircase().unwrap().words());
         let [ratios, later] = steps_of_denoising.map(|ratios| gpu.upload(&ratios));
         let [offset_buffer, length_buffer] = [gpu.upload(&offsets), gpu.upload(&lengths)];
         let r_buffer = gpu.upload(&r);

@@ -1,8 +1,8 @@
 //! Seeded data, the GPU fixture and the comparison every parity test uses.
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor};
+use wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, LayerConfig, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
-use wgmoe::{Context, Error, Gpu, Slice, Step, Variant};
+use wgmoe::{Context, Error, Gpu, Slice, BoundOp, Variant};
 
 /// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One device serves all tests.
 pub(crate) fn gpu() -> Option<Gpu> {
@@ -77,7 +77,7 @@ impl Output {
 }
 
 /// Runs a step and waits.
-pub(crate) fn run(gpu: &Gpu, step: &Step) {
+pub(crate) fn run(gpu: &Gpu, step: &BoundOp) {
     gpu.run(step).expect("run");
 }
 
@@ -109,13 +109,13 @@ pub(crate) fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T],
 
 /// A layer of seeded weights, and the same on the host.
 pub(crate) struct Sample {
-    pub(crate) settings: Settings,
+    pub(crate) settings: LayerConfig,
     pub(crate) router: Vec<f32>,
     matrices: Vec<[Vec<f32>; 3]>,
 }
 
 impl Sample {
-    pub(crate) fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: LayerConfig) -> Self {
         let all = settings.experts + settings.shared_experts;
         let size = (settings.hidden * settings.intermediate) as usize;
         let matrix = |e: u32, p: u32| -> Vec<f32> {

@@ -34,7 +34,7 @@ fn bind(
     x: Slice<'_>,
     token_of: Slice<'_>,
     out: Slice<'_>,
-) -> wgmoe::Result<wgmoe::Step> {
+) -> wgmoe::Result<wgmoe::BoundOp> {
     let dims = gather::Dims { tokens: 4, slots: 2, hidden: 8 };
     Gather::new(ctx)?.bind(dims, gather::Args { x, token_of, out })
 }
@@ -269,7 +269,7 @@ fn sizes_at_the_end_of_32_bits() {
     let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
     let settings = models::find("llada2-mini").unwrap().settings;
-    let many = wgmoe::Settings { shared_experts: u32::MAX, ..settings };
+    let many = wgmoe::LayerConfig { shared_experts: u32::MAX, ..settings };
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }
 

@@ -270,7 +270,7 @@ impl Routing {
                     r: r.slice(),
                     own: k.map(|_| own.slice()),
                     offsets: (&offsets).into(),
-                    marks: None,
+                    voters: None,
                     members: members.slice(),
                     block_of: block_of.slice(),
                 };

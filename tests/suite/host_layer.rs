@@ -1,20 +1,20 @@
 //! A layer whose weights the host keeps, for tests that build it more than once.
 use crate::common::random;
-use wgmoe::layer::{MoeLayer, Router, Settings, Tensor};
+use wgmoe::layer::{MoeLayer, Router, LayerConfig, Tensor};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, WeightType};
 
 /// Seeded weights of every expert, shared ones included.
 #[derive(Clone)]
 pub(crate) struct HostLayer {
-    pub(crate) settings: Settings,
+    pub(crate) settings: LayerConfig,
     router: Vec<f32>,
     experts: Vec<[Vec<f32>; 3]>,
 }
 
 impl HostLayer {
-    pub(crate) fn new(settings: Settings) -> Self {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = settings;
+    pub(crate) fn new(settings: LayerConfig) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
         let size = (hidden * intermediate) as usize;
         let scale = 3.0 / (hidden as f32).sqrt();
         let matrix = |e, p| random(1000 + 3 * e + p, size).iter().map(|v| v * scale).collect();
@@ -28,7 +28,7 @@ impl HostLayer {
     }
 
     /// The same with a router whose logit of expert e is value e of the hidden state.
-    pub(crate) fn scripted(settings: Settings) -> Self {
+    pub(crate) fn scripted(settings: LayerConfig) -> Self {
         let width = settings.hidden as usize;
         let router = (0..settings.experts as usize * width)
             .map(|i| f32::from(i / width == i % width))

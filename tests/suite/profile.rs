@@ -1,7 +1,7 @@
 //! The profiling mode.
 use crate::common::{assert_same, gpu};
 use wgmoe::ops::gather::{Args, Dims, Gather};
-use wgmoe::{Context, Step};
+use wgmoe::{Context, BoundOp};
 
 /// More dispatches than a query set holds; they run in order, and each is named.
 #[test]
@@ -36,5 +36,5 @@ fn times_every_dispatch() {
             None => eprintln!("{count} dispatches: no timestamps that can be used"),
         }
     }
-    assert_eq!(gpu.profile(Step::default().dispatches()).unwrap().map_or(0, |t| t.len()), 0);
+    assert_eq!(gpu.profile(BoundOp::default().dispatches()).unwrap().map_or(0, |t| t.len()), 0);
 }
