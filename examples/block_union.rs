@@ -15,8 +15,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use svg::node::element::{Group, Rectangle, Style, Text};
 use wgmoe::layer::{
-    Batch, Blocks, HostBatch, HostBlocks, HostRouter, HostSequences, BoundLayer, MoeLayer, Router,
-    LayerConfig, Tensor, cpu_routing, cpu_token,
+    Batch, Blocks, BoundLayer, HostBatch, HostBlocks, HostRouter, HostSequences, LayerConfig,
+    MoeLayer, Router, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
@@ -24,7 +24,7 @@ use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Dispatch, Error, ExpertWeights, Gpu, BoundOp, WeightType, wgpu};
+use wgmoe::{BoundOp, Context, Dispatch, Error, ExpertWeights, Gpu, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;
@@ -698,7 +698,8 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings = LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings =
+        LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));

@@ -19,8 +19,8 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, BoundLayer, MoeLayer, Router, Scratch,
-    Sequences, LayerConfig, Tensor, cpu_routing, cpu_token,
+    Batch, BoundLayer, HostBatch, HostRouter, HostRouting, HostSequences, LayerConfig, MoeLayer,
+    Router, Scratch, Sequences, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
 use wgmoe::ops::{expert_choice, grouped_matmul};
@@ -31,7 +31,7 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Slice, BoundOp, WeightType, wgpu};
+use wgmoe::{Activation, BoundOp, Context, Error, ExpertWeights, Gpu, Slice, WeightType, wgpu};
 
 #[path = "shared/progress.rs"]
 mod progress;

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
-use wgmoe::layer::cached::{CacheOptions, CachedLayer, BoundCached, ExpertSource};
+use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer, ExpertSource};
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, Tensor};
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};

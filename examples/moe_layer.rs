@@ -15,8 +15,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Router, Sequences,
-    LayerConfig, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, LayerConfig, MoeLayer, Router,
+    Sequences, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::models::{self, MODELS};
 use wgmoe::ops::{combine, expert_choice, expert_union, grouped_matmul, scores};

@@ -1,6 +1,6 @@
 // One column of tokens at once: each token's own choice, the experts that each block elects, and the choice
 // inside them, as token_choice.wgsl, coreset.wgsl and token_choice.wgsl do one after the other.
-//   r [tokens, experts] f32, any value
+//   values [tokens, experts] f32, any value
 //   offsets [blocks + 1] u32, clamped; voters [tokens] u32 where has_voters
 //   assigned [experts] words of the bit set, written whole
 //   members [blocks, ceil(experts / 32)] bit set, written whole
@@ -23,7 +23,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> voters: array<u32>;
 @group(0) @binding(4) var<storage, read_write> assigned: array<u32>;

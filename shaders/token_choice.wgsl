@@ -1,10 +1,10 @@
-// assigned[e, t] = 1 for the `top` eligible experts of token t with the highest r; ties go to the lower
+// assigned[e, t] = 1 for the `top` eligible experts of token t with the highest values; ties go to the lower
 // expert
-//   r [tokens, experts] f32, any value; NaN ranks below -inf
+//   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   coreset [blocks, ceil(experts / 32)] bit set and block_of [tokens] u32, where blocks > 0: a token may
 //     have the experts of its block's coreset; block_of at least `blocks`: none
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
-// Groups (group_count > 1): a group's value is the sum of its two highest eligible r. Its experts stay
+// Groups (group_count > 1): a group's value is the sum of its two highest eligible values. Its experts stay
 // eligible if it is among the group_top best; with fewer than two eligible experts, never.
 // Grid: ceil(tokens / 32) groups; a group owns a column of words, LANES lanes work on a token.
 // Pieces: common/grid, common/keys, common/bits, choice/experts_of_token.
@@ -19,7 +19,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> coreset: array<u32>;
 @group(0) @binding(3) var<storage, read> block_of: array<u32>;
 @group(0) @binding(4) var<storage, read_write> assigned: array<u32>;

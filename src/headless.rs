@@ -1,6 +1,6 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
 use crate::layer::BoundLayer;
-use crate::{Error, Result, BoundOp};
+use crate::{BoundOp, Error, Result};
 
 /// A device and its queue, with the features our kernels can use where present.
 #[derive(Clone, Debug)]

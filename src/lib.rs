@@ -16,7 +16,7 @@ pub mod report;
 pub mod routing;
 pub mod weights;
 
-pub use device::{Context, Dispatch, Slice, BoundOp, Target, Variant};
+pub use device::{BoundOp, Context, Dispatch, Slice, Target, Variant};
 pub use error::{Error, Result};
 pub use headless::Gpu;
 pub use layer::cached::{CachedLayer, ExpertSource};

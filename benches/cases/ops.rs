@@ -5,10 +5,10 @@ use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
 use super::work::round;
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, ItemKind, GroupedMatmul, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, ItemKind, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, BoundOp, WeightType};
+use wgmoe::{BoundOp, Context, ExpertWeights, Gpu, WeightType};
 
 /// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
 pub(crate) fn choice(

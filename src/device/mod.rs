@@ -10,7 +10,7 @@ pub(crate) mod wait;
 
 pub use context::Context;
 pub(crate) use record::Kernel;
-pub use record::{Dispatch, BoundOp};
+pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;

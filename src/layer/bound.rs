@@ -1,7 +1,7 @@
 //! Layers bound to a batch.
 use crate::device::Tensor;
 use crate::plan::Stats;
-use crate::{Context, Dispatch, PlanShape, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Dispatch, PlanShape, Result, Slice};
 
 /// A layer bound to a batch. Recording it makes nothing; what the bound buffers hold is read when the
 /// work runs.

@@ -56,7 +56,7 @@ use super::scratch::Scratch;
 use crate::device::guard::{alive, scoped};
 use crate::device::wait::{Wait, signal};
 use crate::plan::Stats;
-use crate::{Context, Error, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Error, Result, Slice};
 use std::sync::Arc;
 
 /// A layer with only some of its experts on the device.

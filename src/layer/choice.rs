@@ -4,7 +4,7 @@ use super::scratch::Scratch;
 use crate::device::Tensor;
 use crate::ops::{block_choice, capacity, coreset, expert_choice, sequence_top, token_choice};
 use crate::routing::{self, Routing};
-use crate::{Context, Error, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Error, Result, Slice};
 
 /// A rule with its kernels.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ pub(super) struct Election {
 }
 
 /// The tensors of one choice.
-pub(super) struct Values<'a> {
+pub(super) struct ChoiceInput<'a> {
     pub(super) tokens: u32,
     pub(super) experts: u32,
     /// `[T, E]` f32: what experts are chosen by.
@@ -105,34 +105,34 @@ impl Choice {
         ctx: &Context,
         scratch: &Scratch,
         batch: &Batch<'a>,
-        values: &Values<'_>,
+        input: &ChoiceInput<'_>,
     ) -> Result<Chosen<'a>> {
         match self {
             Self::Experts { rule, choice, capacity } => {
-                bind_experts((rule, choice, capacity), ctx, scratch, batch, values)
+                bind_experts((rule, choice, capacity), ctx, scratch, batch, input)
             }
             Self::Tokens { choice, coreset: None, .. } => {
                 let args = token_choice::Args {
-                    r: values.values.slice(),
+                    values: input.values.slice(),
                     coresets: None,
-                    assigned: values.assigned.slice(),
+                    assigned: input.assigned.slice(),
                 };
-                let parts = vec![choice.bind(values.tokens, args)?];
+                let parts = vec![choice.bind(input.tokens, args)?];
                 Ok(Chosen { parts, ..Chosen::default() })
             }
             Self::Tokens { choice, coreset: Some(election), .. } => {
-                election.bind(choice, ctx, scratch, batch, values)
+                election.bind(choice, ctx, scratch, batch, input)
             }
             Self::Pairs { rule, choice } => {
-                let whole = Tensor::new(ctx, "offsets", &[0, values.tokens])?;
+                let whole = Tensor::new(ctx, "offsets", &[0, input.tokens])?;
                 let (sequences, offsets) =
                     batch.sequences.map_or((1, whole.slice()), |s| (s.count, s.offsets));
-                let Values { tokens, experts, .. } = *values;
+                let ChoiceInput { tokens, experts, .. } = *input;
                 let dims = sequence_top::Dims { tokens, experts, sequences, top: rule.top };
                 let args = sequence_top::Args {
-                    r: values.values.slice(),
+                    values: input.values.slice(),
                     offsets,
-                    assigned: values.assigned.slice(),
+                    assigned: input.assigned.slice(),
                 };
                 let parts = vec![choice.bind(dims, args)?];
                 Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
@@ -171,9 +171,9 @@ fn bind_experts<'a>(
     ctx: &Context,
     scratch: &Scratch,
     batch: &Batch<'a>,
-    values: &Values<'_>,
+    input: &ChoiceInput<'_>,
 ) -> Result<Chosen<'a>> {
-    let Values { tokens, experts, .. } = *values;
+    let ChoiceInput { tokens, experts, .. } = *input;
     let k = rule.experts_per_token;
     let mut parts = vec![];
     let (offsets, own);
@@ -205,11 +205,11 @@ fn bind_experts<'a>(
     let missing = || Error::invalid("capacity", "missing");
     let dims = expert_choice::Dims { tokens, experts, sequences: sequences.count };
     let args = expert_choice::Args {
-        r: values.values.slice(),
+        values: input.values.slice(),
         offsets: sequences.offsets,
         lengths: sequences.lengths,
         capacity: sequences.capacity.ok_or_else(missing)?,
-        assigned: values.assigned.slice(),
+        assigned: input.assigned.slice(),
     };
     parts.push(choice.bind(dims, args)?);
     Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
@@ -238,10 +238,10 @@ impl Election {
         ctx: &Context,
         scratch: &Scratch,
         batch: &Batch<'a>,
-        values: &Values<'_>,
+        input: &ChoiceInput<'_>,
     ) -> Result<Chosen<'a>> {
-        let Values { tokens, experts, .. } = *values;
-        let (r, assigned) = (values.values.slice(), values.assigned.slice());
+        let ChoiceInput { tokens, experts, .. } = *input;
+        let (values, assigned) = (input.values.slice(), input.assigned.slice());
         let count = tokens.div_ceil(BLOCK);
         let ends: Vec<u32> = (0..=count).map(|i| i.saturating_mul(BLOCK).min(tokens)).collect();
         let alone = Tensor::new(ctx, "blocks", &ends)?;
@@ -252,7 +252,7 @@ impl Election {
         let dims = block_choice::Dims { tokens, blocks: blocks.count };
         if let Some(fused) = self.fused.as_ref().filter(|_| block_choice::BlockChoice::fits(dims)) {
             let args = block_choice::Args {
-                r,
+                values,
                 offsets: blocks.offsets,
                 voters: blocks.voters,
                 assigned,
@@ -265,11 +265,11 @@ impl Election {
         let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
         // Each token's own choice stands where the final one will: it is read before that is written.
         if let Some(own) = &self.own {
-            parts.push(own.bind(tokens, token_choice::Args { r, coresets: None, assigned })?);
+            parts.push(own.bind(tokens, token_choice::Args { values, coresets: None, assigned })?);
         }
         let args = coreset::Args {
-            r,
-            own: self.own.as_ref().map(|_| assigned),
+            values,
+            own_choice: self.own.as_ref().map(|_| assigned),
             offsets: blocks.offsets,
             voters: blocks.voters,
             members: members.slice(),
@@ -281,7 +281,7 @@ impl Election {
             coreset: members.slice(),
             block_of: block_of.slice(),
         };
-        let args = token_choice::Args { r, coresets: Some(coresets), assigned };
+        let args = token_choice::Args { values, coresets: Some(coresets), assigned };
         parts.push(inside.bind(tokens, args)?);
         Ok(Chosen { parts, coreset: Some(members), offsets })
     }

@@ -8,7 +8,7 @@ use crate::ops::gather::{Gather, WindowArgs};
 use crate::ops::grouped_matmul::{self, GroupedMatmul, Rows, SlotRows, Stage};
 use crate::routing::Activation;
 use crate::weights::{ExpertWeights, PANEL};
-use crate::{Context, Error, PlanShape, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 

@@ -11,7 +11,7 @@ use crate::ops::assign_lists::{self, AssignLists};
 use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use crate::ops::plan_scan::Lost;
 use crate::routing::few_experts;
-use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, BoundOp};
+use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result};
 use std::sync::Arc;
 
 /// The second half of a layer, for engines with a router of their own: plan, experts, shared experts

@@ -8,7 +8,7 @@ use crate::ops::plan_count::{self, Gates, PlanCount};
 use crate::ops::plan_fill::{self, PlanFill};
 use crate::ops::plan_scan::{self, Lost, PlanScan};
 use crate::plan::bits;
-use crate::{Context, PlanShape, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, PlanShape, Result, Slice};
 
 /// The kernels of a plan.
 #[derive(Debug)]
@@ -47,11 +47,7 @@ impl Planning {
     }
 
     /// The plan of a bit set. `lost` are counted by the kernels before.
-    pub(super) fn bind(
-        &self,
-        args: &PlanArgs<'_>,
-        lost: Option<Lost<'_>>,
-    ) -> Result<Vec<BoundOp>> {
+    pub(super) fn bind(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<Vec<BoundOp>> {
         match args.gates {
             Some(gates) if lost.is_none() && args.shape.tokens <= block_plan::MAX_TOKENS => {
                 let args_of_block = block_plan::Args {

@@ -1,7 +1,7 @@
 //! The first half of a layer: router, choice and plan.
 use super::batch::Batch;
 use super::bound::{BoundLayer, Selection};
-use super::choice::{Choice, Values};
+use super::choice::{Choice, ChoiceInput};
 use super::config::{LayerConfig, Router};
 use super::experts::windows;
 use super::planning::{PlanTensors, Planning};
@@ -13,7 +13,7 @@ use crate::ops::logits::{self, Logits};
 use crate::ops::plan_count::{Gates, Scales};
 use crate::ops::scores::{self, Scores};
 use crate::routing::GateRule;
-use crate::{Context, PlanShape, Result, BoundOp};
+use crate::{BoundOp, Context, PlanShape, Result};
 use std::sync::Arc;
 
 /// The first half of a layer, for engines that run the experts themselves: router, choice and plan.
@@ -106,8 +106,8 @@ impl MoeRouting {
         let tensors = PlanTensors::new(&scratch, shape)?;
         let (mut parts, selection) = self.bind_router(batch, &scratch)?;
         let assigned = &tensors.assigned;
-        let values = Values { tokens, experts, values: selection.values(), assigned };
-        let made = kernels.choice.bind(ctx, &scratch, batch, &values)?;
+        let input = ChoiceInput { tokens, experts, values: selection.values(), assigned };
+        let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
         parts.extend(made.parts);
 
         let by_logits = routing.gate() == GateRule::Softmax;
@@ -135,7 +135,11 @@ impl MoeRouting {
     }
 
     /// Logits, and scores where the rule needs them.
-    fn bind_router(&self, batch: &Batch<'_>, scratch: &Scratch) -> Result<(Vec<BoundOp>, Selection)> {
+    fn bind_router(
+        &self,
+        batch: &Batch<'_>,
+        scratch: &Scratch,
+    ) -> Result<(Vec<BoundOp>, Selection)> {
         let LayerConfig { hidden, experts, routing, .. } = self.config;
         let tokens = batch.tokens;
         let pairs = u64::from(tokens) * u64::from(experts) * 4;
@@ -156,8 +160,8 @@ impl MoeRouting {
         let args = scores::Args {
             logits: logits.slice(),
             bias: self.router.bias.as_ref().map(Tensor::slice),
-            s: s.slice(),
-            r: r.slice(),
+            scores: s.slice(),
+            values: r.slice(),
         };
         let dims = scores::Dims { tokens, experts };
         parts.push(op.bind(dims, routing.score(), routing.by_logits(), args)?);

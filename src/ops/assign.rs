@@ -3,7 +3,7 @@ use super::{few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
-use crate::{Context, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Result, Slice};
 use std::sync::Arc;
 
 /// See `shaders/assign.wgsl`.

@@ -7,7 +7,7 @@ use super::{coreset, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::{BlockRule, Groups, MAX_GROUPS};
-use crate::{Context, Error, Result, Slice, BoundOp, Target};
+use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/block_choice.wgsl`.
@@ -16,7 +16,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/block_choice.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
+        read("values", 4),
         read("offsets", 8),
         read("voters", 4),
         write("assigned", 4),
@@ -74,7 +74,7 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`, at most [`MAX_TOKENS`]; 0 is a no-op.
+    /// Rows of `values`, at most [`MAX_TOKENS`]; 0 is a no-op.
     pub tokens: u32,
     /// Blocks, at most [`MAX_BLOCKS`].
     pub blocks: u32,
@@ -84,7 +84,7 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, as for [`coreset`].
@@ -156,7 +156,7 @@ impl BlockChoice {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
         if let Some(voters) = args.voters {
             voters.expect("voters", &[tokens.into()], 4)?;
@@ -177,7 +177,7 @@ impl BlockChoice {
             has_voters: args.voters.is_some().into(),
         };
         let voters = or_nothing(&self.ctx, args.voters);
-        let slices = [args.r, args.offsets, voters, args.assigned, args.members];
+        let slices = [args.values, args.offsets, voters, args.assigned, args.members];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

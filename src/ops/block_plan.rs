@@ -5,7 +5,7 @@ use super::plan_count::Gates;
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::{Context, Error, PlanShape, Result, Slice, BoundOp, Target};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/block_plan.wgsl`.

@@ -4,7 +4,7 @@ use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::schedule::{self, Schedule};
-use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
+use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/capacity.wgsl`.

@@ -3,7 +3,7 @@ use super::not_zero;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::HostPlan;
-use crate::{Context, Error, PlanShape, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 

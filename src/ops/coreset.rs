@@ -6,7 +6,7 @@ use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{BlockRule, mass_units};
-use crate::{Context, Error, Result, Slice, BoundOp, Target};
+use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/coreset.wgsl`.
@@ -15,8 +15,8 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/coreset.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
-        read("own", 4),
+        read("values", 4),
+        read("own_choice", 4),
         read("offsets", 8),
         read("voters", 4),
         write("members", 4),
@@ -78,15 +78,15 @@ fn prelude(lanes: u32, rule: &'static str) -> Prelude {
 }
 
 /// What a score counts as a vote, in units of 2^-24: clamped to +-2047, half to even, NaN 0.
-pub fn vote(r: f32) -> i64 {
-    if r.is_nan() {
+pub fn vote(values: f32) -> i64 {
+    if values.is_nan() {
         0
     } else {
-        (f64::from(r).clamp(-2047.0, 2047.0) * f64::from(1 << 24)).round_ties_even() as i64
+        (f64::from(values).clamp(-2047.0, 2047.0) * f64::from(1 << 24)).round_ties_even() as i64
     }
 }
 
-/// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `r` is
+/// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `values` is
 /// `[tokens, experts]`; `own` the bit set `[experts, ceil(tokens / 32)]` of each token's own choice over all experts, of
 /// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `voters` `[tokens]`.
 ///
@@ -95,13 +95,13 @@ pub fn vote(r: f32) -> i64 {
 /// If the lengths do not fit together.
 pub fn cpu(
     rule: BlockRule,
-    r: &[f32],
+    values: &[f32],
     experts: usize,
-    own: &[u32],
+    own_choice: &[u32],
     offsets: &[u32],
     voters: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = r.len() / experts;
+    let tokens = values.len() / experts;
     let mut members = vec![];
     let mut block_of = vec![u32::MAX; tokens];
     for (block, range) in super::expert_choice::ranges(offsets, tokens).into_iter().enumerate() {
@@ -116,7 +116,7 @@ pub fn cpu(
         } else if voters.is_empty() {
             (0..experts).collect()
         } else {
-            elect(rule, r, experts, &voters, |e, t| bits::get(own, tokens, e, t))
+            elect(rule, values, experts, &voters, |e, t| bits::get(own_choice, tokens, e, t))
         };
         let mut row = vec![0u32; experts.div_ceil(32)];
         for e in chosen {
@@ -130,15 +130,19 @@ pub fn cpu(
 /// The coreset that these tokens elect.
 fn elect(
     rule: BlockRule,
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     voters: &[usize],
-    own: impl Fn(usize, usize) -> bool,
+    own_choice: impl Fn(usize, usize) -> bool,
 ) -> Vec<usize> {
-    let has_vote = |e: usize| voters.iter().any(|&t| own(e, t));
+    let has_vote = |e: usize| voters.iter().any(|&t| own_choice(e, t));
     let votes = || -> Vec<i64> {
         let of = |e: usize| {
-            voters.iter().filter(|&&t| own(e, t)).map(|&t| vote(r[t * experts + e])).sum()
+            voters
+                .iter()
+                .filter(|&&t| own_choice(e, t))
+                .map(|&t| vote(values[t * experts + e]))
+                .sum()
         };
         (0..experts).map(of).collect()
     };
@@ -152,7 +156,7 @@ fn elect(
         BlockRule::Union(_) => (0..experts).filter(|&e| has_vote(e)).collect(),
         BlockRule::Capacity(count) => {
             let best = |e: usize| {
-                let column = voters.iter().map(|&t| r[t * experts + e]);
+                let column = voters.iter().map(|&t| values[t * experts + e]);
                 column.min_by(|&a, &b| order::descending(a, b)).unwrap_or(f32::NAN)
             };
             order::top(0..experts, count as usize, best)
@@ -193,7 +197,7 @@ fn elect(
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Blocks.
     pub blocks: u32,
@@ -203,10 +207,10 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, read: bit set of each token's own choice over all experts, without groups, of
     /// [`BlockRule::own_top`] experts; absent where that is `None`.
-    pub own: Option<Slice<'a>>,
+    pub own_choice: Option<Slice<'a>>,
     /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, and a block where no token has one elects all experts (TEAM); all
@@ -253,14 +257,14 @@ impl Coreset {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
-        if let Some(own) = args.own {
-            own.expect("own", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        if let Some(own_choice) = args.own_choice {
+            own_choice.expect("own_choice", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         } else if self.rule.own_top(1).is_some() {
             return Err(Error::invalid(
-                "own",
-                format!("{:?} needs each token's own choice", self.rule),
+                "own_choice",
+                format!("{:?} needs each token's own_choice choice", self.rule),
             ));
         }
         if let Some(voters) = args.voters {
@@ -269,11 +273,17 @@ impl Coreset {
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.block_of.expect("block_of", &[tokens.into()], 4)?;
         let (count, mass) = self.rule.count_and_mass();
-        let params =
-            Params { tokens, experts, blocks, count, mass, has_voters: args.voters.is_some().into() };
-        let own = or_nothing(&self.ctx, args.own);
+        let params = Params {
+            tokens,
+            experts,
+            blocks,
+            count,
+            mass,
+            has_voters: args.voters.is_some().into(),
+        };
+        let own_choice = or_nothing(&self.ctx, args.own_choice);
         let voters = or_nothing(&self.ctx, args.voters);
-        let slices = [args.r, own, args.offsets, voters, args.members, args.block_of];
+        let slices = [args.values, own_choice, args.offsets, voters, args.members, args.block_of];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -3,7 +3,7 @@ use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
-use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
+use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/expert_union.wgsl`.
@@ -171,7 +171,10 @@ impl ExpertUnion {
         let long = u64::from(experts.div_ceil(8)) * u64::from(columns) > 32_768;
         self.ctx.kernel(
             &SPEC,
-            prelude(Variant { target: if long { Target::Wide } else { variant.target }, ..variant }),
+            prelude(Variant {
+                target: if long { Target::Wide } else { variant.target },
+                ..variant
+            }),
         )
     }
 

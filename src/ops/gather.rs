@@ -3,7 +3,7 @@
 use super::not_zero;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::{Context, PlanShape, Result, Slice, BoundOp, Target};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 

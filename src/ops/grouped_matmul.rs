@@ -10,7 +10,7 @@ use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
-use crate::{Context, Error, PlanShape, Result, Slice, BoundOp, Target};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 

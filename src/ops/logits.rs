@@ -1,11 +1,11 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
 use super::grouped_matmul::{
-    ItemKind, Layout, Params, Specialization, SKINNY_ROWS, cpu_row, depth_lanes, tile_rows,
+    ItemKind, Layout, Params, SKINNY_ROWS, Specialization, cpu_row, depth_lanes, tile_rows,
 };
 use super::not_zero;
 use crate::device::Kernel;
 use crate::weights::WeightType;
-use crate::{Context, Error, Result, Slice, BoundOp};
+use crate::{BoundOp, Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
 //! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, ItemKind, Params, Specialization, SKINNY_ROWS};
+use super::grouped_matmul::{BINDINGS, ItemKind, Params, SKINNY_ROWS, Specialization};
 use super::matmul_pieces as pieces;
 use crate::device::shader::{Prelude, Spec, piece};
 
@@ -9,7 +9,9 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/matmul_skinny.wgsl"),
     params: Params::FIELDS,
     bindings: BINDINGS,
-    variants: || Specialization::all().iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude).collect(),
+    variants: || {
+        Specialization::all().iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude).collect()
+    },
 };
 
 /// Columns of weights side by side.

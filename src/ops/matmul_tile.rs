@@ -9,7 +9,9 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/matmul_tile.wgsl"),
     params: Params::FIELDS,
     bindings: BINDINGS,
-    variants: || Specialization::all().iter().filter(|p| p.kind == ItemKind::Tile).map(prelude).collect(),
+    variants: || {
+        Specialization::all().iter().filter(|p| p.kind == ItemKind::Tile).map(prelude).collect()
+    },
 };
 
 /// Rows of an item. 64 rows give 80 % multiply-adds in the loop on AMD's compiler; 32 keep more waves.

@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::GateRule;
-use crate::{Context, PlanShape, Result, Slice, BoundOp, Target, Variant};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_count.wgsl`.

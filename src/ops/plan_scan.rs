@@ -3,7 +3,7 @@
 use super::or_nothing;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::{Context, PlanShape, Result, Slice, BoundOp, Target, Variant};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_scan.wgsl`.

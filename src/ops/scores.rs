@@ -1,10 +1,10 @@
-//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
-//!.
+//! Router scores: `scores = softmax(g)` or `sigmoid(g)`, and what experts are chosen by,
+//! `values = (g or scores) + bias`.
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::Score;
-use crate::{Context, Result, Slice, BoundOp, Target, Variant};
+use crate::{BoundOp, Context, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/scores.wgsl`.
@@ -12,7 +12,7 @@ pub const SPEC: Spec = Spec {
     name: "scores",
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("logits", 4), read("bias", 4), write("s", 4), write("r", 4)],
+    bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
     variants: || {
         [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
             .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
@@ -44,7 +44,7 @@ fn prelude(variant: Variant) -> Prelude {
         .piece(reduce)
 }
 
-/// The CPU twin: `(s, r)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
+/// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
 ///
 /// # Panics
 ///
@@ -57,7 +57,7 @@ pub fn cpu(
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     assert_eq!(logits.len() % experts, 0, "logits: [tokens, experts]");
-    let mut s = vec![];
+    let mut scores = vec![];
     for row in logits.chunks_exact(experts) {
         let finite = row.iter().any(|g| g.is_finite());
         let highest = row.iter().filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
@@ -67,22 +67,22 @@ pub fn cpu(
             g => (f64::from(g) - f64::from(highest)).exp(),
         };
         let sum: f64 = row.iter().map(|&g| term(g)).sum();
-        s.extend(row.iter().map(|&g| match score {
+        scores.extend(row.iter().map(|&g| match score {
             _ if g.is_nan() || !finite => 0.0,
             Score::Softmax => (term(g) / (sum + 1e-20)) as f32,
             Score::Sigmoid => (1.0 / (1.0 + (-f64::from(g)).exp())) as f32,
         }));
     }
-    let r = logits
+    let values = logits
         .iter()
-        .zip(&s)
+        .zip(&scores)
         .enumerate()
-        .map(|(i, (&g, &s))| {
-            let value = if from_logits || g.is_nan() { g } else { s };
+        .map(|(i, (&g, &scores))| {
+            let value = if from_logits || g.is_nan() { g } else { scores };
             bias.map_or(value, |b| value + b[i % experts])
         })
         .collect();
-    (s, r)
+    (scores, values)
 }
 
 /// Sizes of one dispatch.
@@ -102,9 +102,9 @@ pub struct Args<'a> {
     /// `[experts]` f32, read.
     pub bias: Option<Slice<'a>>,
     /// `[tokens, experts]` f32, written whole.
-    pub s: Slice<'a>,
+    pub scores: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
 }
 
 /// The GPU kernel.
@@ -124,7 +124,7 @@ impl Scores {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
     }
 
-    /// Scores of all rows; `from_logits`: `r = g + bias`, else `r = s + bias`.
+    /// Scores of all rows; `from_logits`: `values = g + bias`, else `values = scores + bias`.
     ///
     /// # Errors
     ///
@@ -146,8 +146,8 @@ impl Scores {
         if let Some(bias) = args.bias {
             bias.expect("bias", &[experts.into()], 4)?;
         }
-        args.s.expect("s", &shape, 4)?;
-        args.r.expect("r", &shape, 4)?;
+        args.scores.expect("scores", &shape, 4)?;
+        args.values.expect("values", &shape, 4)?;
         let params = Params {
             tokens,
             experts,
@@ -156,7 +156,7 @@ impl Scores {
             has_bias: u32::from(args.bias.is_some()),
         };
         let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
-        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.s, args.r];
+        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
         Ok(self
             .kernel
             .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?

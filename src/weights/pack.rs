@@ -1,8 +1,8 @@
 //! Packing: matrices on the host, in any storage type and layout, into the panels that the kernels read (see
 //! [`crate::weights`]).
-use crate::error::bytes_of;
 use super::PANEL;
 use super::format::{ForValue, Value};
+use crate::error::bytes_of;
 use crate::{Error, Result, WeightType};
 use bytemuck::Zeroable;
 use std::ops::Range;

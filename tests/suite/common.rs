@@ -1,8 +1,8 @@
 //! Seeded data, the GPU fixture and the comparison every parity test uses.
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, LayerConfig, Tensor};
+use wgmoe::layer::{self, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
-use wgmoe::{Context, Error, Gpu, Slice, BoundOp, Variant};
+use wgmoe::{BoundOp, Context, Error, Gpu, Slice, Variant};
 
 /// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One device serves all tests.
 pub(crate) fn gpu() -> Option<Gpu> {

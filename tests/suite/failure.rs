@@ -2,7 +2,7 @@
 //! uncaptured-error handler.
 use crate::common::*;
 use std::sync::Arc;
-use wgmoe::layer::{Batch, MoeLayer, LayerConfig};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer};
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};

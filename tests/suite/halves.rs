@@ -2,7 +2,8 @@
 use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use wgmoe::layer::{
-    Assignments, ExpertBatch, BoundLayer, MoeExperts, MoeRouting, RoutingBatch, Scratch, LayerConfig,
+    Assignments, BoundLayer, ExpertBatch, LayerConfig, MoeExperts, MoeRouting, RoutingBatch,
+    Scratch,
 };
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};

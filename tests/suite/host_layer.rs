@@ -1,6 +1,6 @@
 //! A layer whose weights the host keeps, for tests that build it more than once.
 use crate::common::random;
-use wgmoe::layer::{MoeLayer, Router, LayerConfig, Tensor};
+use wgmoe::layer::{LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, WeightType};
 

@@ -1,7 +1,7 @@
 // A token chooses experts: sets their bits in `words`, those of a column's 32 tokens for each expert (see
 // token_choice.wgsl).
 // Contract: all WG lanes call, in uniform control flow, with equal choices; experts <= MOST. LANES lanes,
-// neighbours, work on a token, TEAMS tokens at a time; the kernel has r, and coreset_word(at), a word of the
+// neighbours, work on a token, TEAMS tokens at a time; the kernel has values, and coreset_word(at), a word of the
 // bit sets of coresets.
 const TEAMS: u32 = WG / LANES;
 const STRIPES: u32 = 0xffffffffu / ((1u << LANES) - 1u); // bits of a word that one lane of a team looks at
@@ -14,7 +14,7 @@ struct Choice {
 }
 
 struct Row {
-  base: u32,       // of r
+  base: u32,       // of values
   coreset: u32,    // first word of the coreset
   limited: bool,   // to a coreset
   live: bool,
@@ -58,7 +58,7 @@ fn choose_groups(index: u32, row: Row, choice: Choice) -> u32 {
     for (var c = low / 32u; c * 32u < high; c++) {
       var word = eligible_word(row, c, choice.experts) & range_bits(c, low, high);
       while word != 0u {
-        let k = key(r[row.base + c * 32u + firstTrailingBit(word)]);
+        let k = key(values[row.base + c * 32u + firstTrailingBit(word)]);
         word &= word - 1u;
         second = max(second, min(best, k));
         best = max(best, k);
@@ -117,7 +117,7 @@ fn choose(index: u32, bit: u32, row: Row, choice: Choice) {
       while word != 0u {
         let e = c * 32u + firstTrailingBit(word);
         word &= word - 1u;
-        var k = key(r[row.base + e]);
+        var k = key(values[row.base + e]);
         k = select(0u, k, k < last.x || (k == last.x && e > last.y));
         // Each place keeps its own, or takes the new one, or the one above. Drivers unroll a loop over all of
         // an array, which must be: rounds are limited (Mesa 22.3), and registers have no index.

@@ -1,5 +1,5 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
-// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has r, voters and
+// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters and
 // own_word(e, w), word w of the bits of tokens that vote for e. Experts <= MOST.
 const MASS: u32 = 1u;
 const CAPACITY: u32 = 2u;
@@ -125,7 +125,7 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
       while bits != 0u {
         let t = (start / 32u + i) * 32u + firstTrailingBit(bits);
         bits &= bits - 1u;
-        let value = r[t * experts + e];
+        let value = values[t * experts + e];
         if RULE == CAPACITY {
           got = max(got, key(value));
         } else {
