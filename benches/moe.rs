@@ -236,7 +236,7 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
                 r: (&r).into(),
             };
             let op = scores::Scores::new(ctx).unwrap();
-            let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
+            let step = op.bind(&scores::Dims { tokens, experts }, score, false, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
             close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
@@ -354,7 +354,7 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
                 block_of: (&block_of).into(),
             };
             let op = coreset::Coreset::new(ctx, EXPERTS, rule).unwrap();
-            let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
+            let step = op.bind(&coreset::Dims { tokens, blocks }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
             same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
@@ -380,7 +380,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
                 assigned: (&assigned).into(),
             };
             let dims = sequence_top::Dims { tokens, experts, sequences: 1, top };
-            let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
             same(&bench.download(&assigned), &want, what).unwrap();
@@ -413,7 +413,7 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
             k_of: (&k_of).into(),
         };
         let dims = capacity::Dims { tokens, experts, sequences };
-        let step = capacity::Capacity::new(ctx).unwrap().bind(dims, args).unwrap();
+        let step = capacity::Capacity::new(ctx).unwrap().bind(&dims, args).unwrap();
         gpu.run(&step).unwrap();
         let source = capacity::HostSource::Ratios(&schedule, &ratios);
         let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
@@ -445,7 +445,7 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
                 ignored: (&ignored).into(),
             };
             let dims = assign::Dims { tokens, experts, top: TOP };
-            let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = assign::Assign::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
             same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
@@ -483,7 +483,7 @@ fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
                 ignored: (&ignored).into(),
             };
             let dims = assign_lists::Dims { tokens, experts, entries };
-            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
             same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
@@ -602,7 +602,7 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
                 bytes: (&bytes).into(),
             };
             let dims = expert_union::Dims { tokens, experts, blocks, expert_bytes };
-            let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let (t, e) = (tokens as usize, experts as usize);
             let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);

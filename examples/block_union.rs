@@ -354,7 +354,7 @@ impl<'a> Scored<'a> {
         let args =
             scores::Args { logits: (&logits).into(), bias: None, s: (&s).into(), r: (&r).into() };
         let dims = scores::Dims { tokens: draw.tokens, experts: draw.experts };
-        let step = scores::Scores::new(ctx)?.bind(dims, Score::Sigmoid, false, args)?;
+        let step = scores::Scores::new(ctx)?.bind(&dims, Score::Sigmoid, false, args)?;
         gpu.run(&step)?;
         let (offsets, voters) = (gpu.upload(&draw.offsets), gpu.upload(&draw.voters));
         Ok(Self { gpu, ctx, draw, offsets, voters, s, r })
@@ -379,7 +379,7 @@ impl<'a> Scored<'a> {
                     offsets: (&self.offsets).into(),
                     assigned: (&assigned).into(),
                 };
-                let step = sequence_top::SequenceTop::new(ctx)?.bind(dims, args)?;
+                let step = sequence_top::SequenceTop::new(ctx)?.bind(&dims, args)?;
                 Ok(Chosen { step, coreset: None, assigned })
             }
             Routing::TokenChoice(inside) => {
@@ -407,7 +407,8 @@ impl<'a> Scored<'a> {
                         block_of: (&block_of).into(),
                     };
                     let dims = coreset::Dims { tokens, blocks };
-                    step = step.then(coreset::Coreset::new(ctx, experts, block)?.bind(dims, args)?);
+                    step =
+                        step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
                     elected = Some((members, block_of));
                 }
                 let coresets = elected.as_ref().map(|(members, block_of)| token_choice::Coresets {
@@ -453,7 +454,7 @@ impl Scored<'_> {
             counts: (&counts).into(),
             bytes: (&bytes).into(),
         };
-        let union = ExpertUnion::new(self.ctx)?.bind_mean(dims, args, (&totals).into())?;
+        let union = ExpertUnion::new(self.ctx)?.bind_mean(&dims, args, (&totals).into())?;
         gpu.run(&chosen.step.then(union))?;
         let got = Routed {
             coreset: chosen.coreset.map(|c| gpu.download(&c)).transpose()?,

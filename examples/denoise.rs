@@ -601,7 +601,7 @@ impl OnGpu<'_> {
                 k_of: (&self.k).into(),
             };
             let dims = capacity::Dims { tokens, experts, sequences };
-            capacities = Capacity::new(self.ctx)?.bind(dims, args)?;
+            capacities = Capacity::new(self.ctx)?.bind(&dims, args)?;
             batch.sequences = Some(Sequences {
                 count: sequences,
                 offsets: (&self.offsets).into(),

@@ -701,7 +701,7 @@ impl OnGpu<'_> {
             counts: (&counts).into(),
             bytes: (&bytes).into(),
         };
-        gpu.run(&expert_union::ExpertUnion::new(self.ctx)?.bind(dims, args)?)?;
+        gpu.run(&expert_union::ExpertUnion::new(self.ctx)?.bind(&dims, args)?)?;
         let counts: Vec<u32> = gpu.download(&counts)?;
         let (_, want, _) = expert_union::cpu(
             want_assigned,

@@ -29,7 +29,7 @@ pub(crate) fn gather(
     let token_of_in = gpu.upload(token_of);
     let args = Args { x: x_in.into(), token_of: (&token_of_in).into(), out: (&out).into() };
     let dims = Dims { tokens: (x.len() / width) as u32, slots: token_of.len() as u32, hidden };
-    let step = Gather::new(ctx).and_then(|op| op.bind(dims, args)).map_err(say)?;
+    let step = Gather::new(ctx).and_then(|op| op.bind(&dims, args)).map_err(say)?;
     gpu.run(&step).map_err(say)?;
     if bytes <= WHOLE {
         let got: Vec<f32> = gpu.download(&out).map_err(say)?;

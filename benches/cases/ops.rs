@@ -28,7 +28,7 @@ pub(crate) fn choice(
         assigned: (&assigned).into(),
     };
     let dims = expert_choice::Dims { tokens, experts, sequences: 1 };
-    let step = ExpertChoice::new(ctx).and_then(|op| op.bind(dims, args)).map_err(say)?;
+    let step = ExpertChoice::new(ctx).and_then(|op| op.bind(&dims, args)).map_err(say)?;
     gpu.run(&step).map_err(say)?;
     let got: Vec<u32> = gpu.download(&assigned).map_err(say)?;
     let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);

@@ -117,7 +117,7 @@ impl Choice {
                     coresets: None,
                     assigned: input.assigned.slice(),
                 };
-                let parts = vec![choice.bind(input.tokens, args)?];
+                let parts = vec![choice.bind(&token_choice::Dims { tokens: input.tokens }, args)?];
                 Ok(Chosen { parts, ..Chosen::default() })
             }
             Self::Tokens { choice, coreset: Some(election), .. } => {
@@ -134,7 +134,7 @@ impl Choice {
                     offsets,
                     assigned: input.assigned.slice(),
                 };
-                let parts = vec![choice.bind(dims, args)?];
+                let parts = vec![choice.bind(&dims, args)?];
                 Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
             }
         }
@@ -197,7 +197,7 @@ fn bind_experts<'a>(
                 k_of: k_of.slice(),
             };
             let dims = capacity::Dims { tokens, experts, sequences: count };
-            parts.push(capacity.bind(dims, args)?);
+            parts.push(capacity.bind(&dims, args)?);
             sequences.with_capacity(own.slice())
         }
         Some(sequences) => sequences,
@@ -211,7 +211,7 @@ fn bind_experts<'a>(
         capacity: sequences.capacity.ok_or_else(missing)?,
         assigned: input.assigned.slice(),
     };
-    parts.push(choice.bind(dims, args)?);
+    parts.push(choice.bind(&dims, args)?);
     Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
 }
 
@@ -258,14 +258,17 @@ impl Election {
                 assigned,
                 members: members.slice(),
             };
-            let parts = vec![fused.bind(dims, args)?];
+            let parts = vec![fused.bind(&dims, args)?];
             return Ok(Chosen { parts, coreset: Some(members), offsets });
         }
         let mut parts = vec![];
         let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
         // Each token's own choice stands where the final one will: it is read before that is written.
         if let Some(own) = &self.own {
-            parts.push(own.bind(tokens, token_choice::Args { values, coresets: None, assigned })?);
+            parts.push(own.bind(
+                &token_choice::Dims { tokens },
+                token_choice::Args { values, coresets: None, assigned },
+            )?);
         }
         let args = coreset::Args {
             values,
@@ -275,14 +278,14 @@ impl Election {
             members: members.slice(),
             block_of: block_of.slice(),
         };
-        parts.push(self.coreset.bind(coreset::Dims { tokens, blocks: blocks.count }, args)?);
+        parts.push(self.coreset.bind(&coreset::Dims { tokens, blocks: blocks.count }, args)?);
         let coresets = token_choice::Coresets {
             blocks: blocks.count,
             coreset: members.slice(),
             block_of: block_of.slice(),
         };
         let args = token_choice::Args { values, coresets: Some(coresets), assigned };
-        parts.push(inside.bind(tokens, args)?);
+        parts.push(inside.bind(&token_choice::Dims { tokens }, args)?);
         Ok(Chosen { parts, coreset: Some(members), offsets })
     }
 }

@@ -165,7 +165,7 @@ impl Experts {
                 slots: rows.clone(),
                 columns: 0..intermediate,
             };
-            parts.push(self.kernels.gate_up.bind(shape, &args)?);
+            parts.push(self.kernels.gate_up.bind(shape, args)?);
             stretches.push((rows, h));
         }
         Ok((parts, stretches))
@@ -198,7 +198,7 @@ impl Experts {
                     slots: rows.clone(),
                     columns: columns.clone(),
                 };
-                matmuls.push(self.kernels.down.bind(shape, &args)?);
+                matmuls.push(self.kernels.down.bind(shape, args)?);
             }
             let mut combine = vec![];
             for window in &out_windows {

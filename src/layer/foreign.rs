@@ -131,7 +131,7 @@ impl MoeExperts {
                 let ignored = scratch.get("ignored", u64::from(count) * 4)?;
                 let args = assign::Args { ids, weights, assigned, gates, ignored: ignored.slice() };
                 let dims = assign::Dims { tokens, experts, top };
-                Ok((self.kernels.assign.bind(dims, args)?, ignored, count))
+                Ok((self.kernels.assign.bind(&dims, args)?, ignored, count))
             }
             Assignments::OfExperts { entries, offsets, tokens: list, gates: weights } => {
                 let ignored = scratch.get("ignored", u64::from(experts) * 4)?;
@@ -144,7 +144,7 @@ impl MoeExperts {
                     ignored: ignored.slice(),
                 };
                 let dims = assign_lists::Dims { tokens, experts, entries };
-                Ok((self.kernels.lists.bind(dims, args)?, ignored, experts))
+                Ok((self.kernels.lists.bind(&dims, args)?, ignored, experts))
             }
         }
     }

@@ -3,7 +3,7 @@ use super::bound::{Routed, Selection};
 use super::scratch::Scratch;
 use crate::device::Tensor;
 use crate::ops::block_plan::{self, BlockPlan};
-use crate::ops::expert_choice::{DropArgs, ExpertChoice};
+use crate::ops::expert_choice::{DropArgs, DropDims, ExpertChoice};
 use crate::ops::plan_count::{self, Gates, PlanCount};
 use crate::ops::plan_fill::{self, PlanFill};
 use crate::ops::plan_scan::{self, Lost, PlanScan};
@@ -90,7 +90,7 @@ impl Planning {
         let lost = Lost { counts: dropped.slice(), dropped: experts, ignored: 0 };
         let mut parts = vec![
             self.count(args, args.gates)?,
-            drop.bind_drop(tokens, experts, drop_args)?,
+            drop.bind_drop(&DropDims { tokens, experts }, drop_args)?,
             self.count(args, None)?,
         ];
         parts.extend(self.lists(args, Some(lost))?);

@@ -163,8 +163,8 @@ impl MoeRouting {
             scores: s.slice(),
             values: r.slice(),
         };
-        let dims = scores::Dims { tokens, experts };
-        parts.push(op.bind(dims, routing.score(), routing.by_logits(), args)?);
+        let (score, by_logits) = (routing.score(), routing.by_logits());
+        parts.push(op.bind(&scores::Dims { tokens, experts, score, by_logits }, args)?);
         Ok((parts, Selection { logits, scored: Some((s, r)) }))
     }
 }

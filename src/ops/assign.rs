@@ -103,8 +103,8 @@ impl Assign {
     /// # Errors
     ///
     /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, top } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("top", top)])?;
         if tokens == 0 {

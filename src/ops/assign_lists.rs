@@ -111,8 +111,8 @@ impl AssignLists {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, entries } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
             return Ok(BoundOp::default());

@@ -145,11 +145,11 @@ impl BlockChoice {
     /// # Errors
     ///
     /// Zero or too many blocks, too many tokens, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, blocks } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
-        if !Self::fits(dims) {
+        if !Self::fits(*dims) {
             let reason = format!("{dims:?}, at most {MAX_TOKENS} tokens and {MAX_BLOCKS} blocks");
             return Err(Error::invalid("dims", reason));
         }

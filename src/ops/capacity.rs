@@ -145,8 +145,8 @@ impl Capacity {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
             return Ok(BoundOp::default());

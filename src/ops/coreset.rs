@@ -250,8 +250,8 @@ impl Coreset {
     /// # Errors
     ///
     /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, blocks } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
         if tokens == 0 {

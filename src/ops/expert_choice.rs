@@ -176,6 +176,15 @@ pub struct Args<'a> {
     pub assigned: Slice<'a>,
 }
 
+/// Sizes of a drop.
+#[derive(Clone, Copy, Debug)]
+pub struct DropDims {
+    /// Tokens; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts.
+    pub experts: u32,
+}
+
 /// Buffers of a drop.
 #[derive(Clone, Copy, Debug)]
 pub struct DropArgs<'a> {
@@ -228,8 +237,8 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         not_zero(&[("experts", experts), ("sequences", sequences)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());
@@ -258,7 +267,8 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<BoundOp> {
+    pub fn bind_drop(&self, dims: &DropDims, args: DropArgs<'_>) -> Result<BoundOp> {
+        let DropDims { tokens, experts } = *dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());

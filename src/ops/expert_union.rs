@@ -142,6 +142,9 @@ pub struct Args<'a> {
     pub counts: Slice<'a>,
     /// `[blocks]` u64 (low word first), written whole: bytes of their weights.
     pub bytes: Slice<'a>,
+    /// `[4]` u32, read and written: a running mean over layers and steps (see [`Totals`]; zeros to
+    /// begin with). Any number of layers may add to one.
+    pub totals: Option<Slice<'a>>,
 }
 
 /// The GPU kernel.
@@ -183,23 +186,8 @@ impl ExpertUnion {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        self.bind_with(dims, args, None)
-    }
-
-    /// As [`ExpertUnion::bind`], and adds to a running mean over layers and steps: `totals`, `[4]` u32, read and written (see
-    /// [`Totals`]; zeros to begin with). Any number of layers may add to one.
-    ///
-    /// # Errors
-    ///
-    /// As [`ExpertUnion::bind`].
-    pub fn bind_mean(&self, dims: Dims, args: Args<'_>, totals: Slice<'_>) -> Result<BoundOp> {
-        totals.expect("totals", &[4], 4)?;
-        self.bind_with(dims, args, Some(totals))
-    }
-
-    fn bind_with(&self, dims: Dims, args: Args<'_>, totals: Option<Slice<'_>>) -> Result<BoundOp> {
-        let Dims { tokens, experts, blocks, expert_bytes } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, blocks, expert_bytes } = *dims;
         few_experts(experts)?;
         if blocks == 0 || tokens == 0 {
             return Ok(BoundOp::default());
@@ -209,15 +197,18 @@ impl ExpertUnion {
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.counts.expect("counts", &[blocks.into()], 4)?;
         args.bytes.expect("bytes", &[blocks.into()], 8)?;
+        if let Some(totals) = args.totals {
+            totals.expect("totals", &[4], 4)?;
+        }
         let params = Params {
             tokens,
             experts,
             blocks,
             expert_bytes_low: expert_bytes as u32, // the low word
             expert_bytes_high: (expert_bytes >> 32) as u32,
-            has_totals: totals.is_some().into(),
+            has_totals: args.totals.is_some().into(),
         };
-        let totals = or_nothing(&self.ctx, totals);
+        let totals = or_nothing(&self.ctx, args.totals);
         let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes, totals];
         let kernel = self.kernel(experts, tokens.div_ceil(32))?;
         Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())

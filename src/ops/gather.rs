@@ -123,8 +123,8 @@ impl Gather {
     /// # Errors
     ///
     /// Zero tokens or elements a row, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, slots, hidden } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, slots, hidden } = *dims;
         not_zero(&[("hidden", hidden), ("tokens", tokens)])?;
         if slots == 0 {
             return Ok(BoundOp::default());

@@ -322,9 +322,9 @@ impl GroupedMatmul {
     ///
     /// As [`PlanShape::sections`], weights of other experts than the plan's, columns outside the
     /// matrix, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, shape: &PlanShape, args: &Args<'_>) -> Result<BoundOp> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
-        self.check(shape, &at, args)?;
+        self.check(shape, &at, &args)?;
         let pages = match self.stage {
             Stage::GateUp(_) => args.weights.gate_up(),
             Stage::Down => args.weights.down(),
@@ -335,7 +335,7 @@ impl GroupedMatmul {
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };
             for kernel in &self.kernels[..kinds] {
-                step = step.then(self.bind_page(shape, args, &of, kernel)?);
+                step = step.then(self.bind_page(shape, &args, &of, kernel)?);
             }
         }
         Ok(step)

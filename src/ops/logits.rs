@@ -9,7 +9,14 @@ use crate::{BoundOp, Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Buffers of router logits.
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `x`; 0 is a no-op.
+    pub tokens: u32,
+}
+
+/// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, hidden]` f32, read.
@@ -66,7 +73,8 @@ impl Logits {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<BoundOp> {
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens } = *dims;
         self.bind_rows(tokens, 0..tokens, args)
     }
 

@@ -92,6 +92,10 @@ pub struct Dims {
     pub tokens: u32,
     /// Experts.
     pub experts: u32,
+    /// How logits become scores.
+    pub score: Score,
+    /// Whether experts are chosen by `logits + bias` rather than by `scores + bias`.
+    pub by_logits: bool,
 }
 
 /// Buffers of one dispatch.
@@ -124,19 +128,13 @@ impl Scores {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
     }
 
-    /// Scores of all rows; `from_logits`: `values = g + bias`, else `values = scores + bias`.
+    /// Scores and selection values of all rows.
     ///
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(
-        &self,
-        dims: Dims,
-        score: Score,
-        from_logits: bool,
-        args: Args<'_>,
-    ) -> Result<BoundOp> {
-        let Dims { tokens, experts } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, score, by_logits } = *dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());
@@ -152,7 +150,7 @@ impl Scores {
             tokens,
             experts,
             softmax: u32::from(score == Score::Softmax),
-            from_logits: u32::from(from_logits),
+            from_logits: u32::from(by_logits),
             has_bias: u32::from(args.bias.is_some()),
         };
         let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };

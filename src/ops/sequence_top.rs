@@ -106,8 +106,8 @@ impl SequenceTop {
     /// # Errors
     ///
     /// Zero sequences, zero or too many experts, `top` of 0 or above `experts`, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, sequences, top } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("sequences", sequences), ("top", top)])?;
         if top > experts {

@@ -104,12 +104,6 @@ pub fn cpu(
 pub struct Dims {
     /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`].
-    pub experts: u32,
-    /// K: experts a token takes, at most [`MAX_TOP`] and at most `experts`.
-    pub top: u32,
-    /// Groups, where the model has them.
-    pub groups: Option<Groups>,
 }
 
 /// Coresets of blocks, for choices inside them.
@@ -138,7 +132,9 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct TokenChoice {
     ctx: Context,
-    dims: Dims,
+    experts: u32,
+    top: u32,
+    groups: Option<Groups>,
     kernel: Arc<Kernel>,
 }
 
@@ -154,7 +150,7 @@ impl TokenChoice {
         let groups = groups.filter(|g| g.count > 1);
         let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
         let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
-        Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
+        Ok(Self { ctx: ctx.clone(), experts, top, groups, kernel })
     }
 
     pub(crate) fn check(experts: u32, top: u32, groups: Option<Groups>) -> Result<()> {
@@ -186,8 +182,9 @@ impl TokenChoice {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { experts, top, groups, .. } = self.dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens } = *dims;
+        let Self { experts, top, groups, .. } = *self;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }

@@ -92,7 +92,7 @@ impl Case<'_> {
             let dims = block_choice::Dims { tokens: tokens as u32, blocks: blocks as u32 };
             let op = block_choice::BlockChoice::new(&ctx, experts as u32, rule, top as u32, groups)
                 .expect("a rule");
-            run(gpu, &op.bind(dims, args).expect("bind"));
+            run(gpu, &op.bind(&dims, args).expect("bind"));
             let what = format!(
                 "{:?} {rule:?} T {tokens} E {experts} {groups:?} {offsets:?} {voters:?}",
                 ctx.variant()
@@ -373,7 +373,7 @@ fn what_does_not_fit_is_an_error() {
         assigned: assigned.slice(),
         members: members.slice(),
     };
-    let bind = |tokens, blocks, args| op.bind(block_choice::Dims { tokens, blocks }, args);
+    let bind = |tokens, blocks, args| op.bind(&block_choice::Dims { tokens, blocks }, args);
     assert!(bind(32, 1, args).is_ok());
     assert!(bind(0, 1, args).unwrap().dispatches().is_empty());
     assert!(bind(32, 0, args).is_err() && bind(33, 1, args).is_err() && bind(32, 9, args).is_err());

@@ -42,7 +42,7 @@ fn capacities(
         k_of: k.slice(),
     };
     let dims = Dims { tokens, experts, sequences: sequences as u32 };
-    run(gpu, &Capacity::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &Capacity::new(ctx).unwrap().bind(&dims, args).unwrap());
     (capacity.get(gpu), k.get(gpu))
 }
 
@@ -174,7 +174,7 @@ fn quotients_are_the_nearest_f32() {
                 k_of: k.slice(),
             };
             let dims = Dims { tokens: n, experts: 1024, sequences: 1 };
-            run(&gpu, &op.bind(dims, args).unwrap());
+            run(&gpu, &op.bind(&dims, args).unwrap());
             assert_eq!(k.get::<u32>(&gpu), [1], "{m} / {n}, {:?}", ctx.variant());
             assert_eq!(capacity.get::<u32>(&gpu), [(n / 1024).max(1)], "{m} / {n}");
         }
@@ -244,7 +244,7 @@ fn slices_of_one_buffer() {
             k_of: section(4, 3),
         };
         let dims = Dims { tokens: 520, experts: 12, sequences: 3 };
-        run(&gpu, &Capacity::new(&ctx).unwrap().bind(dims, args).unwrap());
+        run(&gpu, &Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap());
         let got: Vec<u32> = gpu.download(&buffer).unwrap();
         let (capacity, k) = cpu(HostSource::Ratios(&schedule, &ratios), 520, 12, &offsets, None);
         let mut want = all.clone();
@@ -270,11 +270,12 @@ fn wrong_arguments_are_errors() {
     };
     let dims = Dims { tokens: 10, experts: 4, sequences: 3 };
     let op = Capacity::new(&Context::new(&gpu.device).unwrap()).unwrap();
-    assert_eq!(op.bind(dims, good).unwrap().dispatches().len(), 1);
-    assert!(op.bind(Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
-    let invalid = |dims| matches!(op.bind(dims, good), Err(Error::Invalid { name: "experts", .. }));
+    assert_eq!(op.bind(&dims, good).unwrap().dispatches().len(), 1);
+    assert!(op.bind(&Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
+    let invalid =
+        |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
     assert!(invalid(Dims { experts: 0, ..dims }) && invalid(Dims { experts: 1025, ..dims }));
-    let name = |args| match op.bind(dims, args) {
+    let name = |args| match op.bind(&dims, args) {
         Err(Error::Size { name, .. } | Error::Overlap { written: name, .. }) => name,
         other => panic!("{other:?}"),
     };
@@ -340,8 +341,8 @@ fn ragged_expert_choice_follows_the_ratios() {
             assigned: assigned.slice(),
         };
         let choice = expert_choice::ExpertChoice::new(&ctx).unwrap();
-        let step = Capacity::new(&ctx).unwrap().bind(dims, args).unwrap().then(
-            choice.bind(expert_choice::Dims { tokens, experts, sequences: 5 }, choose).unwrap(),
+        let step = Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap().then(
+            choice.bind(&expert_choice::Dims { tokens, experts, sequences: 5 }, choose).unwrap(),
         );
 
         let count = || {
@@ -444,7 +445,7 @@ fn recorded_capacities_per_sequence() {
             let args =
                 scores::Args { logits: (&logits).into(), bias: None, s: s.slice(), r: r.slice() };
             let step = scores::Scores::new(&ctx).unwrap();
-            let step = step.bind(scores::Dims { tokens, experts }, score, true, args).unwrap();
+            let step = step.bind(&scores::Dims { tokens, experts }, score, true, args).unwrap();
             let args = Args {
                 source: Source::ExpertsPerToken((&k).into()),
                 offsets: (&offsets).into(),
@@ -453,7 +454,7 @@ fn recorded_capacities_per_sequence() {
                 k_of: k_out.slice(),
             };
             let dims = Dims { tokens, experts, sequences };
-            let step = step.then(Capacity::new(&ctx).unwrap().bind(dims, args).unwrap());
+            let step = step.then(Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap());
             let args = expert_choice::Args {
                 r: r.slice(),
                 offsets: (&offsets).into(),
@@ -463,7 +464,7 @@ fn recorded_capacities_per_sequence() {
             };
             let choice = expert_choice::ExpertChoice::new(&ctx).unwrap();
             let dims = expert_choice::Dims { tokens, experts, sequences };
-            let step = step.then(choice.bind(dims, args).unwrap());
+            let step = step.then(choice.bind(&dims, args).unwrap());
             let weights = plan_count::Gates {
                 rule: if softmax {
                     wgmoe::routing::GateRule::Softmax

@@ -46,7 +46,7 @@ impl Case<'_> {
         let op = coreset::Coreset::new(ctx, self.experts as u32, self.rule).expect("a rule");
         run(
             gpu,
-            &op.bind(coreset::Dims { tokens: tokens as u32, blocks: blocks as u32 }, args)
+            &op.bind(&coreset::Dims { tokens: tokens as u32, blocks: blocks as u32 }, args)
                 .expect("bind"),
         );
         (members.get(gpu), block_of.get(gpu))
@@ -415,13 +415,13 @@ fn wrong_rules_and_slices_are_errors() {
         block_of: buffers[4].slice(),
     };
     let dims = coreset::Dims { tokens: 32, blocks: 1 };
-    assert!(op.bind(dims, args).is_ok());
-    assert!(op.bind(dims, coreset::Args { own: None, ..args }).is_err());
-    assert!(op.bind(dims, coreset::Args { voters: Some(buffers[1].slice()), ..args }).is_err());
-    assert!(op.bind(coreset::Dims { tokens: 32, blocks: 0 }, args).is_err());
-    assert!(op.bind(coreset::Dims { tokens: 32, blocks: 2 }, args).is_err());
+    assert!(op.bind(&dims, args).is_ok());
+    assert!(op.bind(&dims, coreset::Args { own: None, ..args }).is_err());
+    assert!(op.bind(&dims, coreset::Args { voters: Some(buffers[1].slice()), ..args }).is_err());
+    assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 0 }, args).is_err());
+    assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 2 }, args).is_err());
     assert!(
-        op.bind(coreset::Dims { tokens: 0, blocks: 1 }, args)
+        op.bind(&coreset::Dims { tokens: 0, blocks: 1 }, args)
             .expect("no work")
             .dispatches()
             .is_empty()

@@ -37,7 +37,7 @@ impl Choice<'_> {
             experts: self.experts as u32,
             sequences: self.capacity.len() as u32,
         };
-        run(gpu, &ExpertChoice::new(ctx).unwrap().bind(dims, args).unwrap());
+        run(gpu, &ExpertChoice::new(ctx).unwrap().bind(&dims, args).unwrap());
         assigned.get(gpu)
     }
 

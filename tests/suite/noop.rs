@@ -329,14 +329,14 @@ fn no_tokens_are_no_work() {
     let nothing = words(&b, 0);
     let dims = scores::Dims { tokens: 0, experts: 4 };
     let args = scores::Args { logits: nothing, bias: None, s: nothing, r: nothing };
-    let step = scores::Scores::new(&ctx).unwrap().bind(dims, Score::Sigmoid, true, args).unwrap();
+    let step = scores::Scores::new(&ctx).unwrap().bind(&dims, Score::Sigmoid, true, args).unwrap();
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { r: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
     assert!(op.bind(0, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
-    assert!(gather::Gather::new(&ctx).unwrap().bind(dims, args).unwrap().dispatches().is_empty());
+    assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());
     let dims = expert_choice::Dims { tokens: 0, experts: 4, sequences: 1 };
     let args = expert_choice::Args {
         r: nothing,
@@ -346,5 +346,5 @@ fn no_tokens_are_no_work() {
         assigned: nothing,
     };
     let op = expert_choice::ExpertChoice::new(&ctx).unwrap();
-    assert!(op.bind(dims, args).unwrap().dispatches().is_empty());
+    assert!(op.bind(&dims, args).unwrap().dispatches().is_empty());
 }

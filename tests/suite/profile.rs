@@ -15,7 +15,7 @@ fn times_every_dispatch() {
     let token_of = gpu.upload(&reversed);
     let bind = |x, out| {
         let dims = Dims { tokens: 4, slots: 4, hidden: 4 };
-        op.bind(dims, Args { x, token_of: (&token_of).into(), out }).unwrap()
+        op.bind(&dims, Args { x, token_of: (&token_of).into(), out }).unwrap()
     };
     let [there, back] = [bind((&x).into(), (&out).into()), bind((&out).into(), (&x).into())];
     let dispatches = there.dispatches().iter().chain(back.dispatches()).cycle();
