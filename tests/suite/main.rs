@@ -1,7 +1,6 @@
 //! Integration tests, one binary.
 mod assign;
 mod assign_lists;
-mod bench_program;
 mod block;
 mod cache;
 mod capacity;

@@ -9,7 +9,7 @@ mod run;
 mod subject;
 mod timing;
 
-#[path = "../../../benches/cases/mod.rs"]
+#[path = "../../benches/cases/mod.rs"]
 #[expect(
     dead_code,
     unused_imports,
@@ -145,13 +145,14 @@ fn report(files: &[PathBuf], output: &Path) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The commit of this crate's source: `WGMOE_COMMIT` at build time, or that of the repository that the program was built in,
-/// where it is still there; `+` where the source differs from it.
+/// The commit of this crate's source: `WGMOE_COMMIT` at build time, or that of the repository that
+/// the program was built in, where it is still there; `+` where the source differs from it.
 fn commit() -> Option<String> {
     if let Some(commit) = option_env!("WGMOE_COMMIT") {
         return Some(commit.into());
     }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // This package is a folder of the repository.
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
     let git = |args: &[&str]| {
         let output = Command::new("git").arg("-C").arg(source).args(args).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
