@@ -32,7 +32,7 @@
 //!   experts to average over. That factor bounds what balance alone gains. The exchange of tokens between devices comes on
 //!   top; this crate does none.
 //!
-//! So no single device reproduces the 2.1. The example `denoise` prints time, slots, padded rows and drops as they are on one
+//! So no single device reproduces the 2.1. The study `denoise` prints time, slots, padded rows and drops as they are on one
 //! device, and the slowest device's share for 2, 4, 8 and 16, of the same run.
 use crate::plan::Stats;
 use crate::{Error, Result};

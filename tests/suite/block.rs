@@ -1,7 +1,7 @@
 //! One block at once: the fused choice against the twins of the kernels that it stands for, the fused plan against those
 //! kernels' bits, and the dispatches of a layer that decodes a block.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, Settings, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};

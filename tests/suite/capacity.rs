@@ -1,6 +1,6 @@
 //! Capacities on the device, and expert choice with them.
-use crate::common::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
+use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
 use wgmoe::plan::bits;

@@ -1,6 +1,6 @@
 //! Coresets of blocks: exact against the twin, and the twin against what the rules say.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::{coreset, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::{BlockRule, Context, Gpu};

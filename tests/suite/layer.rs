@@ -1,6 +1,6 @@
 //! The whole layer against the CPU twins.
-use crate::common::{Output, assert_close, assert_same, contexts, gpu, random};
 use half::{bf16, f16};
+use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token,
 };

@@ -1,5 +1,5 @@
 //! The profiling mode.
-use crate::common::{assert_same, gpu};
+use testkit::prelude::{assert_same, gpu};
 use wgmoe::ops::gather::{Args, Dims, Gather};
 use wgmoe::{Context, Step};
 

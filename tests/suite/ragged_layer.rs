@@ -1,6 +1,6 @@
 //! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
 //! recordings, and a token-choice layer turned into an expert-choice one.
-use crate::common::{Output, assert_close, assert_same, gpu, random};
+use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, HostSequences, LayerStep, MoeLayer, Router, Sequences, Settings,
     Tensor, cpu_routing, cpu_token,

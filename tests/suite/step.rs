@@ -1,5 +1,5 @@
 //! What a recorded step of a layer costs beside its work: dispatches, and nothing made.
-use crate::common::{assert_close, contexts, gpu, random};
+use testkit::prelude::{assert_close, contexts, gpu, random};
 use wgmoe::layer::{Batch, MoeLayer, Router, Tensor};
 use wgmoe::measure::tune::tune;
 use wgmoe::routing::GateRule;

@@ -1,5 +1,5 @@
 //! The plan of an assignment, compared with the twin.
-use super::compare::close;
+use crate::compare::close;
 use wgmoe::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
@@ -10,15 +10,15 @@ use wgmoe::routing::GateRule;
 use wgmoe::{Context, Gpu, PlanShape, Step, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.
-pub(crate) struct Planned {
-    pub(crate) shape: PlanShape,
-    pub(crate) plan: wgpu::Buffer,
-    pub(crate) step: Step,
-    pub(crate) host: HostPlan,
+pub struct Planned {
+    pub shape: PlanShape,
+    pub plan: wgpu::Buffer,
+    pub step: Step,
+    pub host: HostPlan,
 }
 
 /// Makes the plan of an assignment, gates from logits; compared whole.
-pub(crate) fn plan(
+pub fn plan(
     gpu: &Gpu,
     ctx: &Context,
     [tokens, experts]: [u32; 2],
