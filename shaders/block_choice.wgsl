@@ -1,6 +1,6 @@
 // One column of tokens at once: each token's own choice, the experts that each block elects, and the choice inside them, as
 // token_choice.wgsl, coreset.wgsl and token_choice.wgsl do one after the other.
-//   r [tokens, experts] f32, any value; offsets [blocks + 1] u32, clamped; marks [tokens] u32 where has_marks
+//   values [tokens, experts] f32, any value; offsets [blocks + 1] u32, clamped; voters [tokens] u32 where has_voters
 //   assigned [experts] words of the bit set, written whole; members [blocks, ceil(experts / 32)] bit set, written whole
 // tokens <= 32, experts <= MOST; own_top 0: the rule needs no choice of the tokens' own.
 // Grid: one group.
@@ -15,13 +15,13 @@ struct Params {
     group_top: u32,
     count: u32, // of the election, as the next two
     mass: u32,
-    has_marks: u32,
+    has_voters: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
-@group(0) @binding(3) var<storage, read> marks: array<u32>;
+@group(0) @binding(3) var<storage, read> voters: array<u32>;
 @group(0) @binding(4) var<storage, read_write> assigned: array<u32>;
 @group(0) @binding(5) var<storage, read_write> members: array<u32>;
 
@@ -61,7 +61,7 @@ fn block_choice(
     var inside = 0u; // tokens of the blocks so far
     for (var b = 0u; b < params.blocks; b++) {
         let range = token_range(index, b, params.tokens);
-        elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_marks));
+        elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_voters));
         for (var c = index; c < chunks; c += WG) {
             members[b * chunks + c] = elected[c];
         }

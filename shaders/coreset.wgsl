@@ -1,13 +1,13 @@
 // The experts that each block elects, by RULE:
-//   MASS      votes v[e] = sum of r[t, e] over the block's tokens t with bit t of own[e]; highest first, the shortest prefix
+//   MASS      votes v[e] = sum of values[t, e] over the block's tokens t with bit t of own[e]; highest first, the shortest prefix
 //             of more than mass / 2^24 of the sum of all v, at least `count`; mass >= 2^24: every expert with a vote, and at
 //             least `count` in all; a sum of 0 or less: `count`
 //   VOTE      the `count` highest v
-//   CAPACITY  the `count` highest maxima over the block's tokens of r[t, e]; NaN ranks below -inf
+//   CAPACITY  the `count` highest maxima over the block's tokens of values[t, e]; NaN ranks below -inf
 //   UNION     every e with a bit of one of the block's tokens
 // Ties go to the lower expert. Votes are integers (lib/votes.wgsl): no order of tokens or lanes matters.
-//   r [tokens, experts] f32, any value; own [experts, ceil(tokens / 32)] bit set; offsets [blocks + 1] u32, clamped
-//   marks [tokens] u32 where has_marks: tokens with 0 have no say; a block where none has one elects every expert
+//   values [tokens, experts] f32, any value; own [experts, ceil(tokens / 32)] bit set; offsets [blocks + 1] u32, clamped
+//   voters [tokens] u32 where has_voters: tokens with 0 have no say; a block where none has one elects every expert
 //   members [blocks, ceil(experts / 32)] bit set, written whole; a block without tokens elects none
 //   block_of [tokens] u32, written whole: block of a token, or 0xffffffff
 // The first MAX_BLOCK tokens of a block have a say, the others follow.
@@ -19,19 +19,19 @@ struct Params {
     blocks: u32,
     count: u32,
     mass: u32,
-    has_marks: u32,
+    has_voters: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
-@group(0) @binding(2) var<storage, read> own: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
+@group(0) @binding(2) var<storage, read> own_choice: array<u32>;
 @group(0) @binding(3) var<storage, read> offsets: array<u32>;
-@group(0) @binding(4) var<storage, read> marks: array<u32>;
+@group(0) @binding(4) var<storage, read> voters: array<u32>;
 @group(0) @binding(5) var<storage, read_write> members: array<u32>;
 @group(0) @binding(6) var<storage, read_write> block_of: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
-    return own[e * ((params.tokens + 31u) / 32u) + w];
+    return own_choice[e * ((params.tokens + 31u) / 32u) + w];
 }
 
 @compute @workgroup_size(WG)
@@ -59,7 +59,7 @@ fn coreset(
             block_of[t] = 0xffffffffu;
         }
     }
-    elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_marks));
+    elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_voters));
     let chunks = (params.experts + 31u) / 32u;
     for (var c = index; c < chunks; c += WG) {
         members[block * chunks + c] = elected[c];

@@ -1,5 +1,5 @@
-// assigned[e, t] = 1 for the capacity[b] tokens t of sequence b with the highest r[t, e]; ties go to the lower token
-//   r [tokens, experts] f32, any value; NaN ranks below -inf
+// assigned[e, t] = 1 for the capacity[b] tokens t of sequence b with the highest values[t, e]; ties go to the lower token
+//   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32; lengths [sequences] u32 where has_lengths: the rest of a sequence is padding, never chosen
 //   capacity [sequences] u32, clamped to 1..=length
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
@@ -20,7 +20,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> lengths: array<u32>;
 @group(0) @binding(4) var<storage, read> capacity: array<u32>;
@@ -75,7 +75,7 @@ fn eligible_bits(tokens: Tokens, e: u32, w: u32) -> u32 {
 fn word_four(e: u32, w: u32, i: u32, bits: u32) -> vec4<u32> {
     let t = w * 32u + 4u * i;
     let row = min(vec4(t, t + 1u, t + 2u, t + 3u), vec4(params.tokens - 1u)) * params.experts + e;
-    let k = vec4(key(r[row.x]), key(r[row.y]), key(r[row.z]), key(r[row.w]));
+    let k = vec4(key(values[row.x]), key(values[row.y]), key(values[row.z]), key(values[row.w]));
     return select(vec4(0u), k, (vec4(bits >> (4u * i)) & vec4(1u, 2u, 4u, 8u)) != vec4(0u));
 }
 
@@ -317,16 +317,16 @@ fn expert_choice(
     for (var w0 = tokens.first; w0 < tokens.last; w0 += LANES) {
         let w = w0 + first;
         let bits = eligible_bits(tokens, e, w);
-        var marks = vec2(0u);
+        var voters = vec2(0u);
         for (var i = 0u; i < 8u; i++) {
             var k = keys[i];
             if !kept {
                 k = word_four(e, w, i, bits);
             }
-            marks |= mark_four(bracket, k) << vec2(4u * i);
+            voters |= mark_four(bracket, k) << vec2(4u * i);
         }
-        var take = marks.x;
-        var inside = marks.y;
+        var take = voters.x;
+        var inside = voters.y;
         // Where the bracket settles it, the lowest tokens inside: among equals those first, or all.
         totals[index] = select(0u, countOneBits(inside), settled);
         workgroupBarrier();
@@ -351,7 +351,7 @@ fn expert_choice(
             while inside != 0u {
                 let t = w * 32u + countTrailingZeros(inside);
                 let i = atomicAdd(&listed[slot], 1u) * EXPERTS + slot;
-                candidate_keys[i] = key(r[t * params.experts + e]);
+                candidate_keys[i] = key(values[t * params.experts + e]);
                 candidate_tokens[i] = t;
                 inside &= inside - 1u;
             }

@@ -1,6 +1,6 @@
 // Counts to offsets: offsets of experts and of tokens, active experts, tiles, statistics. One workgroup.
 //   plan: in: counts where the offsets will stand; out: head, both offsets, active, items of the two row classes
-//   losses [dropped experts + ignored words] u32, added up; offsets [ranges + 1], of which those that
+//   lost [dropped experts + ignored words] u32, added up; offsets [ranges + 1], of which those that
 //   decrease or exceed the tokens are counted
 //   stats [8 + experts]: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, 0, 0; tokens of each expert
 // Shared experts follow the routed ones and hold every token. Slots past `slots` are cut off and counted as ignored.
@@ -28,13 +28,13 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> losses: array<u32>;
+@group(0) @binding(1) var<storage, read> lost: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read_write> plan: array<u32>;
 @group(0) @binding(4) var<storage, read_write> stats: array<u32>;
 
 fn loss(i: u32) -> u32 {
-    return losses[i];
+    return lost[i];
 }
 
 fn range_end(i: u32) -> u32 {

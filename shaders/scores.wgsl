@@ -1,22 +1,22 @@
-// s[t, e] = softmax over e (g[t, :]) or sigmoid(g[t, e]);  r[t, e] = (g or s)[t, e] + bias[e]
+// s[t, e] = softmax over e (g[t, :]) or sigmoid(g[t, e]);  values[t, e] = (g or s)[t, e] + bias[e]
 //   logits [tokens, experts] f32, any value; bias [experts] f32
-//   s [tokens, experts] f32: NaN logits give 0, a row without a finite logit gives 0 throughout
-//   r [tokens, experts] f32: NaN where the logit is NaN
+//   scores [tokens, experts] f32: NaN logits give 0, a row without a finite logit gives 0 throughout
+//   values [tokens, experts] f32: NaN where the logit is NaN
 // Grid: ceil(tokens / ROWS) groups, ROWS rows of LANES lanes each; LANES is WG (ROWS 1) or 1.
 
 struct Params {
     tokens: u32,
     experts: u32,
     softmax: u32,      // 1: softmax, 0: sigmoid
-    from_logits: u32,  // 1: r = g + bias, 0: r = s + bias
+    from_logits: u32,  // 1: values = g + bias, 0: values = scores + bias
     has_bias: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> logits: array<u32>;
 @group(0) @binding(2) var<storage, read> bias: array<u32>;
-@group(0) @binding(3) var<storage, read_write> s: array<f32>;
-@group(0) @binding(4) var<storage, read_write> r: array<u32>;
+@group(0) @binding(3) var<storage, read_write> scores: array<f32>;
+@group(0) @binding(4) var<storage, read_write> values: array<u32>;
 
 fn sigmoid(g: u32) -> f32 {
     if is_nan(g) {
@@ -74,8 +74,8 @@ fn scores(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_work
             selection = add_bits(value, bias[e]);
         }
         if live {
-            s[base + e] = score;
-            r[base + e] = selection;
+            scores[base + e] = score;
+            values[base + e] = selection;
         }
     }
 }

@@ -1,5 +1,5 @@
-// assigned[e, t] = 1 for the length * top pairs of each sequence with the highest r[t, e]; ties go to the lower t * experts + e
-//   r [tokens, experts] f32, any value; NaN ranks below -inf
+// assigned[e, t] = 1 for the length * top pairs of each sequence with the highest values[t, e]; ties go to the lower t * experts + e
+//   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32, clamped
 //   counts [4 rounds, tiles + sequences, 256] u32: keys of a piece by 8 bits, among those that agree with the bits found before
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
@@ -19,7 +19,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read_write> counts: array<u32>;
 @group(0) @binding(4) var<storage, read_write> assigned: array<atomic<u32>>;
@@ -162,7 +162,7 @@ fn sequence_top(
         workgroupBarrier();
         let shift = 24u - 8u * params.round;
         for (var i = start * params.experts + index; i < end * params.experts; i += WG) {
-            let k = key(r[i]);
+            let k = key(values[i]);
             // Two shifts: one of 32 is undefined.
             if ((k >> shift) >> 8u) == ((prefix >> shift) >> 8u) {
                 atomicAdd(&bins[(k >> shift) & 255u], 1u);
@@ -187,7 +187,7 @@ fn sequence_top(
             var higher = 0u;
             var equal = 0u;
             for (var t = max(start, w * 32u); t < min(end, w * 32u + 32u); t++) {
-                let k = key(r[t * params.experts + e]);
+                let k = key(values[t * params.experts + e]);
                 higher |= u32(k > prefix) << (t % 32u);
                 equal |= u32(k == prefix) << (t % 32u);
             }

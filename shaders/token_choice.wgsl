@@ -1,8 +1,8 @@
-// assigned[e, t] = 1 for the `top` eligible experts of token t with the highest r; ties go to the lower expert
-//   r [tokens, experts] f32, any value; NaN ranks below -inf
+// assigned[e, t] = 1 for the `top` eligible experts of token t with the highest values; ties go to the lower expert
+//   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   coreset [blocks, ceil(experts / 32)] bit set, block_of [tokens] (blocks or more: none, no expert), where blocks > 0
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
-// Groups (group_count > 1): a group's value is the sum of its two highest eligible r; its experts stay eligible if it is
+// Groups (group_count > 1): a group's value is the sum of its two highest eligible values; its experts stay eligible if it is
 // among the group_top best; fewer than two eligible experts: never.
 // Grid: ceil(tokens / 32) groups; a group owns a column of words, LANES lanes work on a token.
 
@@ -16,7 +16,7 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> r: array<u32>;
+@group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> coreset: array<u32>;
 @group(0) @binding(3) var<storage, read> block_of: array<u32>;
 @group(0) @binding(4) var<storage, read_write> assigned: array<u32>;

@@ -2,14 +2,14 @@
 use crate::file::{CaseId, Load, Part};
 use testkit::rules::rules;
 use wgmoe::Routing;
-use wgmoe::layer::Settings;
+use wgmoe::layer::LayerConfig;
 use wgmoe::models::{self, MODELS, Model};
 
 /// A model's layer with the experts that fit, under every load.
 #[derive(Clone, Debug)]
 pub(crate) struct Layer {
     pub(crate) model: Model,
-    pub(crate) settings: Settings,
+    pub(crate) settings: LayerConfig,
     /// Why fewer experts than the model has.
     pub(crate) reduced: Option<String>,
     pub(crate) loads: Vec<(Load, u32)>,

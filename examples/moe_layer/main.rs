@@ -19,7 +19,7 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::{median, spread, threads};
 use testkit::synthetic::{self, Pool};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Sequences, Settings,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Sequences, LayerConfig,
     cpu_routing, cpu_token,
 };
 use wgmoe::models::{self, MODELS};
@@ -216,7 +216,7 @@ fn rules(own: Routing, experts: u32) -> Vec<Rule> {
 /// mixture of a normal vector of the block and one of the token; the router's weights are normal with deviation
 /// 2 / sqrt(D), and read the -3 from the first hidden value, which is 1. `make_checkpoint`'s routers do the same.
 struct Data<'a> {
-    settings: Settings,
+    settings: LayerConfig,
     x: Vec<f32>,
     router: Vec<f32>,
     bias: Option<Vec<f32>>,
@@ -239,7 +239,7 @@ enum Source<'a> {
 }
 
 impl<'a> Data<'a> {
-    fn new(settings: Settings, tokens: u32, source: Source<'a>, seed: u64) -> Self {
+    fn new(settings: LayerConfig, tokens: u32, source: Source<'a>, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let x = synthetic::hidden_states(&mut rng, tokens, BLOCK, settings.hidden);
         let (router, bias, experts) = match source {
@@ -290,7 +290,7 @@ impl<'a> Data<'a> {
     /// The twin of some tokens' output, on every core.
     fn twin(
         &self,
-        settings: &Settings,
+        settings: &LayerConfig,
         assigned: &[u32],
         gates: &[f32],
         sample: &[usize],
@@ -301,7 +301,7 @@ impl<'a> Data<'a> {
 
 /// Router, bias and experts.
 fn made(
-    settings: &Settings,
+    settings: &LayerConfig,
     weights: Weights,
     rng: &mut StdRng,
 ) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
@@ -322,7 +322,7 @@ const LOGITS: f32 = 1e-4;
 const SCORES: f32 = 1e-5;
 
 /// Milliseconds of one step as users record it: encode, submit, wait.
-fn wall(gpu: &Gpu, step: &wgmoe::layer::LayerStep) -> Result<f64, Error> {
+fn wall(gpu: &Gpu, step: &wgmoe::layer::BoundLayer) -> Result<f64, Error> {
     let start = Instant::now();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
@@ -338,7 +338,7 @@ fn finite(value: f64) -> f64 {
 }
 
 /// Useful multiply-adds of the experts, times 2.
-fn flops(settings: &Settings, tokens: u32, slots: u32) -> f64 {
+fn flops(settings: &LayerConfig, tokens: u32, slots: u32) -> f64 {
     let rows = f64::from(slots) + f64::from(tokens) * f64::from(settings.shared_experts);
     2.0 * 3.0 * rows * f64::from(settings.hidden) * f64::from(settings.intermediate)
 }
@@ -429,8 +429,8 @@ impl OnGpu<'_> {
     fn check_routing(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
     ) -> Result<(Vec<u32>, Stats), Error> {
         let (gpu, data) = (self.gpu, self.data);
         let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
@@ -495,8 +495,8 @@ impl OnGpu<'_> {
     fn check_output(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
         assigned: &[u32],
         got: &[f32],
     ) -> Result<f32, Error> {
@@ -521,8 +521,8 @@ impl OnGpu<'_> {
     fn unions(
         &self,
         checks: &mut Checks<'_>,
-        settings: &Settings,
-        step: &wgmoe::layer::LayerStep,
+        settings: &LayerConfig,
+        step: &wgmoe::layer::BoundLayer,
         want_assigned: &[u32],
     ) -> Result<f64, Error> {
         let gpu = self.gpu;
@@ -543,7 +543,7 @@ impl OnGpu<'_> {
             counts: (&counts).into(),
             bytes: (&bytes).into(),
         };
-        gpu.run(&expert_union::ExpertUnion::new(self.ctx)?.bind(dims, args)?)?;
+        gpu.run(&expert_union::ExpertUnion::new(self.ctx)?.bind(&dims, args)?)?;
         let counts: Vec<u32> = gpu.download(&counts)?;
         let (_, want, _) = expert_union::cpu(
             want_assigned,
@@ -566,7 +566,7 @@ fn mean_of_blocks(counts: &[u32], tokens: u32) -> f64 {
 /// The layer that is run.
 struct Subject {
     name: String,
-    settings: Settings,
+    settings: LayerConfig,
     /// Experts of the model it is of.
     of: u32,
     stored: Option<StoredLayer>,
@@ -582,7 +582,7 @@ impl Subject {
 }
 
 /// What a layer is, in a line.
-fn describe(subject: &Subject, settings: &Settings, weights: WeightType) -> String {
+fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> String {
     let mut line = format!(
         "{}: {} of {} experts, D {}, F {}, {} shared",
         subject.name,
@@ -765,7 +765,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
     // A stored layer is as wide as it is.
     let narrow = match subject.stored {
         Some(_) => settings,
-        None => Settings {
+        None => LayerConfig {
             hidden: settings.hidden.min(128),
             intermediate: settings.intermediate.min(32),
             ..settings
@@ -799,7 +799,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
 }
 
 fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
-    let settings = Settings { routing: rule.routing, ..data.settings };
+    let settings = LayerConfig { routing: rule.routing, ..data.settings };
     let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
     let mut checks = Checks::new(rule.name, progress);
     let mut kernels = vec![];
@@ -892,7 +892,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
 fn check_counts(
     checks: &mut Checks<'_>,
     data: &Data<'_>,
-    settings: &Settings,
+    settings: &LayerConfig,
     routed: &HostRouting,
     slots: u32,
 ) {

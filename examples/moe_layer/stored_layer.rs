@@ -1,7 +1,7 @@
 //! One layer of a checkpoint, for an example.
 use std::path::Path;
 use wgmoe::checkpoint::{Checkpoint, Load};
-use wgmoe::layer::{MoeLayer, Settings};
+use wgmoe::layer::{MoeLayer, LayerConfig};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, WeightType, wgpu};
 
@@ -26,7 +26,7 @@ impl StoredLayer {
         self.number
     }
 
-    pub(crate) fn settings(&self) -> &Settings {
+    pub(crate) fn settings(&self) -> &LayerConfig {
         self.checkpoint.settings()
     }
 

@@ -1,5 +1,5 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
-// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has r, marks and own_word(e, w), word
+// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has r, voters and own_word(e, w), word
 // w of the bits of tokens that vote for e. Experts <= MOST.
 const MASS: u32 = 1u;
 const CAPACITY: u32 = 2u;
@@ -13,7 +13,7 @@ struct Election {
     experts: u32,
     count: u32,     // 1..=experts
     mass: u32,      // of 2^24
-    has_marks: u32,
+    has_voters: u32,
 }
 
 var<workgroup> elected: array<u32, MOST / 32u>;
@@ -66,7 +66,7 @@ fn election_total(index: u32, count: u32, sum: vec2<u32>) -> Total {
 }
 
 // Tokens start..end that have a say, of the first MAX_BLOCK; returns the number of words.
-fn load_electors(index: u32, start: u32, end: u32, has_marks: u32) -> u32 {
+fn load_electors(index: u32, start: u32, end: u32, has_voters: u32) -> u32 {
     let to = min(end, start + MAX_BLOCK);
     var words = 0u;
     if to > start {
@@ -77,10 +77,10 @@ fn load_electors(index: u32, start: u32, end: u32, has_marks: u32) -> u32 {
         let low = max(start, base) - base;
         let length = min(to, base + 32u) - base - low;
         var word = (0xffffffffu >> (32u - length)) << low;
-        if has_marks == 1u {
+        if has_voters == 1u {
             var marked = 0u;
             for (var bit = low; bit < low + length; bit++) {
-                marked |= u32(marks[base + bit] != 0u) << bit;
+                marked |= u32(voters[base + bit] != 0u) << bit;
             }
             word &= marked;
         }
@@ -92,7 +92,7 @@ fn load_electors(index: u32, start: u32, end: u32, has_marks: u32) -> u32 {
 
 fn elect(index: u32, start: u32, end: u32, election: Election) {
     let experts = election.experts;
-    let words = load_electors(index, start, end, election.has_marks);
+    let words = load_electors(index, start, end, election.has_voters);
     var anybody = 0u;
     for (var i = 0u; i < words; i++) {
         anybody |= electors[i];

@@ -25,7 +25,7 @@ use crate::device::Context;
 use crate::layer::{MoeLayer, Router};
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
-use crate::{Error, Result, Settings, WeightType};
+use crate::{Error, Result, LayerConfig, WeightType};
 use files::{Files, Tensor};
 use names::{fill, is_stacked};
 use std::ops::Range;
@@ -142,7 +142,7 @@ impl Checkpoint {
     }
 
     /// Shape and routing of an MoE layer.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &LayerConfig {
         &self.config.settings
     }
 
@@ -167,7 +167,7 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn router(&self, layer: u32) -> Result<HostWeights<'_>> {
-        let Settings { experts, hidden, .. } = self.config.settings;
+        let LayerConfig { experts, hidden, .. } = self.config.settings;
         let name = fill(&self.names(layer)?.router, layer, 0);
         self.plain(&name, [experts, hidden], &[experts, hidden])
     }
@@ -196,7 +196,7 @@ impl Checkpoint {
         expert: u32,
         projection: Projection,
     ) -> Result<HostWeights<'_>> {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config.settings;
         let all = experts + shared_experts;
         if expert >= all {
             return Err(Error::invalid("expert", format!("{expert} of {all}")));
@@ -222,7 +222,7 @@ impl Checkpoint {
     pub fn check_layer(&self, layer: u32) -> Result<()> {
         self.router(layer)?;
         self.bias(layer)?;
-        let Settings { experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
         for expert in 0..experts + shared_experts {
             for projection in Projection::ALL {
                 self.expert(layer, expert, projection)?;

@@ -9,7 +9,7 @@ mod variant;
 
 pub use context::Context;
 pub(crate) use record::Kernel;
-pub use record::{Dispatch, Step};
+pub use record::{Dispatch, BoundOp};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;

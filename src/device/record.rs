@@ -199,11 +199,11 @@ impl Dispatch {
 /// Bound work: dispatches in order. Recording makes no buffer, bind group or pipeline, and may be repeated; what the
 /// bound buffers hold is read when the work runs.
 #[derive(Clone, Debug, Default)]
-pub struct Step {
+pub struct BoundOp {
     dispatches: Vec<Dispatch>,
 }
 
-impl Step {
+impl BoundOp {
     /// The dispatches, in the order they run.
     pub fn dispatches(&self) -> &[Dispatch] {
         &self.dispatches
@@ -224,7 +224,7 @@ impl Step {
     }
 }
 
-impl From<Dispatch> for Step {
+impl From<Dispatch> for BoundOp {
     fn from(dispatch: Dispatch) -> Self {
         Self { dispatches: vec![dispatch] }
     }

@@ -3,7 +3,7 @@
 //!
 //! A step of such a layer cannot be recorded in one go, since the host must learn which experts it needs:
 //!
-//! 1. the router and the plan are recorded and submitted ([`CachedStep::record_routing`]), and a copy of the step's
+//! 1. the router and the plan are recorded and submitted ([`BoundCached::record_routing`]), and a copy of the step's
 //!    [`Stats`], `4 (8 + E)` bytes, to be read back;
 //! 2. once they are there, the experts on the device run ([`CachedLayer::run_experts`]) while the missing ones are packed and
 //!    uploaded, a few at a time; each few are a round of their own, so a budget smaller than the union of a step works too;
@@ -18,13 +18,13 @@
 //! ```no_run
 //! use std::sync::Arc;
 //! use wgmoe::layer::cached::{CacheOptions, CachedLayer, ExpertSource};
-//! use wgmoe::layer::{Batch, Router, Settings};
+//! use wgmoe::layer::{Batch, Router, LayerConfig};
 //! use wgmoe::{Context, Result, Slice, wgpu};
 //!
 //! fn run(
 //!     ctx: &Context,
 //!     queue: &wgpu::Queue,
-//!     (settings, router): (Settings, Router),
+//!     (settings, router): (LayerConfig, Router),
 //!     experts: Arc<dyn ExpertSource>,
 //!     (hidden, out, tokens): (Slice<'_>, Slice<'_>, u32),
 //! ) -> Result<()> {
@@ -44,10 +44,10 @@
 //! }
 //! ```
 use crate::device::guard::{alive, scoped};
-use crate::layer::{Batch, ExpertParts, Ffn, LayerStep, MoeRouting, Router, Scratch, Settings};
+use crate::layer::{Batch, ExpertParts, Ffn, BoundLayer, MoeRouting, Router, Scratch, LayerConfig};
 use crate::plan::Stats;
 use crate::weights::{HostWeights, Projection};
-use crate::{Context, Error, ExpertWeights, Result, Slice, Step, WeightType};
+use crate::{Context, Error, ExpertWeights, Result, Slice, BoundOp, WeightType};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Poll, Waker};
@@ -158,11 +158,11 @@ impl ExpertCache {
     fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
-        settings: &Settings,
+        settings: &LayerConfig,
         source: Arc<dyn ExpertSource>,
         options: CacheOptions,
     ) -> Result<Self> {
-        let Settings { experts, shared_experts, .. } = *settings;
+        let LayerConfig { experts, shared_experts, .. } = *settings;
         let shape = settings.expert_shape(options.weight_type);
         shape.check()?;
         let (each, map) = (shape.device_bytes(), 4 * u64::from(shape.experts));
@@ -333,7 +333,7 @@ impl CachedLayer {
     pub fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
-        settings: Settings,
+        settings: LayerConfig,
         router: Router,
         source: Arc<dyn ExpertSource>,
         options: CacheOptions,
@@ -345,7 +345,7 @@ impl CachedLayer {
     }
 
     /// The settings.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &LayerConfig {
         self.routing.settings()
     }
 
@@ -366,7 +366,7 @@ impl CachedLayer {
     /// # Errors
     ///
     /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
-    pub fn bind(&self, batch: &Batch<'_>) -> Result<CachedStep> {
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
         let Batch { hidden, out, tokens, add, .. } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
@@ -394,7 +394,7 @@ impl CachedLayer {
             })
         })?;
         let places = self.cache.places.clone();
-        Ok(CachedStep { routing, round, combine, readback, places, union: vec![] })
+        Ok(BoundCached { routing, round, combine, readback, places, union: vec![] })
     }
 
     /// Records and submits the routing, then runs the experts ([`CachedLayer::run_experts`]). Waits for the routing, and
@@ -404,7 +404,7 @@ impl CachedLayer {
     /// # Errors
     ///
     /// As [`CachedLayer::run_experts`].
-    pub fn run(&mut self, queue: &wgpu::Queue, step: &mut CachedStep) -> Result<()> {
+    pub fn run(&mut self, queue: &wgpu::Queue, step: &mut BoundCached) -> Result<()> {
         self.submit_routing(queue, step)?;
         self.run_experts(queue, step)
     }
@@ -414,12 +414,12 @@ impl CachedLayer {
     /// # Errors
     ///
     /// As [`CachedLayer::run_experts`].
-    pub async fn run_async(&mut self, queue: &wgpu::Queue, step: &mut CachedStep) -> Result<()> {
+    pub async fn run_async(&mut self, queue: &wgpu::Queue, step: &mut BoundCached) -> Result<()> {
         self.submit_routing(queue, step)?;
         self.run_experts_async(queue, step).await
     }
 
-    /// Runs the experts of a step whose routing, recorded by [`CachedStep::record_routing`] once, has been submitted: brings
+    /// Runs the experts of a step whose routing, recorded by [`BoundCached::record_routing`] once, has been submitted: brings
     /// in what the step's last run used and is missing by now, which overlaps with the routing; waits for the routing; and
     /// submits rounds of experts to `queue`, the last of which writes `out`.
     ///
@@ -427,7 +427,7 @@ impl CachedLayer {
     ///
     /// A step of another layer; what the source fails with; [`Error::Device`] where the device is lost or refuses the work.
     /// After an error `out` is not written whole, and the step can be run again from its routing on.
-    pub fn run_experts(&mut self, queue: &wgpu::Queue, step: &mut CachedStep) -> Result<()> {
+    pub fn run_experts(&mut self, queue: &wgpu::Queue, step: &mut BoundCached) -> Result<()> {
         pollster::block_on(self.experts(queue, step, Wait::Poll))
     }
 
@@ -439,7 +439,7 @@ impl CachedLayer {
     pub async fn run_experts_async(
         &mut self,
         queue: &wgpu::Queue,
-        step: &mut CachedStep,
+        step: &mut BoundCached,
     ) -> Result<()> {
         self.experts(queue, step, Wait::Await).await
     }
@@ -457,7 +457,7 @@ impl CachedLayer {
         pollster::block_on(self.cache.prefetch(queue, experts, Wait::Poll))
     }
 
-    fn submit_routing(&self, queue: &wgpu::Queue, step: &CachedStep) -> Result<()> {
+    fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
         alive(self.ctx.device())?;
         scoped(self.ctx.device(), || {
             let mut encoder = self.ctx.device().create_command_encoder(&Default::default());
@@ -469,7 +469,7 @@ impl CachedLayer {
     async fn experts(
         &mut self,
         queue: &wgpu::Queue,
-        step: &mut CachedStep,
+        step: &mut BoundCached,
         wait: Wait,
     ) -> Result<()> {
         if step.places != self.cache.places {
@@ -526,17 +526,17 @@ impl CachedLayer {
 /// A [`CachedLayer`] bound to a batch. It remembers which experts its last run used: bind one step for each sequence or block
 /// that is decoded, and let it run on all of its denoising steps.
 #[derive(Debug)]
-pub struct CachedStep {
-    routing: LayerStep,
+pub struct BoundCached {
+    routing: BoundLayer,
     /// The matmuls over the pages, for the experts that the places name.
-    round: Vec<Step>,
-    combine: Vec<Step>,
+    round: Vec<BoundOp>,
+    combine: Vec<BoundOp>,
     readback: wgpu::Buffer,
     places: wgpu::Buffer,
     union: Vec<u32>,
 }
 
-impl CachedStep {
+impl BoundCached {
     /// Records the routing, and the copy that [`CachedLayer::run_experts`] reads. To be recorded once and submitted before each
     /// call of that.
     pub fn record_routing(&self, encoder: &mut wgpu::CommandEncoder) {
@@ -549,7 +549,7 @@ impl CachedStep {
     }
 
     /// The routing: plan, bit set, gates, statistics. Its own recording is the routing alone.
-    pub fn routing(&self) -> &LayerStep {
+    pub fn routing(&self) -> &BoundLayer {
         &self.routing
     }
 

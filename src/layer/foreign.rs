@@ -1,9 +1,9 @@
 //! The second half of a layer, for engines with a router of their own.
-use super::{Ffn, LayerStep, PlanKernels, Scratch};
+use super::{Ffn, BoundLayer, PlanKernels, Scratch};
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
 use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
-use crate::ops::plan_scan::Losses;
+use crate::ops::plan_scan::Lost;
 use crate::ops::{plan_count, plan_fill, plan_scan};
 use crate::plan::Stats;
 use crate::plan::bits;
@@ -104,7 +104,7 @@ impl MoeExperts {
     /// # Errors
     ///
     /// Slices that do not fit, zero places or entries, or scratch over the device's limits ([`Error`]).
-    pub fn bind(&self, batch: &ExpertBatch<'_>) -> Result<LayerStep> {
+    pub fn bind(&self, batch: &ExpertBatch<'_>) -> Result<BoundLayer> {
         let ExpertBatch { hidden, out, tokens, add, assignments, scratch } = *batch;
         let (ctx, kernels) = (&self.ffn.ctx, &*self.kernels);
         self.ffn.check(hidden, out, tokens)?;
@@ -114,7 +114,7 @@ impl MoeExperts {
         let experts = self.weights().shape().experts - self.shared_experts;
         let stats = get("stats", Stats::bytes(experts))?;
         if tokens == 0 {
-            return Ok(LayerStep::empty(stats));
+            return Ok(BoundLayer::empty(stats));
         }
         let (places, name) = match assignments {
             Assignments::OfTokens { top, .. } => (u64::from(top) * u64::from(tokens), "top"),
@@ -148,7 +148,7 @@ impl MoeExperts {
                     ignored: ignored.slice(),
                 };
                 let dims = assign::Dims { tokens, experts, top };
-                (kernels.assign.bind(dims, args)?, ignored, columns)
+                (kernels.assign.bind(&dims, args)?, ignored, columns)
             }
             Assignments::OfExperts { entries, offsets, tokens: list, gates: weights } => {
                 let ignored = get("ignored", u64::from(experts) * 4)?;
@@ -161,24 +161,24 @@ impl MoeExperts {
                     ignored: ignored.slice(),
                 };
                 let dims = assign_lists::Dims { tokens, experts, entries };
-                (kernels.lists.bind(dims, args)?, ignored, experts)
+                (kernels.lists.bind(&dims, args)?, ignored, experts)
             }
         };
         let (assigned_in, plan_in) = (assigned.slice(), plan.slice());
         let args = plan_count::Args { assigned: assigned_in, gates: None, plan: plan_in };
         let counted = kernels.plan.count.bind(&shape, args)?;
-        let losses = Some(Losses { counts: ignored.slice(), dropped: 0, ignored: count });
-        let args = plan_scan::Args { losses, offsets: None, plan: plan_in, stats: stats.slice() };
+        let lost = Some(Lost { counts: ignored.slice(), dropped: 0, ignored: count });
+        let args = plan_scan::Args { lost, offsets: None, plan: plan_in, stats: stats.slice() };
         let scanned = kernels.plan.scan.bind(&shape, args)?;
         let args = plan_fill::Args { assigned: assigned_in, gates: gates.slice(), plan: plan_in };
         let filled = kernels.plan.fill.bind(&shape, args)?;
 
-        let mut step = LayerStep {
+        let mut step = BoundLayer {
             parts: vec![assign, counted, scanned, filled],
             plan: Some((shape, plan)),
             assigned: Some(assigned),
             gates: Some(gates),
-            ..LayerStep::empty(stats)
+            ..BoundLayer::empty(stats)
         };
         self.ffn.bind(&mut step, hidden, out, add, scratch)?;
         Ok(step)

@@ -1,10 +1,10 @@
 //! A whole MoE layer: from hidden states to output, recorded in one pass.
 use crate::ops::expert_choice::{self, DropArgs};
 use crate::ops::grouped_matmul::{
-    self as matmul, Class, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
+    self as matmul, ItemKind, GroupedMatmul, Logits, LogitsArgs, SKINNY_ROWS, Stage, tile_rows,
 };
 use crate::ops::plan_count::{self, Gates, Scales};
-use crate::ops::plan_scan::{self, Losses};
+use crate::ops::plan_scan::{self, Lost};
 use crate::ops::{
     block_choice, block_plan, combine, coreset, gather, plan_fill, scores, sequence_top,
     token_choice,
@@ -15,7 +15,7 @@ use crate::routing::{
     Activation, ExpertChoice, GateRule, Routing, Scope, SequenceTop, TokenChoice,
 };
 use crate::weights::{ExpertShape, ExpertWeights, PANEL};
-use crate::{Context, Error, PlanShape, Result, Slice, Step};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +27,7 @@ pub use foreign::{Assignments, ExpertBatch, MoeExperts};
 
 /// A layer as plain data.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
+pub struct LayerConfig {
     /// D: hidden size.
     pub hidden: u32,
     /// F: intermediate size of one expert.
@@ -42,7 +42,7 @@ pub struct Settings {
     pub routing: Routing,
 }
 
-impl Settings {
+impl LayerConfig {
     /// Shape of the layer's weights, shared experts included.
     pub fn expert_shape(&self, weight_type: crate::WeightType) -> ExpertShape {
         ExpertShape {
@@ -90,7 +90,7 @@ pub struct Blocks<'a> {
     /// `[count + 1]` u32: token ranges, none across a sequence. Tokens outside all blocks are padding: no experts.
     pub offsets: Slice<'a>,
     /// `[tokens]` u32: tokens with 0 have no say in their block's coreset (TEAM); all have one where absent.
-    pub marks: Option<Slice<'a>>,
+    pub voters: Option<Slice<'a>>,
 }
 
 /// Tokens of a block where a batch brings no blocks of its own, as LLaDA2.x decodes.
@@ -216,7 +216,7 @@ pub struct MoeLayer {
 #[derive(Clone, Debug)]
 pub struct MoeRouting {
     ctx: Context,
-    settings: Settings,
+    settings: LayerConfig,
     router: Router,
     kernels: Arc<RoutingKernels>,
 }
@@ -289,10 +289,10 @@ impl MoeLayer {
     ///
     /// # Errors
     ///
-    /// Settings that make no sense ([`Routing::check`]), weights or router tensors of another shape, or what wgpu refuses.
+    /// LayerConfig that make no sense ([`Routing::check`]), weights or router tensors of another shape, or what wgpu refuses.
     pub fn new(
         ctx: &Context,
-        settings: Settings,
+        settings: LayerConfig,
         router: Router,
         weights: ExpertWeights,
     ) -> Result<Self> {
@@ -311,7 +311,7 @@ impl MoeLayer {
     ///
     /// As [`MoeLayer::new`].
     pub fn with_routing(&self, routing: Routing) -> Result<Self> {
-        let settings = Settings { routing, ..*self.settings() };
+        let settings = LayerConfig { routing, ..*self.settings() };
         let routing = MoeRouting::new(&self.ffn.ctx, settings, self.router().clone())?;
         Ok(Self { routing, ffn: self.ffn.clone() })
     }
@@ -332,7 +332,7 @@ impl MoeLayer {
     }
 
     /// The settings.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &LayerConfig {
         &self.routing.settings
     }
 
@@ -351,7 +351,7 @@ impl MoeLayer {
     /// # Errors
     ///
     /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
-    pub fn bind(&self, batch: &Batch<'_>) -> Result<LayerStep> {
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let Batch { hidden, out, tokens, add, .. } = *batch;
         self.ffn.check(hidden, out, tokens)?;
         let own = Scratch::new();
@@ -368,9 +368,9 @@ impl MoeRouting {
     ///
     /// # Errors
     ///
-    /// Settings that make no sense ([`Routing::check`]), router tensors of another shape, or what wgpu refuses.
-    pub fn new(ctx: &Context, settings: Settings, router: Router) -> Result<Self> {
-        let Settings { hidden, experts, .. } = settings;
+    /// LayerConfig that make no sense ([`Routing::check`]), router tensors of another shape, or what wgpu refuses.
+    pub fn new(ctx: &Context, settings: LayerConfig, router: Router) -> Result<Self> {
+        let LayerConfig { hidden, experts, .. } = settings;
         crate::error::not_zero(&[("hidden", hidden)])?;
         settings.routing.check(experts)?;
         router.weight.slice().expect("router weight", &[experts.into(), hidden.into()], 4)?;
@@ -424,7 +424,7 @@ impl MoeRouting {
     }
 
     /// The settings.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &LayerConfig {
         &self.settings
     }
 
@@ -459,21 +459,21 @@ impl MoeRouting {
             .map_err(|_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits")))
     }
 
-    /// Makes what is needed to route these tokens: the step ends with the plan ([`LayerStep::plan`]), and with the bit set
+    /// Makes what is needed to route these tokens: the step ends with the plan ([`BoundLayer::plan`]), and with the bit set
     /// and the gates that it was made of. Zero tokens make an empty step.
     ///
     /// # Errors
     ///
     /// Slices that do not fit, or scratch over the device's limits ([`Error`]).
-    pub fn bind(&self, batch: &RoutingBatch<'_>) -> Result<LayerStep> {
-        let Settings { hidden, experts, shared_experts, routing, .. } = self.settings;
+    pub fn bind(&self, batch: &RoutingBatch<'_>) -> Result<BoundLayer> {
+        let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.settings;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
         batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
         let own = Scratch::new();
         let scratch = batch.scratch.unwrap_or(&own);
         let stats = scratch.get(ctx, "stats", Stats::bytes(experts))?;
         if tokens == 0 {
-            return Ok(LayerStep::empty(stats));
+            return Ok(BoundLayer::empty(stats));
         }
         let shape = PlanShape {
             tokens,
@@ -543,7 +543,7 @@ impl MoeRouting {
                     capacity: sequences.capacity,
                     assigned: assigned.slice(),
                 };
-                parts.push(choice.bind(dims, args)?);
+                parts.push(choice.bind(&dims, args)?);
             }
             (Choice::Tokens(choice), _) => {
                 let args =
@@ -556,7 +556,7 @@ impl MoeRouting {
                     (0..=count).map(|i| i.saturating_mul(BLOCK).min(tokens)).collect();
                 let alone = Tensor::new(ctx, "blocks", &ends)?;
                 let blocks =
-                    batch.blocks.unwrap_or(Blocks { count, offsets: alone.slice(), marks: None });
+                    batch.blocks.unwrap_or(Blocks { count, offsets: alone.slice(), voters: None });
                 offsets = batch.blocks.map(|b| b.offsets);
                 let chunks = u64::from(experts.div_ceil(32));
                 let members = get("coreset", u64::from(blocks.count) * chunks * 4)?;
@@ -566,11 +566,11 @@ impl MoeRouting {
                     let args = block_choice::Args {
                         r: r.slice(),
                         offsets: blocks.offsets,
-                        marks: blocks.marks,
+                        voters: blocks.voters,
                         assigned: assigned.slice(),
                         members: members.slice(),
                     };
-                    parts.push(fused.bind(dims, args)?);
+                    parts.push(fused.bind(&dims, args)?);
                 } else {
                     let block_of = get("block_of", u64::from(tokens) * 4)?;
                     // Each token's own choice stands where the final one will: it is read before that is written.
@@ -586,14 +586,14 @@ impl MoeRouting {
                         r: r.slice(),
                         own: choice.own.as_ref().map(|_| assigned.slice()),
                         offsets: blocks.offsets,
-                        marks: blocks.marks,
+                        voters: blocks.voters,
                         members: members.slice(),
                         block_of: block_of.slice(),
                     };
                     parts.push(
                         choice
                             .coreset
-                            .bind(coreset::Dims { tokens, blocks: blocks.count }, args)?,
+                            .bind(&coreset::Dims { tokens, blocks: blocks.count }, args)?,
                     );
                     let coresets = token_choice::Coresets {
                         blocks: blocks.count,
@@ -620,7 +620,7 @@ impl MoeRouting {
                     offsets: sequences.1,
                     assigned: assigned.slice(),
                 };
-                parts.push(choice.bind(dims, args)?);
+                parts.push(choice.bind(&dims, args)?);
             }
             (Choice::Experts(_) | Choice::Pairs(_), _) => {
                 unreachable!("kernels are made for the routing")
@@ -657,7 +657,7 @@ impl MoeRouting {
         } else {
             parts.push(count(Some(gate_args))?);
             let dropped = get("dropped", u64::from(experts) * 4)?;
-            let mut losses = None;
+            let mut lost = None;
             if let (Some(choice), Routing::TokenChoice(rule)) = (&kernels.drop, routing) {
                 let capacity = Tensor::new(
                     ctx,
@@ -673,10 +673,10 @@ impl MoeRouting {
                 };
                 parts.push(choice.bind_drop(tokens, experts, args)?);
                 parts.push(count(None)?);
-                losses = Some(Losses { counts: dropped.slice(), dropped: experts, ignored: 0 });
+                lost = Some(Lost { counts: dropped.slice(), dropped: experts, ignored: 0 });
             }
             let args =
-                plan_scan::Args { losses, offsets, plan: plan.slice(), stats: stats.slice() };
+                plan_scan::Args { lost, offsets, plan: plan.slice(), stats: stats.slice() };
             parts.push(kernels.plan.scan.bind(&shape, args)?);
             let args = plan_fill::Args {
                 assigned: assigned.slice(),
@@ -686,7 +686,7 @@ impl MoeRouting {
             parts.push(kernels.plan.fill.bind(&shape, args)?);
         }
 
-        Ok(LayerStep {
+        Ok(BoundLayer {
             parts,
             stats,
             plan: Some((shape, plan)),
@@ -708,8 +708,8 @@ impl Ffn {
         let gate_up = |class| GroupedMatmul::new(ctx, &shape, Stage::GateUp(activation), class);
         let down = |class| GroupedMatmul::new(ctx, &shape, Stage::Down, class);
         let kernels = FfnKernels {
-            gate_up: [gate_up(Class::Skinny)?, gate_up(Class::Tile)?],
-            down: [down(Class::Skinny)?, down(Class::Tile)?],
+            gate_up: [gate_up(ItemKind::Skinny)?, gate_up(ItemKind::Tile)?],
+            down: [down(ItemKind::Skinny)?, down(ItemKind::Tile)?],
             combine: combine::Combine::new(ctx)?,
             gather: gather::Gather::new(ctx)?,
         };
@@ -730,7 +730,7 @@ impl Ffn {
     /// Adds the experts and the combination to a step that ends with its plan.
     fn bind(
         &self,
-        step: &mut LayerStep,
+        step: &mut BoundLayer,
         x: Slice<'_>,
         out: Slice<'_>,
         add: bool,
@@ -872,9 +872,9 @@ impl Ffn {
 
 /// The dispatches that follow a plan.
 pub(crate) struct ExpertParts {
-    pub(crate) gate_up: Vec<Step>,
+    pub(crate) gate_up: Vec<BoundOp>,
     /// The second matmul of each stretch of columns, and what combines it into `out`.
-    pub(crate) down: Vec<(Vec<Step>, Vec<Step>)>,
+    pub(crate) down: Vec<(Vec<BoundOp>, Vec<BoundOp>)>,
 }
 
 /// Rows `[rows, width]` f32 in stretches that each fit a binding and start where one may start; one of all where they fit.
@@ -901,8 +901,8 @@ fn chunks(n: u32, step: u32) -> Vec<Range<u32>> {
 
 /// A layer bound to a batch. Recording it makes nothing; what the bound buffers hold is read when the work runs.
 #[derive(Clone, Debug)]
-pub struct LayerStep {
-    parts: Vec<Step>,
+pub struct BoundLayer {
+    parts: Vec<BoundOp>,
     stats: Tensor,
     plan: Option<(PlanShape, Tensor)>,
     assigned: Option<Tensor>,
@@ -911,7 +911,7 @@ pub struct LayerStep {
     selection: Option<(Tensor, Tensor, Tensor)>,
 }
 
-impl LayerStep {
+impl BoundLayer {
     fn empty(stats: Tensor) -> Self {
         Self {
             parts: vec![],
@@ -942,7 +942,7 @@ impl LayerStep {
 
     /// The dispatches, in order.
     pub fn dispatches(&self) -> impl Iterator<Item = &crate::Dispatch> {
-        self.parts.iter().flat_map(Step::dispatches)
+        self.parts.iter().flat_map(BoundOp::dispatches)
     }
 
     /// What the step did, `[8 + E]` u32 ([`Stats::from_words`]); there after it ran.
@@ -1000,13 +1000,13 @@ pub struct HostSequences<'a> {
     pub capacity: &'a [u32],
 }
 
-/// Blocks on the host: offsets `[n + 1]`, marks `[T]`.
+/// Blocks on the host: offsets `[n + 1]`, voters `[T]`.
 #[derive(Clone, Copy, Debug)]
 pub struct HostBlocks<'a> {
     /// Token ranges.
     pub offsets: &'a [u32],
     /// Tokens with 0 have no say.
-    pub marks: Option<&'a [u32]>,
+    pub voters: Option<&'a [u32]>,
 }
 
 /// What a batch brings of its own, on the host; as in [`Batch`] where absent.
@@ -1038,7 +1038,7 @@ pub struct HostRouting {
 ///
 /// If the lengths do not fit together.
 pub fn cpu_routing(
-    settings: &Settings,
+    settings: &LayerConfig,
     router: &HostRouter<'_>,
     batch: HostBatch<'_>,
     [logits, s, r]: [&[f32]; 3],
@@ -1061,13 +1061,13 @@ pub fn cpu_routing(
         Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
             let ends: Vec<u32> =
                 (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect();
-            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, marks: None });
+            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
             let own = rule
                 .own_top(top)
                 .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
             let own = own.unwrap_or_default();
             let (members, block_of) =
-                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.marks);
+                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.voters);
             let eligible = |t: usize, e: usize| {
                 let row = block_of[t] as usize * experts.div_ceil(32);
                 block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
@@ -1115,7 +1115,7 @@ pub type HostExperts<'a> =
 ///
 /// If the lengths do not fit together.
 pub fn cpu_token(
-    settings: &Settings,
+    settings: &LayerConfig,
     experts: HostExperts<'_>,
     x: &[f32],
     chosen: &[(u32, f32)],
@@ -1141,7 +1141,7 @@ pub fn cpu_token(
 ///
 /// If the lengths do not fit together.
 pub fn cpu(
-    settings: &Settings,
+    settings: &LayerConfig,
     router: &HostRouter<'_>,
     batch: HostBatch<'_>,
     experts: HostExperts<'_>,
@@ -1149,7 +1149,7 @@ pub fn cpu(
 ) -> Vec<f32> {
     let (d, e) = (settings.hidden as usize, settings.experts as usize);
     let logits = matmul::cpu_logits(x, router.weight, d);
-    let Settings { routing, .. } = settings;
+    let LayerConfig { routing, .. } = settings;
     let (s, r) = scores::cpu(&logits, e, routing.score(), routing.by_logits(), router.bias);
     let chosen = cpu_routing(settings, router, batch, [&logits, &s, &r]);
     let tokens = x.len() / d;

@@ -19,7 +19,7 @@
 //! # }
 //! ```
 use crate::device::guard::{alive, scoped};
-use crate::layer::{Batch, LayerStep, MoeLayer, Scratch};
+use crate::layer::{Batch, BoundLayer, MoeLayer, Scratch};
 use crate::plan::bits;
 use crate::{Context, Error, Gpu, Result, Slice, Variant};
 use std::time::Instant;
@@ -127,7 +127,7 @@ fn first_run(
     layer: &MoeLayer,
     variant: Variant,
     batch: &Batch<'_>,
-) -> Result<LayerStep> {
+) -> Result<BoundLayer> {
     let ctx = Context::with_variant(&gpu.device, variant, None)?;
     let step = layer.with_context(&ctx)?.bind(batch)?;
     gpu.run_layer(&step)?;

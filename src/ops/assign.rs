@@ -3,7 +3,7 @@ use super::{GRID, few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
-use crate::{Context, Result, Slice, Step};
+use crate::{Context, Result, Slice, BoundOp};
 use std::sync::Arc;
 
 /// See `shaders/assign.wgsl`.
@@ -103,12 +103,12 @@ impl Assign {
     /// # Errors
     ///
     /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, top } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("top", top)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = u64::from(tokens.div_ceil(32));
         args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;

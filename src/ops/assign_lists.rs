@@ -3,7 +3,7 @@ use super::{GRID, OFFSETS, few_experts};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
-use crate::{Context, Result, Slice, Step};
+use crate::{Context, Result, Slice, BoundOp};
 use std::sync::Arc;
 
 /// See `shaders/assign_lists.wgsl`.
@@ -108,11 +108,11 @@ impl AssignLists {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, entries } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
         args.list.expect("list", &[entries.max(1).into()], 4)?;

@@ -5,7 +5,7 @@ use super::plan_count::{self, Gates};
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/block_plan.wgsl`.
@@ -23,7 +23,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
         write("stats", 4),
     ],
-    variants: || [Target::Gpu, Target::Cpu].map(prelude).into(),
+    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
 };
 
 params! {
@@ -37,7 +37,7 @@ params! {
 pub const MAX_TOKENS: u32 = 32;
 
 fn prelude(target: Target) -> Prelude {
-    let lanes = if target == Target::Cpu { 1 } else { 8 };
+    let lanes = if target == Target::Serial { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
@@ -88,13 +88,13 @@ impl BlockPlan {
     /// # Errors
     ///
     /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens; or a slice that does not fit.
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, tile_rows, skinny_rows, .. } = *shape;
         if tokens > MAX_TOKENS {
             return Err(Error::invalid("tokens", format!("{tokens}, at most {MAX_TOKENS}")));
         }
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         few_experts(experts)?;
         let at = shape.sections()?;

@@ -4,7 +4,7 @@ use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::routing::schedule::{self, Schedule};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/capacity.wgsl`.
@@ -21,7 +21,7 @@ pub const SPEC: Spec = Spec {
         write("k_of", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -30,7 +30,7 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }
 
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 1 } else { 32 };
+    let wg = if variant.target == Target::Serial { 1 } else { 32 };
     Prelude::new(format!("{wg} lanes a sequence")).constant("WG", wg).piece(GRID).piece(OFFSETS)
 }
 
@@ -83,7 +83,7 @@ pub struct Dims {
 }
 
 /// Where the experts per token of each sequence come from. Errors name what is given a sequence `mask`. `steps` is
-/// [`Steps::words`](schedule::Steps::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
+/// [`Staircase::words`](schedule::Staircase::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].
@@ -142,11 +142,11 @@ impl Capacity {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.

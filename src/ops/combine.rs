@@ -3,7 +3,7 @@ use super::{GRID, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::HostPlan;
-use crate::{Context, Error, PlanShape, Result, Slice, Step};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -94,7 +94,7 @@ impl Combine {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         self.bind_tokens(shape, 0..shape.tokens, args)
     }
 
@@ -104,7 +104,7 @@ impl Combine {
         shape: &PlanShape,
         of: Range<u32>,
         args: Args<'_>,
-    ) -> Result<Step> {
+    ) -> Result<BoundOp> {
         let at = shape.sections()?;
         let (tokens, slots, hidden) = (of.end - of.start, shape.slots()?, args.hidden);
         let Range { start, end } = args.columns;

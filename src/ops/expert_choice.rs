@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::{Context, Result, Slice, Step, Target};
+use crate::{Context, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/expert_choice.wgsl`.
@@ -14,7 +14,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/expert_choice.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
+        read("values", 4),
         read("offsets", 8),
         read("lengths", 4),
         read("capacity", 4),
@@ -85,20 +85,20 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
         })
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made
 /// monotone and at most `tokens`), `lengths` and `capacity` `[sequences]`.
 ///
 /// # Panics
 ///
 /// If the lengths do not fit together.
 pub fn cpu(
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     offsets: &[u32],
     lengths: Option<&[u32]>,
     capacity: &[u32],
 ) -> Vec<u32> {
-    let tokens = r.len() / experts;
+    let tokens = values.len() / experts;
     let mut assigned = bits::empty(tokens, experts);
     for (b, range) in ranges(offsets, tokens).into_iter().enumerate() {
         let length = lengths.map_or(range.len(), |l| range.len().min(l[b] as usize));
@@ -108,7 +108,7 @@ pub fn cpu(
         }
         let take = (capacity[b] as usize).clamp(1, length);
         for e in 0..experts {
-            for t in order::top(range.clone(), take, |t| r[t * experts + e]) {
+            for t in order::top(range.clone(), take, |t| values[t * experts + e]) {
                 bits::set(&mut assigned, tokens, e, t);
             }
         }
@@ -157,7 +157,7 @@ pub fn ranges(offsets: &[u32], tokens: usize) -> Vec<std::ops::Range<usize>> {
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Experts.
     pub experts: u32,
@@ -169,7 +169,7 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[sequences]` u32, read: tokens of a sequence that are not padding; all where absent.
@@ -219,7 +219,7 @@ impl ExpertChoice {
 
     /// The kernel for this many tokens and experts, and the experts of a workgroup.
     fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
-        if self.ctx.variant().target == Target::Gpu || tokens > SERIAL_TOKENS {
+        if self.ctx.variant().target == Target::Wide || tokens > SERIAL_TOKENS {
             return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
         }
         let features = self.ctx.device().features();
@@ -232,14 +232,14 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         not_zero(&[("experts", experts), ("sequences", sequences)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
         if let Some(lengths) = args.lengths {
             lengths.expect("lengths", &[sequences.into()], 4)?;
@@ -251,7 +251,7 @@ impl ExpertChoice {
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
         let lengths = args.lengths.unwrap_or(args.capacity);
         let slices =
-            [args.r, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
+            [args.values, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
         let (kernel, tile) = self.kernel(tokens, experts, false)?;
         let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
@@ -262,10 +262,10 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<Step> {
+    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<BoundOp> {
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
         args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;

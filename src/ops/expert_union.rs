@@ -3,7 +3,7 @@ use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/expert_union.wgsl`.
@@ -20,7 +20,7 @@ pub const SPEC: Spec = Spec {
         write("totals", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -29,7 +29,7 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32, has_totals: u32 }
 
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 8 } else { 256 };
+    let wg = if variant.target == Target::Serial { 8 } else { 256 };
     Prelude::new(format!("{wg} lanes a block")).constant("WG", wg).piece(GRID).piece(OFFSETS)
 }
 
@@ -167,7 +167,7 @@ impl ExpertUnion {
         let long = u64::from(experts.div_ceil(8)) * u64::from(columns) > 32_768;
         self.ctx.kernel(
             &SPEC,
-            prelude(Variant { target: if long { Target::Gpu } else { variant.target }, ..variant }),
+            prelude(Variant { target: if long { Target::Wide } else { variant.target }, ..variant }),
         )
     }
 
@@ -176,7 +176,7 @@ impl ExpertUnion {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         self.bind_with(dims, args, None)
     }
 
@@ -186,16 +186,16 @@ impl ExpertUnion {
     /// # Errors
     ///
     /// As [`ExpertUnion::bind`].
-    pub fn bind_mean(&self, dims: Dims, args: Args<'_>, totals: Slice<'_>) -> Result<Step> {
+    pub fn bind_mean(&self, dims: Dims, args: Args<'_>, totals: Slice<'_>) -> Result<BoundOp> {
         totals.expect("totals", &[4], 4)?;
         self.bind_with(dims, args, Some(totals))
     }
 
-    fn bind_with(&self, dims: Dims, args: Args<'_>, totals: Option<Slice<'_>>) -> Result<Step> {
-        let Dims { tokens, experts, blocks, expert_bytes } = dims;
+    fn bind_with(&self, dims: Dims, args: Args<'_>, totals: Option<Slice<'_>>) -> Result<BoundOp> {
+        let Dims { tokens, experts, blocks, expert_bytes } = *dims;
         few_experts(experts)?;
         if blocks == 0 || tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;

@@ -9,7 +9,7 @@ use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write}
 use crate::error::bytes_of;
 use crate::routing::Activation;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Projection, WeightType};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use crate::{Context, Error, PlanShape, Result, Slice, BoundOp, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ pub(crate) enum Layout {
 
 /// Rows per item: which list of the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Class {
+pub enum ItemKind {
     /// Items of at most [`SKINNY_ROWS`] rows.
     Skinny,
     /// Items of up to [`tile_rows`] rows.
@@ -59,14 +59,14 @@ pub const SKINNY_ROWS: u32 = 8;
 /// Most rows of a tile item on this context's device.
 pub fn tile_rows(ctx: &Context) -> u32 {
     match ctx.variant().target {
-        Target::Cpu => super::matmul_register::TILE_ROWS,
-        Target::Gpu => super::matmul_tile::TILE_ROWS,
+        Target::Serial => super::matmul_register::TILE_ROWS,
+        Target::Wide => super::matmul_tile::TILE_ROWS,
     }
 }
 
 /// What is known of a matmul when its kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Problem {
+pub(crate) struct Specialization {
     /// The activation that joins two matrices; none: one matrix.
     pub(crate) activation: Option<Activation>,
     /// Rows of `x` are tokens of the slots, not slots.
@@ -79,15 +79,15 @@ pub(crate) struct Problem {
     pub(crate) depth_lanes: u32,
     /// Whether the columns are a multiple of 4, so that four of a row of `out` are one aligned store.
     pub(crate) quad_columns: bool,
-    pub(crate) class: Class,
+    pub(crate) kind: ItemKind,
 }
 
-impl Problem {
+impl Specialization {
     /// Every combination that some layer uses.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![];
         for depth_lanes in [1, 4, 8] {
-            for class in [Class::Skinny, Class::Tile] {
+            for kind in [ItemKind::Skinny, ItemKind::Tile] {
                 let quad_columns = depth_lanes != 1;
                 for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
                     for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
@@ -105,7 +105,7 @@ impl Problem {
                             layout: Layout::Packed,
                             depth_lanes,
                             quad_columns,
-                            class,
+                            kind,
                         });
                     }
                 }
@@ -117,7 +117,7 @@ impl Problem {
                     layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                     depth_lanes,
                     quad_columns,
-                    class,
+                    kind,
                 });
             }
         }
@@ -125,7 +125,7 @@ impl Problem {
     }
 
     pub(crate) fn label(&self) -> String {
-        let rows = if self.class == Class::Skinny { "skinny" } else { "tile" };
+        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
         let what = match self.activation {
             None => "plain",
             Some(Activation::Silu) => "silu",
@@ -160,22 +160,22 @@ impl Problem {
 
     /// Rows of an item of the register kernel.
     pub(crate) fn rows(&self) -> u32 {
-        if self.class == Class::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
+        if self.kind == ItemKind::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
     }
 
     fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => {
+        match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => {
                 let features = super::matmul_register::Features::of(ctx);
                 ctx.kernel(
                     &super::matmul_register::SPEC,
                     super::matmul_register::prelude(self, features),
                 )
             }
-            (Target::Gpu, Class::Skinny) => {
+            (Target::Wide, ItemKind::Skinny) => {
                 ctx.kernel(&super::matmul_skinny::SPEC, super::matmul_skinny::prelude(self))
             }
-            (Target::Gpu, Class::Tile) => {
+            (Target::Wide, ItemKind::Tile) => {
                 ctx.kernel(&super::matmul_tile::SPEC, super::matmul_tile::prelude(self))
             }
         }
@@ -183,13 +183,13 @@ impl Problem {
 
     /// Workgroups for so many items, completing the parameters.
     fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let [width, height] = match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => super::matmul_register::group_tile(self),
-            (Target::Gpu, Class::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
-            (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
+        let [width, height] = match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => super::matmul_register::group_tile(self),
+            (Target::Wide, ItemKind::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
+            (Target::Wide, ItemKind::Tile) => [super::matmul_tile::tile_columns(self), 1],
         };
         params.item_groups = items.div_ceil(height);
-        if ctx.variant().target == Target::Cpu {
+        if ctx.variant().target == Target::Serial {
             params.item_step = super::matmul_register::item_step(params.item_groups);
         }
         let across = (params.column_end - params.column_begin).div_ceil(width);
@@ -252,7 +252,7 @@ pub struct Args<'a> {
     /// `[experts]` u32, shared experts included, read: which expert of `weights` holds each of the plan's, for weights that
     /// hold only some of them; the slots of those past the end are left alone. Expert by expert where absent.
     pub places: Option<Slice<'a>>,
-    /// `[rows, columns]` f32, slots from `out_slot` on: items of the page and class are written, other rows left alone.
+    /// `[rows, columns]` f32, slots from `out_slot` on: items of the page and kind are written, other rows left alone.
     pub out: Slice<'a>,
     /// Slots to compute; all: `0..shape.slots()`.
     pub slots: Range<u32>,
@@ -264,12 +264,12 @@ pub struct Args<'a> {
     pub out_slot: u32,
 }
 
-/// A grouped expert matmul over one class of a plan's items.
+/// A grouped expert matmul over one kind of a plan's items.
 #[derive(Clone, Debug)]
 pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
-    problem: Problem,
+    problem: Specialization,
     kernel: Arc<Kernel>,
 }
 
@@ -279,13 +279,13 @@ impl GroupedMatmul {
     /// # Errors
     ///
     /// [`Error::Device`] where wgpu refuses the kernel.
-    pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage, class: Class) -> Result<Self> {
+    pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage, kind: ItemKind) -> Result<Self> {
         let (activation, projection) = match stage {
             Stage::GateUp(activation) => (Some(activation), Projection::Gate),
             Stage::Down => (None, Projection::Down),
         };
         let [columns, depth] = shape.matrix(projection);
-        let problem = Problem {
+        let problem = Specialization {
             activation,
             gather: activation.is_some(),
             dense: false,
@@ -293,7 +293,7 @@ impl GroupedMatmul {
             layout: Layout::Packed,
             depth_lanes: depth_lanes(depth),
             quad_columns: columns.is_multiple_of(4),
-            class,
+            kind,
         };
         Ok(Self { ctx: ctx.clone(), stage, problem, kernel: problem.kernel(ctx)? })
     }
@@ -303,7 +303,7 @@ impl GroupedMatmul {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], a page that is not there, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, args: Args<'_>) -> Result<BoundOp> {
         let at = args.shape.sections()?;
         let shape = args.weights.shape();
         let (pages, projection) = match self.stage {
@@ -332,7 +332,7 @@ impl GroupedMatmul {
         let begin = args.columns.start.max(page.columns.start);
         let end = args.columns.end.min(page.columns.end);
         if begin >= end || args.slots.start >= args.slots.end {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let out_stride = args.columns.end - args.columns.start;
         let gather = args.gather && self.problem.gather;
@@ -348,13 +348,13 @@ impl GroupedMatmul {
 
         // Experts of the plan that the page can hold.
         let experts = if args.places.is_some() { 0..all } else { page.experts.clone() };
-        let (items, item_offsets, bound) = match self.problem.class {
+        let (items, item_offsets, bound) = match self.problem.kind {
             // What an expert has left: at most one item each.
-            Class::Skinny => {
+            ItemKind::Skinny => {
                 let most = args.shape.skinny()?.min(experts.end - experts.start);
                 (at.skinny_items, at.skinny_offsets, most)
             }
-            Class::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
+            ItemKind::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
         };
         let mut params = Params {
             columns: page.columns.end - page.columns.start,
@@ -390,7 +390,7 @@ impl GroupedMatmul {
         let kernel = if quad || !self.problem.quad_columns {
             self.kernel.clone()
         } else {
-            Problem { quad_columns: false, ..self.problem }.kernel(&self.ctx)?
+            Specialization { quad_columns: false, ..self.problem }.kernel(&self.ctx)?
         };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
@@ -451,8 +451,8 @@ pub struct Logits {
     ctx: Context,
     hidden: u32,
     experts: u32,
-    skinny: (Problem, Arc<Kernel>),
-    tile: (Problem, Arc<Kernel>),
+    skinny: (Specialization, Arc<Kernel>),
+    tile: (Specialization, Arc<Kernel>),
 }
 
 impl Logits {
@@ -464,8 +464,8 @@ impl Logits {
     pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
         let depth_lanes = depth_lanes(hidden);
-        let make = |class| {
-            let problem = Problem {
+        let make = |kind| {
+            let problem = Specialization {
                 activation: None,
                 gather: false,
                 dense: true,
@@ -473,7 +473,7 @@ impl Logits {
                 layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                 depth_lanes,
                 quad_columns: experts.is_multiple_of(4),
-                class,
+                kind,
             };
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
@@ -481,8 +481,8 @@ impl Logits {
             ctx: ctx.clone(),
             hidden,
             experts,
-            skinny: make(Class::Skinny)?,
-            tile: make(Class::Tile)?,
+            skinny: make(ItemKind::Skinny)?,
+            tile: make(ItemKind::Tile)?,
         })
     }
 
@@ -491,7 +491,7 @@ impl Logits {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: LogitsArgs<'_>) -> Result<Step> {
+    pub fn bind(&self, tokens: u32, args: LogitsArgs<'_>) -> Result<BoundOp> {
         self.bind_rows(tokens, 0..tokens, args)
     }
 
@@ -501,10 +501,10 @@ impl Logits {
         tokens: u32,
         of: Range<u32>,
         args: LogitsArgs<'_>,
-    ) -> Result<Step> {
+    ) -> Result<BoundOp> {
         let rows = of.end - of.start;
         if rows == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
         args.x.expect("x", &[rows.into(), hidden.into()], 4)?;

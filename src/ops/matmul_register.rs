@@ -1,5 +1,5 @@
 //! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
+use super::grouped_matmul::{BINDINGS, ItemKind, Layout, Params, Specialization};
 use crate::Context;
 use crate::device::shader::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
@@ -12,7 +12,7 @@ pub const SPEC: Spec = Spec {
     bindings: BINDINGS,
     variants: || {
         let mut all = vec![];
-        for problem in Problem::all() {
+        for problem in Specialization::all() {
             for wide in [false, true] {
                 for shuffle in [false, true] {
                     all.push(prelude(&problem, Features { wide, shuffle }));
@@ -31,11 +31,11 @@ pub(crate) const TILE_ROWS: u32 = 16;
 
 /// Stretches of columns, and items, that a workgroup takes one after the other. Tiles of one expert read the same weights:
 /// taken in turn, a cache still holds those of one stretch (f32: 512 KiB at a depth of 2,048).
-fn span(problem: &Problem) -> [u32; 2] {
-    match problem.class {
-        Class::Skinny => [4, 1],
-        Class::Tile if problem.dense => [1, 1],
-        Class::Tile => [1, 4],
+fn span(problem: &Specialization) -> [u32; 2] {
+    match problem.kind {
+        ItemKind::Skinny => [4, 1],
+        ItemKind::Tile if problem.dense => [1, 1],
+        ItemKind::Tile => [1, 4],
     }
 }
 
@@ -59,7 +59,7 @@ impl Features {
 }
 
 /// Columns and items that one workgroup makes.
-pub(crate) fn group_tile(problem: &Problem) -> [u32; 2] {
+pub(crate) fn group_tile(problem: &Specialization) -> [u32; 2] {
     let [span, items] = span(problem);
     [span * WG * if problem.activation.is_some() { 4 } else { 8 }, items]
 }
@@ -79,8 +79,8 @@ pub(crate) fn item_step(groups: u32) -> u32 {
     if groups <= 1 << 16 { (groups * 5 / 8..groups).find(coprime).unwrap_or(1) } else { 1 }
 }
 
-pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
-    let Problem { layout, weight_type, depth_lanes, .. } = *problem;
+pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
+    let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide
         && match layout {

@@ -1,5 +1,5 @@
 //! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
+use super::grouped_matmul::{BINDINGS, ItemKind, Layout, Params, Specialization};
 use crate::device::shader::{Prelude, Spec};
 use crate::weights::{PANEL, WeightType};
 
@@ -9,18 +9,18 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/matmul_tile.wgsl"),
     params: Params::FIELDS,
     bindings: BINDINGS,
-    variants: || Problem::all().iter().filter(|p| p.class == Class::Tile).map(prelude).collect(),
+    variants: || Specialization::all().iter().filter(|p| p.kind == ItemKind::Tile).map(prelude).collect(),
 };
 
 /// Rows of an item. 64 rows give 80 % multiply-adds in the loop on AMD's compiler; 32 keep more waves.
 pub(crate) const TILE_ROWS: u32 = 64;
 
 /// Columns that one workgroup makes.
-pub(crate) fn tile_columns(problem: &Problem) -> u32 {
+pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
     if problem.activation.is_some() { 64 } else { 128 }
 }
 
-pub(crate) fn prelude(problem: &Problem) -> Prelude {
+pub(crate) fn prelude(problem: &Specialization) -> Prelude {
     let aligned = problem.depth_lanes.is_multiple_of(4) && problem.quad_columns;
     common(problem, Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS)).piece(
         if aligned {
@@ -32,7 +32,7 @@ pub(crate) fn prelude(problem: &Problem) -> Prelude {
 }
 
 /// The pieces that the two GPU kernels share.
-pub(crate) fn common(problem: &Problem, prelude: Prelude) -> Prelude {
+pub(crate) fn common(problem: &Specialization, prelude: Prelude) -> Prelude {
     let prelude = problem
         .constants(prelude)
         .constant("PANEL", if problem.layout == Layout::Packed { PANEL } else { 1 })
@@ -59,7 +59,7 @@ pub(crate) fn unpack(weight_type: WeightType) -> &'static str {
 }
 
 /// Where weights lie, and their loads.
-pub(crate) fn weights(problem: &Problem, prelude: Prelude) -> Prelude {
+pub(crate) fn weights(problem: &Specialization, prelude: Prelude) -> Prelude {
     if problem.layout == Layout::AnyRows {
         prelude.piece(include_str!("../../shaders/lib/matmul/weights_rows.wgsl"))
     } else {

@@ -1,7 +1,7 @@
 //! The kernels, one a file: what it computes, its CPU twin, its arguments, and how it is recorded.
 //!
 //! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
-//! checks them, and makes its uniform and bind group), and recorded as a [`Step`](crate::Step) any number of times.
+//! checks them, and makes its uniform and bind group), and recorded as a [`BoundOp`](crate::BoundOp) any number of times.
 use crate::device::shader::Spec;
 use crate::error::not_zero;
 use crate::routing::few_experts;
@@ -70,7 +70,7 @@ impl crate::Variant {
     /// The variant for kernels of which one lane loops over all columns of the bit set: with few lanes, more tokens than
     /// this take more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
     pub(crate) fn for_tokens(self, tokens: u32) -> Self {
-        if tokens > 1 << 18 { Self { target: crate::Target::Gpu, ..self } } else { self }
+        if tokens > 1 << 18 { Self { target: crate::Target::Wide, ..self } } else { self }
     }
 }
 

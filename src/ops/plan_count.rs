@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
 use crate::routing::GateRule;
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::{Context, PlanShape, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_count.wgsl`.
@@ -22,7 +22,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -37,8 +37,8 @@ pub(crate) const COUNT: &str = include_str!("../../shaders/lib/plan_count.wgsl")
 
 fn lanes(target: Target) -> [u32; 2] {
     match target {
-        Target::Gpu => [8, 32],
-        Target::Cpu => [1, 1],
+        Target::Wide => [8, 32],
+        Target::Serial => [1, 1],
     }
 }
 
@@ -182,10 +182,10 @@ impl PlanCount {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, .. } = *shape;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         few_experts(experts)?;
         let at = shape.sections()?;

@@ -3,7 +3,7 @@
 use super::{COLUMNS, GRID};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::{Context, PlanShape, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_fill.wgsl`.
@@ -13,7 +13,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -27,7 +27,7 @@ params! {
 pub(crate) const FILL: &str = include_str!("../../shaders/lib/plan_fill.wgsl");
 
 fn prelude(variant: Variant) -> Prelude {
-    let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
+    let lanes = if variant.target == Target::Serial { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
@@ -69,7 +69,7 @@ impl PlanFill {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, .. } = *shape;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));

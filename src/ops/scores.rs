@@ -1,10 +1,10 @@
-//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
+//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `values = (g or s) + bias`
 //!.
 use super::{EXP, GRID, KEYS, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::routing::Score;
-use crate::{Context, Result, Slice, Step, Target, Variant};
+use crate::{Context, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/scores.wgsl`.
@@ -12,9 +12,9 @@ pub const SPEC: Spec = Spec {
     name: "scores",
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("logits", 4), read("bias", 4), write("s", 4), write("r", 4)],
+    bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
     variants: || {
-        [(Target::Gpu, false), (Target::Gpu, true), (Target::Cpu, false)]
+        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
             .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
             .into()
     },
@@ -24,21 +24,21 @@ params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u
 
 fn prelude(variant: Variant) -> Prelude {
     let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Cpu, _) => {
+        (Target::Serial, _) => {
             ("one lane a row", [8, 1], include_str!("../../shaders/lib/reduce_serial.wgsl"))
         }
-        (Target::Gpu, false) => (
+        (Target::Wide, false) => (
             "workgroup reductions",
             [64, 64],
             include_str!("../../shaders/lib/reduce_workgroup.wgsl"),
         ),
-        (Target::Gpu, true) => (
+        (Target::Wide, true) => (
             "subgroup reductions",
             [128, 128],
             include_str!("../../shaders/lib/reduce_subgroup.wgsl"),
         ),
     };
-    let subgroups = variant.subgroups && variant.target == Target::Gpu;
+    let subgroups = variant.subgroups && variant.target == Target::Wide;
     Prelude::new(label)
         .needs(if subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() })
         .constant("WG", wg)
@@ -50,7 +50,7 @@ fn prelude(variant: Variant) -> Prelude {
         .piece(reduce)
 }
 
-/// The CPU twin: `(s, r)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
+/// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
 ///
 /// # Panics
 ///
@@ -63,7 +63,7 @@ pub fn cpu(
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
     assert_eq!(logits.len() % experts, 0, "logits: [tokens, experts]");
-    let mut s = vec![];
+    let mut scores = vec![];
     for row in logits.chunks_exact(experts) {
         let finite = row.iter().any(|g| g.is_finite());
         let highest = row.iter().filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
@@ -73,22 +73,22 @@ pub fn cpu(
             g => (f64::from(g) - f64::from(highest)).exp(),
         };
         let sum: f64 = row.iter().map(|&g| term(g)).sum();
-        s.extend(row.iter().map(|&g| match score {
+        scores.extend(row.iter().map(|&g| match score {
             _ if g.is_nan() || !finite => 0.0,
             Score::Softmax => (term(g) / (sum + 1e-20)) as f32,
             Score::Sigmoid => (1.0 / (1.0 + (-f64::from(g)).exp())) as f32,
         }));
     }
-    let r = logits
+    let values = logits
         .iter()
-        .zip(&s)
+        .zip(&scores)
         .enumerate()
-        .map(|(i, (&g, &s))| {
-            let value = if from_logits || g.is_nan() { g } else { s };
+        .map(|(i, (&g, &scores))| {
+            let value = if from_logits || g.is_nan() { g } else { scores };
             bias.map_or(value, |b| value + b[i % experts])
         })
         .collect();
-    (s, r)
+    (scores, values)
 }
 
 /// Sizes of one dispatch.
@@ -108,9 +108,9 @@ pub struct Args<'a> {
     /// `[experts]` f32, read.
     pub bias: Option<Slice<'a>>,
     /// `[tokens, experts]` f32, written whole.
-    pub s: Slice<'a>,
+    pub scores: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
 }
 
 /// The GPU kernel.
@@ -130,7 +130,7 @@ impl Scores {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
     }
 
-    /// Scores of all rows; `from_logits`: `r = g + bias`, else `r = s + bias`.
+    /// Scores of all rows; `from_logits`: `values = g + bias`, else `values = scores + bias`.
     ///
     /// # Errors
     ///
@@ -141,19 +141,19 @@ impl Scores {
         score: Score,
         from_logits: bool,
         args: Args<'_>,
-    ) -> Result<Step> {
-        let Dims { tokens, experts } = dims;
+    ) -> Result<BoundOp> {
+        let Dims { tokens, experts } = *dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let shape = [tokens.into(), experts.into()];
         args.logits.expect("logits", &shape, 4)?;
         if let Some(bias) = args.bias {
             bias.expect("bias", &[experts.into()], 4)?;
         }
-        args.s.expect("s", &shape, 4)?;
-        args.r.expect("r", &shape, 4)?;
+        args.scores.expect("scores", &shape, 4)?;
+        args.values.expect("values", &shape, 4)?;
         let params = Params {
             tokens,
             experts,
@@ -161,8 +161,8 @@ impl Scores {
             from_logits: u32::from(from_logits),
             has_bias: u32::from(args.bias.is_some()),
         };
-        let rows = if self.ctx.variant().target == Target::Cpu { 8 } else { 1 };
-        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.s, args.r];
+        let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
+        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
         Ok(self
             .kernel
             .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?

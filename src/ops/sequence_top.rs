@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::{Context, Error, Result, Slice, Step, Target};
+use crate::{Context, Error, Result, Slice, BoundOp, Target};
 use std::sync::Arc;
 
 /// See `shaders/sequence_top.wgsl`.
@@ -13,14 +13,14 @@ pub const SPEC: Spec = Spec {
     name: "sequence_top",
     body: include_str!("../../shaders/sequence_top.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("r", 4), read("offsets", 8), write("counts", 4), write("assigned", 4)],
-    variants: || [Target::Gpu, Target::Cpu].map(prelude).into(),
+    bindings: &[read("values", 4), read("offsets", 8), write("counts", 4), write("assigned", 4)],
+    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
 };
 
 params! { tokens: u32, experts: u32, sequences: u32, top: u32, tile: u32, tiles: u32, round: u32 }
 
 fn lanes(target: Target) -> u32 {
-    if target == Target::Cpu { 32 } else { 256 }
+    if target == Target::Serial { 32 } else { 256 }
 }
 
 fn prelude(target: Target) -> Prelude {
@@ -40,18 +40,18 @@ fn tile(tokens: u32, experts: u32, lanes: u32) -> u32 {
     even.min((16384 * lanes / experts.max(lanes) / 32 * 32).max(32))
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` of the `top` times length highest pairs of each sequence. `r` is
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` of the `top` times length highest pairs of each sequence. `values` is
 /// `[tokens, experts]`, `offsets` `[sequences + 1]` (made monotone and at most `tokens`).
 ///
 /// # Panics
 ///
 /// If the lengths do not fit together.
-pub fn cpu(r: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
-    let tokens = r.len() / experts;
+pub fn cpu(values: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
+    let tokens = values.len() / experts;
     let mut assigned = bits::empty(tokens, experts);
     for range in super::expert_choice::ranges(offsets, tokens) {
         let pairs = range.start * experts..range.end * experts;
-        for pair in order::top(pairs, range.len() * top, |i| r[i]) {
+        for pair in order::top(pairs, range.len() * top, |i| values[i]) {
             bits::set(&mut assigned, tokens, pair % experts, pair / experts);
         }
     }
@@ -61,7 +61,7 @@ pub fn cpu(r: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
 /// Sizes of one choice.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
@@ -75,7 +75,7 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
@@ -104,27 +104,27 @@ impl SequenceTop {
     /// # Errors
     ///
     /// Zero sequences, zero or too many experts, `top` of 0 or above `experts`, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, sequences, top } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("sequences", sequences), ("top", top)])?;
         if top > experts {
             return Err(Error::invalid("top", format!("{top} of {experts} experts")));
         }
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         let tile = tile(tokens, experts, lanes(self.ctx.variant().target));
         let tiles = tokens.div_ceil(tile);
         let pieces = u64::from(tiles) + u64::from(sequences);
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;
-        let mut step = Step::default();
+        let mut step = BoundOp::default();
         for round in 0..5 {
             let params = Params { tokens, experts, sequences, top, tile, tiles, round };
-            let slices = [args.r, args.offsets, (&counts).into(), args.assigned];
+            let slices = [args.values, args.offsets, (&counts).into(), args.assigned];
             step = step.then(self.kernel.dispatch(&self.ctx, &params, &slices, pieces)?.into());
         }
         Ok(step)

@@ -6,7 +6,7 @@ use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{Context, Error, Result, Slice, BoundOp, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
@@ -14,10 +14,10 @@ pub const SPEC: Spec = Spec {
     name: "token_choice",
     body: include_str!("../../shaders/token_choice.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("r", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
+    bindings: &[read("values", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
+        for target in [Target::Wide, Target::Serial] {
             for list in [4, 8, 16] {
                 for groups in [1, 32] {
                     all.push(prelude(Variant { target, subgroups: false }, list, groups));
@@ -39,8 +39,8 @@ pub(crate) fn list_of(top: u32) -> u32 {
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
     let (label, lanes) = match variant.target {
-        Target::Gpu => ("eight lanes a token", 8),
-        Target::Cpu => ("one lane a token", 1),
+        Target::Wide => ("eight lanes a token", 8),
+        Target::Serial => ("one lane a token", 1),
     };
     let label =
         format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
@@ -58,22 +58,22 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.
 pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`.
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`.
 ///
 /// # Panics
 ///
 /// If the lengths do not fit together.
 pub fn cpu(
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     top: usize,
     groups: Option<Groups>,
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
-    let tokens = r.len() / experts;
+    let tokens = values.len() / experts;
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
-        let row = &r[t * experts..][..experts];
+        let row = &values[t * experts..][..experts];
         let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
         if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
             let size = experts / count as usize;
@@ -103,7 +103,7 @@ pub fn cpu(
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Experts, at most [`MAX_EXPERTS`].
     pub experts: u32,
@@ -128,7 +128,7 @@ pub struct Coresets<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// The experts to choose among; all where absent.
     pub coresets: Option<Coresets<'a>>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
@@ -187,12 +187,12 @@ impl TokenChoice {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<BoundOp> {
         let Dims { experts, top, groups, .. } = self.dims;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         if let Some(c) = args.coresets {
             c.coreset.expect("coreset", &[c.blocks.into(), experts.div_ceil(32).into()], 4)?;
@@ -208,7 +208,7 @@ impl TokenChoice {
         };
         let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
         let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
-        let slices = [args.r, coreset, block_of, args.assigned];
+        let slices = [args.values, coreset, block_of, args.assigned];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
     }
 }

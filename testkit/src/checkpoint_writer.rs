@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::{BufWriter, Error, Result, Write};
 use std::ops::Range;
 use std::path::Path;
-use wgmoe::layer::{BLOCK, Settings};
+use wgmoe::layer::{BLOCK, LayerConfig};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::Projection;
@@ -57,7 +57,7 @@ impl std::str::FromStr for Layout {
 /// What to write.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    pub settings: Settings,
+    pub settings: LayerConfig,
     /// MoE layers, behind the dense ones, of which nothing is written.
     pub layers: u32,
     pub dense: u32,
@@ -88,7 +88,7 @@ impl Tensor {
     }
 }
 
-fn token_choice(settings: &Settings) -> Result<TokenChoice> {
+fn token_choice(settings: &LayerConfig) -> Result<TokenChoice> {
     match settings.routing {
         Routing::TokenChoice(rule) => Ok(rule),
         _ => Err(Error::other(
@@ -100,7 +100,7 @@ fn token_choice(settings: &Settings) -> Result<TokenChoice> {
 impl Plan {
     /// The `config.json`. Only fields about MoE layers.
     pub fn config(&self) -> Result<serde_json::Value> {
-        let Settings { hidden, intermediate, experts, shared_experts, activation, .. } =
+        let LayerConfig { hidden, intermediate, experts, shared_experts, activation, .. } =
             self.settings;
         let rule = token_choice(&self.settings)?;
         let groups = rule.groups.map_or([1, 1], |groups| [groups.count, groups.top]);
@@ -134,7 +134,7 @@ impl Plan {
     }
 
     fn tensors(&self) -> Result<Vec<Tensor>> {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
         let [d, f, e] = [hidden, intermediate, experts].map(|n| n as usize);
         let sigmoid = token_choice(&self.settings)?.score == Score::Sigmoid;
         let of =
@@ -252,7 +252,7 @@ impl Plan {
         matrix: Matrix,
         progress: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
         let [d, f] = [hidden, intermediate].map(|n| n as usize);
         // A stream of numbers for each matrix: whatever layer, expert and projection, no other has its key.
         let (index, projection) = match matrix {

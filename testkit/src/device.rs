@@ -1,5 +1,5 @@
 //! The GPU of a test run, and buffers that show what a kernel wrote.
-use wgmoe::{Context, Gpu, Slice, Step, Variant, wgpu};
+use wgmoe::{Context, Gpu, Slice, BoundOp, Variant, wgpu};
 
 /// Whether an absent adapter is a failure: `MOE_REQUIRE_GPU=1`, which CI sets.
 pub fn required() -> bool {
@@ -71,7 +71,7 @@ impl Output {
 }
 
 /// Runs a step and waits.
-pub fn run(gpu: &Gpu, step: &Step) {
+pub fn run(gpu: &Gpu, step: &BoundOp) {
     gpu.run(step).expect("run");
 }
 

@@ -3,7 +3,7 @@
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::PathBuf;
-use wgmoe::layer::{HostBatch, HostBlocks, HostRouter, Settings, cpu_routing, cpu_token};
+use wgmoe::layer::{HostBatch, HostBlocks, HostRouter, LayerConfig, cpu_routing, cpu_token};
 use wgmoe::ops::{grouped_matmul, scores};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
@@ -60,7 +60,7 @@ impl Header {
 
 /// A recorded layer of LLaDA2: what went in, its weights, what came out.
 pub struct Layer {
-    pub settings: Settings,
+    pub settings: LayerConfig,
     pub tokens: u32,
     /// `[tokens, D]`.
     pub x: Vec<f32>,
@@ -145,7 +145,7 @@ impl Layer {
             "softmax" => Score::Softmax,
             other => return Err(format!("score `{other}`")),
         };
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden: d,
             intermediate: f,
             experts: e,
@@ -184,7 +184,7 @@ impl Layer {
 
     /// The output on the CPU twins.
     pub fn on_cpu(&self) -> Vec<f32> {
-        let Settings { hidden, experts, .. } = self.settings;
+        let LayerConfig { hidden, experts, .. } = self.settings;
         let Routing::TokenChoice(rule) = self.settings.routing else { unreachable!("as read") };
         let (d, e, tokens) = (hidden as usize, experts as usize, self.tokens as usize);
         let logits = grouped_matmul::cpu_logits(&self.x, &self.router_weight, d);
@@ -195,7 +195,7 @@ impl Layer {
             by_count: None,
             by_expert: None,
         };
-        let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, marks: None });
+        let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, voters: None });
         let batch = HostBatch { sequences: None, blocks };
         let routed = cpu_routing(&self.settings, &router, batch, [&logits, &s, &r]);
         let host = |e: u32, p: Projection| HostWeights::F32(&self.experts[e as usize][index(p)]);
@@ -232,7 +232,7 @@ impl Layer {
         batch.blocks = offsets.as_ref().map(|offsets| layer::Blocks {
             count: (offsets.size() / 4 - 1) as u32,
             offsets: offsets.into(),
-            marks: None,
+            voters: None,
         });
         gpu.run_layer(&layer.bind(&batch)?)?;
         gpu.download(&out)

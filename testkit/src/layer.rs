@@ -4,7 +4,7 @@ use crate::statistics::on_every_core;
 use half::{bf16, f16};
 use wgmoe::layer::cached::ExpertSource;
 use wgmoe::layer::{
-    self, HostBatch, HostRouter, HostRouting, MoeLayer, Router, Settings, Tensor, cpu_routing,
+    self, HostBatch, HostRouter, HostRouting, MoeLayer, Router, LayerConfig, Tensor, cpu_routing,
     cpu_token,
 };
 use wgmoe::plan::bits;
@@ -62,7 +62,7 @@ pub fn chosen(
 
 /// The twins' output of some tokens of `x [T, D]`, on every core.
 pub fn outputs(
-    settings: &Settings,
+    settings: &LayerConfig,
     matrices: &Matrices<'_>,
     x: &[f32],
     (assigned, gates): (&[u32], &[f32]),
@@ -87,7 +87,7 @@ pub fn round(v: f32, weight_type: WeightType) -> f32 {
 /// A small layer of seeded weights: router, perhaps a bias, and every expert, shared ones last.
 #[derive(Clone)]
 pub struct HostLayer {
-    pub settings: Settings,
+    pub settings: LayerConfig,
     /// `[E, D]`.
     pub router: Vec<f32>,
     /// `[E]`.
@@ -97,7 +97,7 @@ pub struct HostLayer {
 }
 
 impl HostLayer {
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: LayerConfig) -> Self {
         Self {
             settings,
             router: random(7, (settings.experts * settings.hidden) as usize),
@@ -107,8 +107,8 @@ impl HostLayer {
     }
 
     /// Matrices of every expert from a seed.
-    pub fn seeded(settings: &Settings, seed: u64) -> Vec<[Vec<f32>; 3]> {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = *settings;
+    pub fn seeded(settings: &LayerConfig, seed: u64) -> Vec<[Vec<f32>; 3]> {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
         let size = (hidden * intermediate) as usize;
         let scale = 3.0 / (hidden as f32).sqrt();
         let matrix = |e, p| random(seed + 3 * e + p, size).iter().map(|v| v * scale).collect();
@@ -123,7 +123,7 @@ impl HostLayer {
     }
 
     /// The same with a router whose logit of expert e is value e of the hidden state.
-    pub fn scripted(settings: Settings) -> Self {
+    pub fn scripted(settings: LayerConfig) -> Self {
         let width = settings.hidden as usize;
         let router = (0..settings.experts as usize * width)
             .map(|i| f32::from(i / width == i % width))

@@ -6,7 +6,7 @@ use rand_distr::StandardNormal;
 use wgmoe::layer::cached::ExpertSource;
 use wgmoe::routing::{BlockRule, Groups, Routing, SequenceTop, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Error, Settings, WeightType};
+use wgmoe::{Error, LayerConfig, WeightType};
 
 /// Share of a block's own part in the variance of its tokens' router logits: the one thing fitted, to 69.5 experts a block.
 pub const RHO: f32 = 0.6;
@@ -35,7 +35,7 @@ pub fn hidden_states(rng: &mut StdRng, tokens: u32, block: u32, hidden: u32) -> 
 
 /// A router `[E, D]` that makes of hidden states of which value 0 is 1 and the others are standard normal the logits
 /// `2 z - 3`, z standard normal and correlated as the hidden states are.
-pub fn router(rng: &mut StdRng, settings: &Settings) -> Vec<f32> {
+pub fn router(rng: &mut StdRng, settings: &LayerConfig) -> Vec<f32> {
     let (d, experts) = (settings.hidden as usize, settings.experts as usize);
     let deviation = 2.0 / (d as f32).sqrt();
     let mut router: Vec<f32> =
@@ -82,8 +82,8 @@ pub struct Pool {
 const STRIDE: usize = 1009;
 
 impl Pool {
-    pub fn new(rng: &mut StdRng, settings: &Settings, weight_type: WeightType) -> Self {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = *settings;
+    pub fn new(rng: &mut StdRng, settings: &LayerConfig, weight_type: WeightType) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
         let count = hidden as usize * intermediate as usize;
         let all = count + 3 * (experts + shared_experts) as usize * STRIDE;
         let mut pool = |width: u32| {

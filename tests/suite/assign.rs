@@ -36,7 +36,7 @@ fn equals_twin() {
                 ignored: ignored.slice(),
             };
             let dims = Dims { tokens: tokens as u32, experts: experts as u32, top: top as u32 };
-            run(&gpu, &Assign::new(&ctx).unwrap().bind(dims, args).unwrap());
+            run(&gpu, &Assign::new(&ctx).unwrap().bind(&dims, args).unwrap());
             assert_same(&assigned.get::<u32>(&gpu), &want, &what);
             assert_same(&ignored.get::<u32>(&gpu), &want_ignored, &what);
             // Poison stays where nothing is assigned.

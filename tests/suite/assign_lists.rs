@@ -24,7 +24,7 @@ fn check(gpu: &Gpu, ctx: &Context, tokens: usize, offsets: &[u32], list: &[u32],
     };
     let entries = list.len() as u32;
     let dims = Dims { tokens: tokens as u32, experts: experts as u32, entries };
-    run(gpu, &AssignLists::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &AssignLists::new(ctx).unwrap().bind(&dims, args).unwrap());
     assert_same(&assigned.get::<u32>(gpu), &want, &format!("{what}: assigned"));
     assert_same(&ignored.get::<u32>(gpu), &want_ignored, &format!("{what}: ignored"));
     // Poison stays where nothing is assigned.

@@ -3,8 +3,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
-use wgmoe::layer::cached::{CacheOptions, CacheStats, CachedLayer, CachedStep, ExpertSource};
-use wgmoe::layer::{Batch, Settings};
+use wgmoe::layer::cached::{CacheOptions, CacheStats, CachedLayer, BoundCached, ExpertSource};
+use wgmoe::layer::{Batch, LayerConfig};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
@@ -13,8 +13,8 @@ use wgmoe::{Activation, Context, Error, Gpu, Result, Slice, Variant, WeightType,
 const E: u32 = 20;
 const D: usize = 64;
 
-fn settings(routing: Routing) -> Settings {
-    Settings {
+fn settings(routing: Routing) -> LayerConfig {
+    LayerConfig {
         hidden: D as u32,
         intermediate: 40,
         experts: E,
@@ -35,7 +35,7 @@ const TOKEN_CHOICE: TokenChoice = TokenChoice {
 };
 
 /// Budget for this many routed experts, and not a byte more.
-fn budget(settings: &Settings, experts: u64) -> u64 {
+fn budget(settings: &LayerConfig, experts: u64) -> u64 {
     let shape = settings.expert_shape(WeightType::Bf16);
     (experts + u64::from(settings.shared_experts)) * shape.device_bytes()
         + 4 * u64::from(shape.experts)
@@ -131,12 +131,12 @@ impl Scripted {
         Self { gpu: gpu.clone(), layer, hidden, out }
     }
 
-    fn bind(&self) -> CachedStep {
+    fn bind(&self) -> BoundCached {
         self.layer.bind(&Batch::new(self.hidden.slice(), self.out.slice(), 2)).unwrap()
     }
 
     /// Runs a step whose two tokens take these experts; what it did.
-    fn run(&mut self, step: &mut CachedStep, experts: [[u32; 2]; 2]) -> CacheStats {
+    fn run(&mut self, step: &mut BoundCached, experts: [[u32; 2]; 2]) -> CacheStats {
         let mut x = random(9, 2 * D);
         for (row, experts) in x.chunks_exact_mut(D).zip(experts) {
             for e in 0..E {

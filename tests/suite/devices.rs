@@ -8,18 +8,18 @@ use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice}
 use wgmoe::wgpu::{self, BufferUsages, Features};
 use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, models};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
 #[test]
 fn public_types_cross_threads() {
     fn crosses<T: Send + Sync>() {}
-    crosses::<(Context, wgmoe::Dispatch, wgmoe::Step, wgmoe::Variant, wgmoe::Target)>();
+    crosses::<(Context, wgmoe::Dispatch, wgmoe::BoundOp, wgmoe::Variant, wgmoe::Target)>();
     crosses::<(Gpu, Slice<'_>, wgmoe::Error)>();
-    crosses::<(MoeLayer, MoeRouting, MoeExperts, LayerStep, Scratch)>();
-    crosses::<(Settings, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
+    crosses::<(MoeLayer, MoeRouting, MoeExperts, BoundLayer, Scratch)>();
+    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
     crosses::<(Assignments<'_>, Sequences<'_>, Blocks<'_>)>();
     crosses::<(HostRouter<'_>, HostSequences<'_>, HostBlocks<'_>, HostBatch<'_>, HostRouting)>();
     crosses::<HostExperts<'_>>();
@@ -133,9 +133,9 @@ fn a_layer_makes_all_its_pipelines() {
         (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 5),
     ] {
         let shared_experts = u32::from(experts > 5);
-        let base = Settings { hidden: 4, intermediate: 4, shared_experts, ..base };
-        let settings = Settings { experts, routing, ..base };
-        for target in [Target::Gpu, Target::Cpu] {
+        let base = LayerConfig { hidden: 4, intermediate: 4, shared_experts, ..base };
+        let settings = LayerConfig { experts, routing, ..base };
+        for target in [Target::Wide, Target::Serial] {
             let variant = Variant { target, subgroups: false };
             let made = Context::with_variant(&device, variant, None).unwrap();
             let layer = HostLayer::new(settings).layer(&made, &queue).unwrap();

@@ -29,7 +29,7 @@ fn check(
         blocks: blocks as u32,
         expert_bytes: size,
     };
-    run(gpu, &ExpertUnion::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &ExpertUnion::new(ctx).unwrap().bind(&dims, args).unwrap());
     assert_same(&members.get::<u32>(gpu), &want_members, &what);
     assert_same(&counts.get::<u32>(gpu), &want_counts, &what);
     let bytes: Vec<u64> = bytes

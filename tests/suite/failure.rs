@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use testkit::layer::HostLayer;
 use testkit::prelude::*;
-use wgmoe::layer::{Batch, MoeLayer, Settings};
+use wgmoe::layer::{Batch, MoeLayer, LayerConfig};
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
 /// A device of its own whose uncaptured-error handler is a failure, with limits changed.

@@ -289,7 +289,7 @@ impl Routing<'_> {
         let dims = scores::Dims { tokens: t, experts: e };
         run(
             gpu,
-            &Scores::new(ctx).unwrap().bind(dims, self.score, self.from_logits, args).unwrap(),
+            &Scores::new(ctx).unwrap().bind(&dims, self.score, self.from_logits, args).unwrap(),
         );
         match self.rule {
             Rule::Experts { offsets, capacity } => {
@@ -303,7 +303,7 @@ impl Routing<'_> {
                 };
                 let dims =
                     expert_choice::Dims { tokens: t, experts: e, sequences: capacity.len() as u32 };
-                run(gpu, &ExpertChoice::new(ctx).unwrap().bind(dims, args).unwrap());
+                run(gpu, &ExpertChoice::new(ctx).unwrap().bind(&dims, args).unwrap());
             }
             Rule::Tokens { top, groups } => {
                 let args =

@@ -246,7 +246,7 @@ impl Routing {
             r: r.slice(),
         };
         let dims = scores::Dims { tokens, experts };
-        let mut step = Scores::new(ctx).unwrap().bind(dims, self.score, false, args).unwrap();
+        let mut step = Scores::new(ctx).unwrap().bind(&dims, self.score, false, args).unwrap();
         match self.rule {
             None => {
                 let dims =
@@ -256,7 +256,7 @@ impl Routing {
                     offsets: (&offsets).into(),
                     assigned: assigned.slice(),
                 };
-                step = step.then(SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap());
+                step = step.then(SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap());
             }
             Some(rule) => {
                 let k = rule.own_top(self.top as u32);
@@ -270,12 +270,12 @@ impl Routing {
                     r: r.slice(),
                     own: k.map(|_| own.slice()),
                     offsets: (&offsets).into(),
-                    marks: None,
+                    voters: None,
                     members: members.slice(),
                     block_of: block_of.slice(),
                 };
                 let op = Coreset::new(ctx, experts, rule).unwrap();
-                step = step.then(op.bind(coreset::Dims { tokens, blocks }, args).unwrap());
+                step = step.then(op.bind(&coreset::Dims { tokens, blocks }, args).unwrap());
                 let coresets = token_choice::Coresets {
                     blocks,
                     coreset: members.slice(),

@@ -3,7 +3,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use testkit::layer::HostLayer;
 use testkit::{cases, prelude::*};
 use wgmoe::layer::{
-    Assignments, ExpertBatch, LayerStep, MoeExperts, MoeRouting, RoutingBatch, Scratch, Settings,
+    Assignments, ExpertBatch, BoundLayer, MoeExperts, MoeRouting, RoutingBatch, Scratch, LayerConfig,
 };
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};
@@ -13,15 +13,15 @@ use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::{Gpu, models, wgpu};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
     let rule = TokenChoice { top: 3, groups: None, ..rule };
     let routing = Routing::TokenChoice(rule);
-    Settings { hidden: 40, intermediate: 24, experts: 12, routing, ..settings }
+    LayerConfig { hidden: 40, intermediate: 24, experts: 12, routing, ..settings }
 }
 
-fn submit(gpu: &Gpu, step: &LayerStep) {
+fn submit(gpu: &Gpu, step: &BoundLayer) {
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
@@ -48,7 +48,7 @@ fn experts_of_another_router() {
     let mut rng = StdRng::seed_from_u64(7);
     for ctx in own_contexts(&gpu) {
         let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-        let Settings { activation, shared_experts, .. } = sample.settings;
+        let LayerConfig { activation, shared_experts, .. } = sample.settings;
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
         let scratch = Scratch::new();
         for tokens in [1, 33, 70] {
@@ -159,7 +159,7 @@ fn experts_of_another_engine() {
     for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
             let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
-            let sample = HostLayer::new(Settings { routing, shared_experts: 0, ..base });
+            let sample = HostLayer::new(LayerConfig { routing, shared_experts: 0, ..base });
             let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
             let router = sample.router(&ctx).unwrap();
             let first = MoeRouting::new(&ctx, sample.settings, router).unwrap();
@@ -252,7 +252,7 @@ fn assignments_that_do_not_fit() {
     let ctx = own_contexts(&gpu)[0].clone();
     let sample = HostLayer::new(settings());
     let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-    let Settings { activation, .. } = sample.settings;
+    let LayerConfig { activation, .. } = sample.settings;
     let all = weights.shape().experts;
     let none = MoeExperts::new(&ctx, activation, all, weights.clone()).unwrap_err();
     assert_eq!(none.to_string(), "`experts`: must not be 0");

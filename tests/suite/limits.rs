@@ -1,7 +1,7 @@
 //! Layers larger than a storage binding: equal bits to those that fit one.
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
-use wgmoe::layer::{Batch, MoeLayer, Settings, cpu_token};
+use wgmoe::layer::{Batch, MoeLayer, LayerConfig, cpu_token};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
@@ -26,8 +26,8 @@ const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
     max_experts_per_token: 3,
 });
 
-fn settings(hidden: u32, routing: Routing) -> Settings {
-    Settings {
+fn settings(hidden: u32, routing: Routing) -> LayerConfig {
+    LayerConfig {
         hidden,
         intermediate: 40,
         experts: 12,
@@ -79,7 +79,7 @@ fn tensors_larger_than_a_binding() {
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
         let devices = [&small, &gpu]
             .map(|gpu| (gpu, Context::with_variant(&gpu.device, variant, None).unwrap()));
-        let rules = if variant.target == Target::Gpu { &rules[..2] } else { &rules[..] };
+        let rules = if variant.target == Target::Wide { &rules[..2] } else { &rules[..] };
         for &(hidden, routing) in rules {
             let what = format!("{variant:?} D {hidden} {routing:?}");
             let host = HostLayer::new(settings(hidden, routing));
@@ -122,7 +122,7 @@ fn page_limits_give_equal_bits() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     // 2.6 MB a matrix in f32: columns of one expert in a page, several experts, all of them.
-    let settings = Settings {
+    let settings = LayerConfig {
         hidden: 1024,
         intermediate: 640,
         experts: 9,
@@ -179,7 +179,7 @@ fn full_size() {
         weights.page_counts(),
         start.elapsed()
     );
-    let router = HostLayer::new(Settings { intermediate: 1, ..settings }).router(&ctx).unwrap();
+    let router = HostLayer::new(LayerConfig { intermediate: 1, ..settings }).router(&ctx).unwrap();
     let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
     for tokens in [32, 512, 4096] {
         let x = random(u64::from(tokens), tokens as usize * d);

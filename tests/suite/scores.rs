@@ -17,7 +17,7 @@ fn scores(
     let args =
         Args { logits: (&g).into(), bias: b.as_ref().map(Into::into), s: s.slice(), r: r.slice() };
     let dims = Dims { tokens: (logits.len() / experts) as u32, experts: experts as u32 };
-    run(gpu, &Scores::new(ctx).unwrap().bind(dims, score, from_logits, args).unwrap());
+    run(gpu, &Scores::new(ctx).unwrap().bind(&dims, score, from_logits, args).unwrap());
     (s.get(gpu), r.get(gpu))
 }
 

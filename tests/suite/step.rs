@@ -6,7 +6,7 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{
-    Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, Settings, Variant, WeightType,
+    Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, LayerConfig, Variant, WeightType,
 };
 
 const HIDDEN: u32 = 64;
@@ -35,7 +35,7 @@ fn block(rule: BlockRule) -> Routing {
 }
 
 fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
-    let settings = Settings {
+    let settings = LayerConfig {
         hidden: HIDDEN,
         intermediate: 64,
         experts: EXPERTS,

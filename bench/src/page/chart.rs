@@ -202,11 +202,11 @@ pub(crate) const PATTERNS: usize = 6;
 
 /// The patterns of the devices' bars, to be told apart without colour.
 pub(crate) fn patterns() -> Markup {
-    let marks = ["", "M0 8L8 0", "M4 0V8", "M0 4H8", "M0 0L8 8M0 8L8 0", "M4 3v2"];
+    let voters = ["", "M0 8L8 0", "M4 0V8", "M0 4H8", "M0 0L8 8M0 8L8 0", "M4 3v2"];
     html! {
         svg width="0" height="0" style="position:absolute;width:0" aria-hidden="true" {
             defs {
-                @for (i, mark) in marks.iter().enumerate() {
+                @for (i, mark) in voters.iter().enumerate() {
                     pattern id={ "p" (i) } width="8" height="8" patternUnits="userSpaceOnUse" {
                         rect width="8" height="8" fill={ "var(--c" (i) ")" } {}
                         path d=(mark) stroke="var(--bg)" stroke-width="2" fill="none" {}

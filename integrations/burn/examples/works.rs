@@ -9,11 +9,11 @@ use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::time::{Duration, Instant};
 use testkit::compare::{close, same};
 use testkit::works::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, choice, fill, gather, grouped_matmul, mix};
-use wgmoe::layer::LayerStep;
+use wgmoe::layer::BoundLayer;
 use wgmoe::ops::expert_choice;
 use wgmoe::ops::grouped_matmul::cpu_row;
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Gpu, Step, WeightType};
+use wgmoe::{Context, Gpu, BoundOp, WeightType};
 use wgmoe::plan::bits;
 use wgmoe_burn::MoeDevice;
 
@@ -21,8 +21,8 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// What is timed of wgmoe.
 enum Ours {
-    Step(Step),
-    Layer(Box<LayerStep>),
+    BoundOp(BoundOp),
+    Layer(Box<BoundLayer>),
 }
 
 /// One device, for both.
@@ -89,7 +89,7 @@ impl Both {
         let own = || {
             let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
             match ours {
-                Ours::Step(step) => {
+                Ours::BoundOp(step) => {
                     step.record(&mut encoder.begin_compute_pass(&Default::default()))
                 }
                 Ours::Layer(step) => step.record(&mut encoder),
@@ -184,7 +184,7 @@ impl Both {
                 return Err(format!("{name}: Burn's choice of expert {expert} is wrong").into());
             }
         }
-        self.row(&name, || run(scores.clone(), k), &Ours::Step(step))
+        self.row(&name, || run(scores.clone(), k), &Ours::BoundOp(step))
     }
 
     fn grouped_matmul(&self) -> Outcome<()> {
@@ -205,7 +205,7 @@ impl Both {
                 cpu_row(&x[slot * k..][..k], &weight, n).into_iter().map(|v| v as f32).collect();
             close(&got[slot * n..][..n], &want, 1e-3, 1e-5, &format!("Burn, slot {slot}"))?;
         }
-        self.row(&name, || left.clone().matmul(right.clone()), &Ours::Step(step))
+        self.row(&name, || left.clone().matmul(right.clone()), &Ours::BoundOp(step))
     }
 
     fn gather(&self) -> Outcome<()> {
@@ -222,7 +222,7 @@ impl Both {
         let index = self.indices(token_of.iter().map(|&t| t as i32).collect());
         let got = table.clone().select(0, index.clone()).try_into_vec_as::<f32>()?;
         same(&got, &wgmoe::ops::gather::cpu(&x, d as usize, &token_of), "Burn's rows")?;
-        self.row(&name, || table.clone().select(0, index.clone()), &Ours::Step(step))
+        self.row(&name, || table.clone().select(0, index.clone()), &Ours::BoundOp(step))
     }
 }
 

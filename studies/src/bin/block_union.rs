@@ -19,14 +19,14 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::median;
 use testkit::synthetic::{self, Pool, RHO, mixture, shrink};
 use wgmoe::layer::{
-    Batch, Blocks, HostBatch, HostBlocks, HostSequences, LayerStep, MoeLayer, Settings, cpu_routing,
+    Batch, Blocks, HostBatch, HostBlocks, HostSequences, BoundLayer, MoeLayer, LayerConfig, cpu_routing,
 };
 use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
-use wgmoe::{Context, Dispatch, Error, Gpu, Step, WeightType, wgpu};
+use wgmoe::{Context, Dispatch, Error, Gpu, BoundOp, WeightType, wgpu};
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
 #[derive(Parser)]
@@ -119,7 +119,7 @@ impl Rule {
 }
 
 /// The layer whose experts are counted.
-fn mini() -> Result<Settings, String> {
+fn mini() -> Result<LayerConfig, String> {
     Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.settings)
 }
 
@@ -185,7 +185,7 @@ struct Draw {
     tokens: u32,
     offsets: Vec<u32>,
     /// Half of the tokens, by chance.
-    marks: Vec<u32>,
+    voters: Vec<u32>,
     logits: Vec<f32>,
 }
 
@@ -199,7 +199,7 @@ impl Draw {
             experts,
             tokens,
             offsets: (0..=blocks).map(|b| b * block).collect(),
-            marks: (0..tokens).map(|_| rng.random_range(0..2)).collect(),
+            voters: (0..tokens).map(|_| rng.random_range(0..2)).collect(),
             logits,
         }
     }
@@ -225,13 +225,13 @@ struct Routed {
 
 impl Routed {
     /// The CPU twin, from these scores.
-    fn twin(settings: &Settings, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
-        let settings = Settings { routing: rule.routing, ..*settings };
+    fn twin(settings: &LayerConfig, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
+        let settings = LayerConfig { routing: rule.routing, ..*settings };
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
             sequences: Some(HostSequences { offsets, lengths: None, capacity: &[] }),
-            blocks: Some(HostBlocks { offsets, marks: rule.marked.then_some(&draw.marks) }),
+            blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
         };
         let routed = cpu_routing(&settings, &router, batch, [&draw.logits, s, r]);
         let (tokens, e) = (draw.tokens as usize, draw.experts as usize);
@@ -266,7 +266,7 @@ impl Routed {
 }
 
 /// Bytes of one expert in bf16.
-fn expert_bytes(settings: &Settings) -> u64 {
+fn expert_bytes(settings: &LayerConfig) -> u64 {
     settings.expert_shape(WeightType::Bf16).expert_bytes()
 }
 
@@ -276,14 +276,14 @@ struct Scored<'a> {
     ctx: &'a Context,
     draw: &'a Draw,
     offsets: wgpu::Buffer,
-    marks: wgpu::Buffer,
+    voters: wgpu::Buffer,
     s: wgpu::Buffer,
     r: wgpu::Buffer,
 }
 
 /// A rule's choice, bound.
 struct Chosen {
-    step: Step,
+    step: BoundOp,
     coreset: Option<wgpu::Buffer>,
     assigned: wgpu::Buffer,
 }
@@ -298,10 +298,10 @@ impl<'a> Scored<'a> {
         let args =
             scores::Args { logits: (&logits).into(), bias: None, s: (&s).into(), r: (&r).into() };
         let dims = scores::Dims { tokens: draw.tokens, experts: draw.experts };
-        let step = scores::Scores::new(ctx)?.bind(dims, Score::Sigmoid, false, args)?;
+        let step = scores::Scores::new(ctx)?.bind(&dims, Score::Sigmoid, false, args)?;
         gpu.run(&step)?;
-        let (offsets, marks) = (gpu.upload(&draw.offsets), gpu.upload(&draw.marks));
-        Ok(Self { gpu, ctx, draw, offsets, marks, s, r })
+        let (offsets, voters) = (gpu.upload(&draw.offsets), gpu.upload(&draw.voters));
+        Ok(Self { gpu, ctx, draw, offsets, voters, s, r })
     }
 
     fn poisoned(&self, words: usize) -> wgpu::Buffer {
@@ -323,11 +323,11 @@ impl<'a> Scored<'a> {
                     offsets: (&self.offsets).into(),
                     assigned: (&assigned).into(),
                 };
-                let step = sequence_top::SequenceTop::new(ctx)?.bind(dims, args)?;
+                let step = sequence_top::SequenceTop::new(ctx)?.bind(&dims, args)?;
                 Ok(Chosen { step, coreset: None, assigned })
             }
             Routing::TokenChoice(inside) => {
-                let mut step = Step::default();
+                let mut step = BoundOp::default();
                 let mut elected = None;
                 if let Some(block) = inside.coreset {
                     // Read before the final choice is written to the same place.
@@ -346,12 +346,12 @@ impl<'a> Scored<'a> {
                         r: (&self.r).into(),
                         own: own.map(|_| (&assigned).into()),
                         offsets: (&self.offsets).into(),
-                        marks: rule.marked.then(|| (&self.marks).into()),
+                        voters: rule.marked.then(|| (&self.voters).into()),
                         members: (&members).into(),
                         block_of: (&block_of).into(),
                     };
                     let dims = coreset::Dims { tokens, blocks };
-                    step = step.then(coreset::Coreset::new(ctx, experts, block)?.bind(dims, args)?);
+                    step = step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
                     elected = Some((members, block_of));
                 }
                 let coresets = elected.as_ref().map(|(members, block_of)| token_choice::Coresets {
@@ -378,7 +378,7 @@ impl Scored<'_> {
         &self,
         rule: &Rule,
         checks: &mut Checks<'_>,
-        settings: &Settings,
+        settings: &LayerConfig,
         [s, r]: [&[f32]; 2],
     ) -> Result<Routed, Error> {
         let (gpu, draw) = (self.gpu, self.draw);
@@ -398,7 +398,7 @@ impl Scored<'_> {
             counts: (&counts).into(),
             bytes: (&bytes).into(),
         };
-        let union = ExpertUnion::new(self.ctx)?.bind_mean(dims, args, (&totals).into())?;
+        let union = ExpertUnion::new(self.ctx)?.bind_mean(&dims, args, (&totals).into())?;
         gpu.run(&chosen.step.then(union))?;
         let got = Routed {
             coreset: chosen.coreset.map(|c| gpu.download(&c)).transpose()?,
@@ -424,7 +424,7 @@ impl Scored<'_> {
 /// Every rule on the device, with the blocks of one draw for each block size.
 fn count_on_gpu(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     gpu: &Gpu,
     ctx: &Context,
     rules: &[Rule],
@@ -454,7 +454,7 @@ fn count_on_gpu(
 /// Every rule on the CPU twins alone; what must hold of any choice is checked.
 fn count_on_cpu(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     rules: &[Rule],
     progress: &Progress,
 ) -> Vec<Row> {
@@ -484,21 +484,21 @@ fn count_on_cpu(
 /// Each expert's matrix is a window of one pool of random numbers, at a place of its own, so that the layer takes little
 /// memory on the host. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
 struct Data {
-    settings: Settings,
+    settings: LayerConfig,
     x: Vec<f32>,
     router: Vec<f32>,
-    marks: Vec<u32>,
+    voters: Vec<u32>,
     experts: Pool,
 }
 
 impl Data {
-    fn new(settings: Settings, seed: u64) -> Self {
+    fn new(settings: LayerConfig, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let x = synthetic::hidden_states(&mut rng, BLOCK, BLOCK, settings.hidden);
         let router = synthetic::router(&mut rng, &settings);
-        let marks = (0..BLOCK).map(|t| t % 2).collect();
+        let voters = (0..BLOCK).map(|t| t % 2).collect();
         let experts = Pool::new(&mut rng, &settings, WeightType::Bf16);
-        Self { settings, x, router, marks, experts }
+        Self { settings, x, router, voters, experts }
     }
 
     fn upload(&self, gpu: &Gpu, ctx: &Context) -> Result<MoeLayer, Error> {
@@ -534,13 +534,13 @@ fn check_layer(
     data: &Data,
     rule: &Rule,
     checks: &mut Checks<'_>,
-) -> Result<(LayerStep, u32), Error> {
+) -> Result<(BoundLayer, u32), Error> {
     let [hidden, out] = [gpu.upload(&data.x), gpu.upload(&vec![f32::NAN; data.x.len()])];
     let offsets = [0, BLOCK];
-    let [ends, marks] = [gpu.upload(&offsets), gpu.upload(&data.marks)];
+    let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
     let mut batch = Batch::new((&hidden).into(), (&out).into(), BLOCK);
-    let marked = rule.marked.then(|| (&marks).into());
-    batch.blocks = Some(Blocks { count: 1, offsets: (&ends).into(), marks: marked });
+    let marked = rule.marked.then(|| (&voters).into());
+    batch.blocks = Some(Blocks { count: 1, offsets: (&ends).into(), voters: marked });
     let step = layer.bind(&batch)?;
     wall(gpu, step.dispatches())?;
     let got: Vec<f32> = gpu.download(&out)?;
@@ -551,9 +551,9 @@ fn check_layer(
     let [logits, s, r] = step.selection().ok_or_else(none)?;
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
     let router = host_router(&data.router, None);
-    let marks = rule.marked.then_some(&data.marks[..]);
+    let voters = rule.marked.then_some(&data.voters[..]);
     let batch =
-        HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, marks }) };
+        HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, voters }) };
     let want = cpu_routing(settings, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
         checks.same("the layer's coreset", &gpu.download::<u32>(got)?, want);
@@ -582,7 +582,7 @@ struct Laps {
 }
 
 impl Laps {
-    fn lap(&mut self, gpu: &Gpu, step: &LayerStep) -> Result<(), Error> {
+    fn lap(&mut self, gpu: &Gpu, step: &BoundLayer) -> Result<(), Error> {
         let all: Vec<&Dispatch> = step.dispatches().collect();
         let is_ffn = |d: &&Dispatch| d.name().starts_with("matmul") || d.name() == "combine";
         // The first is the logits.
@@ -604,7 +604,7 @@ const ROUNDS: u32 = 3;
 /// Times every rule of blocks of [`BLOCK`] tokens.
 fn time_rules(
     options: &Options,
-    settings: &Settings,
+    settings: &LayerConfig,
     (gpu, ctx): (&Gpu, &Context),
     rules: &[Rule],
     rows: &mut [Row],
@@ -612,7 +612,7 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings = Settings { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings = LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
@@ -642,7 +642,7 @@ fn time_rules(
         let (routing, ffn) = (median(laps.routing), median(laps.ffn));
         row.times = Some(Times { used, routing, ffn, layer });
     }
-    let Settings { hidden, intermediate, experts, shared_experts, .. } = settings;
+    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
     let fewer = if experts < from { ", counts of experts in rules in proportion" } else { "" };
     Ok(format!(
         "One block of {BLOCK} tokens through a layer of D {hidden}, F {intermediate}, {experts} experts in bf16{fewer} and {shared_experts} shared, synthetic weights; medians of {rounds} wall times, submission included"

@@ -23,8 +23,8 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::{median, spread};
 use testkit::synthetic::Pool;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouting, HostSequences, LayerStep, MoeLayer, Scratch, Sequences,
-    Settings, cpu_routing,
+    Batch, HostBatch, HostRouting, HostSequences, BoundLayer, MoeLayer, Scratch, Sequences,
+    LayerConfig, cpu_routing,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
 use wgmoe::ops::{expert_choice, grouped_matmul};
@@ -34,7 +34,7 @@ use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::{Activation, Context, Error, Gpu, Slice, Step, WeightType, wgpu};
+use wgmoe::{Activation, Context, Error, Gpu, Slice, BoundOp, WeightType, wgpu};
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.
@@ -368,7 +368,7 @@ struct Token {
 
 /// The layer on the host.
 struct Weights {
-    settings: Settings,
+    settings: LayerConfig,
     router: Vec<f32>,
     experts: Pool,
 }
@@ -377,7 +377,7 @@ impl Weights {
     /// Logits have deviation 2; `--skew` apart, all experts are equally popular.
     fn new(options: &Options, routing: Routing, rng: &mut StdRng) -> Self {
         let Options { hidden, intermediate, experts, .. } = *options;
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden,
             intermediate,
             experts,
@@ -476,7 +476,7 @@ fn twin(
     capacity: Option<&[u32]>,
     selection: [&[f32]; 3],
 ) -> HostRouting {
-    let settings = Settings { routing, ..weights.settings };
+    let settings = LayerConfig { routing, ..weights.settings };
     let router = host_router(&weights.router, None);
     let sequences =
         capacity.map(|capacity| HostSequences { offsets: &run.offsets, lengths: None, capacity });
@@ -521,8 +521,8 @@ struct OnGpu<'a> {
 struct Bound<'a> {
     rule: &'a Rule,
     /// Capacities of the step, under expert choice.
-    capacities: Step,
-    step: LayerStep,
+    capacities: BoundOp,
+    step: BoundLayer,
     log: Vec<Log>,
     times: Vec<Vec<f64>>,
 }
@@ -539,9 +539,9 @@ impl OnGpu<'_> {
         let layer = self.layer.with_routing(rule.routing)?;
         let mut batch = Batch::new((&self.hidden).into(), (&self.out).into(), tokens);
         batch.scratch = Some(&self.scratch);
-        let mut capacities = Step::default();
+        let mut capacities = BoundOp::default();
         if let Some(schedule) = &rule.schedule {
-            let stairs = gpu.upload(&schedule.steps()?.words());
+            let stairs = gpu.upload(&schedule.staircase()?.words());
             let args = capacity::Args {
                 source: Source::Masked { masked: (&self.masked).into(), steps: (&stairs).into() },
                 offsets: (&self.offsets).into(),
@@ -550,7 +550,7 @@ impl OnGpu<'_> {
                 k_of: (&self.k).into(),
             };
             let dims = capacity::Dims { tokens, experts, sequences };
-            capacities = Capacity::new(self.ctx)?.bind(dims, args)?;
+            capacities = Capacity::new(self.ctx)?.bind(&dims, args)?;
             batch.sequences = Some(Sequences {
                 count: sequences,
                 offsets: (&self.offsets).into(),
@@ -567,7 +567,7 @@ impl OnGpu<'_> {
         Ok(Bound { rule, capacities, step, log, times: vec![vec![]; run.steps.len()] })
     }
 
-    fn watched<'s>(&'s self, step: &'s LayerStep) -> Result<[Slice<'s>; 9], Error> {
+    fn watched<'s>(&'s self, step: &'s BoundLayer) -> Result<[Slice<'s>; 9], Error> {
         let none = || Error::Device("an empty step".into());
         let [logits, s, r] = step.selection().ok_or_else(none)?;
         let gates = step.gates().ok_or_else(none)?;

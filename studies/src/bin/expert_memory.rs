@@ -19,10 +19,10 @@ use std::time::Instant;
 use testkit::layer::{router, upload};
 use testkit::program::{self, Found, Progress};
 use testkit::synthetic::{self, Pool, RHO, shrink};
-use wgmoe::layer::cached::{CacheOptions, CachedLayer, CachedStep};
-use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router};
+use wgmoe::layer::cached::{CacheOptions, CachedLayer, BoundCached};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
-use wgmoe::{Context, Error, Gpu, Settings, WeightType, models, wgpu};
+use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
 
 /// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all of them there.
 #[derive(Parser)]
@@ -172,7 +172,7 @@ fn hidden_states(options: &Options, hidden: u32, rng: &mut StdRng) -> Vec<Vec<Ve
 struct Bench<'a> {
     gpu: &'a Gpu,
     ctx: &'a Context,
-    settings: Settings,
+    settings: LayerConfig,
     router: Router,
     source: Arc<Pool>,
     resident: MoeLayer,
@@ -185,7 +185,7 @@ impl<'a> Bench<'a> {
     fn new(
         gpu: &'a Gpu,
         ctx: &'a Context,
-        settings: Settings,
+        settings: LayerConfig,
         rng: &mut StdRng,
     ) -> Result<Self, Error> {
         let router = router(ctx, &synthetic::router(rng, &settings), None)?;
@@ -212,7 +212,7 @@ impl<'a> Bench<'a> {
     ) -> Result<(Row, u64), Error> {
         let Self { gpu, ctx, .. } = self;
         let resident = self.resident.with_routing(routing)?.bind(&self.batch(0))?;
-        let settings = Settings { routing, ..self.settings };
+        let settings = LayerConfig { routing, ..self.settings };
         let (router, source) = (self.router.clone(), self.source.clone());
         let mut layer = CachedLayer::new(ctx, &gpu.queue, settings, router, source, options)?;
         let mut step = layer.bind(&self.batch(1))?;
@@ -290,13 +290,13 @@ impl<'a> Bench<'a> {
     }
 
     /// Milliseconds of recording, submitting and awaiting a step.
-    fn time_resident(&self, step: &LayerStep) -> Result<f64, Error> {
+    fn time_resident(&self, step: &BoundLayer) -> Result<f64, Error> {
         let start = Instant::now();
         self.gpu.run_layer(step)?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 
-    fn time_cached(&self, layer: &mut CachedLayer, step: &mut CachedStep) -> Result<f64, Error> {
+    fn time_cached(&self, layer: &mut CachedLayer, step: &mut BoundCached) -> Result<f64, Error> {
         let start = Instant::now();
         layer.run(&self.gpu.queue, step)?;
         self.gpu.wait()?;
@@ -310,7 +310,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     }
     let rules = rules(options.experts)?;
     let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
-    let settings = Settings { experts: options.experts, routing: rules[0].1, ..mini };
+    let settings = LayerConfig { experts: options.experts, routing: rules[0].1, ..mini };
     let shape = settings.expert_shape(WeightType::Bf16);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
     let budget_bytes = match options.budget {

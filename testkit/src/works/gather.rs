@@ -1,7 +1,7 @@
 //! Rows by index, compared with the twin.
 use crate::compare::same;
 use wgmoe::ops::gather::{self, Args, Dims, Gather};
-use wgmoe::{Context, Gpu, Slice, Step, wgpu};
+use wgmoe::{Context, Gpu, Slice, BoundOp, wgpu};
 
 /// Bytes up to which the whole output is read back.
 const WHOLE: u64 = 64 << 20;
@@ -15,7 +15,7 @@ pub fn gather(
     (x_in, x): (&wgpu::Buffer, &[f32]),
     hidden: u32,
     token_of: &[u32],
-) -> Result<Step, String> {
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let width = hidden as usize;
     let row_bytes = 4 * u64::from(hidden);
@@ -29,7 +29,7 @@ pub fn gather(
     let token_of_in = gpu.upload(token_of);
     let args = Args { x: x_in.into(), token_of: (&token_of_in).into(), out: (&out).into() };
     let dims = Dims { tokens: (x.len() / width) as u32, slots: token_of.len() as u32, hidden };
-    let step = Gather::new(ctx).and_then(|op| op.bind(dims, args)).map_err(say)?;
+    let step = Gather::new(ctx).and_then(|op| op.bind(&dims, args)).map_err(say)?;
     gpu.run(&step).map_err(say)?;
     if bytes <= WHOLE {
         let got: Vec<f32> = gpu.download(&out).map_err(say)?;

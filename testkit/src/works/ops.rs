@@ -5,17 +5,17 @@ use super::plan::plan;
 use super::work::round;
 use crate::compare::{close, same};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, Class, GroupedMatmul, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, ItemKind, GroupedMatmul, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, Step, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, BoundOp, WeightType};
 
 /// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
 pub fn choice(
     gpu: &Gpu,
     ctx: &Context,
     [tokens, experts, capacity]: [u32; 3],
-) -> Result<Step, String> {
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let r = fill(SCORES, tokens * experts, 1.0);
     let (r_in, offsets, take) = (gpu.upload(&r), gpu.upload(&[0, tokens]), gpu.upload(&[capacity]));
@@ -28,7 +28,7 @@ pub fn choice(
         assigned: (&assigned).into(),
     };
     let dims = expert_choice::Dims { tokens, experts, sequences: 1 };
-    let step = ExpertChoice::new(ctx).and_then(|op| op.bind(dims, args)).map_err(say)?;
+    let step = ExpertChoice::new(ctx).and_then(|op| op.bind(&dims, args)).map_err(say)?;
     gpu.run(&step).map_err(say)?;
     let got: Vec<u32> = gpu.download(&assigned).map_err(say)?;
     let want = expert_choice::cpu(&r, experts as usize, &[0, tokens], None, &[capacity]);
@@ -39,7 +39,7 @@ pub fn choice(
 pub const OP2: [u32; 4] = [32, 64, 2048, 512];
 
 /// OP2, through a plan in which each token has one expert, run once and compared in some rows.
-pub fn grouped_matmul(gpu: &Gpu, ctx: &Context, weight_type: WeightType) -> Result<Step, String> {
+pub fn grouped_matmul(gpu: &Gpu, ctx: &Context, weight_type: WeightType) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let [experts, rows, depth, columns] = OP2;
     let tokens = experts * rows;
@@ -57,8 +57,8 @@ pub fn grouped_matmul(gpu: &Gpu, ctx: &Context, weight_type: WeightType) -> Resu
     }
     let x_in = gpu.upload(&x);
     let out = gpu.upload(&vec![f32::NAN; (tokens * columns) as usize]);
-    let op = GroupedMatmul::new(ctx, &shape, Stage::Down, Class::Tile).map_err(say)?;
-    let mut step = Step::default();
+    let op = GroupedMatmul::new(ctx, &shape, Stage::Down, ItemKind::Tile).map_err(say)?;
+    let mut step = BoundOp::default();
     for page in 0..weights.page_counts()[1] {
         let args = Args {
             x: (&x_in).into(),

@@ -7,13 +7,13 @@ use wgmoe::ops::plan_scan::{self, PlanScan};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::routing::GateRule;
-use wgmoe::{Context, Gpu, PlanShape, Step, wgpu};
+use wgmoe::{Context, Gpu, PlanShape, BoundOp, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.
 pub struct Planned {
     pub shape: PlanShape,
     pub plan: wgpu::Buffer,
-    pub step: Step,
+    pub step: BoundOp,
     pub host: HostPlan,
 }
 
@@ -53,7 +53,7 @@ pub fn plan(
         plan: (&plan).into(),
     };
     let scan = plan_scan::Args {
-        losses: None,
+        lost: None,
         offsets: None,
         plan: (&plan).into(),
         stats: (&stats).into(),

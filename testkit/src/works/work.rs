@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::Arc;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, LayerStep, MoeLayer, Router, Scratch, Settings, Tensor,
+    Batch, HostBatch, HostRouter, BoundLayer, MoeLayer, Router, Scratch, LayerConfig, Tensor,
     cpu_routing, cpu_token,
 };
 use wgmoe::ops::grouped_matmul::cpu_logits;
@@ -17,14 +17,14 @@ use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, Step, WeightType, models, wgpu};
+use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, BoundOp, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
 /// A layer and its input. Clones share the experts.
 #[derive(Clone)]
 pub struct Work {
-    pub settings: Settings,
+    pub settings: LayerConfig,
     pub tokens: u32,
     /// `[T, D]`.
     pub x: Vec<f32>,
@@ -67,8 +67,8 @@ impl Matrix<'_> {
 const SHARED: f32 = 0.6;
 
 impl Work {
-    fn new(settings: Settings, tokens: u32) -> Self {
-        let Settings { hidden, experts, .. } = settings;
+    fn new(settings: LayerConfig, tokens: u32) -> Self {
+        let LayerConfig { hidden, experts, .. } = settings;
         let router = fill(ROUTER, experts * hidden, 12.0 / (hidden as f32).sqrt());
         let x = fill(X, tokens * hidden, 1.0);
         Self { settings, tokens, x, router, bias: None, experts: Experts::Own }
@@ -85,7 +85,7 @@ impl Work {
             capacity_factor: None,
             coreset: None,
         });
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden: 2048,
             intermediate: 512,
             experts: 32,
@@ -107,8 +107,8 @@ impl Work {
             max_experts_per_token: 8,
         });
         let settings =
-            Settings { hidden: 512, intermediate: 384, experts: 64, ..Self::w1().settings };
-        Self::new(Settings { routing, ..settings }, tokens)
+            LayerConfig { hidden: 512, intermediate: 384, experts: 64, ..Self::w1().settings };
+        Self::new(LayerConfig { routing, ..settings }, tokens)
     }
 
     /// The same with some experts more popular than others: to logits of variance 1, one of variance 1 is added that is each
@@ -131,8 +131,8 @@ impl Work {
     /// A model's layer with synthetic inputs: normal logits `2 (sqrt(0.6) Z_block + sqrt(0.4) Z) - 3`, of which the 32 tokens
     /// of a block share a part, so that a block of LLaDA2.0-mini uses about as many distinct experts as published (69.5 of
     /// 256). Weights are bf16.
-    pub fn synthetic(settings: Settings, tokens: u32) -> Self {
-        let Settings { hidden, intermediate, experts, shared_experts, routing, .. } = settings;
+    pub fn synthetic(settings: LayerConfig, tokens: u32) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, routing, .. } = settings;
         let unit = 12f32.sqrt(); // variance 1
         let mut router = fill(ROUTER, experts * hidden, 2.0 * unit / (hidden as f32).sqrt());
         for row in router.chunks_exact_mut(hidden as usize) {
@@ -170,7 +170,7 @@ impl Work {
 
     /// Useful floating-point operations of `slots` routed rows and the shared experts' rows.
     pub fn flops(&self, slots: u32) -> u64 {
-        let Settings { hidden, intermediate, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, shared_experts, .. } = self.settings;
         let rows = u64::from(slots) + u64::from(shared_experts) * u64::from(self.tokens);
         6 * rows * u64::from(hidden) * u64::from(intermediate)
     }
@@ -181,7 +181,7 @@ impl Work {
     }
 
     pub fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
-        let Settings { hidden, intermediate, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, .. } = self.settings;
         let (place, seed, depth) = match projection {
             Projection::Gate => (0, GATE, hidden),
             Projection::Up => (1, UP, hidden),
@@ -384,8 +384,8 @@ const WHOLE_LOGITS: usize = 1 << 25;
 
 /// A layer bound to an input.
 pub struct Bound {
-    pub settings: Settings,
-    pub step: LayerStep,
+    pub settings: LayerConfig,
+    pub step: BoundLayer,
     pub hidden: wgpu::Buffer,
     pub out: wgpu::Buffer,
 }
@@ -399,7 +399,7 @@ impl Bound {
     /// Runs some parts, and waits.
     pub fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
         let dispatches = self.step.dispatches().filter(|d| parts.contains(&Part::of(d)));
-        let step = dispatches.fold(Step::default(), |step, d| step.then(d.clone().into()));
+        let step = dispatches.fold(BoundOp::default(), |step, d| step.then(d.clone().into()));
         gpu.run(&step)
     }
 }
