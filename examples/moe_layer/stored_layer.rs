@@ -1,7 +1,7 @@
 //! One layer of a checkpoint, for an example.
 use std::path::Path;
 use wgmoe::checkpoint::{Checkpoint, Load};
-use wgmoe::layer::{MoeLayer, LayerConfig};
+use wgmoe::layer::{LayerConfig, MoeLayer};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, WeightType, wgpu};
 
@@ -26,8 +26,8 @@ impl StoredLayer {
         self.number
     }
 
-    pub(crate) fn settings(&self) -> &LayerConfig {
-        self.checkpoint.settings()
+    pub(crate) fn config(&self) -> &LayerConfig {
+        self.checkpoint.layer_config()
     }
 
     /// The router's weights and bias, in f32.

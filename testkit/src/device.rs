@@ -1,5 +1,5 @@
 //! The GPU of a test run, and buffers that show what a kernel wrote.
-use wgmoe::{Context, Gpu, Slice, BoundOp, Variant, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, Slice, Variant, wgpu};
 
 /// Whether an absent adapter is a failure: `MOE_REQUIRE_GPU=1`, which CI sets.
 pub fn required() -> bool {
@@ -27,7 +27,7 @@ pub fn contexts(gpu: &Gpu) -> Vec<Context> {
 
 /// The same, made anew: for tests that count pipelines, which other tests would add to.
 pub fn own_contexts(gpu: &Gpu) -> Vec<Context> {
-    let context = |v| Context::with_variant(&gpu.device, v, None).expect("a context");
+    let context = |v| Context::with_variant(&gpu.device, v).expect("a context");
     Variant::all(&gpu.device).into_iter().map(context).collect()
 }
 

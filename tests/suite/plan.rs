@@ -33,8 +33,8 @@ fn make(
     let stats = Output::u32s(gpu, 8 + shape.experts as usize);
     let gates = Output::f32s(gpu, source.len());
     let (a, s) = (gpu.upload(assigned), gpu.upload(source));
-    let by_count = scales.by_count.map(|s| gpu.upload(s));
-    let by_expert = scales.by_expert.map(|s| gpu.upload(s));
+    let scale_by_count = scales.scale_by_count.map(|s| gpu.upload(s));
+    let scale_by_expert = scales.scale_by_expert.map(|s| gpu.upload(s));
     let counts = lost.map(|(l, dropped)| (gpu.upload(l), dropped, l.len() as u32 - dropped));
     let ranges = offsets.map(|o| gpu.upload(o));
     let gate_args = Gates {
@@ -42,8 +42,8 @@ fn make(
         source: (&s).into(),
         scale,
         scales: Scales {
-            by_count: by_count.as_ref().map(Into::into),
-            by_expert: by_expert.as_ref().map(Into::into),
+            scale_by_count: scale_by_count.as_ref().map(Into::into),
+            scale_by_expert: scale_by_expert.as_ref().map(Into::into),
         },
         gates: gates.slice(),
     };
@@ -67,7 +67,7 @@ fn make(
     Made { plan: plan.get(gpu), gates: gates.get(gpu), stats }
 }
 
-const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
+const PLAIN: Scales<&[f32]> = Scales { scale_by_count: None, scale_by_expert: None };
 
 /// Makes the plan and compares it with the twin's, whole; the words no section's list fills keep their poison.
 fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &str) {
@@ -253,8 +253,8 @@ fn gates_equal_twin() {
                 tile_rows: 16,
                 skinny_rows: 4,
             };
-            let by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
-            let by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
+            let scale_by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
+            let scale_by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
             for (seed, kind) in cases::KINDS.iter().enumerate() {
                 for rule in [GateRule::Softmax, GateRule::Normalised, GateRule::Plain] {
                     let mut source = cases::values(kind, seed as u64, tokens * experts);
@@ -266,13 +266,25 @@ fn gates_equal_twin() {
                     }
                     for (scale, scales) in [
                         (1.0, PLAIN),
-                        (2.5, Scales { by_count: Some(&by_count[..]), by_expert: None }),
-                        (1.0, Scales { by_count: None, by_expert: Some(&by_expert[..]) }),
+                        (
+                            2.5,
+                            Scales {
+                                scale_by_count: Some(&scale_by_count[..]),
+                                scale_by_expert: None,
+                            },
+                        ),
+                        (
+                            1.0,
+                            Scales {
+                                scale_by_count: None,
+                                scale_by_expert: Some(&scale_by_expert[..]),
+                            },
+                        ),
                         (
                             0.5,
                             Scales {
-                                by_count: Some(&by_count[..]),
-                                by_expert: Some(&by_expert[..]),
+                                scale_by_count: Some(&scale_by_count[..]),
+                                scale_by_expert: Some(&scale_by_expert[..]),
                             },
                         ),
                     ] {
@@ -334,12 +346,8 @@ fn a_plan_of_given_gates() {
         let stats = Output::u32s(&gpu, 8 + experts);
         let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
         let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
-        let scan = plan_scan::Args {
-            lost: None,
-            offsets: None,
-            plan: plan.slice(),
-            stats: stats.slice(),
-        };
+        let scan =
+            plan_scan::Args { lost: None, offsets: None, plan: plan.slice(), stats: stats.slice() };
         let fill =
             plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
         let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();

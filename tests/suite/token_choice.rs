@@ -1,5 +1,5 @@
 use testkit::{cases, prelude::*};
-use wgmoe::ops::token_choice::{Args, Coresets, TokenChoice, cpu};
+use wgmoe::ops::token_choice::{Args, Coresets, Dims, TokenChoice, cpu};
 use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::{Context, Gpu, Target};
@@ -26,8 +26,8 @@ impl Choice<'_> {
             block_of: block_of.into(),
         });
         let op = TokenChoice::new(ctx, self.experts as u32, self.top as u32, self.groups).unwrap();
-        let args = Args { r: (&r).into(), coresets, assigned: assigned.slice() };
-        run(gpu, &op.bind(tokens as u32, args).unwrap());
+        let args = Args { values: (&r).into(), coresets, assigned: assigned.slice() };
+        run(gpu, &op.bind(&Dims { tokens: tokens as u32 }, args).unwrap());
         assigned.get(gpu)
     }
 

@@ -7,7 +7,7 @@ use wgmoe::ops::plan_scan::{self, PlanScan};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::routing::GateRule;
-use wgmoe::{Context, Gpu, PlanShape, BoundOp, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, PlanShape, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.
 pub struct Planned {
@@ -39,12 +39,12 @@ pub fn plan(
     let gates = gpu.upload(&vec![0f32; logits.len()]);
     let plan = gpu.upload(&vec![u32::MAX; (shape.bytes().map_err(say)? / 4) as usize]);
     let stats = gpu.upload(&vec![u32::MAX; 8 + experts as usize]);
-    let scales = Scales { by_count: None, by_expert: None };
+    let scales = Scales { scale_by_count: None, scale_by_expert: None };
     let how = Gates {
         rule: GateRule::Softmax,
         source: (&logits_in).into(),
         scale: 1.0,
-        scales: Scales { by_count: None, by_expert: None },
+        scales: Scales { scale_by_count: None, scale_by_expert: None },
         gates: (&gates).into(),
     };
     let count = plan_count::Args {
@@ -52,12 +52,8 @@ pub fn plan(
         gates: Some(how),
         plan: (&plan).into(),
     };
-    let scan = plan_scan::Args {
-        lost: None,
-        offsets: None,
-        plan: (&plan).into(),
-        stats: (&stats).into(),
-    };
+    let scan =
+        plan_scan::Args { lost: None, offsets: None, plan: (&plan).into(), stats: (&stats).into() };
     let fill = plan_fill::Args {
         assigned: (&assigned_in).into(),
         gates: (&gates).into(),
