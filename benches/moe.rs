@@ -8,13 +8,6 @@
 //!
 //! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
 //! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
-#[expect(dead_code, unused_imports, reason = "shared with wgmoe-bench, which uses other parts")]
-mod cases;
-
-use cases::{
-    BIAS, Bound, INDEX, OP2, Part, Planned, SCORES, TABLE, Work, choice, close, fill, gather,
-    grouped_matmul, mix, plan, rules, same,
-};
 use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
@@ -22,6 +15,13 @@ use criterion::{
 };
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
+use testkit::compare::{close, same};
+use testkit::device::required;
+use testkit::rules::rules;
+use testkit::works::{
+    BIAS, Bound, INDEX, OP2, Part, Planned, SCORES, TABLE, Work, choice, fill, gather,
+    grouped_matmul, mix, plan,
+};
 use wgmoe::ops::{
     assign, assign_lists, capacity, combine, coreset, expert_union, scores, sequence_top,
     token_choice,
@@ -29,7 +29,7 @@ use wgmoe::ops::{
 use wgmoe::routing::Groups;
 use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Routing};
-use wgmoe::{BoundOp, Context, Gpu, MoeLayer, Score, Target, Variant, WeightType, wgpu};
+use wgmoe::{Context, Gpu, MoeLayer, Score, BoundOp, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
@@ -58,7 +58,7 @@ impl Bench {
     fn open() -> Option<Self> {
         let gpu = match Gpu::new() {
             Ok(gpu) => gpu,
-            Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+            Err(e) if required() => panic!("{e}"),
             Err(e) => {
                 eprintln!("skipped: {e}");
                 return None;
@@ -94,9 +94,7 @@ impl Bench {
         let start = Instant::now();
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         match work {
-            Ready::BoundOp(step) => {
-                step.record(&mut encoder.begin_compute_pass(&Default::default()))
-            }
+            Ready::BoundOp(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
             Ready::Layer(bound) => bound.step.record(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);

@@ -9,14 +9,6 @@ mod run;
 mod subject;
 mod timing;
 
-#[path = "../../benches/cases/mod.rs"]
-#[expect(
-    dead_code,
-    unused_imports,
-    reason = "shared with criterion's benches, which use other parts"
-)]
-mod cases;
-
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};

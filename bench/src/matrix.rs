@@ -1,6 +1,6 @@
 //! Which cases there are: models, loads, rules and parts.
-use crate::cases::rules;
 use crate::file::{CaseId, Load, Part};
+use testkit::rules::rules;
 use wgmoe::Routing;
 use wgmoe::layer::LayerConfig;
 use wgmoe::models::{self, MODELS, Model};

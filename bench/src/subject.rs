@@ -1,10 +1,10 @@
 //! A layer on the device under one rule and one load: weights and inputs that take turns, checked against the CPU twins, and
 //! the parts of it that are timed.
-use crate::cases::{self, Bound, Choice, Part as Stage, Work};
 use crate::device::Device;
 use crate::file::{self, Part};
 use crate::matrix::{Group, Layer};
 use crate::timing::{Stop, Timer, Timing};
+use testkit::works::{self, Bound, Choice, Part as Stage, Work};
 use wgmoe::{Context, Dispatch, Error, MoeLayer, WeightType, wgpu};
 
 /// Copies of weights, all together, that no cache holds.
@@ -166,7 +166,7 @@ impl Subject {
                         let rows = plan.token_of.len().min((most / row) as usize);
                         let x = (&input.bound.hidden, &work.x[..]);
                         let rows = &plan.token_of[..rows];
-                        match cases::gather(gpu, ctx, x, settings.hidden, rows) {
+                        match works::gather(gpu, ctx, x, settings.hidden, rows) {
                             Err(e) => keep(&mut self.gather, e),
                             Ok(step) => {
                                 input.gather = step.dispatches().to_vec();

@@ -1,8 +1,8 @@
 //! One block at once: the fused choice against the twins of the kernels that it stands for, the fused plan against those
 //! kernels' bits, and the dispatches of a layer that decodes a block.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Router, Tensor};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
+use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, LayerConfig, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};

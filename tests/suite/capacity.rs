@@ -1,6 +1,6 @@
 //! Capacities on the device, and expert choice with them.
-use crate::common::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
+use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
 use wgmoe::plan::bits;
@@ -272,8 +272,7 @@ fn wrong_arguments_are_errors() {
     let op = Capacity::new(&Context::new(&gpu.device).unwrap()).unwrap();
     assert_eq!(op.bind(&dims, good).unwrap().dispatches().len(), 1);
     assert!(op.bind(&Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
-    let invalid =
-        |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
+    let invalid = |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
     assert!(invalid(Dims { experts: 0, ..dims }) && invalid(Dims { experts: 1025, ..dims }));
     let name = |args| match op.bind(&dims, args) {
         Err(Error::Size { name, .. } | Error::Overlap { written: name, .. }) => name,

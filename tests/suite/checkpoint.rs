@@ -1,6 +1,5 @@
 //! Checkpoints that are as they should be: every layout, type and naming gives the same layer. Bad ones are in
 //! `checkpoint_bad.rs`.
-use crate::common::{assert_close, assert_same, gpu, random};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -8,6 +7,7 @@ use serde_json::json;
 use std::collections::HashMap;
 use std::path::Path;
 use tempfile::TempDir;
+use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
 use wgmoe::layer::{Batch, HostBatch, HostRouter, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
@@ -15,11 +15,9 @@ use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, LayerConfig, MoeLayer, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, LayerConfig, WeightType};
 
-#[path = "../../examples/shared/checkpoint_writer.rs"]
-mod checkpoint_writer;
-pub(crate) use checkpoint_writer::{Layout, Plan};
+pub(crate) use testkit::checkpoint_writer::{Layout, Plan};
 
 /// Awkward in every size: no multiple of a panel, a lane or each other; two shared experts; groups and a bias.
 pub(crate) fn small() -> LayerConfig {

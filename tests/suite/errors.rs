@@ -1,5 +1,5 @@
 //! What a caller can get wrong is an error that names the argument, before anything is recorded.
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
 use wgmoe::ops::gather::{self, Gather};
 use wgmoe::ops::plan_count::{self, PlanCount};

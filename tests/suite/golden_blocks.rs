@@ -1,9 +1,9 @@
 //! What the reference implementations of block-level rules returned, on the CPU twins and on the GPU in every variant: one
 //! function a kind, each taking a parsed file.
-use crate::common::{Output, assert_close, contexts, gpu, run};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::Path;
+use testkit::prelude::{Output, assert_close, contexts, gpu, run};
 use wgmoe::ops::coreset::{self, Coreset};
 use wgmoe::ops::plan_count::{self, PlanCount, Scales};
 use wgmoe::ops::scores::{self, Scores};

@@ -1,9 +1,9 @@
 //! The halves of a layer, each beside an engine's own other half.
-use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::layer::HostLayer;
+use testkit::{cases, prelude::*};
 use wgmoe::layer::{
-    Assignments, BoundLayer, ExpertBatch, LayerConfig, MoeExperts, MoeRouting, RoutingBatch,
-    Scratch,
+    Assignments, ExpertBatch, BoundLayer, MoeExperts, MoeRouting, RoutingBatch, Scratch, LayerConfig,
 };
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};
@@ -28,13 +28,13 @@ fn submit(gpu: &Gpu, step: &BoundLayer) {
 }
 
 /// Compares an output with the experts on the CPU, given the twin's bit set and gates.
-fn compare(sample: &Sample, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32], what: &str) {
+fn compare(sample: &HostLayer, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32], what: &str) {
     let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
     for (t, (x, got)) in x.chunks(d).zip(got.chunks(d)).enumerate() {
         let experts = bits::experts_of(bits, gates.len() / e, t);
         let chosen: Vec<(u32, f32)> =
             experts.into_iter().map(|i| (i as u32, gates[t * e + i])).collect();
-        let want = sample.cpu_token(x, &chosen);
+        let want = sample.token(x, &chosen);
         let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         assert_close(got, &want, 2e-5 * scale + 1e-6, 2e-5, &format!("{what}: token {t}"));
     }
@@ -43,7 +43,7 @@ fn compare(sample: &Sample, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32],
 #[test]
 fn experts_of_another_router() {
     let Some(gpu) = gpu() else { return };
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let (d, e, top) = (sample.settings.hidden as usize, 12usize, 4usize);
     let mut rng = StdRng::seed_from_u64(7);
     for ctx in own_contexts(&gpu) {
@@ -52,7 +52,7 @@ fn experts_of_another_router() {
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
         let scratch = Scratch::new();
         for tokens in [1, 33, 70] {
-            let what = format!("{} T {tokens}", cases::name(&ctx));
+            let what = format!("{} T {tokens}", variant_name(&ctx));
             let x = random(3, tokens * d);
             let hidden = gpu.upload(&x);
             let run = |assignments, out: &Output| {
@@ -121,8 +121,8 @@ fn experts_of_another_router() {
             let stats = run(of_experts, &again);
             assert_eq!(stats.ignored, 1, "{what}: entries ignored");
             assert_same(
-                &cases::exact(&again.get(&gpu)),
-                &cases::exact(&out.get(&gpu)),
+                &exact(&again.get(&gpu)),
+                &exact(&out.get(&gpu)),
                 &format!("{what}: lists give the bits that ids give"),
             );
         }
@@ -158,8 +158,8 @@ fn experts_of_another_engine() {
     let block = Routing::TokenChoice(TokenChoice { coreset, ..rule });
     for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
-            let what = format!("{} T {tokens} {routing:?}", cases::name(&ctx));
-            let sample = Sample::new(LayerConfig { routing, shared_experts: 0, ..base });
+            let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
+            let sample = HostLayer::new(LayerConfig { routing, shared_experts: 0, ..base });
             let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
             let router = sample.router(&ctx).unwrap();
             let first = MoeRouting::new(&ctx, sample.settings, router).unwrap();
@@ -250,7 +250,7 @@ fn experts_of_another_engine() {
 fn assignments_that_do_not_fit() {
     let Some(gpu) = gpu() else { return };
     let ctx = own_contexts(&gpu)[0].clone();
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let weights = sample.weights(&ctx, &gpu.queue).unwrap();
     let LayerConfig { activation, .. } = sample.settings;
     let all = weights.shape().experts;

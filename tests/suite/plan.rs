@@ -1,5 +1,5 @@
 //! The three plan kernels together.
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, Lost, PlanScan};
@@ -71,7 +71,7 @@ const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
 
 /// Makes the plan and compares it with the twin's, whole; the words no section's list fills keep their poison.
 fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &str) {
-    let what = format!("{} {shape:?} {what}", cases::name(ctx));
+    let what = format!("{} {shape:?} {what}", variant_name(ctx));
     let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
     let source = cases::values("random", 77, tokens * experts);
     let how = (GateRule::Plain, &source[..], 1.0, PLAIN);
@@ -276,8 +276,10 @@ fn gates_equal_twin() {
                             },
                         ),
                     ] {
-                        let what =
-                            format!("{} {kind} {rule:?} T {tokens} E {experts}", cases::name(&ctx));
+                        let what = format!(
+                            "{} {kind} {rule:?} T {tokens} E {experts}",
+                            variant_name(&ctx)
+                        );
                         let how = (rule, &source[..], scale, scales);
                         let made = make(&gpu, &ctx, &shape, &assigned, how, (None, None));
                         let want =
@@ -332,15 +334,19 @@ fn a_plan_of_given_gates() {
         let stats = Output::u32s(&gpu, 8 + experts);
         let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
         let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
-        let scan =
-            plan_scan::Args { lost: None, offsets: None, plan: plan.slice(), stats: stats.slice() };
+        let scan = plan_scan::Args {
+            lost: None,
+            offsets: None,
+            plan: plan.slice(),
+            stats: stats.slice(),
+        };
         let fill =
             plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
         let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();
         let step = step.then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap());
         run(&gpu, &step.then(PlanFill::new(&ctx).unwrap().bind(&shape, fill).unwrap()));
         let got = HostPlan::from_words(&shape, &plan.get::<u32>(&gpu)).unwrap();
-        assert_eq!(got, HostPlan::cpu(&shape, &assigned, &gates), "{}", cases::name(&ctx));
+        assert_eq!(got, HostPlan::cpu(&shape, &assigned, &gates), "{}", variant_name(&ctx));
     }
 }
 
@@ -391,6 +397,6 @@ fn twice_gives_equal_bits() {
         let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
         let [a, b] = [(); 2].map(|()| make(&gpu, &ctx, &shape, &assigned, how, (None, None)));
         assert_same(&a.plan, &b.plan, "plan");
-        assert_same(&cases::exact(&a.gates), &cases::exact(&b.gates), "gates");
+        assert_same(&exact(&a.gates), &exact(&b.gates), "gates");
     }
 }

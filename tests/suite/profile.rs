@@ -1,7 +1,7 @@
 //! The profiling mode.
-use crate::common::{assert_same, gpu};
+use testkit::prelude::{assert_same, gpu};
 use wgmoe::ops::gather::{Args, Dims, Gather};
-use wgmoe::{BoundOp, Context};
+use wgmoe::{Context, BoundOp};
 
 /// More dispatches than a query set holds; they run in order, and each is named.
 #[test]

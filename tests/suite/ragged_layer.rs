@@ -1,9 +1,9 @@
 //! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
 //! recordings, and a token-choice layer turned into an expert-choice one.
-use crate::common::{Output, assert_close, assert_same, gpu, random};
+use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
 use wgmoe::layer::{
-    Batch, BoundLayer, HostBatch, HostRouter, HostSequences, LayerConfig, MoeLayer, Router,
-    Sequences, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, HostSequences, BoundLayer, MoeLayer, Router, Sequences, LayerConfig,
+    Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::Stats;

@@ -1,6 +1,6 @@
 //! Capacity schedules, the scaling table and reports on the host. Runs without a GPU.
-use crate::common::{assert_close, assert_same, random};
 use std::collections::BTreeMap;
+use testkit::prelude::{assert_close, assert_same, random};
 use wgmoe::Error;
 use wgmoe::plan::Stats;
 use wgmoe::report::{Load, Report, slowest_device};

@@ -1,5 +1,5 @@
 //! The highest pairs of sequences, exact.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::sequence_top::{Args, Dims, SequenceTop, cpu};
 use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu};

@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::token_choice::{Args, Coresets, TokenChoice, cpu};
 use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
@@ -58,7 +58,7 @@ fn every_top() {
                 let twin = choice.twin();
                 for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
                     let what =
-                        format!("{} {kind} T {tokens} E {experts} K {top}", cases::name(&ctx));
+                        format!("{} {kind} T {tokens} E {experts} K {top}", variant_name(&ctx));
                     assert_same(&choice.run(&gpu, &ctx), &twin, &what);
                 }
             }
@@ -86,7 +86,7 @@ fn groups() {
             let choice = Choice { r: &r, experts, top, groups, coresets: None };
             let twin = choice.twin();
             for ctx in contexts(&gpu) {
-                let what = format!("{} {kind} E {experts} K {top} {groups:?}", cases::name(&ctx));
+                let what = format!("{} {kind} E {experts} K {top} {groups:?}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx), &twin, &what);
             }
         }
@@ -120,7 +120,7 @@ fn coresets() {
                 "an empty coreset"
             );
             for ctx in contexts(&gpu) {
-                let what = format!("{} {kind} E {experts} K {top} {groups:?}", cases::name(&ctx));
+                let what = format!("{} {kind} E {experts} K {top} {groups:?}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx), &twin, &what);
             }
         }
@@ -142,7 +142,7 @@ fn long_batches() {
             assert_same(
                 &choice.run(&gpu, &ctx),
                 &twin,
-                &format!("{} T {tokens}", cases::name(&ctx)),
+                &format!("{} T {tokens}", variant_name(&ctx)),
             );
         }
     }

@@ -1,6 +1,6 @@
 //! The running mean of the experts of a block, kept on the device.
-use crate::common::{Output, contexts, gpu};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::prelude::{Output, contexts, gpu};
 use wgmoe::ops::expert_union::{self, Args, Dims, ExpertUnion, Totals};
 
 #[test]

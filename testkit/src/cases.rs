@@ -1,8 +1,14 @@
-//! Awkward values and sizes that many kernels meet.
+//! Seeded data. Awkward values and sizes that many kernels meet.
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
+/// Uniform in [-1, 1), the same on every machine.
+pub fn random(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
 /// Kinds of [`values`].
-pub(crate) const KINDS: &[&str] = &[
+pub const KINDS: &[&str] = &[
     "random",
     "equal",
     "zeros",
@@ -16,7 +22,7 @@ pub(crate) const KINDS: &[&str] = &[
 ];
 
 /// Seeded values of a kind: all of it ordinary input.
-pub(crate) fn values(kind: &str, seed: u64, len: usize) -> Vec<f32> {
+pub fn values(kind: &str, seed: u64, len: usize) -> Vec<f32> {
     const ODD: [f32; 10] = [
         f32::NAN,
         f32::NEG_INFINITY,
@@ -53,7 +59,7 @@ fn pick<'a>(rng: &mut StdRng, of: &'a [f32]) -> &'a f32 {
 }
 
 /// A seeded permutation.
-pub(crate) fn permutation(seed: u64, len: usize) -> Vec<usize> {
+pub fn permutation(seed: u64, len: usize) -> Vec<usize> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut order: Vec<usize> = (0..len).collect();
     for i in (1..len).rev() {
@@ -63,7 +69,7 @@ pub(crate) fn permutation(seed: u64, len: usize) -> Vec<usize> {
 }
 
 /// A seeded bit set `[experts, ceil(tokens / 32)]`, each pair assigned with this probability.
-pub(crate) fn assignment(seed: u64, tokens: usize, experts: usize, probability: f64) -> Vec<u32> {
+pub fn assignment(seed: u64, tokens: usize, experts: usize, probability: f64) -> Vec<u32> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut words = wgmoe::plan::bits::empty(tokens, experts);
     for e in 0..experts {
@@ -77,18 +83,7 @@ pub(crate) fn assignment(seed: u64, tokens: usize, experts: usize, probability: 
 }
 
 /// `len` seeded words, every bit random: what a buffer may hold that nobody cleared.
-pub(crate) fn stale(seed: u64, len: usize) -> Vec<u32> {
+pub fn stale(seed: u64, len: usize) -> Vec<u32> {
     let mut rng = StdRng::seed_from_u64(seed);
     (0..len).map(|_| rng.random()).collect()
-}
-
-/// The bits of floats, all NaN alike: for exact comparisons.
-pub(crate) fn exact(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|v| if v.is_nan() { 0x7fc0_0000 } else { v.to_bits() }).collect()
-}
-
-/// What a variant is called in a message.
-pub(crate) fn name(ctx: &wgmoe::Context) -> String {
-    let v = ctx.variant();
-    format!("{:?}{}", v.target, if v.subgroups { ", subgroups" } else { "" })
 }

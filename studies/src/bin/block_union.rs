@@ -3,35 +3,30 @@
 //! Draws synthetic router logits, `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3` with Z standard normal, routes
 //! many blocks of them by every rule on the GPU, checks every choice against the CPU twins exactly, and prints the experts
 //! of a block and the bytes of their weights. Then runs one block of 32 tokens through a layer of LLaDA2.0-mini's shape under
-//! each rule and prints the time: `cargo run --release --example block_union -- --help`. Where there is no GPU driver, the
+//! each rule and prints the time: `cargo run --release -p studies --bin block_union -- --help`. Where there is no GPU driver, the
 //! CPU twins count alone. Exits with 1 where a check fails.
 use clap::Parser;
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::StandardNormal;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use svg::node::element::{Group, Rectangle, Style, Text};
+use testkit::compare::{Checks, largest};
+use testkit::layer::{host_router, outputs, router, upload};
+use testkit::program::{self, Found, Progress};
+use testkit::statistics::median;
+use testkit::synthetic::{self, Pool, RHO, mixture, shrink};
 use wgmoe::layer::{
-    Batch, Blocks, BoundLayer, HostBatch, HostBlocks, HostRouter, HostSequences, LayerConfig,
-    MoeLayer, Router, Tensor, cpu_routing, cpu_token,
+    Batch, Blocks, HostBatch, HostBlocks, HostSequences, BoundLayer, MoeLayer, LayerConfig, cpu_routing,
 };
 use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
-use wgmoe::weights::Projection;
-use wgmoe::{BoundOp, Context, Dispatch, Error, ExpertWeights, Gpu, WeightType, wgpu};
-
-#[path = "shared/progress.rs"]
-mod progress;
-use progress::Progress;
-#[path = "shared/synthetic.rs"]
-mod synthetic;
-use synthetic::{Experts, RHO, router, shrink};
+use wgmoe::{Context, Dispatch, Error, Gpu, BoundOp, WeightType, wgpu};
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
 #[derive(Parser)]
@@ -180,59 +175,8 @@ fn rules() -> Result<Vec<Rule>, String> {
 }
 
 /// Checks of one row; what failed is said on stderr.
-struct Checks<'a> {
-    rule: &'a Rule,
-    progress: &'a Progress,
-    ok: bool,
-}
-
-impl<'a> Checks<'a> {
-    fn new(rule: &'a Rule, progress: &'a Progress) -> Self {
-        Self { rule, progress, ok: true }
-    }
-
-    fn same<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &[T], want: &[T]) {
-        if got != want {
-            let i = got.iter().zip(want).position(|(g, w)| g != w);
-            let at = i.map_or(format!("lengths {} and {}", got.len(), want.len()), |i| {
-                format!("at {i}: got {:?}, want {:?}", got[i], want[i])
-            });
-            self.fail(what, &at);
-        }
-    }
-
-    /// Within `atol + rtol |want|`; NaN never is.
-    fn close(&mut self, what: &str, got: &[f32], want: &[f32], atol: f32, rtol: f32) {
-        let close = |(g, w): (&f32, &f32)| (g - w).abs() <= atol + rtol * w.abs();
-        if let Some(i) = got.iter().zip(want).position(|pair| !close(pair)) {
-            self.fail(what, &format!("at {i}: got {:?}, want {:?}", got[i], want[i]));
-        } else if got.len() != want.len() {
-            self.fail(what, &format!("lengths {} and {}", got.len(), want.len()));
-        }
-    }
-
-    fn fail(&mut self, what: &str, how: &str) {
-        self.ok = false;
-        let Rule { name, block, .. } = self.rule;
-        self.progress
-            .note(&format!("{name}, blocks of {block}: {what} differs from the CPU's {how}"));
-    }
-}
-
-/// Values of blocks: a normal vector of the block and one of each token, mixed.
-fn mixture(rng: &mut StdRng, tokens: u32, block: u32, width: u32) -> Vec<f32> {
-    let (shared, own) = (RHO.sqrt(), (1.0 - RHO).sqrt());
-    let mut values = Vec::with_capacity(tokens as usize * width as usize);
-    let mut of_block = vec![0f32; width as usize];
-    for t in 0..tokens {
-        if t % block == 0 {
-            of_block.fill_with(|| rng.sample(StandardNormal));
-        }
-        values.extend(
-            of_block.iter().map(|z| shared * z + own * rng.sample::<f32, _>(StandardNormal)),
-        );
-    }
-    values
+fn checks<'a>(rule: &Rule, progress: &'a Progress) -> Checks<'a> {
+    Checks::new(format!("{}, blocks of {}", rule.name, rule.block), progress)
 }
 
 /// Synthetic router logits of some blocks.
@@ -283,7 +227,7 @@ impl Routed {
     /// The CPU twin, from these scores.
     fn twin(settings: &LayerConfig, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
         let settings = LayerConfig { routing: rule.routing, ..*settings };
-        let router = HostRouter { weight: &[], bias: None, by_count: None, by_expert: None };
+        let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
             sequences: Some(HostSequences { offsets, lengths: None, capacity: &[] }),
@@ -407,8 +351,7 @@ impl<'a> Scored<'a> {
                         block_of: (&block_of).into(),
                     };
                     let dims = coreset::Dims { tokens, blocks };
-                    step =
-                        step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
+                    step = step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
                     elected = Some((members, block_of));
                 }
                 let coresets = elected.as_ref().map(|(members, block_of)| token_choice::Coresets {
@@ -433,11 +376,12 @@ impl Scored<'_> {
     /// Routes by a rule on the device and checks it against the twin, which is fed the device's own scores.
     fn run(
         &self,
+        rule: &Rule,
         checks: &mut Checks<'_>,
         settings: &LayerConfig,
         [s, r]: [&[f32]; 2],
     ) -> Result<Routed, Error> {
-        let (gpu, rule, draw) = (self.gpu, checks.rule, self.draw);
+        let (gpu, draw) = (self.gpu, self.draw);
         let Draw { tokens, experts, .. } = *draw;
         let blocks = draw.blocks();
         let chosen = self.choose(rule)?;
@@ -497,10 +441,10 @@ fn count_on_gpu(
             scores::cpu(&draw.logits, settings.experts as usize, Score::Sigmoid, false, None);
         for rule in of_size {
             progress.say(format!("{} blocks of {block}: {}", options.blocks, rule.name));
-            let mut checks = Checks::new(rule, progress);
+            let mut checks = checks(rule, progress);
             checks.close("scores", &s, &want, 1e-7, 1e-5);
             checks.same("selection", &r, &s);
-            let routed = scored.run(&mut checks, settings, [&s, &r])?;
+            let routed = scored.run(rule, &mut checks, settings, [&s, &r])?;
             rows.push(routed.row(rule, &draw, checks.ok));
         }
     }
@@ -522,7 +466,7 @@ fn count_on_cpu(
         for rule in of_size {
             progress.say(format!("{} blocks of {}: {}", options.blocks, rule.block, rule.name));
             let routed = Routed::twin(settings, rule, &draw, &s, &r);
-            let mut checks = Checks::new(rule, progress);
+            let mut checks = checks(rule, progress);
             if let Some(coreset) = &routed.coreset {
                 let outside = |(used, elected): (&u32, &u32)| used & !elected;
                 let outside: Vec<u32> = routed.members.iter().zip(coreset).map(outside).collect();
@@ -544,34 +488,23 @@ struct Data {
     x: Vec<f32>,
     router: Vec<f32>,
     voters: Vec<u32>,
-    experts: Experts,
+    experts: Pool,
 }
 
 impl Data {
     fn new(settings: LayerConfig, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let mut x = mixture(&mut rng, BLOCK, BLOCK, settings.hidden);
-        x.iter_mut().step_by(settings.hidden as usize).for_each(|x| *x = 1.0);
-        let router = router(&mut rng, &settings);
+        let x = synthetic::hidden_states(&mut rng, BLOCK, BLOCK, settings.hidden);
+        let router = synthetic::router(&mut rng, &settings);
         let voters = (0..BLOCK).map(|t| t % 2).collect();
-        Self { settings, x, router, voters, experts: Experts::new(&mut rng, settings) }
+        let experts = Pool::new(&mut rng, &settings, WeightType::Bf16);
+        Self { settings, x, router, voters, experts }
     }
 
     fn upload(&self, gpu: &Gpu, ctx: &Context) -> Result<MoeLayer, Error> {
         let shape = self.settings.expert_shape(WeightType::Bf16);
-        let weights = ExpertWeights::new(ctx, shape, None)?;
-        for e in 0..shape.experts {
-            for p in [Projection::Gate, Projection::Up, Projection::Down] {
-                weights.write(&gpu.queue, e, p, self.experts.matrix(e, p))?;
-            }
-            gpu.queue.submit([]);
-            if e % 16 == 15 {
-                gpu.wait()?; // lets wgpu free the memory that carried them
-            }
-        }
-        let weight = Tensor::new(ctx, "router", &self.router)?;
-        let router = Router { weight, bias: None, by_count: None, by_expert: None };
-        MoeLayer::new(ctx, self.settings, router, weights)
+        let weights = upload(gpu, ctx, shape, &|e, p| self.experts.matrix(e, p))?;
+        MoeLayer::new(ctx, self.settings, router(ctx, &self.router, None)?, weights)
     }
 }
 
@@ -590,12 +523,6 @@ fn wall<'a>(gpu: &Gpu, dispatches: impl IntoIterator<Item = &'a Dispatch>) -> Re
     Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
-/// The middle of some times.
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 /// How far an output may be off, as a share of its token's largest value.
 const OUTPUT: f32 = 1e-4;
 
@@ -605,9 +532,9 @@ fn check_layer(
     gpu: &Gpu,
     layer: &MoeLayer,
     data: &Data,
+    rule: &Rule,
     checks: &mut Checks<'_>,
 ) -> Result<(BoundLayer, u32), Error> {
-    let rule = checks.rule;
     let [hidden, out] = [gpu.upload(&data.x), gpu.upload(&vec![f32::NAN; data.x.len()])];
     let offsets = [0, BLOCK];
     let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
@@ -623,7 +550,7 @@ fn check_layer(
     let none = || Error::Device("an empty step".into());
     let [logits, s, r] = step.selection().ok_or_else(none)?;
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
-    let router = HostRouter { weight: &data.router, bias: None, by_count: None, by_expert: None };
+    let router = host_router(&data.router, None);
     let voters = rule.marked.then_some(&data.voters[..]);
     let batch =
         HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, voters }) };
@@ -633,28 +560,14 @@ fn check_layer(
     }
     let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
     checks.same("the layer's choice", &assigned, &want.assigned);
-    let expert = |e: u32, p: Projection| data.experts.matrix(e, p);
-    let twin = |t: usize| {
-        let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens, t)
-            .into_iter()
-            .map(|i| (i as u32, want.gates[t * e + i]))
-            .collect();
-        cpu_token(settings, &expert, &data.x[t * d..][..d], &chosen)
-    };
-    let (twin, sample) = (&twin, [0, tokens - 1]);
-    let outputs = std::thread::scope(|scope| {
-        sample
-            .map(|t| scope.spawn(move || twin(t)))
-            .map(|twin| twin.join().expect("a twin does not panic"))
-    });
-    for (t, want) in sample.into_iter().zip(outputs) {
-        let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let sample = [0, tokens - 1];
+    let choice = (&want.assigned[..], &want.gates[..]);
+    let want = outputs(settings, &|e, p| data.experts.matrix(e, p), &data.x, choice, &sample);
+    for (t, want) in sample.into_iter().zip(want) {
         let what = format!("the layer's output of token {t}");
-        checks.close(&what, &got[t * d..][..d], &want, OUTPUT * largest, OUTPUT);
+        checks.close(&what, &got[t * d..][..d], &want, OUTPUT * largest(&want), OUTPUT);
     }
-    if let Some(i) = got.iter().position(|v| !v.is_finite()) {
-        checks.fail("the layer's output", &format!("at {i}: got {}", got[i]));
-    }
+    checks.finite("the layer's output", &got);
 
     let used = expert_union::cpu(&assigned, tokens, e, &offsets, 0).1[0];
     Ok((step, used))
@@ -699,8 +612,7 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings =
-        LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings = LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
@@ -709,9 +621,9 @@ fn time_rules(
     let mut timed = vec![];
     for (rule, row) in rules.iter().zip(rows).filter(|(rule, _)| rule.block == BLOCK) {
         progress.say(format!("{}: checking the layer", rule.name));
-        let mut checks = Checks::new(rule, progress);
+        let mut checks = checks(rule, progress);
         let layer = layer.with_routing(routing(rule))?;
-        let (step, used) = check_layer(gpu, &layer, &data, &mut checks)?;
+        let (step, used) = check_layer(gpu, &layer, &data, rule, &mut checks)?;
         row.ok &= checks.ok;
         timed.push((row, step, used, Laps::default()));
     }
@@ -724,10 +636,10 @@ fn time_rules(
         }
         rounds += 1;
     }
-    for (row, _, used, mut laps) in timed {
-        let layer = median(&mut laps.layer);
+    for (row, _, used, laps) in timed {
+        let layer = median(laps.layer);
         row.layer_ms = Some(layer);
-        let (routing, ffn) = (median(&mut laps.routing), median(&mut laps.ffn));
+        let (routing, ffn) = (median(laps.routing), median(laps.ffn));
         row.times = Some(Times { used, routing, ffn, layer });
     }
     let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
@@ -925,33 +837,12 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     Ok(Report { rules: rows, head, layer: Some(layer.map_err(say)?) })
 }
 
-/// Runs it all and prints; whether every check passed.
-fn print(options: &Options) -> Result<bool, String> {
-    let progress = Progress::new();
-    let report = run(options, &progress);
-    progress.0.finish_and_clear();
-    let report = report?;
-    if let Some(file) = &options.svg {
-        svg::save(file, &picture(&report.rules))
-            .map_err(|e| format!("--svg {}: {e}", file.display()))?;
-    }
-    let text = if options.json {
-        serde_json::to_string(&report).map_err(|e| e.to_string())? + "\n"
-    } else {
-        tables(&report)
-    };
-    std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes())
-        .map_err(|e| format!("stdout: {e}"))?;
-    Ok(report.rules.iter().all(|r| r.ok))
-}
-
 fn main() -> ExitCode {
-    match print(&Options::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("block_union: {e}");
-            ExitCode::FAILURE
-        }
-    }
+    let options = Options::parse();
+    program::run("block_union", |progress| {
+        let report = run(&options, progress)?;
+        program::save(options.svg.as_deref(), || Ok(picture(&report.rules).to_string()))?;
+        let text = program::text_of(&report, options.json, tables)?;
+        Ok(Found { text, ok: report.rules.iter().all(|r| r.ok) })
+    })
 }

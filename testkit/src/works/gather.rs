@@ -1,7 +1,7 @@
 //! Rows by index, compared with the twin.
-use super::compare::same;
+use crate::compare::same;
 use wgmoe::ops::gather::{self, Args, Dims, Gather};
-use wgmoe::{BoundOp, Context, Gpu, Slice, wgpu};
+use wgmoe::{Context, Gpu, Slice, BoundOp, wgpu};
 
 /// Bytes up to which the whole output is read back.
 const WHOLE: u64 = 64 << 20;
@@ -9,7 +9,7 @@ const WHOLE: u64 = 64 << 20;
 const SAMPLE: usize = 64;
 
 /// `x[token_of]`, run once and compared: whole, or in [`SAMPLE`] rows where it is large. `x_in` holds `x [tokens, hidden]`.
-pub(crate) fn gather(
+pub fn gather(
     gpu: &Gpu,
     ctx: &Context,
     (x_in, x): (&wgpu::Buffer, &[f32]),

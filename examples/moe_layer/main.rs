@@ -6,17 +6,21 @@
 //! `cargo run --release --example moe_layer -- --help`. Where there is no GPU driver, the CPU twins run alone. Exits with 1
 //! where a check fails.
 use clap::Parser;
-use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::StandardNormal;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use testkit::compare::{Checks, largest};
+use testkit::golden_layer;
+use testkit::layer::{host_router, outputs, router};
+use testkit::program::{self, Found, Progress};
+use testkit::statistics::{median, spread, threads};
+use testkit::synthetic::{self, Pool};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, LayerConfig, MoeLayer, Router,
-    Sequences, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Sequences, LayerConfig,
+    cpu_routing, cpu_token,
 };
 use wgmoe::models::{self, MODELS};
 use wgmoe::ops::{combine, expert_choice, expert_union, grouped_matmul, scores};
@@ -29,21 +33,13 @@ use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, ExpertWeights, Gpu, PlanShape, WeightType, wgpu};
+use wgmoe::{Context, Error, Gpu, PlanShape, WeightType, wgpu};
 
-#[path = "shared/progress.rs"]
-mod progress;
-use progress::Progress;
-
-#[path = "shared/stored_layer.rs"]
 mod stored_layer;
 use stored_layer::StoredLayer;
 
 #[global_allocator]
 static ALLOCATED: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
-
-#[path = "../tests/suite/golden_file.rs"]
-mod golden_file;
 
 /// Runs an MoE layer under each routing rule, checks it against the CPU, and shows where the time goes.
 #[derive(Parser)]
@@ -208,33 +204,6 @@ fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     rules
 }
 
-/// Uniform random numbers in a storage type.
-enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Values {
-    fn new(rng: &mut StdRng, weights: Weights, count: usize, deviation: f32) -> Self {
-        let most = deviation * 3f32.sqrt();
-        let values = (0..count).map(|_| rng.random_range(-most..most));
-        match weights {
-            Weights::F32 => Self::F32(values.collect()),
-            Weights::F16 => Self::F16(values.map(f16::from_f32).collect()),
-            Weights::Bf16 => Self::Bf16(values.map(bf16::from_f32).collect()),
-        }
-    }
-
-    fn window(&self, at: usize, count: usize) -> HostWeights<'_> {
-        match self {
-            Self::F32(v) => HostWeights::F32(&v[at..][..count]),
-            Self::F16(v) => HostWeights::F16(&v[at..][..count]),
-            Self::Bf16(v) => HostWeights::Bf16(&v[at..][..count]),
-        }
-    }
-}
-
 /// The data of a layer on the host.
 ///
 /// Experts: each matrix is a window of one pool of random numbers, at a place of its own, so that a layer of any size takes
@@ -258,16 +227,9 @@ struct Data<'a> {
 }
 
 enum Experts<'a> {
-    /// Pools of gate and up, and of down.
-    Synthetic {
-        inner: Values,
-        outer: Values,
-    },
+    Synthetic(Pool),
     Stored(&'a StoredLayer),
 }
-
-/// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
-const STRIDE: usize = 1009;
 
 /// Where a layer's weights come from.
 #[derive(Clone, Copy)]
@@ -279,27 +241,13 @@ enum Source<'a> {
 impl<'a> Data<'a> {
     fn new(settings: LayerConfig, tokens: u32, source: Source<'a>, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let d = settings.hidden as usize;
-        let mut x: Vec<f32> = Vec::with_capacity(tokens as usize * d);
-        let mut block = vec![0f32; d];
-        for t in 0..tokens {
-            if t % BLOCK == 0 {
-                block.fill_with(|| rng.sample(StandardNormal));
-            }
-            let row = x.len();
-            x.extend(
-                block.iter().map(|z| {
-                    0.6f32.sqrt() * z + 0.4f32.sqrt() * rng.sample::<f32, _>(StandardNormal)
-                }),
-            );
-            x[row] = 1.0;
-        }
+        let x = synthetic::hidden_states(&mut rng, tokens, BLOCK, settings.hidden);
         let (router, bias, experts) = match source {
             Source::Stored(layer) => {
                 let (router, bias) = layer.router();
                 (router, bias, Experts::Stored(layer))
             }
-            Source::Synthetic(weights) => synthetic(&settings, weights, &mut rng),
+            Source::Synthetic(weights) => made(&settings, weights, &mut rng),
         };
         let offsets: Vec<u32> =
             (0..tokens).step_by(SEQUENCE as usize).chain(std::iter::once(tokens)).collect();
@@ -308,13 +256,9 @@ impl<'a> Data<'a> {
     }
 
     fn expert(&self, e: u32, projection: Projection) -> HostWeights<'_> {
-        let count = self.settings.hidden as usize * self.settings.intermediate as usize;
-        let at = |p: usize| (3 * e as usize + p) * STRIDE;
-        match (&self.experts, projection) {
-            (Experts::Stored(layer), _) => layer.expert(e, projection),
-            (Experts::Synthetic { inner, .. }, Projection::Gate) => inner.window(at(0), count),
-            (Experts::Synthetic { inner, .. }, Projection::Up) => inner.window(at(1), count),
-            (Experts::Synthetic { outer, .. }, Projection::Down) => outer.window(at(2), count),
+        match &self.experts {
+            Experts::Stored(layer) => layer.expert(e, projection),
+            Experts::Synthetic(pool) => pool.matrix(e, projection),
         }
     }
 
@@ -328,12 +272,7 @@ impl<'a> Data<'a> {
     }
 
     fn host_router(&self) -> HostRouter<'_> {
-        HostRouter {
-            weight: &self.router,
-            bias: self.bias.as_deref(),
-            by_count: None,
-            by_expert: None,
-        }
+        host_router(&self.router, self.bias.as_deref())
     }
 
     /// Tokens that each expert takes of each sequence, for rules that choose within sequences.
@@ -356,39 +295,17 @@ impl<'a> Data<'a> {
         gates: &[f32],
         sample: &[usize],
     ) -> Vec<Vec<f32>> {
-        let e = settings.experts as usize;
-        let expert = |e: u32, p: Projection| self.expert(e, p);
-        let one = |&t: &usize| {
-            let chosen: Vec<(u32, f32)> = bits::experts_of(assigned, self.tokens(), t)
-                .into_iter()
-                .map(|i| (i as u32, gates[t * e + i]))
-                .collect();
-            cpu_token(settings, &expert, self.row(t), &chosen)
-        };
-        let part = sample.len().div_ceil(threads()).max(1);
-        std::thread::scope(|scope| {
-            let one = &one;
-            let spawned: Vec<_> = sample
-                .chunks(part)
-                .map(|part| scope.spawn(move || part.iter().map(one).collect::<Vec<_>>()))
-                .collect();
-            spawned.into_iter().flat_map(|t| t.join().expect("a twin does not panic")).collect()
-        })
+        outputs(settings, &|e, p| self.expert(e, p), &self.x, (assigned, gates), sample)
     }
 }
 
 /// Router, bias and experts.
-fn synthetic(
+fn made(
     settings: &LayerConfig,
     weights: Weights,
     rng: &mut StdRng,
 ) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
-    let (d, f) = (settings.hidden as usize, settings.intermediate as usize);
-    let deviation = 2.0 / (d as f32).sqrt();
-    let mut router: Vec<f32> = (0..settings.experts as usize * d)
-        .map(|_| deviation * rng.sample::<f32, _>(StandardNormal))
-        .collect();
-    router.iter_mut().step_by(d).for_each(|w| *w = -3.0);
+    let router = synthetic::router(rng, settings);
     let sigmoid = match settings.routing {
         Routing::TokenChoice(rule) => rule.score == Score::Sigmoid,
         _ => false,
@@ -396,62 +313,7 @@ fn synthetic(
     let bias = sigmoid.then(|| {
         (0..settings.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>()
     });
-    let all = (settings.experts + settings.shared_experts) as usize;
-    let count = d * f + 3 * all * STRIDE;
-    let mut pool = |width: usize| Values::new(rng, weights, count, 1.0 / (width as f32).sqrt());
-    let (inner, outer) = (pool(d), pool(f));
-    (router, bias, Experts::Synthetic { inner, outer })
-}
-
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
-}
-
-/// Largest difference, and the first index where it is not within `atol + rtol |want|` (NaN never is).
-fn compare(got: &[f32], want: &[f32], atol: f32, rtol: f32) -> (f32, Option<usize>) {
-    let mut worst = 0f32;
-    let mut bad = None;
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        let error = (g - w).abs();
-        let close = error <= atol + rtol * w.abs();
-        if !close {
-            bad = bad.or(Some(i));
-        }
-        worst = if error.is_nan() { f32::INFINITY } else { worst.max(error) };
-    }
-    (worst, bad.or((got.len() != want.len()).then_some(got.len().min(want.len()))))
-}
-
-/// Checks of one rule; what failed is said on stderr.
-struct Checks<'a> {
-    rule: &'static str,
-    progress: &'a Progress,
-    ok: bool,
-}
-
-impl Checks<'_> {
-    fn same<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &[T], want: &[T]) {
-        if got != want {
-            let i = got.iter().zip(want).position(|(g, w)| g != w);
-            let at = i.map_or(format!("lengths {} and {}", got.len(), want.len()), |i| {
-                format!("at {i}: got {:?}, want {:?}", got[i], want[i])
-            });
-            self.fail(what, &at);
-        }
-    }
-
-    fn close(&mut self, what: &str, got: &[f32], want: &[f32], atol: f32, rtol: f32) -> f32 {
-        let (worst, bad) = compare(got, want, atol, rtol);
-        if let Some(i) = bad {
-            self.fail(what, &format!("at {i}: got {:?}, want {:?}", got.get(i), want.get(i)));
-        }
-        worst
-    }
-
-    fn fail(&mut self, what: &str, how: &str) {
-        self.ok = false;
-        self.progress.note(&format!("{}: {what} differs from the CPU's {how}", self.rule));
-    }
+    (router, bias, Experts::Synthetic(Pool::new(rng, settings, weights.weight_type())))
 }
 
 /// Tolerances of the checks; of the output, as a share of the token's largest value.
@@ -470,11 +332,6 @@ fn wall(gpu: &Gpu, step: &wgmoe::layer::BoundLayer) -> Result<f64, Error> {
     Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
 /// JSON has no infinities.
 fn finite(value: f64) -> f64 {
     if value.is_finite() { value } else { f64::MAX }
@@ -486,23 +343,9 @@ fn flops(settings: &LayerConfig, tokens: u32, slots: u32) -> f64 {
     2.0 * 3.0 * rows * f64::from(settings.hidden) * f64::from(settings.intermediate)
 }
 
-/// Sums the times of dispatches of one name.
-fn sum_up(times: impl IntoIterator<Item = (String, f64)>) -> Vec<KernelTime> {
-    let mut kernels: Vec<KernelTime> = vec![];
-    for (name, ms) in times {
-        match kernels.iter_mut().find(|k| k.name == name) {
-            Some(kernel) => kernel.ms += ms,
-            None => kernels.push(KernelTime { name, ms }),
-        }
-    }
-    kernels
-}
-
-/// `count` tokens spread over all.
-fn spread(tokens: usize, count: usize) -> Vec<usize> {
-    let count = count.clamp(1, tokens);
-    // From the first to the last, both included.
-    (0..count).map(|i| i * (tokens - 1) / (count - 1).max(1)).collect()
+/// Times of dispatches by name.
+fn kernel_times(times: impl IntoIterator<Item = (String, f64)>) -> Vec<KernelTime> {
+    program::sum_up(times).into_iter().map(|(name, ms)| KernelTime { name, ms }).collect()
 }
 
 /// One layer on the device, with what the checks need.
@@ -540,7 +383,7 @@ impl OnGpu<'_> {
         let got: Vec<f32> = gpu.download(&out)?;
 
         progress.say(format!("{}: checking {} tokens", rule.name, self.sample.len()));
-        let mut checks = Checks { rule: rule.name, progress, ok: true };
+        let mut checks = Checks::new(rule.name, progress);
         let (assigned, stats) = self.check_routing(&mut checks, &settings, &step)?;
         let max_error = self.check_output(&mut checks, &settings, &step, &assigned, &got)?;
         let unique_experts_per_block = self.unions(&mut checks, &settings, &step, &assigned)?;
@@ -577,7 +420,7 @@ impl OnGpu<'_> {
             gflops: flops(&settings, tokens as u32, stats.slots) / (wall_ms * 1e6),
             max_error: finite(max_error.into()),
             ok: checks.ok,
-            kernels: sum_up(names.zip(kernels.into_iter().map(|(_, ms)| ms))),
+            kernels: kernel_times(names.zip(kernels.into_iter().map(|(_, ms)| ms))),
             dropped: stats.dropped,
         })
     }
@@ -663,13 +506,12 @@ impl OnGpu<'_> {
         let want = self.data.twin(settings, assigned, &gates, &self.sample);
         let mut max_error = 0f32;
         for (&t, want) in self.sample.iter().zip(&want) {
-            let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
             let got = &got[t * d..][..d];
             let what = format!("token {t}: output");
-            max_error = max_error.max(checks.close(&what, got, want, OUTPUT * largest, OUTPUT));
+            max_error =
+                max_error.max(checks.close(&what, got, want, OUTPUT * largest(want), OUTPUT));
         }
-        if let Some(i) = got.iter().position(|v| !v.is_finite()) {
-            checks.fail("output", &format!("token {}: not finite", i / d));
+        if !checks.finite("output", got) {
             max_error = f32::INFINITY;
         }
         Ok(max_error)
@@ -771,7 +613,7 @@ fn replay(
     gpu: Option<(&Gpu, &Context)>,
     notes: &mut Vec<String>,
 ) -> Result<Vec<Golden>, String> {
-    let folder = golden_file::folder();
+    let folder = golden_layer::folder();
     let Ok(entries) = std::fs::read_dir(&folder) else {
         notes.push("no recorded layers here: the published package leaves tests/golden out".into());
         return Ok(vec![]);
@@ -785,7 +627,7 @@ fn replay(
     for path in paths {
         let case = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = std::fs::read(&path).map_err(|e| format!("{case}: {e}"))?;
-        let Some(layer) = golden_file::Layer::read(&bytes).map_err(|e| format!("{case}: {e}"))?
+        let Some(layer) = golden_layer::Layer::read(&bytes).map_err(|e| format!("{case}: {e}"))?
         else {
             continue;
         };
@@ -811,30 +653,11 @@ fn upload(
     progress: &Progress,
 ) -> Result<MoeLayer, Error> {
     let settings = data.settings;
-    let weight_type = data.expert(0, Projection::Gate).weight_type();
-    let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), None)?;
-    progress
-        .say(format!("making and packing {} MB of expert weights", weights.bytes() / 1_000_000));
-    for e in 0..settings.experts + settings.shared_experts {
-        for p in Projection::ALL {
-            weights.write(&gpu.queue, e, p, data.expert(e, p))?;
-        }
-        // Lets wgpu free the memory that carried them.
-        gpu.queue.submit([]);
-        if e % 16 == 15 {
-            gpu.wait()?;
-        }
-    }
-    let router = Router {
-        weight: Tensor::new(ctx, "router", &data.router)?,
-        bias: match &data.bias {
-            Some(bias) => Some(Tensor::new(ctx, "bias", bias)?),
-            None => None,
-        },
-        by_count: None,
-        by_expert: None,
-    };
-    MoeLayer::new(ctx, settings, router, weights)
+    let shape = settings.expert_shape(data.expert(0, Projection::Gate).weight_type());
+    let bytes = u64::from(shape.experts) * shape.device_bytes();
+    progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
+    let weights = testkit::layer::upload(gpu, ctx, shape, &|e, p| data.expert(e, p))?;
+    MoeLayer::new(ctx, settings, router(ctx, &data.router, data.bias.as_deref())?, weights)
 }
 
 /// All of it on a GPU.
@@ -978,7 +801,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
 fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
     let settings = LayerConfig { routing: rule.routing, ..data.settings };
     let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
-    let mut checks = Checks { rule: rule.name, progress, ok: true };
+    let mut checks = Checks::new(rule.name, progress);
     let mut kernels = vec![];
     let mut last = Instant::now();
     let mut lap = |name: &str| {
@@ -1038,10 +861,14 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
     let mut max_error = 0f32;
     for (t, want) in data.twin(&settings, &routed.assigned, &routed.gates, &all).iter().enumerate()
     {
-        let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         let what = format!("token {t}: output");
-        max_error =
-            max_error.max(checks.close(&what, &got[t * d..][..d], want, OUTPUT * largest, OUTPUT));
+        max_error = max_error.max(checks.close(
+            &what,
+            &got[t * d..][..d],
+            want,
+            OUTPUT * largest(want),
+            OUTPUT,
+        ));
     }
     let offsets: Vec<u32> =
         (0..tokens as u32).step_by(BLOCK as usize).chain(std::iter::once(tokens as u32)).collect();
@@ -1056,7 +883,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
         gflops: flops(&settings, tokens as u32, slots) / (wall_ms * 1e6),
         max_error: finite(max_error.into()),
         ok: checks.ok,
-        kernels: sum_up(kernels),
+        kernels: kernel_times(kernels),
         dropped: routed.dropped.iter().sum(),
     })
 }
@@ -1105,7 +932,7 @@ fn tables(report: &Report) -> String {
         report.adapter, report.driver, report.backend
     );
     if !report.golden.is_empty() {
-        let (atol, rtol) = (golden_file::ATOL, golden_file::RTOL);
+        let (atol, rtol) = (golden_layer::ATOL, golden_layer::RTOL);
         let _ = writeln!(
             text,
             "recorded layers of LLaDA2, f32 weights (tolerance {atol:e} + {rtol:e} |y|)"
@@ -1211,30 +1038,10 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let progress = Progress::new();
-    let report = run(&options, &progress);
-    progress.0.finish_and_clear();
-    let report = match report {
-        Ok(report) => report,
-        Err(e) => {
-            eprintln!("moe_layer: {e}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let text = if options.json {
-        match serde_json::to_string(&report) {
-            Ok(json) => json + "\n",
-            Err(e) => {
-                eprintln!("moe_layer: {e}");
-                return ExitCode::FAILURE;
-            }
-        }
-    } else {
-        tables(&report)
-    };
-    if std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()).is_err() {
-        return ExitCode::FAILURE; // whoever read it is gone
-    }
-    let ok = report.golden.iter().all(|g| g.ok) && report.rules.iter().all(|r| r.ok);
-    if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    program::run("moe_layer", |progress| {
+        let report = run(&options, progress)?;
+        let text = program::text_of(&report, options.json, tables)?;
+        let ok = report.golden.iter().all(|g| g.ok) && report.rules.iter().all(|r| r.ok);
+        Ok(Found { text, ok })
+    })
 }

@@ -13,13 +13,13 @@ use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, layer};
 
 /// How far an output may be from the recorded one: `ATOL + RTOL |want|`.
-pub(crate) const ATOL: f32 = 1e-5;
-pub(crate) const RTOL: f32 = 1e-4;
+pub const ATOL: f32 = 1e-5;
+pub const RTOL: f32 = 1e-4;
 
 /// The folder of golden files: the one that `WGMOE_GOLDEN` names, else `tests/golden`.
-pub(crate) fn folder() -> PathBuf {
+pub fn folder() -> PathBuf {
     std::env::var_os("WGMOE_GOLDEN").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden")),
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden")),
         PathBuf::from,
     )
 }
@@ -59,11 +59,11 @@ impl Header {
 }
 
 /// A recorded layer of LLaDA2: what went in, its weights, what came out.
-pub(crate) struct Layer {
-    pub(crate) settings: LayerConfig,
-    pub(crate) tokens: u32,
+pub struct Layer {
+    pub settings: LayerConfig,
+    pub tokens: u32,
     /// `[tokens, D]`.
-    pub(crate) x: Vec<f32>,
+    pub x: Vec<f32>,
     /// `[E, D]`.
     router_weight: Vec<f32>,
     /// `[E]`.
@@ -71,11 +71,11 @@ pub(crate) struct Layer {
     /// Gate, up `[F, D]`, down `[D, F]` of each expert, the shared ones last.
     experts: Vec<[Vec<f32>; 3]>,
     /// Offsets of the blocks, of a block-level rule.
-    pub(crate) blocks: Option<Vec<u32>>,
+    pub blocks: Option<Vec<u32>>,
     /// `[tokens]`: whether the reference's output is one; not of tokens for which it picked experts arbitrarily.
-    pub(crate) defined: Vec<bool>,
+    pub defined: Vec<bool>,
     /// `[tokens, D]`.
-    pub(crate) y: Vec<f32>,
+    pub y: Vec<f32>,
 }
 
 fn index(projection: Projection) -> usize {
@@ -88,7 +88,7 @@ fn index(projection: Projection) -> usize {
 
 impl Layer {
     /// The layer in a file; none where the file is of another kind or holds no whole layer.
-    pub(crate) fn read(bytes: &[u8]) -> Result<Option<Self>, String> {
+    pub fn read(bytes: &[u8]) -> Result<Option<Self>, String> {
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
         let text = metadata.metadata().as_ref().and_then(|m| m.get("case"));
         let text = text.ok_or("no `case` in the header")?;
@@ -183,7 +183,7 @@ impl Layer {
     }
 
     /// The output on the CPU twins.
-    pub(crate) fn on_cpu(&self) -> Vec<f32> {
+    pub fn on_cpu(&self) -> Vec<f32> {
         let LayerConfig { hidden, experts, .. } = self.settings;
         let Routing::TokenChoice(rule) = self.settings.routing else { unreachable!("as read") };
         let (d, e, tokens) = (hidden as usize, experts as usize, self.tokens as usize);
@@ -211,7 +211,7 @@ impl Layer {
     }
 
     /// The output on the GPU, weights in f32.
-    pub(crate) fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
+    pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
         let weights = ExpertWeights::new(ctx, self.settings.expert_shape(WeightType::F32), None)?;
         for (e, matrices) in (0..).zip(&self.experts) {
             for p in Projection::ALL {
@@ -240,7 +240,7 @@ impl Layer {
 
     /// The largest difference from the recorded output, and whether every value is within tolerance; over the tokens whose
     /// output is defined.
-    pub(crate) fn compare(&self, got: &[f32]) -> (f32, bool) {
+    pub fn compare(&self, got: &[f32]) -> (f32, bool) {
         let mut worst = 0f32;
         let mut ok = got.len() == self.y.len();
         let d = self.settings.hidden as usize;

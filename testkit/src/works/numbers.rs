@@ -4,20 +4,20 @@
 //! whatever language, draw their inputs from this hash, so that they compute on the same numbers.
 
 /// Seeds that other implementations share.
-pub(crate) const X: u32 = 1;
-pub(crate) const ROUTER: u32 = 2;
-pub(crate) const GATE: u32 = 3;
-pub(crate) const UP: u32 = 4;
-pub(crate) const DOWN: u32 = 5;
-pub(crate) const SCORES: u32 = 6;
-pub(crate) const TABLE: u32 = 7;
-pub(crate) const INDEX: u32 = 8;
+pub const X: u32 = 1;
+pub const ROUTER: u32 = 2;
+pub const GATE: u32 = 3;
+pub const UP: u32 = 4;
+pub const DOWN: u32 = 5;
+pub const SCORES: u32 = 6;
+pub const TABLE: u32 = 7;
+pub const INDEX: u32 = 8;
 /// Seeds of ours.
-pub(crate) const BIAS: u32 = 20;
-pub(crate) const BLOCK: u32 = 21;
+pub const BIAS: u32 = 20;
+pub const BLOCK: u32 = 21;
 
 /// 32 bits of (seed, index).
-pub(crate) fn mix(seed: u32, i: u32) -> u32 {
+pub fn mix(seed: u32, i: u32) -> u32 {
     let mut h = i.wrapping_mul(0x9E37_79B1) ^ seed.wrapping_mul(0x85EB_CA77);
     h ^= h >> 16;
     h = h.wrapping_mul(0x7FEB_352D);
@@ -27,16 +27,16 @@ pub(crate) fn mix(seed: u32, i: u32) -> u32 {
 }
 
 /// Uniform in [-scale / 2, scale / 2), 24 bits.
-pub(crate) fn uniform(seed: u32, i: u32, scale: f32) -> f32 {
+pub fn uniform(seed: u32, i: u32, scale: f32) -> f32 {
     ((mix(seed, i) >> 8) as f32 * (1.0 / 16_777_216.0) - 0.5) * scale
 }
 
 /// Values `first..first + n` of a seed.
-pub(crate) fn stretch(seed: u32, first: u32, n: u32, scale: f32) -> Vec<f32> {
+pub fn stretch(seed: u32, first: u32, n: u32, scale: f32) -> Vec<f32> {
     (0..n).map(|i| uniform(seed, first.wrapping_add(i), scale)).collect()
 }
 
 /// The first `n` values of a seed.
-pub(crate) fn fill(seed: u32, n: u32, scale: f32) -> Vec<f32> {
+pub fn fill(seed: u32, n: u32, scale: f32) -> Vec<f32> {
     stretch(seed, 0, n, scale)
 }

@@ -4,11 +4,11 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Scope, Score, SequenceTop, TokenChoice};
 
 /// A rule and its name. Names of the counts that stand for 256 experts say the count for the experts there are.
-pub(crate) type Rule = (String, Routing);
+pub type Rule = (String, Routing);
 
 /// What every model is run under: each token's own choice (without a coreset, where the model has one), the block rules, the
 /// highest pairs of a sequence, expert choice. A line each.
-pub(crate) fn rules(own: Routing, experts: u32) -> Vec<Rule> {
+pub fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     let tokens = match own {
         Routing::TokenChoice(rule) => TokenChoice { coreset: None, ..rule },
         _ => TokenChoice {

@@ -22,8 +22,8 @@ use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::Projection;
 
 /// How the routed experts are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Layout {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
     /// A tensor for each matrix of each expert
     Each,
     /// One tensor of all experts for each projection
@@ -32,16 +32,38 @@ pub(crate) enum Layout {
     Fused,
 }
 
+impl Layout {
+    pub const ALL: [Self; 3] = [Self::Each, Self::Stacked, Self::Fused];
+
+    /// As an option of a program says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Each => "each",
+            Self::Stacked => "stacked",
+            Self::Fused => "fused",
+        }
+    }
+}
+
+impl std::str::FromStr for Layout {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|layout| layout.name() == name);
+        found.ok_or_else(|| "one of each, stacked, fused".into())
+    }
+}
+
 /// What to write.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
-    pub(crate) settings: LayerConfig,
+pub struct Plan {
+    pub settings: LayerConfig,
     /// MoE layers, behind the dense ones, of which nothing is written.
-    pub(crate) layers: u32,
-    pub(crate) dense: u32,
-    pub(crate) layout: Layout,
-    pub(crate) shards: usize,
-    pub(crate) seed: u64,
+    pub layers: u32,
+    pub dense: u32,
+    pub layout: Layout,
+    pub shards: usize,
+    pub seed: u64,
 }
 
 /// One matrix; a tensor is one or several in a row.
@@ -77,7 +99,7 @@ fn token_choice(settings: &LayerConfig) -> Result<TokenChoice> {
 
 impl Plan {
     /// The `config.json`. Only fields about MoE layers.
-    pub(crate) fn config(&self) -> Result<serde_json::Value> {
+    pub fn config(&self) -> Result<serde_json::Value> {
         let LayerConfig { hidden, intermediate, experts, shared_experts, activation, .. } =
             self.settings;
         let rule = token_choice(&self.settings)?;
@@ -162,14 +184,13 @@ impl Plan {
     }
 
     /// Bytes of all tensors.
-    #[allow(dead_code, reason = "not every program that writes one asks")]
-    pub(crate) fn bytes(&self) -> Result<u64> {
+    pub fn bytes(&self) -> Result<u64> {
         Ok(self.tensors()?.iter().map(Tensor::bytes).sum())
     }
 
     /// Writes `config.json` and the tensors into a directory, which is made. `progress` is told the bytes that have been
     /// written since it was last told.
-    pub(crate) fn write(&self, dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    pub fn write(&self, dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let tensors = self.tensors()?;
         std::fs::create_dir_all(dir)?;
         let config = serde_json::to_vec_pretty(&self.config()?)?;

@@ -5,7 +5,7 @@
 //! normal; from one denoising step to the next, a token's own part keeps the correlation `--agreement` (a first-order
 //! autoregression), the block's part stays. Nothing published says how far consecutive steps agree: the default is an
 //! assumption, and the share of experts that they have in common is printed. Every step runs on both layers, and the outputs must
-//! have the same bits: exits with 1 where they do not. `cargo run --release --example expert_memory -- --help`.
+//! have the same bits: exits with 1 where they do not. `cargo run --release -p studies --bin expert_memory -- --help`.
 use clap::Parser;
 use plotters::prelude as plot;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -16,18 +16,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
-use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer, ExpertSource};
-use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, Tensor};
+use testkit::layer::{router, upload};
+use testkit::program::{self, Found, Progress};
+use testkit::synthetic::{self, Pool, RHO, shrink};
+use wgmoe::layer::cached::{CacheOptions, CachedLayer, BoundCached};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, ExpertWeights, Gpu, LayerConfig, WeightType, models, wgpu};
-
-#[path = "shared/progress.rs"]
-mod progress;
-use progress::Progress;
-#[path = "shared/synthetic.rs"]
-mod synthetic;
-use synthetic::{Experts, RHO, router, shrink};
+use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
 
 /// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all of them there.
 #[derive(Parser)]
@@ -145,12 +140,6 @@ fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
         .collect()
 }
 
-impl ExpertSource for Experts {
-    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>, Error> {
-        Ok(Self::matrix(self, expert, projection))
-    }
-}
-
 /// Hidden states `[BLOCK, D]` of every step of every block.
 fn hidden_states(options: &Options, hidden: u32, rng: &mut StdRng) -> Vec<Vec<Vec<f32>>> {
     let mut normal = |n: u32| -> Vec<f32> { (0..n).map(|_| rng.sample(StandardNormal)).collect() };
@@ -185,7 +174,7 @@ struct Bench<'a> {
     ctx: &'a Context,
     settings: LayerConfig,
     router: Router,
-    source: Arc<Experts>,
+    source: Arc<Pool>,
     resident: MoeLayer,
     hidden: wgpu::Buffer,
     /// Of the layer with all experts, and of the one with some.
@@ -199,23 +188,10 @@ impl<'a> Bench<'a> {
         settings: LayerConfig,
         rng: &mut StdRng,
     ) -> Result<Self, Error> {
-        let router = Router {
-            weight: Tensor::new(ctx, "router", &router(rng, &settings))?,
-            bias: None,
-            by_count: None,
-            by_expert: None,
-        };
-        let source = Arc::new(Experts::new(rng, settings));
-        let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), None)?;
-        for e in 0..weights.shape().experts {
-            for p in [Projection::Gate, Projection::Up, Projection::Down] {
-                weights.write(&gpu.queue, e, p, source.matrix(e, p))?;
-            }
-            gpu.queue.submit([]);
-            if e % 16 == 15 {
-                gpu.wait()?; // lets wgpu free the memory that carried them
-            }
-        }
+        let router = router(ctx, &synthetic::router(rng, &settings), None)?;
+        let source = Arc::new(Pool::new(rng, &settings, WeightType::Bf16));
+        let shape = settings.expert_shape(WeightType::Bf16);
+        let weights = upload(gpu, ctx, shape, &|e, p| source.matrix(e, p))?;
         let resident = MoeLayer::new(ctx, settings, router.clone(), weights)?;
         let values = vec![f32::NAN; (BLOCK * settings.hidden) as usize];
         let [hidden, all, some] = [0; 3].map(|_| gpu.upload(&values));
@@ -480,33 +456,12 @@ fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     Ok(svg)
 }
 
-/// Runs it all and prints; whether every output had the same bits.
-fn print(options: &Options) -> Result<bool, String> {
-    let progress = Progress::new();
-    let report = run(options, &progress);
-    progress.0.finish_and_clear();
-    let report = report?;
-    if let Some(file) = &options.svg {
-        let svg = draw(&report).map_err(|e| e.to_string())?;
-        std::fs::write(file, svg).map_err(|e| format!("--svg {}: {e}", file.display()))?;
-    }
-    let text = if options.json {
-        serde_json::to_string(&report).map_err(|e| e.to_string())? + "\n"
-    } else {
-        table(&report)
-    };
-    std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes())
-        .map_err(|e| format!("stdout: {e}"))?;
-    Ok(report.rules.iter().all(|r| r.ok))
-}
-
 fn main() -> ExitCode {
-    match print(&Options::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("expert_memory: {e}");
-            ExitCode::FAILURE
-        }
-    }
+    let options = Options::parse();
+    program::run("expert_memory", |progress| {
+        let report = run(&options, progress)?;
+        program::save(options.svg.as_deref(), || draw(&report).map_err(|e| e.to_string()))?;
+        let text = program::text_of(&report, options.json, table)?;
+        Ok(Found { text, ok: report.rules.iter().all(|r| r.ok) })
+    })
 }

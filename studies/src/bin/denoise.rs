@@ -5,12 +5,11 @@
 //! masked tokens go to the device, become capacities there, and the layer runs with them: one recording a step, bound once,
 //! nothing read back in between. All rules share one set of weights and see the same hidden states, and every schedule is
 //! given the range of k with which it costs as much as `--k` experts per token throughout:
-//! `cargo run --release --example denoise -- --help`.
+//! `cargo run --release -p studies --bin denoise -- --help`.
 //!
 //! Weights and hidden states are synthetic. Every routing is checked against the CPU twins; exits with 1 where one differs.
 //! Where there is no GPU driver, the twins run alone, and times are those of their routing.
 use clap::Parser;
-use half::bf16;
 use plotters::prelude as plot;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
@@ -18,9 +17,14 @@ use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Instant;
+use testkit::compare::{Checks, largest};
+use testkit::layer::{host_router, outputs, router, upload};
+use testkit::program::{self, Found, Progress};
+use testkit::statistics::{median, spread};
+use testkit::synthetic::Pool;
 use wgmoe::layer::{
-    Batch, BoundLayer, HostBatch, HostRouter, HostRouting, HostSequences, LayerConfig, MoeLayer,
-    Router, Scratch, Sequences, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouting, HostSequences, BoundLayer, MoeLayer, Scratch, Sequences,
+    LayerConfig, cpu_routing,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
 use wgmoe::ops::{expert_choice, grouped_matmul};
@@ -30,12 +34,7 @@ use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, BoundOp, Context, Error, ExpertWeights, Gpu, Slice, WeightType, wgpu};
-
-#[path = "shared/progress.rs"]
-mod progress;
-use progress::Progress;
+use wgmoe::{Activation, Context, Error, Gpu, Slice, BoundOp, WeightType, wgpu};
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.
@@ -367,16 +366,12 @@ struct Token {
     unmasked: Option<Vec<f32>>,
 }
 
-/// The layer on the host. Each matrix of an expert is a window of one pool of random numbers, at a place of its own.
+/// The layer on the host.
 struct Weights {
     settings: LayerConfig,
     router: Vec<f32>,
-    inner: Vec<bf16>,
-    outer: Vec<bf16>,
+    experts: Pool,
 }
-
-/// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
-const STRIDE: usize = 1009;
 
 impl Weights {
     /// Logits have deviation 2; `--skew` apart, all experts are equally popular.
@@ -390,58 +385,13 @@ impl Weights {
             activation: Activation::Silu,
             routing,
         };
-        let (d, f) = (hidden as usize, intermediate as usize);
+        let d = hidden as usize;
         let deviation = 2.0 / (d as f32).sqrt();
         let mut normal = |deviation: f32| deviation * rng.sample::<f32, _>(StandardNormal);
         let router = (0..experts as usize * d)
             .map(|i| normal(if i % d == 0 { options.skew } else { deviation }))
             .collect();
-        let count = d * f + 3 * experts as usize * STRIDE;
-        let mut pool = |width: usize| {
-            let deviation = 1.0 / (width as f32).sqrt();
-            (0..count).map(|_| bf16::from_f32(normal(deviation))).collect()
-        };
-        Self { settings, router, inner: pool(d), outer: pool(f) }
-    }
-
-    fn expert(&self, e: u32, projection: Projection) -> HostWeights<'_> {
-        let count = self.settings.hidden as usize * self.settings.intermediate as usize;
-        let at = |p: usize| (3 * e as usize + p) * STRIDE;
-        HostWeights::Bf16(match projection {
-            Projection::Gate => &self.inner[at(0)..][..count],
-            Projection::Up => &self.inner[at(1)..][..count],
-            Projection::Down => &self.outer[at(2)..][..count],
-        })
-    }
-}
-
-/// Checks of one rule; what failed is said on stderr.
-struct Checks<'a> {
-    rule: &'a str,
-    progress: &'a Progress,
-    ok: bool,
-}
-
-impl Checks<'_> {
-    fn same<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &[T], want: &[T]) {
-        if got != want {
-            let at = got.iter().zip(want).position(|(g, w)| g != w);
-            let how = at.map_or(format!("lengths {} and {}", got.len(), want.len()), |i| {
-                format!("at {i}: got {:?}, want {:?}", got[i], want[i])
-            });
-            self.ok = false;
-            self.progress.note(&format!("{}: {what}: {how}", self.rule));
-        }
-    }
-
-    /// Equal but for `tolerance` of the largest value that is wanted.
-    fn close(&mut self, what: &str, got: &[f32], want: &[f32], tolerance: f32) {
-        let most = tolerance * want.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
-        // Not within, NaN included.
-        let bad = got.iter().zip(want).position(|(g, w)| !matches!((g - w).abs(), e if e <= most));
-        if let Some(i) = bad {
-            self.same(&format!("{what} {i}"), &got[i..=i], &want[i..=i]);
-        }
+        Self { settings, router, experts: Pool::new(rng, &settings, WeightType::Bf16) }
     }
 }
 
@@ -527,8 +477,7 @@ fn twin(
     selection: [&[f32]; 3],
 ) -> HostRouting {
     let settings = LayerConfig { routing, ..weights.settings };
-    let router =
-        HostRouter { weight: &weights.router, bias: None, by_count: None, by_expert: None };
+    let router = host_router(&weights.router, None);
     let sequences =
         capacity.map(|capacity| HostSequences { offsets: &run.offsets, lengths: None, capacity });
     cpu_routing(&settings, &router, HostBatch { sequences, ..HostBatch::default() }, selection)
@@ -656,11 +605,11 @@ impl OnGpu<'_> {
     }
 
     fn report(&self, bound: Bound<'_>) -> Result<RuleReport, Error> {
-        let Bound { rule, log, mut times, .. } = bound;
-        let mut checks = Checks { rule: &rule.name, progress: self.progress, ok: true };
+        let Bound { rule, log, times, .. } = bound;
+        let mut checks = Checks::new(&rule.name, self.progress);
         let mut done = vec![];
-        for (i, (log, times)) in log.iter().zip(&mut times).enumerate() {
-            done.push(self.check_step(&mut checks, rule, i, log, median(&mut times[1..]))?);
+        for (i, (log, times)) in log.iter().zip(times).enumerate() {
+            done.push(self.check_step(&mut checks, rule, i, log, median(times[1..].to_vec()))?);
         }
         Ok(sum_up(rule, self.run, &mut checks, &done))
     }
@@ -683,11 +632,11 @@ impl OnGpu<'_> {
         let (assigned, stats, capacity, k) = (assigned?, stats?, capacity?, k?);
         let step = &run.steps[i];
         let d = run.shape.hidden as usize;
-        for t in spread(tokens) {
+        for t in spread(tokens, 4) {
             let x = &step.hidden[t * d..][..d];
             let want = grouped_matmul::cpu_logits(x, &weights.router, d);
             let got = &logits[t * experts..][..experts];
-            checks.close(&format!("step {i}: logits of token {t}: expert"), got, &want, 1e-5);
+            near(checks, &format!("step {i}: logits of token {t}"), got, &want, 1e-5);
         }
         if let Some(schedule) = &rule.schedule {
             let source = HostSource::Masked(schedule, &step.masked);
@@ -710,7 +659,7 @@ impl OnGpu<'_> {
             });
             all.map(|(t, e)| gates[t * experts + e]).collect()
         };
-        checks.close(&format!("step {i}: gate"), &pairs(&gates), &pairs(&want.gates), 1e-5);
+        near(checks, &format!("step {i}: gates"), &pairs(&gates), &pairs(&want.gates), 1e-5);
         let (want, dropped) = match most {
             Some(most) => expert_choice::cpu_drop(&gates, experts, &want.assigned, most),
             None => (want.assigned, vec![]),
@@ -720,32 +669,23 @@ impl OnGpu<'_> {
         let want = stats_of(&want, &dropped, tokens, experts);
         checks.same(&format!("step {i}: statistics"), &[&stats], &[&want]);
         // Some rows of the output; all others must be finite.
+        let sample = spread(tokens, 4);
+        let matrices = |e, p| weights.experts.matrix(e, p);
+        let choice = (&assigned[..], &gates[..]);
+        let want = outputs(&weights.settings, &matrices, &step.hidden, choice, &sample);
         let out: Vec<f32> = gpu.download(out)?;
-        let expert = |e: u32, p: Projection| weights.expert(e, p);
-        for t in spread(tokens) {
-            let chosen: Vec<(u32, f32)> = bits::experts_of(&assigned, tokens, t)
-                .into_iter()
-                .map(|e| (e as u32, gates[t * experts + e]))
-                .collect();
-            let want = cpu_token(&weights.settings, &expert, &step.hidden[t * d..][..d], &chosen);
-            let what = format!("step {i}: output of token {t}:");
-            checks.close(&what, &out[t * d..][..d], &want, 1e-4);
+        for (t, want) in sample.into_iter().zip(want) {
+            let what = format!("step {i}: output of token {t}");
+            near(checks, &what, &out[t * d..][..d], &want, 1e-4);
         }
-        let finite = out.iter().all(|v| v.is_finite());
-        checks.same(&format!("step {i}: output is finite"), &[finite], &[true]);
+        checks.finite(&format!("step {i}: output"), &out);
         Ok(Done { stats, capacities, ms })
     }
 }
 
-/// Some tokens, from the first to the last.
-fn spread(tokens: usize) -> impl Iterator<Item = usize> {
-    let count = tokens.min(4);
-    (0..count).map(move |i| i * (tokens - 1) / (count - 1).max(1))
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(0.0)
+/// Equal but for `tolerance` of the largest value that is wanted.
+fn near(checks: &mut Checks<'_>, what: &str, got: &[f32], want: &[f32], tolerance: f32) {
+    checks.close(what, got, want, tolerance * largest(want).max(1e-30), 0.0);
 }
 
 /// All rules on a GPU.
@@ -759,18 +699,8 @@ fn on_gpu(
 ) -> Result<Vec<RuleReport>, Error> {
     let ctx = Context::new(&gpu.device)?;
     let shape = weights.settings.expert_shape(WeightType::Bf16);
-    let experts = ExpertWeights::new(&ctx, shape, None)?;
-    for e in 0..shape.experts {
-        for p in Projection::ALL {
-            experts.write(&gpu.queue, e, p, weights.expert(e, p))?;
-        }
-    }
-    let router = Router {
-        weight: Tensor::new(&ctx, "router", &weights.router)?,
-        bias: None,
-        by_count: None,
-        by_expert: None,
-    };
+    let experts = upload(gpu, &ctx, shape, &|e, p| weights.experts.matrix(e, p))?;
+    let router = router(&ctx, &weights.router, None)?;
     progress.say("compiling the kernels");
     let layer = MoeLayer::new(&ctx, weights.settings, router, experts)?;
     let count = run.lengths.len();
@@ -813,7 +743,7 @@ fn on_cpu(weights: &Weights, run: &Run, rules: &[Rule], progress: &Progress) -> 
     let mut reports = vec![];
     for rule in rules {
         progress.say(&rule.name);
-        let mut checks = Checks { rule: &rule.name, progress, ok: true };
+        let mut checks = Checks::new(&rule.name, progress);
         let done: Vec<Done> = run
             .steps
             .iter()
@@ -1019,33 +949,14 @@ fn run(options: &Options, progress: &Progress) -> Result<(String, Vec<RuleReport
     Ok((describe(options, &batch, &rules, &on).map_err(say)?, reports))
 }
 
-fn print(options: &Options, progress: &Progress) -> Result<bool, String> {
-    let result = run(options, progress);
-    progress.0.finish_and_clear();
-    let (head, rules) = result?;
-    let ok = rules.iter().all(|r| r.ok);
-    if let Some(path) = &options.svg {
-        let svg = draw(&rules).map_err(|e| format!("--svg: {e}"))?;
-        std::fs::write(path, svg).map_err(|e| format!("--svg {}: {e}", path.display()))?;
-    }
-    let text = if options.json {
-        serde_json::to_string(&Output { rules }).map_err(|e| e.to_string())? + "\n"
-    } else {
-        head + &tables(&rules)
-    };
-    std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes())
-        .map_err(|e| e.to_string())?;
-    Ok(ok)
-}
-
 fn main() -> ExitCode {
     let options = Options::parse();
-    match print(&options, &Progress::new()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(e) => {
-            eprintln!("denoise: {e}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run("denoise", |progress| {
+        let (head, rules) = run(&options, progress)?;
+        let ok = rules.iter().all(|r| r.ok);
+        program::save(options.svg.as_deref(), || draw(&rules).map_err(|e| e.to_string()))?;
+        let output = Output { rules };
+        let text = program::text_of(&output, options.json, |o| head + &tables(&o.rules))?;
+        Ok(Found { text, ok })
+    })
 }

@@ -1,11 +1,12 @@
 //! A layer and its input, on the device and for the CPU twins.
-use super::compare::{close, same};
 use super::numbers::{BIAS, BLOCK, DOWN, GATE, ROUTER, UP, X, fill, stretch, uniform};
+use crate::compare::{close, largest, same};
+use crate::statistics::{on_every_core, spread, threads};
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::Arc;
 use wgmoe::layer::{
-    Batch, BoundLayer, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Scratch, Tensor,
+    Batch, HostBatch, HostRouter, BoundLayer, MoeLayer, Router, Scratch, LayerConfig, Tensor,
     cpu_routing, cpu_token,
 };
 use wgmoe::ops::grouped_matmul::cpu_logits;
@@ -16,17 +17,17 @@ use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
+use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, BoundOp, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
 /// A layer and its input. Clones share the experts.
 #[derive(Clone)]
-pub(crate) struct Work {
-    pub(crate) settings: LayerConfig,
-    pub(crate) tokens: u32,
+pub struct Work {
+    pub settings: LayerConfig,
+    pub tokens: u32,
     /// `[T, D]`.
-    pub(crate) x: Vec<f32>,
+    pub x: Vec<f32>,
     /// `[E, D]`.
     router: Vec<f32>,
     /// `[E]`.
@@ -48,13 +49,13 @@ enum Experts {
 const STRIDE: usize = 1009;
 
 /// An expert's matrix, `[out, in]`.
-pub(crate) enum Matrix<'a> {
+pub enum Matrix<'a> {
     Own(Vec<f32>),
     Window(&'a [bf16]),
 }
 
 impl Matrix<'_> {
-    pub(crate) fn host(&self) -> HostWeights<'_> {
+    pub fn host(&self) -> HostWeights<'_> {
         match self {
             Self::Own(values) => HostWeights::F32(values),
             Self::Window(values) => HostWeights::Bf16(values),
@@ -74,7 +75,7 @@ impl Work {
     }
 
     /// Decoding one block: T 32, D 2048, F 512, E 32, K 8, softmax, the gates of the 8 normalised.
-    pub(crate) fn w1() -> Self {
+    pub fn w1() -> Self {
         let routing = Routing::TokenChoice(TokenChoice {
             score: Score::Softmax,
             gate: GateRule::Normalised,
@@ -97,7 +98,7 @@ impl Work {
 
     /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed with softmax over all
     /// experts.
-    pub(crate) fn w2(tokens: u32) -> Self {
+    pub fn w2(tokens: u32) -> Self {
         let routing = Routing::ExpertChoice(ExpertChoice {
             score: Score::Softmax,
             normalise: Normalise::BeforeSelection,
@@ -112,7 +113,7 @@ impl Work {
 
     /// The same with some experts more popular than others: to logits of variance 1, one of variance 1 is added that is each
     /// expert's own.
-    pub(crate) fn skewed(mut self) -> Self {
+    pub fn skewed(mut self) -> Self {
         let width = self.settings.hidden as usize;
         self.x.chunks_exact_mut(width).for_each(|row| row[0] = 1.0);
         for (e, row) in self.router.chunks_exact_mut(width).enumerate() {
@@ -122,7 +123,7 @@ impl Work {
     }
 
     /// LLaDA2.0-mini decoding a block of 32 tokens, with `experts` of its 256.
-    pub(crate) fn block(experts: u32) -> Self {
+    pub fn block(experts: u32) -> Self {
         let llada = models::find("llada2-mini").expect("a model");
         Self::synthetic(llada.with_experts(experts), 32)
     }
@@ -130,7 +131,7 @@ impl Work {
     /// A model's layer with synthetic inputs: normal logits `2 (sqrt(0.6) Z_block + sqrt(0.4) Z) - 3`, of which the 32 tokens
     /// of a block share a part, so that a block of LLaDA2.0-mini uses about as many distinct experts as published (69.5 of
     /// 256). Weights are bf16.
-    pub(crate) fn synthetic(settings: LayerConfig, tokens: u32) -> Self {
+    pub fn synthetic(settings: LayerConfig, tokens: u32) -> Self {
         let LayerConfig { hidden, intermediate, experts, shared_experts, routing, .. } = settings;
         let unit = 12f32.sqrt(); // variance 1
         let mut router = fill(ROUTER, experts * hidden, 2.0 * unit / (hidden as f32).sqrt());
@@ -149,7 +150,7 @@ impl Work {
     }
 
     /// The same layer with another input: `tokens` tokens of batch number `batch`.
-    pub(crate) fn with_input(&self, tokens: u32, batch: u32) -> Self {
+    pub fn with_input(&self, tokens: u32, batch: u32) -> Self {
         let hidden = self.settings.hidden;
         let unit = 12f32.sqrt();
         let width = hidden as usize;
@@ -168,18 +169,18 @@ impl Work {
     }
 
     /// Useful floating-point operations of `slots` routed rows and the shared experts' rows.
-    pub(crate) fn flops(&self, slots: u32) -> u64 {
+    pub fn flops(&self, slots: u32) -> u64 {
         let LayerConfig { hidden, intermediate, shared_experts, .. } = self.settings;
         let rows = u64::from(slots) + u64::from(shared_experts) * u64::from(self.tokens);
         6 * rows * u64::from(hidden) * u64::from(intermediate)
     }
 
     /// `[E, D]`.
-    pub(crate) fn router(&self) -> &[f32] {
+    pub fn router(&self) -> &[f32] {
         &self.router
     }
 
-    pub(crate) fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
+    pub fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
         let LayerConfig { hidden, intermediate, .. } = self.settings;
         let (place, seed, depth) = match projection {
             Projection::Gate => (0, GATE, hidden),
@@ -196,7 +197,7 @@ impl Work {
     }
 
     /// The experts' weights, uploaded by every core.
-    pub(crate) fn weights(
+    pub fn weights(
         &self,
         gpu: &Gpu,
         ctx: &Context,
@@ -223,7 +224,7 @@ impl Work {
     }
 
     /// The layer over these weights.
-    pub(crate) fn layer(&self, ctx: &Context, weights: ExpertWeights) -> wgmoe::Result<MoeLayer> {
+    pub fn layer(&self, ctx: &Context, weights: ExpertWeights) -> wgmoe::Result<MoeLayer> {
         let router = Router {
             weight: Tensor::new(ctx, "router", &self.router)?,
             bias: self.bias.as_ref().map(|b| Tensor::new(ctx, "bias", b)).transpose()?,
@@ -234,7 +235,7 @@ impl Work {
     }
 
     /// Binds a layer of this work, under whatever rule, to this input.
-    pub(crate) fn bind(
+    pub fn bind(
         &self,
         gpu: &Gpu,
         layer: &MoeLayer,
@@ -250,7 +251,7 @@ impl Work {
 
     /// What the twins make of the logits and scores that the device computed, compared with what it chose: logits (whole, or
     /// in eight tokens where that takes long), scores of eight tokens, coresets and choice whole.
-    pub(crate) fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
+    pub fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
         let settings = bound.settings;
         let (d, e, t) = (settings.hidden as usize, settings.experts as usize, self.tokens as usize);
         let read = |slice: Slice<'_>| gpu.download::<f32>(slice).map_err(|e| e.to_string());
@@ -296,7 +297,7 @@ impl Work {
     }
 
     /// The plan exactly, for the device's own gates; the gates of all pairs; the statistics.
-    pub(crate) fn check_plan(
+    pub fn check_plan(
         &self,
         gpu: &Gpu,
         bound: &Bound,
@@ -330,7 +331,7 @@ impl Work {
     }
 
     /// The output of `sample` tokens, computed by every core; none may be NaN or infinite anywhere.
-    pub(crate) fn check_output(
+    pub fn check_output(
         &self,
         gpu: &Gpu,
         layer: &MoeLayer,
@@ -367,18 +368,10 @@ impl Work {
         let check = |(t, chosen): &(usize, Vec<(u32, f32)>)| {
             let row = t * d..(t + 1) * d;
             let want = cpu_token(&settings, &host, &self.x[row.clone()], chosen);
-            let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
-            close(&got[row], &want, 2e-5 * scale + 1e-6, 2e-5, &format!("token {t}: output"))
+            let atol = 2e-5 * largest(&want) + 1e-6;
+            close(&got[row], &want, atol, 2e-5, &format!("token {t}: output"))
         };
-        let part = tokens.len().div_ceil(threads()).max(1);
-        std::thread::scope(|scope| {
-            let check = &check;
-            let spawned: Vec<_> = tokens
-                .chunks(part)
-                .map(|part| scope.spawn(move || part.iter().try_for_each(check)))
-                .collect();
-            spawned.into_iter().try_for_each(|t| t.join().expect("a twin does not panic"))
-        })?;
+        on_every_core(&tokens, check).into_iter().collect::<Result<(), _>>()?;
         match got.iter().position(|v| !v.is_finite()) {
             Some(i) => Err(format!("token {}: output not finite", i / d)),
             None => Ok(()),
@@ -390,21 +383,21 @@ impl Work {
 const WHOLE_LOGITS: usize = 1 << 25;
 
 /// A layer bound to an input.
-pub(crate) struct Bound {
-    pub(crate) settings: LayerConfig,
-    pub(crate) step: BoundLayer,
-    pub(crate) hidden: wgpu::Buffer,
-    pub(crate) out: wgpu::Buffer,
+pub struct Bound {
+    pub settings: LayerConfig,
+    pub step: BoundLayer,
+    pub hidden: wgpu::Buffer,
+    pub out: wgpu::Buffer,
 }
 
 impl Bound {
     /// The dispatches of one part.
-    pub(crate) fn part(&self, part: Part) -> Vec<Dispatch> {
+    pub fn part(&self, part: Part) -> Vec<Dispatch> {
         self.step.dispatches().filter(|d| Part::of(d) == part).cloned().collect()
     }
 
     /// Runs some parts, and waits.
-    pub(crate) fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
+    pub fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
         let dispatches = self.step.dispatches().filter(|d| parts.contains(&Part::of(d)));
         let step = dispatches.fold(BoundOp::default(), |step, d| step.then(d.clone().into()));
         gpu.run(&step)
@@ -413,7 +406,7 @@ impl Bound {
 
 /// A part of a layer, in the order in which they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+pub enum Part {
     /// The logits.
     Router,
     /// From logits to the choice.
@@ -427,10 +420,10 @@ pub(crate) enum Part {
 }
 
 impl Part {
-    pub(crate) const ALL: [Self; 5] =
+    pub const ALL: [Self; 5] =
         [Self::Router, Self::Routing, Self::Plan, Self::Experts, Self::Combine];
 
-    pub(crate) fn of(dispatch: &Dispatch) -> Self {
+    pub fn of(dispatch: &Dispatch) -> Self {
         match (dispatch.stage(), dispatch.name()) {
             (Some("logits"), _) => Self::Router,
             (Some(_), _) => Self::Experts,
@@ -442,58 +435,48 @@ impl Part {
 }
 
 /// A choice that device and twin agree on.
-pub(crate) struct Choice {
+pub struct Choice {
     /// The bit set `[E, ceil(T / 32)]`.
-    pub(crate) assigned: Vec<u32>,
+    pub assigned: Vec<u32>,
     /// `[T, E]`, the twin's.
     gates: Vec<f32>,
     tokens: usize,
-    pub(crate) coreset_words: usize,
+    pub coreset_words: usize,
 }
 
 impl Choice {
-    pub(crate) fn tokens(&self) -> usize {
+    pub fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// (token, expert) pairs, shared experts apart.
-    pub(crate) fn slots(&self) -> u32 {
+    pub fn slots(&self) -> u32 {
         self.assigned.iter().map(|w| w.count_ones()).sum()
     }
 
     /// Tokens of each expert.
-    pub(crate) fn loads(&self) -> Vec<u32> {
+    pub fn loads(&self) -> Vec<u32> {
         let load = |bits: &[u32]| bits.iter().map(|w| w.count_ones()).sum();
         self.assigned.chunks_exact(self.tokens.div_ceil(32)).map(load).collect()
     }
 
     /// Experts that some token uses.
-    pub(crate) fn unique_experts(&self) -> u32 {
+    pub fn unique_experts(&self) -> u32 {
         self.loads().iter().filter(|&&n| n > 0).count() as u32
     }
 
     /// Experts that the tokens of a block use together: the mean over blocks of 32 tokens, each a column of words.
-    pub(crate) fn experts_per_block(&self) -> f64 {
+    pub fn experts_per_block(&self) -> f64 {
         let used = self.assigned.iter().filter(|&&w| w != 0).count();
         used as f64 / self.tokens.div_ceil(32) as f64
     }
 }
 
 /// A weight as it is stored.
-pub(crate) fn round(v: f32, weight_type: WeightType) -> f32 {
+pub fn round(v: f32, weight_type: WeightType) -> f32 {
     match weight_type {
         WeightType::F32 => v,
         WeightType::F16 => f16::from_f32(v).to_f32(),
         WeightType::Bf16 => bf16::from_f32(v).to_f32(),
     }
-}
-
-/// `count` of `n` indices, from the first to the last.
-fn spread(n: usize, count: usize) -> Vec<usize> {
-    let count = count.clamp(1, n);
-    (0..count).map(|i| i * (n - 1) / (count - 1).max(1)).collect()
-}
-
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
 }

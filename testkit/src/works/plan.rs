@@ -1,5 +1,5 @@
 //! The plan of an assignment, compared with the twin.
-use super::compare::close;
+use crate::compare::close;
 use wgmoe::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
@@ -7,18 +7,18 @@ use wgmoe::ops::plan_scan::{self, PlanScan};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::routing::GateRule;
-use wgmoe::{BoundOp, Context, Gpu, PlanShape, wgpu};
+use wgmoe::{Context, Gpu, PlanShape, BoundOp, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.
-pub(crate) struct Planned {
-    pub(crate) shape: PlanShape,
-    pub(crate) plan: wgpu::Buffer,
-    pub(crate) step: BoundOp,
-    pub(crate) host: HostPlan,
+pub struct Planned {
+    pub shape: PlanShape,
+    pub plan: wgpu::Buffer,
+    pub step: BoundOp,
+    pub host: HostPlan,
 }
 
 /// Makes the plan of an assignment, gates from logits; compared whole.
-pub(crate) fn plan(
+pub fn plan(
     gpu: &Gpu,
     ctx: &Context,
     [tokens, experts]: [u32; 2],
@@ -52,8 +52,12 @@ pub(crate) fn plan(
         gates: Some(how),
         plan: (&plan).into(),
     };
-    let scan =
-        plan_scan::Args { lost: None, offsets: None, plan: (&plan).into(), stats: (&stats).into() };
+    let scan = plan_scan::Args {
+        lost: None,
+        offsets: None,
+        plan: (&plan).into(),
+        stats: (&stats).into(),
+    };
     let fill = plan_fill::Args {
         assigned: (&assigned_in).into(),
         gates: (&gates).into(),

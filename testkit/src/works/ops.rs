@@ -1,17 +1,17 @@
 //! Single operations that other implementations are timed on as well: OP1, a choice; OP2, a grouped matmul. OP3 is a
 //! gather.
-use super::compare::{close, same};
 use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
 use super::work::round;
+use crate::compare::{close, same};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, ItemKind, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, ItemKind, GroupedMatmul, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{BoundOp, Context, ExpertWeights, Gpu, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, BoundOp, WeightType};
 
 /// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
-pub(crate) fn choice(
+pub fn choice(
     gpu: &Gpu,
     ctx: &Context,
     [tokens, experts, capacity]: [u32; 3],
@@ -36,14 +36,10 @@ pub(crate) fn choice(
 }
 
 /// OP2: experts, rows of each, depth, columns.
-pub(crate) const OP2: [u32; 4] = [32, 64, 2048, 512];
+pub const OP2: [u32; 4] = [32, 64, 2048, 512];
 
 /// OP2, through a plan in which each token has one expert, run once and compared in some rows.
-pub(crate) fn grouped_matmul(
-    gpu: &Gpu,
-    ctx: &Context,
-    weight_type: WeightType,
-) -> Result<BoundOp, String> {
+pub fn grouped_matmul(gpu: &Gpu, ctx: &Context, weight_type: WeightType) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let [experts, rows, depth, columns] = OP2;
     let tokens = experts * rows;
