@@ -29,7 +29,7 @@ use wgmoe::ops::{
 use wgmoe::routing::Groups;
 use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Routing};
-use wgmoe::{Context, Gpu, MoeLayer, Score, BoundOp, Target, Variant, WeightType, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, MoeLayer, Score, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
@@ -94,7 +94,9 @@ impl Bench {
         let start = Instant::now();
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         match work {
-            Ready::BoundOp(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
+            Ready::BoundOp(step) => {
+                step.record(&mut encoder.begin_compute_pass(&Default::default()))
+            }
             Ready::Layer(bound) => bound.step.record(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);

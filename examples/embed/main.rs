@@ -2,7 +2,7 @@
 //! activations lie in, one encoder. Each of its blocks is a kernel of the engine's (`engine.wgsl`), a layer of ours, and
 //! another kernel of the engine's; all are one submission, and each is compared with the CPU (`check.rs`).
 use std::{cell::Cell, time::Instant};
-use wgmoe::layer::{Batch, MoeLayer, Router, Scratch, LayerConfig, Tensor};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer, Router, Scratch, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
 use wgmoe::wgpu::{self, BufferUsages as Usage, ComputePass, ComputePipeline};
 use wgmoe::{Context, Slice, models};

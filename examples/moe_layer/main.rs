@@ -19,7 +19,7 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::{median, spread, threads};
 use testkit::synthetic::{self, Pool};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostRouting, HostSequences, MoeLayer, Sequences, LayerConfig,
+    Batch, HostBatch, HostRouter, HostRouting, HostSequences, LayerConfig, MoeLayer, Sequences,
     cpu_routing, cpu_token,
 };
 use wgmoe::models::{self, MODELS};

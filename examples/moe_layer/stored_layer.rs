@@ -1,7 +1,7 @@
 //! One layer of a checkpoint, for an example.
 use std::path::Path;
 use wgmoe::checkpoint::{Checkpoint, Load};
-use wgmoe::layer::{MoeLayer, LayerConfig};
+use wgmoe::layer::{LayerConfig, MoeLayer};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, WeightType, wgpu};
 

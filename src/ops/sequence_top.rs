@@ -125,12 +125,7 @@ impl SequenceTop {
     /// # Errors
     ///
     /// As [`SequenceTop::bind`].
-    pub fn bind_padded(
-        &self,
-        dims: &Dims,
-        args: Args<'_>,
-        lengths: Slice<'_>,
-    ) -> Result<BoundOp> {
+    pub fn bind_padded(&self, dims: &Dims, args: Args<'_>, lengths: Slice<'_>) -> Result<BoundOp> {
         self.bind_among(dims, args, Some(lengths))
     }
 

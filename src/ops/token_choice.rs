@@ -14,7 +14,13 @@ pub const SPEC: Spec = Spec {
     name: "token_choice",
     body: include_str!("../../shaders/token_choice.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("values", 4), read("coreset", 4), read("block_of", 4), read("rows", 4), write("assigned", 4)],
+    bindings: &[
+        read("values", 4),
+        read("coreset", 4),
+        read("block_of", 4),
+        read("rows", 4),
+        write("assigned", 4),
+    ],
     variants: || {
         let mut all = vec![];
         for target in [Target::Wide, Target::Serial] {

@@ -1,5 +1,5 @@
 //! The GPU of a test run, and buffers that show what a kernel wrote.
-use wgmoe::{Context, Gpu, Slice, BoundOp, Variant, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, Slice, Variant, wgpu};
 
 /// Whether an absent adapter is a failure: `MOE_REQUIRE_GPU=1`, which CI sets.
 pub fn required() -> bool {

@@ -4,7 +4,7 @@ use crate::statistics::on_every_core;
 use half::{bf16, f16};
 use wgmoe::layer::cached::ExpertSource;
 use wgmoe::layer::{
-    self, HostBatch, HostRouter, HostRouting, MoeLayer, Router, LayerConfig, Tensor, cpu_routing,
+    self, HostBatch, HostRouter, HostRouting, LayerConfig, MoeLayer, Router, Tensor, cpu_routing,
     cpu_token,
 };
 use wgmoe::plan::bits;

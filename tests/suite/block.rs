@@ -2,7 +2,7 @@
 //! kernels' bits, and the dispatches of a layer that decodes a block.
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
-use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, LayerConfig, Tensor};
+use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};

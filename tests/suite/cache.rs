@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
-use wgmoe::layer::cached::{CacheOptions, CacheStats, CachedLayer, BoundCached, ExpertSource};
+use wgmoe::layer::cached::{BoundCached, CacheOptions, CacheStats, CachedLayer, ExpertSource};
 use wgmoe::layer::{Batch, LayerConfig};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};

@@ -272,7 +272,8 @@ fn wrong_arguments_are_errors() {
     let op = Capacity::new(&Context::new(&gpu.device).unwrap()).unwrap();
     assert_eq!(op.bind(&dims, good).unwrap().dispatches().len(), 1);
     assert!(op.bind(&Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
-    let invalid = |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
+    let invalid =
+        |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
     assert!(invalid(Dims { experts: 0, ..dims }) && invalid(Dims { experts: 1025, ..dims }));
     let name = |args| match op.bind(&dims, args) {
         Err(Error::Size { name, .. } | Error::Overlap { written: name, .. }) => name,

@@ -15,7 +15,7 @@ use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, LayerConfig, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, LayerConfig, MoeLayer, WeightType};
 
 pub(crate) use testkit::checkpoint_writer::{Layout, Plan};
 

@@ -167,8 +167,15 @@ fn long_blocks_and_many_experts() {
                 BlockRule::Union(1),
             ] {
                 let own = own_choice(rule, &r, experts, 4.min(experts));
-                Case { rule, r: &r, experts, own: &own, offsets: &[0, tokens as u32], voters: None }
-                    .check(&gpu, "one block");
+                Case {
+                    rule,
+                    r: &r,
+                    experts,
+                    own: &own,
+                    offsets: &[0, tokens as u32],
+                    voters: None,
+                }
+                .check(&gpu, "one block");
             }
         }
     }
@@ -263,8 +270,9 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
                 Case { rule, r, experts, own: &own, offsets: &offsets, voters: None }.on(&gpu, &ctx)
             };
             let own = own_choice(rule, &r, experts, 6);
-            let both = Case { rule, r: &r, experts, own: &own, offsets: &[0, 13, 32], voters: None }
-                .on(&gpu, &ctx);
+            let both =
+                Case { rule, r: &r, experts, own: &own, offsets: &[0, 13, 32], voters: None }
+                    .on(&gpu, &ctx);
             assert_eq!(both.0, [alone(first).0, alone(second).0].concat(), "{rule:?}");
         }
     }

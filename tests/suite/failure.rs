@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use testkit::layer::HostLayer;
 use testkit::prelude::*;
-use wgmoe::layer::{Batch, MoeLayer, LayerConfig};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer};
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};

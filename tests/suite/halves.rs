@@ -3,7 +3,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use testkit::layer::HostLayer;
 use testkit::{cases, prelude::*};
 use wgmoe::layer::{
-    Assignments, ExpertBatch, BoundLayer, MoeExperts, MoeRouting, RoutingBatch, Scratch, LayerConfig,
+    Assignments, BoundLayer, ExpertBatch, LayerConfig, MoeExperts, MoeRouting, RoutingBatch,
+    Scratch,
 };
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};

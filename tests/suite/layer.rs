@@ -2,7 +2,7 @@
 use half::{bf16, f16};
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, MoeLayer, Router, LayerConfig, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;

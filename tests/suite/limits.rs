@@ -1,7 +1,7 @@
 //! Layers larger than a storage binding: equal bits to those that fit one.
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
-use wgmoe::layer::{Batch, MoeLayer, LayerConfig, cpu_token};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer, cpu_token};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};

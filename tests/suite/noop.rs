@@ -1,11 +1,11 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
-use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, LayerConfig, Tensor};
+use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::models::find;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
-    Context, ExpertWeights, PlanShape, SPECS, Score, Slice, BoundOp, Target, Variant, WeightType,
+    BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
 };
 
 fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {

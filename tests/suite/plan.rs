@@ -334,12 +334,8 @@ fn a_plan_of_given_gates() {
         let stats = Output::u32s(&gpu, 8 + experts);
         let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
         let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
-        let scan = plan_scan::Args {
-            lost: None,
-            offsets: None,
-            plan: plan.slice(),
-            stats: stats.slice(),
-        };
+        let scan =
+            plan_scan::Args { lost: None, offsets: None, plan: plan.slice(), stats: stats.slice() };
         let fill =
             plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
         let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();

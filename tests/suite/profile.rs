@@ -1,7 +1,7 @@
 //! The profiling mode.
 use testkit::prelude::{assert_same, gpu};
 use wgmoe::ops::gather::{Args, Dims, Gather};
-use wgmoe::{Context, BoundOp};
+use wgmoe::{BoundOp, Context};
 
 /// More dispatches than a query set holds; they run in order, and each is named.
 #[test]

@@ -2,8 +2,8 @@
 //! recordings, and a token-choice layer turned into an expert-choice one.
 use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostSequences, BoundLayer, MoeLayer, Router, Sequences, LayerConfig,
-    Tensor, cpu_routing, cpu_token,
+    Batch, BoundLayer, HostBatch, HostRouter, HostSequences, LayerConfig, MoeLayer, Router,
+    Sequences, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::Stats;

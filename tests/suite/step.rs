@@ -6,7 +6,7 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{
-    Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, LayerConfig, Variant, WeightType,
+    Activation, BlockRule, Context, ExpertWeights, Gpu, LayerConfig, Routing, Variant, WeightType,
 };
 
 const HIDDEN: u32 = 64;

@@ -19,14 +19,15 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::median;
 use testkit::synthetic::{self, Pool, RHO, mixture, shrink};
 use wgmoe::layer::{
-    Batch, Blocks, HostBatch, HostBlocks, HostSequences, BoundLayer, MoeLayer, LayerConfig, cpu_routing,
+    Batch, Blocks, BoundLayer, HostBatch, HostBlocks, HostSequences, LayerConfig, MoeLayer,
+    cpu_routing,
 };
 use wgmoe::models;
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, Score, SequenceTop, TokenChoice};
-use wgmoe::{Context, Dispatch, Error, Gpu, BoundOp, WeightType, wgpu};
+use wgmoe::{BoundOp, Context, Dispatch, Error, Gpu, WeightType, wgpu};
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
 #[derive(Parser)]
@@ -351,7 +352,8 @@ impl<'a> Scored<'a> {
                         block_of: (&block_of).into(),
                     };
                     let dims = coreset::Dims { tokens, blocks };
-                    step = step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
+                    step =
+                        step.then(coreset::Coreset::new(ctx, experts, block)?.bind(&dims, args)?);
                     elected = Some((members, block_of));
                 }
                 let coresets = elected.as_ref().map(|(members, block_of)| token_choice::Coresets {
@@ -612,7 +614,8 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings = LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings =
+        LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));

@@ -23,8 +23,8 @@ use testkit::program::{self, Found, Progress};
 use testkit::statistics::{median, spread};
 use testkit::synthetic::Pool;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouting, HostSequences, BoundLayer, MoeLayer, Scratch, Sequences,
-    LayerConfig, cpu_routing,
+    Batch, BoundLayer, HostBatch, HostRouting, HostSequences, LayerConfig, MoeLayer, Scratch,
+    Sequences, cpu_routing,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
 use wgmoe::ops::{expert_choice, grouped_matmul};
@@ -34,7 +34,7 @@ use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::{Activation, Context, Error, Gpu, Slice, BoundOp, WeightType, wgpu};
+use wgmoe::{Activation, BoundOp, Context, Error, Gpu, Slice, WeightType, wgpu};
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.

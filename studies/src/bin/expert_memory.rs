@@ -19,7 +19,7 @@ use std::time::Instant;
 use testkit::layer::{router, upload};
 use testkit::program::{self, Found, Progress};
 use testkit::synthetic::{self, Pool, RHO, shrink};
-use wgmoe::layer::cached::{CacheOptions, CachedLayer, BoundCached};
+use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer};
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};

@@ -1,7 +1,7 @@
 //! Rows by index, compared with the twin.
 use crate::compare::same;
 use wgmoe::ops::gather::{self, Args, Dims, Gather};
-use wgmoe::{Context, Gpu, Slice, BoundOp, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, Slice, wgpu};
 
 /// Bytes up to which the whole output is read back.
 const WHOLE: u64 = 64 << 20;

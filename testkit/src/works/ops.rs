@@ -5,10 +5,10 @@ use super::plan::plan;
 use super::work::round;
 use crate::compare::{close, same};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, ItemKind, GroupedMatmul, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, ItemKind, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, BoundOp, WeightType};
+use wgmoe::{BoundOp, Context, ExpertWeights, Gpu, WeightType};
 
 /// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
 pub fn choice(
@@ -39,7 +39,11 @@ pub fn choice(
 pub const OP2: [u32; 4] = [32, 64, 2048, 512];
 
 /// OP2, through a plan in which each token has one expert, run once and compared in some rows.
-pub fn grouped_matmul(gpu: &Gpu, ctx: &Context, weight_type: WeightType) -> Result<BoundOp, String> {
+pub fn grouped_matmul(
+    gpu: &Gpu,
+    ctx: &Context,
+    weight_type: WeightType,
+) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let [experts, rows, depth, columns] = OP2;
     let tokens = experts * rows;

@@ -7,7 +7,7 @@ use wgmoe::ops::plan_scan::{self, PlanScan};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::routing::GateRule;
-use wgmoe::{Context, Gpu, PlanShape, BoundOp, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, PlanShape, wgpu};
 
 /// A plan on the device, its three kernels, and what it holds.
 pub struct Planned {
@@ -52,12 +52,8 @@ pub fn plan(
         gates: Some(how),
         plan: (&plan).into(),
     };
-    let scan = plan_scan::Args {
-        lost: None,
-        offsets: None,
-        plan: (&plan).into(),
-        stats: (&stats).into(),
-    };
+    let scan =
+        plan_scan::Args { lost: None, offsets: None, plan: (&plan).into(), stats: (&stats).into() };
     let fill = plan_fill::Args {
         assigned: (&assigned_in).into(),
         gates: (&gates).into(),

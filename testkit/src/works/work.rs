@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::Arc;
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, BoundLayer, MoeLayer, Router, Scratch, LayerConfig, Tensor,
+    Batch, BoundLayer, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Scratch, Tensor,
     cpu_routing, cpu_token,
 };
 use wgmoe::ops::grouped_matmul::cpu_logits;
@@ -17,7 +17,7 @@ use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{Activation, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Dispatch, ExpertWeights, Gpu, Slice, BoundOp, WeightType, models, wgpu};
+use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
