@@ -125,8 +125,14 @@ impl MoeRouting {
         let args = tensors.args(Some(gates), made.offsets);
         parts.extend(match &kernels.choice {
             Choice::Tokens { rule, drop: Some(drop), .. } => {
-                let capacity = rule.capacity(tokens, experts).unwrap_or(tokens);
-                kernels.planning.bind_dropping(&args, drop, capacity, &scratch)?
+                let capacity = match made.capacity {
+                    Some(capacity) => capacity,
+                    None => {
+                        let capacity = rule.capacity(tokens, experts).unwrap_or(tokens);
+                        Tensor::new(ctx, "capacity", &[capacity])?
+                    }
+                };
+                kernels.planning.bind_dropping(&args, drop, &capacity, &scratch)?
             }
             _ => kernels.planning.bind(&args, None)?,
         });

@@ -19,6 +19,7 @@ pub const SPEC: Spec = Spec {
         read("own_choice", 4),
         read("offsets", 8),
         read("voters", 4),
+        read("rows", 4),
         write("members", 4),
         write("block_of", 4),
     ],
@@ -31,7 +32,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32, has_rows: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
@@ -251,6 +252,26 @@ impl Coreset {
     ///
     /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`Coreset::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are padding, and have no say. A block of
+    /// padding alone is an empty one: it elects no expert.
+    ///
+    /// # Errors
+    ///
+    /// As [`Coreset::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
@@ -264,11 +285,14 @@ impl Coreset {
         } else if self.rule.own_top(1).is_some() {
             return Err(Error::invalid(
                 "own_choice",
-                format!("{:?} needs each token's own_choice choice", self.rule),
+                format!("{:?} needs each token's own choice", self.rule),
             ));
         }
         if let Some(voters) = args.voters {
             voters.expect("voters", &[tokens.into()], 4)?;
+        }
+        if let Some(rows) = rows {
+            rows.expect("rows", &[tokens.div_ceil(32).into()], 4)?;
         }
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.block_of.expect("block_of", &[tokens.into()], 4)?;
@@ -280,10 +304,13 @@ impl Coreset {
             count,
             mass,
             has_voters: args.voters.is_some().into(),
+            has_rows: rows.is_some().into(),
         };
         let own_choice = or_nothing(&self.ctx, args.own_choice);
         let voters = or_nothing(&self.ctx, args.voters);
-        let slices = [args.values, own_choice, args.offsets, voters, args.members, args.block_of];
+        let rows = or_nothing(&self.ctx, rows);
+        let slices =
+            [args.values, own_choice, args.offsets, voters, rows, args.members, args.block_of];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -6,6 +6,7 @@ use crate::device::shader::Spec;
 use crate::error::not_zero;
 use crate::routing::few_experts;
 
+pub mod active_rows;
 pub mod assign;
 pub mod assign_lists;
 pub mod block_choice;
@@ -33,6 +34,7 @@ pub mod token_choice;
 #[doc(hidden)]
 pub const SPECS: &[&Spec] = &[
     &scores::SPEC,
+    &active_rows::SPEC,
     &capacity::SPEC,
     &expert_choice::SPEC,
     &expert_choice::SERIAL,

@@ -1,6 +1,6 @@
 //! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
 //! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
-use super::{few_experts, not_zero};
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
@@ -13,11 +13,20 @@ pub const SPEC: Spec = Spec {
     name: "sequence_top",
     body: include_str!("../../shaders/sequence_top.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("values", 4), read("offsets", 8), write("counts", 4), write("assigned", 4)],
+    bindings: &[
+        read("values", 4),
+        read("offsets", 8),
+        read("lengths", 4),
+        write("counts", 4),
+        write("assigned", 4),
+    ],
     variants: || [Target::Wide, Target::Serial].map(prelude).into(),
 };
 
-params! { tokens: u32, experts: u32, sequences: u32, top: u32, tile: u32, tiles: u32, round: u32 }
+params! {
+    tokens: u32, experts: u32, sequences: u32, top: u32, tile: u32, tiles: u32, round: u32,
+    has_lengths: u32,
+}
 
 fn lanes(target: Target) -> u32 {
     if target == Target::Serial { 32 } else { 256 }
@@ -107,6 +116,25 @@ impl SequenceTop {
     ///
     /// Zero sequences, zero or too many experts, `top` of 0 or above `experts`, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`SequenceTop::bind`], for the first tokens of each sequence: `lengths`, `[sequences]` u32,
+    /// read. What follows in a sequence is padding; it is never chosen, and does not count.
+    ///
+    /// # Errors
+    ///
+    /// As [`SequenceTop::bind`].
+    pub fn bind_padded(&self, dims: &Dims, args: Args<'_>, lengths: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(lengths))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        lengths: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("sequences", sequences), ("top", top)])?;
@@ -119,14 +147,20 @@ impl SequenceTop {
         args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        if let Some(lengths) = lengths {
+            lengths.expect("lengths", &[sequences.into()], 4)?;
+        }
+        let has_lengths = lengths.is_some().into();
+        let lengths = or_nothing(&self.ctx, lengths);
         let tile = tile(tokens, experts, lanes(self.ctx.variant().target));
         let tiles = tokens.div_ceil(tile);
         let pieces = u64::from(tiles) + u64::from(sequences);
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;
         let mut step = BoundOp::default();
         for round in 0..5 {
-            let params = Params { tokens, experts, sequences, top, tile, tiles, round };
-            let slices = [args.values, args.offsets, (&counts).into(), args.assigned];
+            let params =
+                Params { tokens, experts, sequences, top, tile, tiles, round, has_lengths };
+            let slices = [args.values, args.offsets, lengths, (&counts).into(), args.assigned];
             step = step.then(self.kernel.dispatch(&self.ctx, &params, &slices, pieces)?.into());
         }
         Ok(step)

@@ -14,7 +14,13 @@ pub const SPEC: Spec = Spec {
     name: "token_choice",
     body: include_str!("../../shaders/token_choice.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("values", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
+    bindings: &[
+        read("values", 4),
+        read("coreset", 4),
+        read("block_of", 4),
+        read("rows", 4),
+        write("assigned", 4),
+    ],
     variants: || {
         let mut all = vec![];
         for target in [Target::Wide, Target::Serial] {
@@ -28,7 +34,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
+params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32 }
 
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
@@ -183,6 +189,25 @@ impl TokenChoice {
     ///
     /// A slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`TokenChoice::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are padding, and take no expert.
+    ///
+    /// # Errors
+    ///
+    /// As [`TokenChoice::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
         let Self { experts, top, groups, .. } = *self;
         if tokens == 0 {
@@ -194,6 +219,9 @@ impl TokenChoice {
             c.coreset.expect("coreset", &[c.blocks.into(), experts.div_ceil(32).into()], 4)?;
             c.block_of.expect("block_of", &[tokens.into()], 4)?;
         }
+        if let Some(rows) = rows {
+            rows.expect("rows", &[tokens.div_ceil(32).into()], 4)?;
+        }
         let params = Params {
             tokens,
             experts,
@@ -201,10 +229,12 @@ impl TokenChoice {
             group_count: groups.map_or(1, |g| g.count),
             group_top: groups.map_or(1, |g| g.top),
             blocks: args.coresets.map_or(0, |c| c.blocks),
+            has_rows: rows.is_some().into(),
         };
         let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
         let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
-        let slices = [args.values, coreset, block_of, args.assigned];
+        let rows = or_nothing(&self.ctx, rows);
+        let slices = [args.values, coreset, block_of, rows, args.assigned];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
     }
 }
