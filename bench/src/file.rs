@@ -340,13 +340,9 @@ impl Part {
 }
 
 impl CaseId {
-    /// The tokens in words.
-    pub(crate) fn load_name(&self) -> String {
-        match self.load {
-            Load::Block => format!("decoding a block of {} tokens", self.tokens),
-            Load::Batch => format!("decoding {} blocks, {} tokens", self.tokens / 32, self.tokens),
-            Load::Prefill => format!("prefill of {} tokens", self.tokens),
-        }
+    /// Whether it is what a device is judged by first: a whole layer under the model's own rule.
+    pub(crate) fn is_headline(&self) -> bool {
+        self.own_rule && self.part == Part::Layer
     }
 }
 

@@ -97,11 +97,11 @@ fn run(options: &RunOptions) -> Result<ExitCode, String> {
     if !options.all {
         let index = match &options.adapter {
             Some(want) => device::find(&adapters, want)?,
-            None => device::first(&adapters).ok_or("no adapters")?,
+            None => device::first(&adapters).ok_or(device::NO_ADAPTERS)?,
         };
         adapters = vec![adapters.swap_remove(index)];
     } else if adapters.is_empty() {
-        return Err("no adapters".into());
+        return Err(device::NO_ADAPTERS.into());
     }
     let minutes = options.minutes.unwrap_or(if options.quick { QUICK_MINUTES } else { MINUTES });
     let plan = run::Plan {
