@@ -38,7 +38,7 @@ fn reduced(devices: &[Device<'_>], id: &CaseId) -> Vec<String> {
 }
 
 fn title(id: &CaseId) -> String {
-    let own = if id.own_rule { " (the model's own)" } else { "" };
+    let own = if id.own_rule { " (own)" } else { "" };
     clean(&format!("{}, {}{own}", part_name(id.part), id.rule))
 }
 

@@ -13,7 +13,7 @@ pub(super) fn section(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
     html! {
         section aria-labelledby="rules" {
             h2 id="rules" { "Routing rules" }
-            p { "Time of the whole layer for each block of 32 tokens, and how many different experts the tokens of a block use. A rule that reads fewer experts saves time where memory is the limit. All bars of a table have one scale. The quality of a rule is not measured here." }
+            p { "Time of the whole layer for each block of 32 tokens, and how many different experts the tokens of a block use. The model was trained with the rule marked as its own. A rule that reads fewer experts saves time where memory is the limit. All bars of a table have one scale. The quality of a rule is not measured here." }
             @for (i, layer) in by_layer(&ids).iter().enumerate() {
                 details open[i == 0] {
                     summary { (layer_name(layer[0][0])) }
@@ -41,16 +41,17 @@ fn table(devices: &[Device<'_>], ids: &[&CaseId], id: &str) -> Markup {
     let all = rows.iter().flat_map(|(_, id)| devices.iter().filter_map(|d| per_block(d, id)));
     let most = all.fold(f64::MIN_POSITIVE, f64::max);
     let table = html! {
-        table.bars {
+        // Columns of one width, so that the bars of all devices have one scale.
+        table.bars style=(format!("min-width:{}em", 11 + 6 * devices.len())) {
             thead { tr {
                 th scope="col" { "rule" }
-                th scope="col" { "experts a block" }
+                th scope="col" { "experts used" }
                 @for d in devices { th scope="col" { (swatch(d)) } }
             } }
             tbody {
                 @for (experts, id) in &rows {
                     tr {
-                        th scope="row" { (clean(&id.rule)) @if id.own_rule { " (the model's own)" } }
+                        th scope="row" { (clean(&id.rule)) @if id.own_rule { " (own)" } }
                         td { (digits(*experts)) }
                         @for d in devices {
                             td.bar {
