@@ -42,7 +42,7 @@ fn table(devices: &[Device<'_>], ids: &[&CaseId], id: &str) -> Markup {
     let most = all.fold(f64::MIN_POSITIVE, f64::max);
     let table = html! {
         // Columns of one width, so that the bars of all devices have one scale.
-        table.bars style=(format!("min-width:{}em", 11 + 6 * devices.len())) {
+        table.bars style=(format!("min-width:{}em", 12 + 5 * devices.len())) {
             thead { tr {
                 th scope="col" { "rule" }
                 th scope="col" { "experts used" }
