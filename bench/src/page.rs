@@ -14,6 +14,9 @@ use flags::Flags;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use std::collections::{HashMap, HashSet};
 
+/// What the page may load: nothing but its own style sheet.
+const CONTENT: &str = "default-src 'none'; style-src 'unsafe-inline'";
+
 /// One adapter of one file.
 struct Device<'a> {
     /// A letter.
@@ -62,7 +65,7 @@ pub(crate) fn page(reports: &[Report]) -> String {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width,initial-scale=1";
-                meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'";
+                meta http-equiv="Content-Security-Policy" content=(CONTENT);
                 title { "wgmoe-bench: mixture-of-experts layers on GPUs" }
                 style { (PreEscaped(include_str!("page/style.css"))) }
             }
@@ -88,17 +91,25 @@ fn opening(reports: &[Report], devices: usize) -> Markup {
     html! {
         h1 { "Mixture-of-experts layers, device by device" }
         p {
-            "One layer of known models on " (count) ", with experts in bf16 and sums in f32. A model has many such layers and more besides, so these are not the speeds of whole models. Weights, inputs and router scores are synthetic. Every result was compared with a computation on the CPU before it was timed."
+            "One layer of known models on " (count) ", with experts in bf16 and sums in f32. A \
+             model has many such layers and more besides, so these are not the speeds of whole \
+             models. Weights, inputs and router scores are synthetic. Every result was compared \
+             with a computation on the CPU before it was timed."
         }
         @if reports.iter().any(|r| r.quick) {
-            p { strong { "A quick run measures layers with few of their experts: it shows that a device works, not how fast a model would be." } }
+            p { strong {
+                "A quick run measures layers with few of their experts: it shows that a device \
+                 works, not how fast a model would be."
+            } }
         }
     }
 }
 
 fn swatch(device: &Device<'_>) -> Markup {
     html! {
-        svg.key aria-hidden="true" { rect width="28" height="14" fill={ "url(#p" (device.pattern) ")" } {} }
+        svg.key aria-hidden="true" {
+            rect width="28" height="14" fill={ "url(#p" (device.pattern) ")" } {}
+        }
         " " strong { (device.key) }
     }
 }
@@ -177,6 +188,36 @@ mod tests {
         for outside in ["http:", "https:", "src=", "<script", "@import", "href="] {
             assert!(!page.contains(outside), "{outside:?} is in the page");
         }
+    }
+
+    #[test]
+    fn the_first_table_compares_with_the_first_device() {
+        let of = |ms| report("a GPU", vec![case("original", measured(ms))]);
+        let page = page(&[of(2.0), of(3.0)]);
+        let table = page.split("<h2").find(|t| t.contains("Whole layers")).unwrap();
+        // 1e6 bytes in 2 ms; the case is bound by memory, at a quarter of its peak.
+        assert!(table.contains("2.00 ms") && table.contains("0.500 GB/s, 25 % of peak"), "{table}");
+        assert!(table.contains("1.50 × A"), "{table}");
+        assert!(!table.contains("1.00 × A"), "the first device is not compared with itself");
+    }
+
+    #[test]
+    fn all_devices_have_one_scale() {
+        let of = |ms| report("a GPU", vec![case("original", measured(ms))]);
+        let page = page(&[of(2.0), of(200.0)]);
+        // The bars of rules: one is a hundredth of the other.
+        let rules = page.split("<h2").find(|t| t.contains("Routing rules")).unwrap();
+        assert!(rules.contains("width=\"1%\"") && rules.contains("width=\"100%\""), "{rules}");
+        // The axes of rooflines, from the drawing's beginning to the first line that is no grid's.
+        let axes: Vec<&str> = page
+            .split("class=\"plot\"")
+            .skip(1)
+            .map(|plot| plot.split("viewBox").nth(1).unwrap().split("<line class=\"r\"").next())
+            .map(|axes| axes.unwrap())
+            .collect();
+        assert_eq!(axes.len(), 2);
+        assert!(axes[0].matches("<text").count() > 4, "{}", axes[0]);
+        assert_eq!(axes[0], axes[1]);
     }
 
     #[test]

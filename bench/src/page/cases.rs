@@ -9,12 +9,21 @@ pub(super) fn section(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
     html! {
         section aria-labelledby="cases" {
             h2 id="cases" { "All cases" }
-            p { "The bars of a case have one scale; other cases have others. A bar is the median time, and the line across its end covers the middle half of all times. Above a bar: the median, by the GPU's clock where it has one that can be believed, else by the host's; and the share of the ceiling that limits the case. Below: the clock, the middle half, and what the host's clock says from encoding to the end. \"Unsettled\" means that times still moved when the warm-up ended." }
+            p {
+                "The bars of a case have one scale; other cases have others. A bar is the median \
+                 time, and the line across its end covers the middle half of all times. Above a \
+                 bar: the median, by the GPU's clock where it has one that can be believed, else \
+                 by the host's; and the share of the ceiling that limits the case. Below: the \
+                 clock, the middle half, and what the host's clock says from encoding to the end. \
+                 \"Unsettled\" means that times still moved when the warm-up ended."
+            }
             p { @for d in devices { span.device { (swatch(d)) " " (name(d)) } " " } }
             @for layer in by_layer(ids) {
                 details {
                     summary { (layer_name(layer[0][0])) }
-                    @for why in reduced(devices, layer[0][0]) { p.none { "Fewer experts on " (why) } }
+                    @for why in reduced(devices, layer[0][0]) {
+                        p.none { "Fewer experts on " (why) }
+                    }
                     @for load in &layer {
                         h3 { (load_name(load[0])) }
                         div.grid.top { @for id in load { (case(devices, id)) } }

@@ -48,7 +48,8 @@ pub(super) fn bars(title: &str, rows: &[Bar]) -> Markup {
                 @let [q1, median, q3] = row.value;
                 text.b y=(n(y + 13.0)) { (row.left) }
                 text.s.e x="100%" y=(n(y + 13.0)) { (row.right) }
-                rect y=(n(y + 18.0)) width=(share(median)) height="9" fill={ "url(#p" (row.pattern) ")" } {}
+                rect y=(n(y + 18.0)) width=(share(median)) height="9"
+                    fill={ "url(#p" (row.pattern) ")" } {}
                 line.w x1=(share(q1)) x2=(share(q3)) y1=(n(y + 22.5)) y2=(n(y + 22.5)) {}
                 text.s.t y=(n(y + 39.0)) { (row.below) }
             }
@@ -140,12 +141,14 @@ pub(super) fn plot(plot: &Plot<'_>) -> Markup {
             text.s y="11" { (y.name) }
             text.s.m x=(n((LEFT + RIGHT) / 2.0)) y=(n(FOOT + 32.0)) { (x.name) }
             @for [x1, y1, x2, y2] in plot.lines {
-                line.r x1=(n(across(*x1))) x2=(n(across(*x2))) y1=(n(down(*y1))) y2=(n(down(*y2))) {}
+                line.r x1=(n(across(*x1))) x2=(n(across(*x2)))
+                    y1=(n(down(*y1))) y2=(n(down(*y2))) {}
             }
             @for (point, [left, top]) in plot.points.iter().zip(&marks) {
                 g transform={ "translate(" (n(*left)) " " (n(*top)) ")" } {
                     title { (point.title) }
-                    path.p fill={ "var(--c" (plot.colour % PATTERNS) ")" } d=(SHAPES[point.shape % SHAPES.len()]) {}
+                    path.p fill={ "var(--c" (plot.colour % PATTERNS) ")" }
+                        d=(SHAPES[point.shape % SHAPES.len()]) {}
                 }
             }
             @for (point, place) in plot.points.iter().zip(labels(&marks, &texts)) {

@@ -59,7 +59,9 @@ pub(super) fn table(devices: &[Device<'_>], flags: &Flags<'_>) -> Markup {
     };
     let table = html! {
         table {
-            caption { "Rates and times are the best of several runs; submit and wait is the median." }
+            caption {
+                "Rates and times are the best of several runs; submit and wait is the median."
+            }
             thead { tr {
                 th scope="col" { "device" }
                 @for d in devices { th scope="col" { (swatch(d)) br; (clean(&d.adapter.name)) } }

@@ -118,7 +118,10 @@ impl<'a> Flags<'a> {
             @if !self.0.is_empty() {
                 section aria-labelledby="flags" {
                     h2 id="flags" { "Flagged readings" }
-                    p { "These figures contradict others, or moved while they were taken. Do not rely on them until that is explained." }
+                    p {
+                        "These figures contradict others, or moved while they were taken. Do not \
+                         rely on them until that is explained."
+                    }
                     @for (i, flag) in self.0.iter().enumerate() {
                         (explain(i + 1, flag, &devices[flag.device].key))
                     }
@@ -135,7 +138,9 @@ fn explain(number: usize, flag: &Flag<'_>, device: &str) -> Markup {
         ul {
             @for (about, figures) in &flag.readings {
                 li {
-                    @if let About::Layer(id) = about { (clean(&id.model)) ", " (load_name(id)) ": " }
+                    @if let About::Layer(id) = about {
+                        (clean(&id.model)) ", " (load_name(id)) ": "
+                    }
                     (figures)
                 }
             }
@@ -229,7 +234,8 @@ mod tests {
             let times = Times { median_ms: 2.0, q1_ms: 1.9, q3_ms: 2.1, ..m.wall.clone() };
             m.gpu = Some(times);
         };
-        let all: [(Outcome, &[(Part, f64)], f64, &str); 6] = [
+        type Odd<'a> = (Outcome, &'a [(Part, f64)], f64, &'a str);
+        let all: [Odd<'_>; 6] = [
             (changed(steady), &[], 0.93, "reading 0.930 GB/s, copying 400 GB/s"),
             (
                 changed(steady),

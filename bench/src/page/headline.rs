@@ -37,12 +37,21 @@ pub(super) fn table(devices: &[Device<'_>], ids: &[&CaseId], flags: &Flags<'_>) 
         section aria-labelledby="headline" {
             h2 id="headline" { "Whole layers" }
             p {
-                "Median time of one whole layer under the model's own routing rule; lower is better. Below it, the rate reached: of memory (GB/s) or of arithmetic (GFLOP/s), whichever limits the layer on that device, and its share of the peak that the device itself was measured to reach. A share over 100 % means that caches served what counts as moved."
+                "Median time of one whole layer under the model's own routing rule; lower is \
+                 better. Below it, the rate reached: of memory (GB/s) or of arithmetic (GFLOP/s), \
+                 whichever limits the layer on that device, and its share of the peak that the \
+                 device itself was measured to reach. A share over 100 % means that caches served \
+                 what counts as moved."
                 @if devices.len() > 1 {
-                    " The figure beside a time, such as 2.5 × A, is that time as a multiple of device A's: below 1 is faster."
+                    " The figure beside a time, such as 2.5 × A, is that time as a multiple of \
+                     device A's: below 1 is faster."
                 }
             }
-            @if ids.is_empty() { p.none { "No whole layer in these files." } } @else { (scroll("headline", table)) }
+            @if ids.is_empty() {
+                p.none { "No whole layer in these files." }
+            } @else {
+                (scroll("headline", table))
+            }
         }
     }
 }

@@ -43,7 +43,12 @@ pub(super) fn section(devices: &[Device<'_>]) -> Markup {
         section aria-labelledby="rooflines" {
             h2 id="rooflines" { "Rooflines" }
             p {
-                "Each mark is a whole layer under its model's own rule. Its height is the arithmetic rate reached; its place across is the arithmetic it does for each byte that must move. The line is the most the device was measured to reach: on the slope memory is the limit, on the flat part arithmetic. All charts have one scale. Circles: one block; squares: several blocks; diamonds: prefill. Where marks lie close together some have no number; the table above has all of them. "
+                "Each mark is a whole layer under its model's own rule. Its height is the \
+                 arithmetic rate reached; its place across is the arithmetic it does for each \
+                 byte that must move. The line is the most the device was measured to reach: on \
+                 the slope memory is the limit, on the flat part arithmetic. All charts have one \
+                 scale. Circles: one block; squares: several blocks; diamonds: prefill. Where \
+                 marks lie close together some have no number; the table above has all of them. "
                 @for (i, model) in models.iter().enumerate() {
                     (if i > 0 { ", " } else { "" }) (i + 1) ": " (clean(model))
                 }
@@ -62,7 +67,10 @@ pub(super) fn section(devices: &[Device<'_>]) -> Markup {
                                     [ridge, roof.arithmetic, high, roof.arithmetic],
                                 ];
                                 @let title = format!("Roofline of {}", name(d));
-                                (chart::plot(&Plot { title: &title, x, y, lines: &lines, points, colour: d.pattern }))
+                                @let colour = d.pattern;
+                                @let title = title.as_str();
+                                @let lines = lines.as_slice();
+                                (chart::plot(&Plot { title, x, y, lines, points, colour }))
                             }
                             _ => p.none { "No roofline: no layer or no ceilings measured." }
                         }

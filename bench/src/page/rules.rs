@@ -13,11 +13,18 @@ pub(super) fn section(devices: &[Device<'_>], ids: &[&CaseId]) -> Markup {
     html! {
         section aria-labelledby="rules" {
             h2 id="rules" { "Routing rules" }
-            p { "Time of the whole layer for each block of 32 tokens, and how many different experts the tokens of a block use. The model was trained with the rule marked as its own. A rule that reads fewer experts saves time where memory is the limit. All bars of a table have one scale. The quality of a rule is not measured here." }
+            p {
+                "Time of the whole layer for each block of 32 tokens, and how many different \
+                 experts the tokens of a block use. The model was trained with the rule marked as \
+                 its own. A rule that reads fewer experts saves time where memory is the limit. \
+                 All bars of a table have one scale. The quality of a rule is not measured here."
+            }
             @for (i, layer) in by_layer(&ids).iter().enumerate() {
                 details open[i == 0] {
                     summary { (layer_name(layer[0][0])) }
-                    @for (j, load) in layer.iter().enumerate() { (table(devices, load, &format!("rules-{i}-{j}"))) }
+                    @for (j, load) in layer.iter().enumerate() {
+                        (table(devices, load, &format!("rules-{i}-{j}")))
+                    }
                 }
             }
         }
