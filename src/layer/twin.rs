@@ -200,8 +200,7 @@ impl Padded<'_> {
             for e in bits::experts_of(&alone.assigned, kept.len(), i) {
                 bits::set(&mut assigned, tokens, e, t);
             }
-            gates[t * experts..][..experts]
-                .copy_from_slice(&alone.gates[i * experts..][..experts]);
+            gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
         }
         HostRouting { assigned, gates, ..alone }
     }
