@@ -23,7 +23,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
         write("stats", 4),
     ],
-    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
+    variants: || Target::ALL.map(prelude).into(),
 };
 
 params! {

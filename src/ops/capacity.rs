@@ -20,11 +20,7 @@ pub const SPEC: Spec = Spec {
         write("capacity_of", 4),
         write("k_of", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }

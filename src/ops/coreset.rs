@@ -5,7 +5,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::routing::{BlockRule, mass_units};
+use crate::routing::{BlockRule, MAX_EXPERTS, mass_units};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -25,10 +25,12 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         let mut all = vec![];
-        for lanes in [256, 32, 8] {
-            all.extend(RULES.map(|rule| prelude(lanes, rule)));
+        for target in Target::ALL {
+            for experts in [1, MAX_EXPERTS] {
+                all.extend(RULES.map(|rule| prelude(lanes(target, experts), rule)));
+            }
         }
-        all
+        Prelude::distinct(all)
     },
 };
 
@@ -67,7 +69,7 @@ pub(crate) fn rule_number(name: &str) -> u32 {
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
     Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
-        .constant("MOST", crate::routing::MAX_EXPERTS)
+        .constant("MOST", MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))

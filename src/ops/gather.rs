@@ -14,7 +14,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("x", 4), read("token_of", 4), write("out", 4)],
     variants: || {
-        let all = [Target::Wide, Target::Serial].into_iter();
+        let all = Target::ALL.into_iter();
         all.flat_map(|target| widths(target).iter().map(move |&w| prelude(target, w))).collect()
     },
 };

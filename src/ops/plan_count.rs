@@ -21,11 +21,7 @@ pub const SPEC: Spec = Spec {
         write("gates", 4),
         write("plan", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {

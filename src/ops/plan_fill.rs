@@ -11,11 +11,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_fill.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {

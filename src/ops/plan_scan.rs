@@ -12,11 +12,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_scan.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("lost", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {

@@ -13,11 +13,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
-    variants: || {
-        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
-            .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u32 }

@@ -20,7 +20,7 @@ pub const SPEC: Spec = Spec {
         write("counts", 4),
         write("assigned", 4),
     ],
-    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
+    variants: || Target::ALL.map(prelude).into(),
 };
 
 params! {

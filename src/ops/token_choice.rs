@@ -10,35 +10,43 @@ use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
-pub const SPEC: Spec = Spec {
-    name: "token_choice",
-    body: include_str!("../../shaders/token_choice.wgsl"),
-    params: Params::LAYOUT,
-    bindings: &[
-        read("values", 4),
-        read("coreset", 4),
-        read("block_of", 4),
-        read("rows", 4),
-        write("assigned", 4),
-    ],
-    variants: || {
-        let mut all = vec![];
-        for target in [Target::Wide, Target::Serial] {
-            for list in [4, 8, 16] {
-                for groups in [1, 32] {
-                    all.push(prelude(Variant { target, subgroups: false }, list, groups));
-                }
-            }
-        }
-        all
-    },
-};
+pub const SPEC: Spec =
+    Spec {
+        name: "token_choice",
+        body: include_str!("../../shaders/token_choice.wgsl"),
+        params: Params::LAYOUT,
+        bindings: &[
+            read("values", 4),
+            read("coreset", 4),
+            read("block_of", 4),
+            read("rows", 4),
+            write("assigned", 4),
+        ],
+        variants: || {
+            Prelude::distinct(Variant::EVERY.into_iter().flat_map(|variant| {
+                sizes().map(move |[list, groups]| prelude(variant, list, groups))
+            }))
+        },
+    };
 
 params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32 }
 
+/// How many experts a lane may keep at a time.
+const LISTS: [u32; 3] = [4, 8, 16];
+
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
-    [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
+    LISTS.into_iter().find(|&list| top <= list).unwrap_or(LISTS[2])
+}
+
+/// Groups that a variant has room for.
+pub(crate) fn groups_of(groups: Option<Groups>) -> u32 {
+    if groups.is_some() { MAX_GROUPS } else { 1 }
+}
+
+/// Every pair of [`list_of`] and [`groups_of`].
+pub(crate) fn sizes() -> impl Iterator<Item = [u32; 2]> {
+    LISTS.into_iter().flat_map(|list| [1, MAX_GROUPS].map(|groups| [list, groups]))
 }
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
@@ -154,7 +162,7 @@ impl TokenChoice {
     pub fn new(ctx: &Context, experts: u32, top: u32, groups: Option<Groups>) -> Result<Self> {
         Self::check(experts, top, groups)?;
         let groups = groups.filter(|g| g.count > 1);
-        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
+        let of_groups = groups_of(groups);
         let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
         Ok(Self { ctx: ctx.clone(), experts, top, groups, kernel })
     }
