@@ -27,11 +27,8 @@ pub fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
     }
 }
 
-/// The CPU twin of one row: `[N]` from `x [K]` and weights `[N, K]`, f64 sums rounded once.
-///
-/// # Panics
-///
-/// If the lengths do not fit together.
+/// The CPU twin of one row: `[N]` from `x [K]` and weights `[N, K]` as a function of the index, in
+/// f64.
 pub fn cpu_row(x: &[f32], weights: &dyn Fn(usize) -> f32, columns: usize) -> Vec<f64> {
     let depth = x.len();
     (0..columns)

@@ -3,6 +3,7 @@ use super::grouped_matmul::cpu_row;
 use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_rows};
 use super::not_zero;
 use crate::device::Kernel;
+use crate::error::expect_rows;
 use crate::{BoundOp, Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -103,9 +104,11 @@ impl Logits {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `hidden` is 0, or if `x` or `weights` are not whole rows of `hidden`; the message names the
+/// argument.
 pub fn cpu(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
-    let experts = weights.len() / hidden;
+    expect_rows("x", x.len(), "hidden", hidden);
+    let experts = expect_rows("weights", weights.len(), "hidden", hidden);
     x.chunks_exact(hidden)
         .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
         .map(|g| g as f32)
