@@ -22,6 +22,7 @@ mod halves;
 mod house;
 mod layer;
 mod limits;
+mod loops;
 mod noop;
 mod plan;
 mod profile;
