@@ -23,6 +23,7 @@ mod house;
 mod layer;
 mod limits;
 mod noop;
+mod padding;
 mod plan;
 mod profile;
 mod ragged_layer;
