@@ -6,7 +6,8 @@
 //   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others take none
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 // Groups (group_count > 1): a group's value is the sum of its two highest eligible values. Its experts stay
-// eligible if it is among the group_top best; with fewer than two eligible experts, never.
+// eligible if it is among the group_top best; with fewer than two eligible experts, never. A group of one
+// is valued by its one expert.
 // Grid: ceil(tokens / 32) groups; a group owns a column of words, LANES lanes work on a token.
 // Pieces: common/grid, common/keys, common/bits, choice/experts_of_token.
 

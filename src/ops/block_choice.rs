@@ -2,11 +2,11 @@
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::rule_number;
-use super::token_choice::{TokenChoice, list_of};
+use super::token_choice::{TokenChoice, groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::routing::{BlockRule, Groups, MAX_GROUPS};
+use crate::routing::{BlockRule, Groups};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -24,11 +24,9 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Wide, Target::Serial] {
+        for target in Target::ALL {
             for rule in coreset::RULES {
-                for (list, groups) in [(4, 1), (8, 1), (8, 32), (16, 32)] {
-                    all.push(prelude(target, rule, list, groups));
-                }
+                all.extend(sizes().map(|[list, groups]| prelude(target, rule, list, groups)));
             }
         }
         all
@@ -129,7 +127,7 @@ impl BlockChoice {
         let groups = groups.filter(|g| g.count > 1);
         let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
         let target = ctx.variant().target;
-        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
+        let of_groups = groups_of(groups);
         let kernel =
             ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
         Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, kernel })

@@ -3,9 +3,10 @@
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::routing::{BlockRule, mass_units};
+use crate::routing::{BlockRule, MAX_EXPERTS, mass_units};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -25,10 +26,12 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         let mut all = vec![];
-        for lanes in [256, 32, 8] {
-            all.extend(RULES.map(|rule| prelude(lanes, rule)));
+        for target in Target::ALL {
+            for experts in [1, MAX_EXPERTS] {
+                all.extend(RULES.map(|rule| prelude(lanes(target, experts), rule)));
+            }
         }
-        all
+        Prelude::distinct(all)
     },
 };
 
@@ -67,7 +70,7 @@ pub(crate) fn rule_number(name: &str) -> u32 {
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
     Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
-        .constant("MOST", crate::routing::MAX_EXPERTS)
+        .constant("MOST", MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
@@ -93,7 +96,9 @@ pub fn vote(values: f32) -> i64 {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if the rule's numbers do not fit `experts` ([`BlockRule::check`]), if `values` are not
+/// whole rows of `experts`, if `own_choice` is read and not `experts * ceil(tokens / 32)` long, if there are
+/// no `offsets`, or if `voters` are not one a token; the message names the argument.
 pub fn cpu(
     rule: BlockRule,
     values: &[f32],
@@ -102,7 +107,17 @@ pub fn cpu(
     offsets: &[u32],
     voters: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = values.len() / experts;
+    let tokens = expect_rows("values", values.len(), "experts", experts);
+    if let Err(error) = rule.check(experts as u32) {
+        panic!("{error}");
+    }
+    if rule.own_top(1).is_some() {
+        expect_len("own_choice", own_choice.len(), experts * bits::columns(tokens));
+    }
+    expect_offsets("offsets", offsets.len());
+    if let Some(voters) = voters {
+        expect_len("voters", voters.len(), tokens);
+    }
     let mut members = vec![];
     let mut block_of = vec![u32::MAX; tokens];
     for (block, range) in super::expert_choice::ranges(offsets, tokens).into_iter().enumerate() {

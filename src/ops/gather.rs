@@ -3,6 +3,7 @@
 use super::not_zero;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::expect_rows;
 use crate::{BoundOp, Context, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("x", 4), read("token_of", 4), write("out", 4)],
     variants: || {
-        let all = [Target::Wide, Target::Serial].into_iter();
+        let all = Target::ALL.into_iter();
         all.flat_map(|target| widths(target).iter().map(move |&w| prelude(target, w))).collect()
     },
 };
@@ -58,9 +59,9 @@ fn prelude(target: Target, width: u32) -> Prelude {
 ///
 /// # Panics
 ///
-/// If `x.len()` is not a multiple of `hidden`.
+/// If `hidden` is 0, or if `x` is not whole rows of `hidden`; the message names the argument.
 pub fn cpu(x: &[f32], hidden: usize, token_of: &[u32]) -> Vec<f32> {
-    assert_eq!(x.len() % hidden, 0, "x: [tokens, hidden]");
+    expect_rows("x", x.len(), "hidden", hidden);
     let rows: Vec<&[f32]> = x.chunks_exact(hidden).collect();
     token_of
         .iter()

@@ -1,10 +1,9 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
-use super::grouped_matmul::{
-    ItemKind, Layout, Params, SKINNY_ROWS, Specialization, cpu_row, depth_lanes, tile_rows,
-};
+use super::grouped_matmul::cpu_row;
+use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_rows};
 use super::not_zero;
 use crate::device::Kernel;
-use crate::weights::WeightType;
+use crate::error::expect_rows;
 use crate::{BoundOp, Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,18 +44,8 @@ impl Logits {
     /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
     pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
-        let depth_lanes = depth_lanes(hidden);
         let make = |kind| {
-            let problem = Specialization {
-                activation: None,
-                gather: false,
-                dense: true,
-                weight_type: WeightType::F32,
-                layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
-                depth_lanes,
-                quad_columns: experts.is_multiple_of(4),
-                kind,
-            };
+            let problem = Specialization::of_logits([experts, hidden], kind);
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
         Ok(Self {
@@ -115,9 +104,11 @@ impl Logits {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `hidden` is 0, or if `x` or `weights` are not whole rows of `hidden`; the message names the
+/// argument.
 pub fn cpu(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
-    let experts = weights.len() / hidden;
+    expect_rows("x", x.len(), "hidden", hidden);
+    let experts = expect_rows("weights", weights.len(), "hidden", hidden);
     x.chunks_exact(hidden)
         .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
         .map(|g| g as f32)

@@ -19,6 +19,7 @@ pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
 pub mod logits;
+mod matmul_kernels;
 mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;

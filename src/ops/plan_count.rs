@@ -1,8 +1,15 @@
-//! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
-//!.
+//! First part of a plan: the gates of each token, how many experts it has, how many tokens each
+//! expert has, and ranks.
+//!
+//! Gates that are divided by a sum ([`GateRule::Softmax`], [`GateRule::Normalised`]) carry the error
+//! of that sum in f32: for a token of n experts at most about `(n + 6) 2^-24` of the gate where the
+//! terms have one sign, as softmax's and sigmoid's have. Scores of the caller's own may have both:
+//! the bound then grows by `(sum of |s|) / |sum of s|`. Of 1,000 experts of mixed sign, gates off by
+//! 3.5e-6 of their value were seen.
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::{expect_len, expect_rows};
 use crate::plan::bits;
 use crate::routing::GateRule;
 use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
@@ -21,11 +28,7 @@ pub const SPEC: Spec = Spec {
         write("gates", 4),
         write("plan", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
@@ -62,12 +65,15 @@ pub struct Scales<T> {
     pub scale_by_expert: Option<T>,
 }
 
-/// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is `[tokens, experts]`: logits for
-/// [`GateRule::Softmax`], else scores.
+/// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is
+/// `[tokens, experts]`: logits for [`GateRule::Softmax`], else scores. In a softmax, logits of +inf
+/// share 1 equally, the others then get 0; NaN and -inf have gate 0.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `source` is not whole rows of `experts`, if `assigned` is not
+/// `experts * ceil(tokens / 32)` long, `scale_by_count` not
+/// `experts + 1` or `scale_by_expert` not `experts`; the message names the argument.
 pub fn cpu(
     assigned: &[u32],
     source: &[f32],
@@ -76,18 +82,23 @@ pub fn cpu(
     scale: f32,
     scales: Scales<&[f32]>,
 ) -> Vec<f32> {
-    let tokens = source.len() / experts;
+    let tokens = expect_rows("source", source.len(), "experts", experts);
+    expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
+    if let Some(factors) = scales.scale_by_count {
+        expect_len("scale_by_count", factors.len(), experts + 1);
+    }
+    if let Some(factors) = scales.scale_by_expert {
+        expect_len("scale_by_expert", factors.len(), experts);
+    }
     let mut gates = vec![0.0; source.len()];
     for t in 0..tokens {
         let mine = bits::experts_of(assigned, tokens, t);
         let row = &source[t * experts..][..experts];
-        let finite = mine.iter().any(|&e| row[e].is_finite());
         let highest =
             mine.iter().map(|&e| row[e]).filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, f32::max);
         let term = |e: usize| -> f64 {
             match (rule, row[e]) {
-                (GateRule::Softmax, _) if !finite => 0.0,
-                (GateRule::Softmax, g) if g.is_nan() => 0.0,
+                (GateRule::Softmax, g) if g.is_nan() || g == f32::NEG_INFINITY => 0.0,
                 (GateRule::Softmax, g) if highest == f32::INFINITY => {
                     f64::from(u8::from(g == f32::INFINITY))
                 }

@@ -3,6 +3,7 @@
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::{expect_len, expect_rows};
 use crate::routing::Score;
 use crate::{BoundOp, Context, Result, Slice, Target, Variant};
 use std::sync::Arc;
@@ -13,11 +14,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
-    variants: || {
-        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
-            .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u32 }
@@ -46,9 +43,14 @@ fn prelude(variant: Variant) -> Prelude {
 
 /// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
 ///
+/// - A NaN logit has score 0, and the value NaN whatever its bias.
+/// - In a softmax, logits of +inf share 1 equally and the others get 0; a row of only -inf and NaN
+///   has scores of 0 throughout.
+///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `logits` are not whole rows of `experts`, or if `bias` is not `experts`
+/// long; the message names the argument.
 pub fn cpu(
     logits: &[f32],
     experts: usize,
@@ -56,19 +58,21 @@ pub fn cpu(
     from_logits: bool,
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
-    assert_eq!(logits.len() % experts, 0, "logits: [tokens, experts]");
+    expect_rows("logits", logits.len(), "experts", experts);
+    if let Some(bias) = bias {
+        expect_len("bias", bias.len(), experts);
+    }
     let mut scores = vec![];
     for row in logits.chunks_exact(experts) {
-        let finite = row.iter().any(|g| g.is_finite());
         let highest = row.iter().filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         let term = |g: f32| match g {
-            g if g.is_nan() => 0.0,
+            g if g.is_nan() || g == f32::NEG_INFINITY => 0.0,
             g if highest == f32::INFINITY => f64::from(u8::from(g == f32::INFINITY)),
             g => (f64::from(g) - f64::from(highest)).exp(),
         };
         let sum: f64 = row.iter().map(|&g| term(g)).sum();
         scores.extend(row.iter().map(|&g| match score {
-            _ if g.is_nan() || !finite => 0.0,
+            _ if g.is_nan() => 0.0,
             Score::Softmax => (term(g) / (sum + 1e-20)) as f32,
             Score::Sigmoid => (1.0 / (1.0 + (-f64::from(g)).exp())) as f32,
         }));

@@ -3,6 +3,7 @@
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::{expect_most, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
@@ -20,7 +21,7 @@ pub const SPEC: Spec = Spec {
         write("counts", 4),
         write("assigned", 4),
     ],
-    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
+    variants: || Target::ALL.map(prelude).into(),
 };
 
 params! {
@@ -56,9 +57,12 @@ fn tile(tokens: u32, experts: u32, lanes: u32) -> u32 {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `values` are not whole rows of `experts`, if `top` is above `experts`, or if there
+/// are no `offsets`; the message names the argument.
 pub fn cpu(values: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
-    let tokens = values.len() / experts;
+    let tokens = expect_rows("values", values.len(), "experts", experts);
+    expect_most("top", top, experts);
+    expect_offsets("offsets", offsets.len());
     let mut assigned = bits::empty(tokens, experts);
     for range in super::expert_choice::ranges(offsets, tokens) {
         let pairs = range.start * experts..range.end * experts;

@@ -1,8 +1,13 @@
-//! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
-//!.
+//! Token choice: each token takes its top `K` experts, within groups and a block's coreset where
+//! there are such.
+//!
+//! Groups: a group's value is the sum of its two highest eligible values, and a group with fewer than two
+//! eligible experts is never chosen. Where groups have one expert each, a group's value is that
+//! expert's value. One group is the same as no groups.
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::{expect_most, expect_rows, expect_some};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
@@ -10,35 +15,43 @@ use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
-pub const SPEC: Spec = Spec {
-    name: "token_choice",
-    body: include_str!("../../shaders/token_choice.wgsl"),
-    params: Params::LAYOUT,
-    bindings: &[
-        read("values", 4),
-        read("coreset", 4),
-        read("block_of", 4),
-        read("rows", 4),
-        write("assigned", 4),
-    ],
-    variants: || {
-        let mut all = vec![];
-        for target in [Target::Wide, Target::Serial] {
-            for list in [4, 8, 16] {
-                for groups in [1, 32] {
-                    all.push(prelude(Variant { target, subgroups: false }, list, groups));
-                }
-            }
-        }
-        all
-    },
-};
+pub const SPEC: Spec =
+    Spec {
+        name: "token_choice",
+        body: include_str!("../../shaders/token_choice.wgsl"),
+        params: Params::LAYOUT,
+        bindings: &[
+            read("values", 4),
+            read("coreset", 4),
+            read("block_of", 4),
+            read("rows", 4),
+            write("assigned", 4),
+        ],
+        variants: || {
+            Prelude::distinct(Variant::EVERY.into_iter().flat_map(|variant| {
+                sizes().map(move |[list, groups]| prelude(variant, list, groups))
+            }))
+        },
+    };
 
 params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32 }
 
+/// How many experts a lane may keep at a time.
+const LISTS: [u32; 3] = [4, 8, 16];
+
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
-    [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
+    LISTS.into_iter().find(|&list| top <= list).unwrap_or(LISTS[2])
+}
+
+/// Groups that a variant has room for.
+pub(crate) fn groups_of(groups: Option<Groups>) -> u32 {
+    if groups.is_some() { MAX_GROUPS } else { 1 }
+}
+
+/// Every pair of [`list_of`] and [`groups_of`].
+pub(crate) fn sizes() -> impl Iterator<Item = [u32; 2]> {
+    LISTS.into_iter().flat_map(|list| [1, MAX_GROUPS].map(|groups| [list, groups]))
 }
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
@@ -63,11 +76,14 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.
 pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`.
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`; `eligible`
+/// is asked for every token and expert.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `values` are not whole rows of `experts`, if `top` is above `experts`, or if
+/// `groups` do not divide `experts` or have more to choose than there are; the message names the
+/// argument.
 pub fn cpu(
     values: &[f32],
     experts: usize,
@@ -75,17 +91,27 @@ pub fn cpu(
     groups: Option<Groups>,
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
-    let tokens = values.len() / experts;
+    let tokens = expect_rows("values", values.len(), "experts", experts);
+    expect_most("top", top, experts);
+    if let Some(Groups { count, top }) = groups {
+        expect_some("groups", count as usize);
+        assert!(
+            experts.is_multiple_of(count as usize),
+            "`groups`: {count} groups do not divide {experts} experts"
+        );
+        expect_most("groups", top as usize, count as usize);
+    }
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
         let row = &values[t * experts..][..experts];
         let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
         if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
             let size = experts / count as usize;
-            // A group's value, where it has two eligible experts.
+            // A group's value, where it has as many eligible experts as it needs.
             let value = |g: usize| -> Option<f32> {
                 let mine = candidates.iter().copied().filter(|e| e / size == g);
                 match order::top(mine, 2, |e| row[e])[..] {
+                    [a] if size == 1 => Some(row[a]),
                     [a, b] => Some(row[a] + row[b]),
                     _ => None,
                 }
@@ -154,7 +180,7 @@ impl TokenChoice {
     pub fn new(ctx: &Context, experts: u32, top: u32, groups: Option<Groups>) -> Result<Self> {
         Self::check(experts, top, groups)?;
         let groups = groups.filter(|g| g.count > 1);
-        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
+        let of_groups = groups_of(groups);
         let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
         Ok(Self { ctx: ctx.clone(), experts, top, groups, kernel })
     }

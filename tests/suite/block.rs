@@ -236,6 +236,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     offsets,
                     plan: a[0].slice(),
                     stats: a[1].slice(),
+                    add_stats: false,
                 };
                 let fill = plan_fill::Args { assigned, gates: a[2].slice(), plan: a[0].slice() };
                 let steps = PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap();
@@ -249,6 +250,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     offsets,
                     plan: b[0].slice(),
                     stats: b[1].slice(),
+                    add_stats: false,
                 };
                 let op = block_plan::BlockPlan::new(&ctx).unwrap();
                 let step = op.bind(&shape, args).unwrap();

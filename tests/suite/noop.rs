@@ -133,7 +133,13 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             .bind(&shape, plan_count::Args { assigned: bits(0), gates: None, plan })?,
         plan_scan::PlanScan::new(ctx)?.bind(
             &shape,
-            plan_scan::Args { lost: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
+            plan_scan::Args {
+                lost: None,
+                offsets: None,
+                plan,
+                stats: words(&b[1], 8 + e),
+                add_stats: false,
+            },
         )?,
         plan_fill::PlanFill::new(ctx)?
             .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
@@ -161,6 +167,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 offsets: None,
                 plan: words(&b[7], u64::from(few.sections()?.words)),
                 stats: words(&b[3], 8 + e),
+                add_stats: false,
             },
         )?,
         gather::Gather::new(ctx)?.bind(

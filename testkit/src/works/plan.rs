@@ -52,8 +52,13 @@ pub fn plan(
         gates: Some(how),
         plan: (&plan).into(),
     };
-    let scan =
-        plan_scan::Args { lost: None, offsets: None, plan: (&plan).into(), stats: (&stats).into() };
+    let scan = plan_scan::Args {
+        lost: None,
+        offsets: None,
+        plan: (&plan).into(),
+        stats: (&stats).into(),
+        add_stats: false,
+    };
     let fill = plan_fill::Args {
         assigned: (&assigned_in).into(),
         gates: (&gates).into(),
