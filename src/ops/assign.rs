@@ -1,6 +1,7 @@
 //! Assignments of somebody else's router, brought into the bit set.
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
+use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows, expect_some};
 use crate::plan::bits;
@@ -106,7 +107,7 @@ impl Assign {
     ///
     /// # Errors
     ///
-    /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero experts or places, too many experts, on a software driver too many places, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, top } = *dims;
         few_experts(experts)?;
@@ -114,6 +115,8 @@ impl Assign {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
+        // One lane reads a token's places, and of the experts its share, twice.
+        check_loops(&self.ctx, "top", top, u64::from(top) + 2 * u64::from(experts.div_ceil(32)))?;
         let columns = u64::from(tokens.div_ceil(32));
         args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;
         args.weights.expect("weights", &[tokens.into(), top.into()], 4)?;

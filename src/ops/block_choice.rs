@@ -42,7 +42,8 @@ params! {
 pub const MAX_TOKENS: u32 = 32;
 /// Most experts, by workgroup memory.
 pub const MAX_EXPERTS: u32 = 384;
-/// Most blocks: one lane's loops over all of them must stay within 65,535 rounds (lavapipe 22.3).
+/// Most blocks: the loops of one lane go over the experts and tokens of each in turn, and software drivers limit their iterations
+/// ([`LOOP_ITERATIONS`](crate::device::quirks::LOOP_ITERATIONS)).
 pub const MAX_BLOCKS: u32 = 8;
 
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {

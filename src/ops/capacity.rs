@@ -2,6 +2,7 @@
 //! its ratios (EC-DLM, arXiv 2604.01622).
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::{check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_some};
 use crate::routing::schedule::{self, Schedule};
@@ -26,8 +27,17 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }
 
+fn lanes(target: Target) -> u32 {
+    if target == Target::Serial { 1 } else { 32 }
+}
+
+/// Iterations of one lane: the offsets, the bits of a quotient (32), the steps by halving (32).
+fn iterations(target: Target, sequences: u32) -> u64 {
+    offset_iterations(sequences, lanes(target)) + 64
+}
+
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Serial { 1 } else { 32 };
+    let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes a sequence"))
         .constant("WG", wg)
         .piece(piece!("common/grid"))
@@ -135,30 +145,43 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct Capacity {
     ctx: Context,
-    kernel: Arc<Kernel>,
 }
 
 impl Capacity {
-    /// Compiles the kernel.
+    /// Compiles the kernel, for few sequences and for many.
     ///
     /// # Errors
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        let op = Self { ctx: ctx.clone() };
+        for sequences in [1, u32::MAX] {
+            op.kernel(sequences)?;
+        }
+        Ok(op)
+    }
+
+    /// The kernel for this many sequences, and the iterations of its loops.
+    fn kernel(&self, sequences: u32) -> Result<(Arc<Kernel>, u64)> {
+        let few = self.ctx.variant();
+        let variant = few.within_loops(iterations(few.target, sequences));
+        let kernel = self.ctx.kernel(&SPEC, prelude(variant))?;
+        Ok((kernel, iterations(variant.target, sequences)))
     }
 
     /// Capacities of all sequences.
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, or a slice that does not fit ([`Error`]).
+    /// Zero or too many experts, on a software driver too many sequences, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
             return Ok(BoundOp::default());
         }
+        let (kernel, iterations) = self.kernel(sequences)?;
+        check_loops(&self.ctx, "sequences", sequences, iterations)?;
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.
         let nothing = self.ctx.scratch("no steps", 16)?;
@@ -198,6 +221,6 @@ impl Capacity {
             args.capacity_of,
             args.k_of,
         ];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, n[0])?.into())
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, n[0])?.into())
     }
 }

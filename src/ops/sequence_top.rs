@@ -2,6 +2,7 @@
 //! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_most, expect_offsets, expect_rows};
 use crate::plan::bits;
@@ -45,11 +46,28 @@ fn prelude(target: Target) -> Prelude {
 }
 
 /// Tokens that one workgroup works on: a multiple of 32, few enough pieces for each of them to add up the counts of all, and
-/// few enough pairs for its loops: Mesa's software driver (22.3) ends all loops of an invocation, without a word, once they
-/// have come round 65,535 times.
+/// few enough pairs for its loops, see [`iterations`].
 fn tile(tokens: u32, experts: u32, lanes: u32) -> u32 {
     let even = tokens.div_ceil(64).next_multiple_of(32).max(256);
-    even.min((16384 * lanes / experts.max(lanes) / 32 * 32).max(32))
+    even.min((PAIRS * lanes / experts.max(lanes) / 32 * 32).max(32))
+}
+
+/// Most (token, expert) pairs of a lane. The last round visits each twice at most, once as an expert's token and once as a tie:
+/// half of the iterations that software drivers allow. The rest is for [`iterations`]' other terms.
+const PAIRS: u32 = (LOOP_ITERATIONS as u32).div_ceil(4);
+
+/// Iterations of one lane in the last round: the offsets of three sequences, the counts of all pieces in each of the four rounds
+/// before (a stretch of the 256 bins, and the other lanes' totals), the pairs.
+fn iterations(lanes: u32, dims: Dims, tile: u32) -> u64 {
+    let tiles = u64::from(dims.tokens.div_ceil(tile));
+    let stretch = u64::from(256 / lanes);
+    let counts = 4 * (2 * stretch + stretch * tiles + u64::from(lanes));
+    let experts = u64::from(dims.experts.div_ceil(lanes));
+    let words = u64::from(tile.div_ceil(32)) + 1;
+    let chunks = u64::from(dims.experts.div_ceil(32));
+    // Of an expert and a word: the 32 tokens, as many ties, and for the token of which some are taken the chunks before.
+    let pairs = words * (experts * (2 + 64 + chunks) + 32);
+    3 * offset_iterations(dims.sequences, lanes) + counts + pairs
 }
 
 /// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` of the `top` times length highest pairs of each sequence. `values` is
@@ -156,7 +174,9 @@ impl SequenceTop {
         }
         let has_lengths = lengths.is_some().into();
         let lengths = or_nothing(&self.ctx, lengths);
-        let tile = tile(tokens, experts, lanes(self.ctx.variant().target));
+        let lanes = lanes(self.ctx.variant().target);
+        let tile = tile(tokens, experts, lanes);
+        check_loops(&self.ctx, "tokens", tokens, iterations(lanes, *dims, tile))?;
         let tiles = tokens.div_ceil(tile);
         let pieces = u64::from(tiles) + u64::from(sequences);
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;

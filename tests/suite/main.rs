@@ -22,6 +22,7 @@ mod halves;
 mod house;
 mod layer;
 mod limits;
+mod loops;
 mod noop;
 mod padding;
 mod plan;
