@@ -296,8 +296,8 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
     }
     let top = match group.routing {
         wgmoe::Routing::ExpertChoice(rule) => rule.experts_per_token,
-        wgmoe::Routing::TokenChoice(rule) => rule.top,
-        wgmoe::Routing::SequenceTop(rule) => rule.top,
+        wgmoe::Routing::TokenChoice(rule) => rule.experts_per_token,
+        wgmoe::Routing::SequenceTop(rule) => rule.experts_per_token,
         _ => settings.experts,
     };
     let tokens = f64::from(group.tokens);

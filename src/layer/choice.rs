@@ -74,7 +74,12 @@ impl Choice {
             },
             Routing::TokenChoice(rule) => Self::Tokens {
                 rule,
-                choice: token_choice::TokenChoice::new(ctx, experts, rule.top, rule.groups)?,
+                choice: token_choice::TokenChoice::new(
+                    ctx,
+                    experts,
+                    rule.experts_per_token,
+                    rule.groups,
+                )?,
                 coreset: match rule.coreset {
                     Some(_) => Some(Box::new(Election::new(ctx, experts, &rule)?)),
                     None => None,
@@ -141,7 +146,12 @@ impl Choice {
                 let (sequences, offsets) =
                     batch.sequences.map_or((1, whole.slice()), |s| (s.count, s.offsets));
                 let ChoiceInput { tokens, experts, .. } = *input;
-                let dims = sequence_top::Dims { tokens, experts, sequences, top: rule.top };
+                let dims = sequence_top::Dims {
+                    tokens,
+                    experts,
+                    sequences,
+                    experts_per_token: rule.experts_per_token,
+                };
                 let args = sequence_top::Args {
                     values: input.values.slice(),
                     offsets,
@@ -164,8 +174,8 @@ impl Choice {
             u32::try_from(slots).map_err(|_| Error::invalid("tokens", many))
         };
         match self {
-            Self::Tokens { rule, .. } => each(rule.top),
-            Self::Pairs { rule, .. } => each(rule.top),
+            Self::Tokens { rule, .. } => each(rule.experts_per_token),
+            Self::Pairs { rule, .. } => each(rule.experts_per_token),
             Self::Experts { rule, .. } => {
                 let k = rule.max_experts_per_token;
                 match batch.sequences {
@@ -247,14 +257,14 @@ impl Election {
     fn new(ctx: &Context, experts: u32, rule: &routing::TokenChoice) -> Result<Self> {
         let block = rule.coreset.ok_or_else(|| Error::invalid("coreset", "missing"))?;
         let fused = if experts <= block_choice::MAX_EXPERTS {
-            let (top, groups) = (rule.top, rule.groups);
+            let (top, groups) = (rule.experts_per_token, rule.groups);
             Some(block_choice::BlockChoice::new(ctx, experts, block, top, groups)?)
         } else {
             None
         };
         let own = |top| token_choice::TokenChoice::new(ctx, experts, top, None);
         Ok(Self {
-            own: block.own_top(rule.top).map(own).transpose()?,
+            own: block.own_top(rule.experts_per_token).map(own).transpose()?,
             coreset: coreset::Coreset::new(ctx, experts, block)?,
             fused,
         })

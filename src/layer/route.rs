@@ -85,7 +85,7 @@ impl MoeRouting {
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.config;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
-        batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
+        batch.hidden.f32s("hidden", &[tokens.into(), hidden.into()])?;
         let chosen = batch.assignments.is_some();
         Batch::unused("assignments", chosen, "this router makes its own choice")?;
         kernels.choice.check(batch)?;

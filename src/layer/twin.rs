@@ -94,10 +94,15 @@ pub fn cpu_routing(
             let HostSequences { offsets, lengths, capacity } = batch.sequences.unwrap_or(alone);
             expert_choice::cpu(r, experts, offsets, lengths, capacity)
         }
-        Routing::TokenChoice(TokenChoice { top, groups, coreset: None, .. }) => {
-            token_choice::cpu(r, experts, top as usize, groups, &|_, _| true)
-        }
-        Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
+        Routing::TokenChoice(TokenChoice {
+            experts_per_token: top, groups, coreset: None, ..
+        }) => token_choice::cpu(r, experts, top as usize, groups, &|_, _| true),
+        Routing::TokenChoice(TokenChoice {
+            experts_per_token: top,
+            groups,
+            coreset: Some(rule),
+            ..
+        }) => {
             let ends = default_blocks(tokens);
             let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
             let own = rule
@@ -117,7 +122,7 @@ pub fn cpu_routing(
         Routing::SequenceTop(rule) => {
             let whole = [0, tokens];
             let offsets = batch.sequences.map_or(&whole[..], |s| s.offsets);
-            sequence_top::cpu(r, experts, rule.top as usize, offsets)
+            sequence_top::cpu(r, experts, rule.experts_per_token as usize, offsets)
         }
     };
     let source = if routing.gate() == GateRule::Softmax { logits } else { s };

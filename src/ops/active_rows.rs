@@ -120,12 +120,12 @@ impl ActiveRows {
             return Ok(BoundOp::default());
         }
         let columns = u64::from(tokens.div_ceil(32));
-        args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
-        args.lengths.expect("lengths", &[sequences.into()], 4)?;
-        args.rows.expect("rows", &[columns], 4)?;
+        args.offsets.u32s("offsets", &[u64::from(sequences) + 1])?;
+        args.lengths.u32s("lengths", &[sequences.into()])?;
+        args.rows.u32s("rows", &[columns])?;
         if let Some(c) = args.capacities {
-            c.capacity_of.expect("capacity_of", &[u64::from(tokens) + 1], 4)?;
-            c.capacity.expect("capacity", &[1], 4)?;
+            c.capacity_of.u32s("capacity_of", &[u64::from(tokens) + 1])?;
+            c.capacity.u32s("capacity", &[1])?;
         }
         let has_capacity = args.capacities.is_some().into();
         // The stand-in is written in the place of `capacity`: it cannot be bound a second time.

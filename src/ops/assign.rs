@@ -118,11 +118,11 @@ impl Assign {
         // One lane reads a token's places, and of the experts its share, twice.
         check_loops(&self.ctx, "top", top, u64::from(top) + 2 * u64::from(experts.div_ceil(32)))?;
         let columns = u64::from(tokens.div_ceil(32));
-        args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;
-        args.weights.expect("weights", &[tokens.into(), top.into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.ignored.expect("ignored", &[columns], 4)?;
+        args.ids.u32s("ids", &[tokens.into(), top.into()])?;
+        args.weights.f32s("weights", &[tokens.into(), top.into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns])?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.ignored.u32s("ignored", &[columns])?;
         let slices = [args.ids, args.weights, args.assigned, args.gates, args.ignored];
         Ok(self
             .kernel

@@ -128,12 +128,12 @@ impl AssignLists {
         let iterations = share(tokens.div_ceil(32)) + offset_iterations(experts, LANES);
         check_loops(&self.ctx, "tokens", tokens, iterations)?;
         check_loops(&self.ctx, "entries", entries, iterations + share(entries))?;
-        args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
-        args.list.expect("list", &[entries.max(1).into()], 4)?;
-        args.weights.expect("weights", &[entries.max(1).into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.ignored.expect("ignored", &[experts.into()], 4)?;
+        args.offsets.u32s("offsets", &[u64::from(experts) + 1])?;
+        args.list.u32s("list", &[entries.max(1).into()])?;
+        args.weights.f32s("weights", &[entries.max(1).into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.ignored.u32s("ignored", &[experts.into()])?;
         let Args { offsets, list, weights, assigned, gates, ignored } = args;
         let slices = [offsets, list, weights, assigned, gates, ignored];
         let params = Params { tokens, experts, entries };

@@ -2,11 +2,11 @@
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::rule_number;
-use super::token_choice::{TokenChoice, groups_of, list_of, sizes};
+use super::token_choice::{groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::routing::{BlockRule, Groups};
+use crate::routing::{BlockRule, Groups, check};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -106,26 +106,26 @@ pub struct BlockChoice {
 }
 
 impl BlockChoice {
-    /// Compiles the kernel of a rule, for choices of `top` experts.
+    /// Compiles the kernel of a rule, for choices of `experts_per_token` experts.
     ///
     /// # Errors
     ///
-    /// As [`TokenChoice::new`] and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
+    /// As [`TokenChoice::new`](super::token_choice::TokenChoice::new) and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
     /// experts.
     pub fn new(
         ctx: &Context,
         experts: u32,
         rule: BlockRule,
-        top: u32,
+        experts_per_token: u32,
         groups: Option<Groups>,
     ) -> Result<Self> {
         if experts > MAX_EXPERTS {
             return Err(Error::invalid("experts", format!("{experts}, at most {MAX_EXPERTS}")));
         }
-        TokenChoice::check(experts, top, groups)?;
-        TokenChoice::check(experts, rule.own_top(top).unwrap_or(top), None)?;
+        check::token_choice(experts, experts_per_token, groups)?;
         rule.check(experts)?;
         let groups = groups.filter(|g| g.count > 1);
+        let top = experts_per_token;
         let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
         let target = ctx.variant().target;
         let of_groups = groups_of(groups);
@@ -155,13 +155,13 @@ impl BlockChoice {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
         if let Some(voters) = args.voters {
-            voters.expect("voters", &[tokens.into()], 4)?;
+            voters.u32s("voters", &[tokens.into()])?;
         }
-        args.assigned.expect("assigned", &[experts.into()], 4)?;
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
+        args.assigned.u32s("assigned", &[experts.into()])?;
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
@@ -170,7 +170,7 @@ impl BlockChoice {
             own_top: self.rule.own_top(self.top).unwrap_or(0),
             top: self.top,
             group_count: self.groups.map_or(1, |g| g.count),
-            group_top: self.groups.map_or(1, |g| g.top),
+            group_top: self.groups.map_or(1, |g| g.per_token),
             count,
             mass,
             has_voters: args.voters.is_some().into(),

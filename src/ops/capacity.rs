@@ -103,8 +103,9 @@ pub struct Dims {
     pub sequences: u32,
 }
 
-/// Where the experts per token of each sequence come from. Errors name what is given a sequence `mask`. `steps` is
-/// [`Staircase::words`](schedule::Staircase::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
+/// Where the experts per token of each sequence come from. `steps` is [`Staircase::words`](schedule::Staircase::words) on the device,
+/// or any such `[steps, 2]` u32: it may be rewritten between steps too. The kernel calls `ratios`, `masked` and the given
+/// experts per token `mask`, so errors about a buffer's usage, alignment or overlap do too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].
@@ -186,24 +187,35 @@ impl Capacity {
         // A stand-in of its own: the context's may stand for the lengths.
         let nothing = self.ctx.scratch("no steps", 16)?;
         let (source, mask, steps) = match args.source {
-            Source::Ratios { ratios, steps } => (0, ratios, steps),
-            Source::Masked { masked, steps } => (1, masked, steps),
-            Source::ExpertsPerToken(k) => (2, k, Slice::from(&nothing)),
+            Source::Ratios { ratios, steps } => {
+                ratios.f32s("ratios", &n)?;
+                (0, ratios, steps)
+            }
+            Source::Masked { masked, steps } => {
+                masked.u32s("masked", &n)?;
+                (1, masked, steps)
+            }
+            Source::ExpertsPerToken(k) => {
+                k.u32s("experts_per_token", &n)?;
+                (2, k, Slice::from(&nothing))
+            }
         };
-        mask.expect("mask", &n, 4)?;
         if steps.size < 8 || steps.size % 8 != 0 {
+            // Down: the next multiple above may be none.
+            let pairs = (steps.size / 8).max(1);
             return Err(Error::Size {
                 name: "steps",
-                expected: steps.size.next_multiple_of(8).max(8),
+                expected: pairs * 8,
                 got: steps.size,
+                shape: Some(format!("[{pairs}, 2] u32")),
             });
         }
-        args.offsets.expect("offsets", &[n[0] + 1], 4)?;
+        args.offsets.u32s("offsets", &[n[0] + 1])?;
         if let Some(lengths) = args.lengths {
-            lengths.expect("lengths", &n, 4)?;
+            lengths.u32s("lengths", &n)?;
         }
-        args.capacity_of.expect("capacity_of", &n, 4)?;
-        args.k_of.expect("k_of", &n, 4)?;
+        args.capacity_of.u32s("capacity_of", &n)?;
+        args.k_of.u32s("k_of", &n)?;
         let params = Params {
             tokens,
             experts,

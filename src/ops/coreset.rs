@@ -313,10 +313,10 @@ impl Coreset {
         }
         let (kernel, iterations) = self.kernel(*dims)?;
         check_loops(&self.ctx, "tokens", tokens, iterations)?;
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
         if let Some(own_choice) = args.own_choice {
-            own_choice.expect("own_choice", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+            own_choice.u32s("own_choice", &[experts.into(), tokens.div_ceil(32).into()])?;
         } else if self.rule.own_top(1).is_some() {
             return Err(Error::invalid(
                 "own_choice",
@@ -324,13 +324,13 @@ impl Coreset {
             ));
         }
         if let Some(voters) = args.voters {
-            voters.expect("voters", &[tokens.into()], 4)?;
+            voters.u32s("voters", &[tokens.into()])?;
         }
         if let Some(rows) = rows {
-            rows.expect("rows", &[tokens.div_ceil(32).into()], 4)?;
+            rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
         }
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
-        args.block_of.expect("block_of", &[tokens.into()], 4)?;
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
+        args.block_of.u32s("block_of", &[tokens.into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,

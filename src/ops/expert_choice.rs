@@ -308,13 +308,13 @@ impl ExpertChoice {
             return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(sequences) + 1])?;
         if let Some(lengths) = args.lengths {
-            lengths.expect("lengths", &[sequences.into()], 4)?;
+            lengths.u32s("lengths", &[sequences.into()])?;
         }
-        args.capacity.expect("capacity", &[sequences.into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
+        args.capacity.u32s("capacity", &[sequences.into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
         let params =
             Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
@@ -341,11 +341,11 @@ impl ExpertChoice {
             return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[2], 4)?;
-        args.capacity.expect("capacity", &[1], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
-        args.dropped.expect("dropped", &[experts.into()], 4)?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[2])?;
+        args.capacity.u32s("capacity", &[1])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
+        args.dropped.u32s("dropped", &[experts.into()])?;
         let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
         let slices =
             [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];

@@ -100,11 +100,7 @@ impl Totals {
                 let wide = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
                 Ok(Self { experts: wide(a, b), blocks: wide(c, d) })
             }
-            _ => Err(Error::Size {
-                name: "words",
-                expected: Self::BYTES,
-                got: 4 * words.len() as u64,
-            }),
+            _ => Err(Error::size("words", Self::BYTES, 4 * words.len() as u64)),
         }
     }
 
@@ -199,13 +195,13 @@ impl ExpertUnion {
         }
         let (kernel, iterations) = self.kernel(*dims)?;
         check_loops(&self.ctx, "tokens", tokens, iterations)?;
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
-        args.counts.expect("counts", &[blocks.into()], 4)?;
-        args.bytes.expect("bytes", &[blocks.into()], 8)?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
+        args.counts.u32s("counts", &[blocks.into()])?;
+        args.bytes.pairs("bytes", &[blocks.into()])?;
         if let Some(totals) = args.totals {
-            totals.expect("totals", &[4], 4)?;
+            totals.u32s("totals", &[4])?;
         }
         let params = Params {
             tokens,

@@ -130,9 +130,9 @@ impl Gather {
         if slots == 0 {
             return Ok(BoundOp::default());
         }
-        args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
-        args.token_of.expect("token_of", &[slots.into()], 4)?;
-        args.out.expect("out", &[slots.into(), hidden.into()], 4)?;
+        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.token_of.u32s("token_of", &[slots.into()])?;
+        args.out.f32s("out", &[slots.into(), hidden.into()])?;
         let params = Params { tokens, slots, ..Params::default() };
         self.dispatch(params, hidden, [args.x, args.token_of, args.out])
     }

@@ -177,7 +177,7 @@ impl GroupedMatmul {
         let [width, depth] = experts.matrix(self.stage.projection());
         let all = shape.all_experts();
         match args.places {
-            Some(places) => places.expect("places", &[all.into()], 4)?,
+            Some(places) => places.u32s("places", &[all.into()])?,
             None if experts.experts != all => {
                 let reason = format!("{} experts, the plan has {all}", experts.experts);
                 return Err(Error::invalid("weights", reason));
@@ -189,7 +189,7 @@ impl GroupedMatmul {
             let reason = format!("{start}..{end} of {width}, must start at a multiple of {PANEL}");
             return Err(Error::invalid("columns", reason));
         }
-        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.plan.u32s("plan", &[at.words.into()])?;
         let slots = |rows: SlotRows<'_>| u64::from(args.slots.end.saturating_sub(rows.first));
         match args.x {
             Rows::Tokens(x) => at_least("x", x, &[shape.tokens.into(), depth.into()])?,
@@ -282,7 +282,8 @@ fn at_least(name: &'static str, slice: Slice<'_>, shape: &[u64]) -> Result<()> {
     if slice.size >= expected {
         Ok(())
     } else {
-        Err(Error::Size { name, expected, got: slice.size })
+        let shape = Some(format!("at least {shape:?} f32"));
+        Err(Error::Size { name, expected, got: slice.size, shape })
     }
 }
 

@@ -74,9 +74,9 @@ impl Logits {
             return Ok(BoundOp::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
-        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
-        args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
-        args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
+        args.x.f32s("x", &[rows.into(), hidden.into()])?;
+        args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
+        args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
         let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
             (&self.skinny, SKINNY_ROWS)
         } else {

@@ -108,10 +108,10 @@ impl PlanScan {
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         shape.slots()?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        args.stats.expect("stats", &[8 + u64::from(shape.experts)], 4)?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.stats.u32s("stats", &[8 + u64::from(shape.experts)])?;
         if let Some(l) = args.lost {
-            l.counts.expect("lost", &[u64::from(l.dropped) + u64::from(l.ignored)], 4)?;
+            l.counts.u32s("lost", &[u64::from(l.dropped) + u64::from(l.ignored)])?;
         }
         let params = Params {
             tokens: shape.tokens,

@@ -144,12 +144,12 @@ impl Scores {
             return Ok(BoundOp::default());
         }
         let shape = [tokens.into(), experts.into()];
-        args.logits.expect("logits", &shape, 4)?;
+        args.logits.f32s("logits", &shape)?;
         if let Some(bias) = args.bias {
-            bias.expect("bias", &[experts.into()], 4)?;
+            bias.f32s("bias", &[experts.into()])?;
         }
-        args.scores.expect("scores", &shape, 4)?;
-        args.values.expect("values", &shape, 4)?;
+        args.scores.f32s("scores", &shape)?;
+        args.values.f32s("values", &shape)?;
         let params = Params {
             tokens,
             experts,

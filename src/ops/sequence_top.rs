@@ -1,13 +1,13 @@
 //! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
 //! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
-use super::{few_experts, not_zero, or_nothing};
+use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_most, expect_offsets, expect_rows};
 use crate::plan::bits;
-use crate::routing::order;
-use crate::{BoundOp, Context, Error, Result, Slice, Target};
+use crate::routing::{check, order};
+use crate::{BoundOp, Context, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/sequence_top.wgsl`.
@@ -101,7 +101,7 @@ pub struct Dims {
     /// Ranges of tokens that are chosen from apart.
     pub sequences: u32,
     /// K: experts of a token in the mean, at most `experts`.
-    pub top: u32,
+    pub experts_per_token: u32,
 }
 
 /// Buffers of one choice.
@@ -127,16 +127,17 @@ impl SequenceTop {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where wgpu refuses it.
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant().target))? })
     }
 
-    /// Chooses `top` times its length pairs of each sequence: five dispatches, and scratch of 4 KiB a piece.
+    /// Chooses `experts_per_token` times its length pairs of each sequence: five dispatches, and scratch of 4 KiB a piece.
     ///
     /// # Errors
     ///
-    /// Zero sequences, zero or too many experts, `top` of 0 or above `experts`, or a slice that does not fit ([`Error`]).
+    /// Zero sequences, zero or too many experts, `experts_per_token` of 0 or above `experts`, or a slice that does
+    /// not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         self.bind_among(dims, args, None)
     }
@@ -157,20 +158,17 @@ impl SequenceTop {
         args: Args<'_>,
         lengths: Option<Slice<'_>>,
     ) -> Result<BoundOp> {
-        let Dims { tokens, experts, sequences, top } = *dims;
-        few_experts(experts)?;
-        not_zero(&[("sequences", sequences), ("top", top)])?;
-        if top > experts {
-            return Err(Error::invalid("top", format!("{top} of {experts} experts")));
-        }
+        let Dims { tokens, experts, sequences, experts_per_token: top } = *dims;
+        check::sequence_top(experts, top)?;
+        not_zero(&[("sequences", sequences)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(sequences) + 1])?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
         if let Some(lengths) = lengths {
-            lengths.expect("lengths", &[sequences.into()], 4)?;
+            lengths.u32s("lengths", &[sequences.into()])?;
         }
         let has_lengths = lengths.is_some().into();
         let lengths = or_nothing(&self.ctx, lengths);
