@@ -1,6 +1,6 @@
-// scores[t, e] = softmax over e (g[t, :]) or sigmoid(g[t, e]);  values[t, e] = (g or s)[t, e] + bias[e]
+// score_of[t, e] = softmax over e (g[t, :]) or sigmoid(g[t, e]);  values[t, e] = (g or s)[t, e] + bias[e]
 //   logits [tokens, experts] f32, any value; bias [experts] f32
-//   scores [tokens, experts] f32: NaN logits give 0; in a softmax, logits of +inf share 1 equally and the
+//   score_of [tokens, experts] f32: NaN logits give 0; in a softmax, logits of +inf share 1 equally and the
 //   others get 0, and a row of only -inf and NaN gives 0 throughout
 //   values [tokens, experts] f32: NaN where the logit is NaN
 // Grid: ceil(tokens / ROWS) groups, ROWS rows of LANES lanes each; LANES is WG (ROWS 1) or 1.
@@ -18,7 +18,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> logits: array<u32>;
 @group(0) @binding(2) var<storage, read> bias: array<u32>;
-@group(0) @binding(3) var<storage, read_write> scores: array<f32>;
+@group(0) @binding(3) var<storage, read_write> score_of: array<f32>;
 @group(0) @binding(4) var<storage, read_write> values: array<u32>;
 
 fn sigmoid(g: u32) -> f32 {
@@ -75,7 +75,7 @@ fn scores(
       selection = add_bits(value, bias[e]);
     }
     if live {
-      scores[base + e] = score;
+      score_of[base + e] = score;
       values[base + e] = selection;
     }
   }

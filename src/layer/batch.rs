@@ -30,7 +30,8 @@ pub struct Batch<'a> {
     pub add: bool,
     /// Sequences; one of all tokens, with the rule's own experts per token, where absent.
     pub sequences: Option<Sequences<'a>>,
-    /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent.
+    /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent, counted from the
+    /// batch's first, whatever its sequences.
     pub blocks: Option<Blocks<'a>>,
     /// Which experts work on which tokens, for [`MoeExperts`](super::MoeExperts).
     pub assignments: Option<Assignments<'a>>,
@@ -114,7 +115,10 @@ impl<'a> Batch<'a> {
 /// | sequence top | each is chosen from apart | padding | an error |
 /// | token choice | where padding lies | padding; an error without | an error |
 ///
-/// Padding gets no expert and has no say in any choice.
+/// Padding gets no expert and has no say in any choice: the other tokens are routed as if they were
+/// alone, and a capacity factor counts only them. It lies past the lengths and outside all sequences.
+/// Its rows of the output are 0, or the residual alone. Shared experts know nothing of padding: they
+/// take every token.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Sequences<'a> {

@@ -13,7 +13,7 @@ pub const SPEC: Spec = Spec {
     name: "scores",
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
+    bindings: &[read("logits", 4), read("bias", 4), write("score_of", 4), write("values", 4)],
     variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 

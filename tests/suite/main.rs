@@ -24,6 +24,7 @@ mod loops;
 mod matmul;
 mod messages;
 mod noop;
+mod padding;
 mod plan;
 mod profile;
 mod ragged_layer;

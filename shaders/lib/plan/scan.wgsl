@@ -74,8 +74,8 @@ fn scan_counts(lane: Lane) {
       end = first_slot(scan.before.x + rows, cut);
     }
     let own = items_of(end - offset);
-    let active = e < params.experts && end > offset;
-    if active {
+    let used = e < params.experts && end > offset;
+    if used {
       plan[params.active_experts + items.z] = e;
     }
     plan[params.tile_offsets + e] = items.x;
@@ -88,7 +88,7 @@ fn scan_counts(lane: Lane) {
       plan[params.skinny_items + 2u * items.y] = e;
       plan[params.skinny_items + 2u * items.y + 1u] = offset + own.x * params.tile_rows;
     }
-    items += vec3(own, u32(active));
+    items += vec3(own, u32(used));
     offset = end;
   }
 
