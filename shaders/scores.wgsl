@@ -1,6 +1,7 @@
 // s[t, e] = softmax over e (g[t, :]) or sigmoid(g[t, e]);  r[t, e] = (g or s)[t, e] + bias[e]
 //   logits [tokens, experts] f32, any value; bias [experts] f32
-//   s [tokens, experts] f32: NaN logits give 0, a row without a finite logit gives 0 throughout
+//   s [tokens, experts] f32: NaN logits give 0; in a softmax, logits of +inf share 1 equally and the
+//   others get 0, and a row of only -inf and NaN gives 0 throughout
 //   r [tokens, experts] f32: NaN where the logit is NaN
 // Grid: ceil(tokens / ROWS) groups, ROWS rows of LANES lanes each; LANES is WG (ROWS 1) or 1.
 
@@ -39,14 +40,10 @@ fn scores(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_work
     let base = min(row, params.tokens - 1u) * params.experts;
 
     var highest = 0u;
-    var finite = 0u;
     for (var e = first; e < params.experts; e += LANES) {
-        let g = logits[base + e];
-        highest = max(highest, key(g));
-        finite |= u32(is_finite(g));
+        highest = max(highest, key(logits[base + e]));
     }
     highest = team_max(lane, highest);
-    finite = team_max(lane, finite);
 
     let infinite = highest == 0xff800000u;
     let top = bitcast<f32>(bits_of_key(highest));
@@ -61,12 +58,10 @@ fn scores(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_work
     for (var e = first; e < params.experts; e += LANES) {
         let g = logits[base + e];
         var score = 0.0;
-        if finite == 1u {
-            if params.softmax == 1u {
-                score = softmax_term(g, top, infinite) / (sum + 1e-20);
-            } else {
-                score = sigmoid(g);
-            }
+        if params.softmax == 1u {
+            score = softmax_term(g, top, infinite) / (sum + 1e-20);
+        } else {
+            score = sigmoid(g);
         }
         let value = select(bitcast<u32>(score), g, params.from_logits == 1u || is_nan(g));
         var selection = value;

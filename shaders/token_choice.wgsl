@@ -3,7 +3,7 @@
 //   coreset [blocks, ceil(experts / 32)] bit set, block_of [tokens] (blocks or more: none, no expert), where blocks > 0
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 // Groups (group_count > 1): a group's value is the sum of its two highest eligible r; its experts stay eligible if it is
-// among the group_top best; fewer than two eligible experts: never.
+// among the group_top best; fewer than two eligible experts: never. A group of one is valued by its r.
 // Grid: ceil(tokens / 32) groups; a group owns a column of words, LANES lanes work on a token.
 
 struct Params {

@@ -125,3 +125,36 @@ pub(crate) fn not_zero(dims: &[(&'static str, u32)]) -> Result<()> {
         None => Ok(()),
     }
 }
+
+/// Panics unless an argument of a CPU twin has the length that its other arguments imply.
+#[track_caller]
+pub(crate) fn expect_len(name: &str, got: usize, want: usize) {
+    assert!(got == want, "`{name}`: expected {want} values, got {got}");
+}
+
+/// Panics unless an argument of a CPU twin is whole rows of `width` values; how many rows.
+#[track_caller]
+pub(crate) fn expect_rows(name: &str, got: usize, width_name: &str, width: usize) -> usize {
+    expect_some(width_name, width);
+    assert!(got.is_multiple_of(width), "`{name}`: expected rows of {width} values, got {got}");
+    got / width
+}
+
+/// Panics for a size of 0 of a CPU twin.
+#[track_caller]
+pub(crate) fn expect_some(name: &str, got: usize) {
+    assert!(got > 0, "`{name}`: expected 1 or more, got 0");
+}
+
+/// Panics where a number of a CPU twin is more than another allows.
+#[track_caller]
+pub(crate) fn expect_most(name: &str, got: usize, most: usize) {
+    assert!(got <= most, "`{name}`: expected at most {most}, got {got}");
+}
+
+/// Panics for offsets without a first one; how many ranges they stand for.
+#[track_caller]
+pub(crate) fn expect_offsets(name: &str, got: usize) -> usize {
+    assert!(got > 0, "`{name}`: expected one value more than there are ranges, got 0");
+    got - 1
+}

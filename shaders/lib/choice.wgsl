@@ -43,7 +43,7 @@ fn eligible_word(row: Row, c: u32, experts: u32) -> u32 {
     return word;
 }
 
-// The groups that stay for a row: the group_top best by the sum of their two highest.
+// The groups that stay for a row: the group_top best by the sum of their two highest, or by their one expert.
 fn choose_groups(index: u32, row: Row, choice: Choice) -> u32 {
     let team = index / LANES;
     let first = index % LANES;
@@ -62,8 +62,8 @@ fn choose_groups(index: u32, row: Row, choice: Choice) -> u32 {
                 best = max(best, k);
             }
         }
-        let sum = add_bits(bits_of_key(best), bits_of_key(second));
-        group_keys[team * GROUPS + g] = select(0u, key(sum), second != 0u);
+        let sum = key(add_bits(bits_of_key(best), bits_of_key(second)));
+        group_keys[team * GROUPS + g] = select(select(0u, sum, second != 0u), best, size == 1u);
     }
     if first == 0u {
         atomicStore(&group_masks[team], 0u);

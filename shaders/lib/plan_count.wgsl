@@ -13,26 +13,21 @@ fn count_column(index: u32, column: u32) {
 
     var count = 0u;
     var highest = 0u;
-    var finite = 0u;
     for (var c = first; c < chunks; c += LANES) {
         var word = row_words[slot * chunks + c];
         count += countOneBits(word);
         while params.rule == 1u && word != 0u {
-            let g = source[t * params.experts + c * 32u + firstTrailingBit(word)];
+            highest = max(highest, key(source[t * params.experts + c * 32u + firstTrailingBit(word)]));
             word &= word - 1u;
-            highest = max(highest, key(g));
-            finite |= u32(is_finite(g));
         }
     }
     if LANES > 1u {
-        partial_counts[index] = count | (finite << 31u);
+        partial_counts[index] = count;
         partial_keys[index] = highest;
         workgroupBarrier();
         count = 0u;
         for (var l = 0u; l < LANES; l++) {
-            let other = partial_counts[slot * LANES + l];
-            count += other & 0x7fffffffu;
-            finite |= other >> 31u;
+            count += partial_counts[slot * LANES + l];
             highest = max(highest, partial_keys[slot * LANES + l]);
         }
     }
@@ -78,7 +73,7 @@ fn count_column(index: u32, column: u32) {
             word &= word - 1u;
             var gate = 0.0;
             if params.rule == 1u {
-                gate = select(0.0, softmax_term(s, top, infinite) / (sum + 1e-20), finite == 1u);
+                gate = softmax_term(s, top, infinite) / (sum + 1e-20);
             } else if params.rule == 2u {
                 gate = bitcast<f32>(s) / (sum + 1e-20);
             } else {

@@ -2,6 +2,7 @@
 use super::{GRID, few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_rows, expect_some};
 use crate::plan::bits;
 use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
@@ -32,14 +33,17 @@ fn prelude() -> Prelude {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `top` or `experts` is 0, if `ids` are not whole rows of `top`, or if `weights` are not as many
+/// as `ids`; the message names the argument.
 pub fn cpu(
     ids: &[u32],
     weights: &[f32],
     top: usize,
     experts: usize,
 ) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
-    let tokens = ids.len() / top;
+    let tokens = expect_rows("ids", ids.len(), "top", top);
+    expect_some("experts", experts);
+    expect_len("weights", weights.len(), ids.len());
     let mut assigned = bits::empty(tokens, experts);
     let mut gates = vec![0.0; tokens * experts];
     let mut ignored = vec![0; bits::columns(tokens)];

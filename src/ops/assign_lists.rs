@@ -2,6 +2,7 @@
 use super::{GRID, OFFSETS, few_experts};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
 use crate::{Context, Result, Slice, Step};
 use std::sync::Arc;
@@ -33,14 +34,16 @@ fn prelude() -> Prelude {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If there are no `offsets`, or if `weights` are not as many as `list`; the message names the
+/// argument.
 pub fn cpu(
     offsets: &[u32],
     list: &[u32],
     weights: &[f32],
     tokens: usize,
 ) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
-    let experts = offsets.len() - 1;
+    let experts = expect_offsets("offsets", offsets.len());
+    expect_len("weights", weights.len(), list.len());
     let mut assigned = bits::empty(tokens, experts);
     let mut gates = vec![0.0; tokens * experts];
     let mut ignored = vec![0; experts];

@@ -3,6 +3,7 @@
 use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_offsets, expect_some};
 use crate::routing::schedule::{self, Schedule};
 use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -50,7 +51,8 @@ pub enum HostSource<'a> {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together, or for zero experts.
+/// If `experts` is 0, if there are no `offsets`, or if `lengths` or the source's values (`ratios`,
+/// `masked`, `experts_per_token`) are not one a sequence; the message names the argument.
 pub fn cpu(
     source: HostSource<'_>,
     tokens: usize,
@@ -58,6 +60,16 @@ pub fn cpu(
     offsets: &[u32],
     lengths: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
+    expect_some("experts", experts as usize);
+    let sequences = expect_offsets("offsets", offsets.len());
+    if let Some(lengths) = lengths {
+        expect_len("lengths", lengths.len(), sequences);
+    }
+    match source {
+        HostSource::Ratios(_, ratios) => expect_len("ratios", ratios.len(), sequences),
+        HostSource::Masked(_, masked) => expect_len("masked", masked.len(), sequences),
+        HostSource::ExpertsPerToken(k) => expect_len("experts_per_token", k.len(), sequences),
+    }
     let ranges = super::expert_choice::ranges(offsets, tokens);
     let rows = ranges.iter().enumerate().map(|(b, range)| {
         let length = lengths.map_or(range.len(), |l| range.len().min(l[b] as usize)) as u32;

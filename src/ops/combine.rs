@@ -2,6 +2,7 @@
 use super::{GRID, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_rows};
 use crate::plan::HostPlan;
 use crate::{Context, Error, PlanShape, Result, Slice, Step};
 use std::ops::Range;
@@ -30,12 +31,20 @@ fn prelude(vector: u32) -> Prelude {
         .piece(GRID)
 }
 
-/// The CPU twin: `[tokens, hidden]` from `y [slots, hidden]`; `residual` is added where there is one.
+/// The CPU twin: `[tokens, hidden]` from `y`, rows of `hidden` for all slots of the plan (and perhaps
+/// more, as its shape has room for); `residual` `[tokens, hidden]` is added where there is one.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `hidden` is 0, if `y` is not whole rows of `hidden` or fewer than the plan's slots, or if
+/// `residual` is not `[tokens, hidden]`; the message names the argument.
 pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    let rows = expect_rows("y", y.len(), "hidden", hidden);
+    let slots = plan.token_of.len();
+    assert!(rows >= slots, "`y`: expected {slots} rows, got {rows}");
+    if let Some(residual) = residual {
+        expect_len("residual", residual.len(), plan.token_offsets.len().saturating_sub(1) * hidden);
+    }
     let mut out = vec![];
     for (t, span) in plan.token_offsets.windows(2).enumerate() {
         let slots = &plan.slot_of[span[0] as usize..span[1] as usize];

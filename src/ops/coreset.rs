@@ -3,6 +3,7 @@
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{BlockRule, mass_units};
@@ -95,7 +96,9 @@ pub fn vote(r: f32) -> i64 {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if the rule's numbers do not fit `experts` ([`BlockRule::check`]), if `r` is not
+/// whole rows of `experts`, if `own` is read and not `experts * ceil(tokens / 32)` long, if there are
+/// no `offsets`, or if `marks` are not one a token; the message names the argument.
 pub fn cpu(
     rule: BlockRule,
     r: &[f32],
@@ -104,7 +107,17 @@ pub fn cpu(
     offsets: &[u32],
     marks: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = r.len() / experts;
+    let tokens = expect_rows("r", r.len(), "experts", experts);
+    if let Err(error) = rule.check(experts as u32) {
+        panic!("{error}");
+    }
+    if rule.own_top(1).is_some() {
+        expect_len("own", own.len(), experts * bits::columns(tokens));
+    }
+    expect_offsets("offsets", offsets.len());
+    if let Some(marks) = marks {
+        expect_len("marks", marks.len(), tokens);
+    }
     let mut members = vec![];
     let mut block_of = vec![u32::MAX; tokens];
     for (block, range) in super::expert_choice::ranges(offsets, tokens).into_iter().enumerate() {

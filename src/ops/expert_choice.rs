@@ -3,6 +3,7 @@
 use super::{GRID, KEYS, OFFSETS, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::{Context, Result, Slice, Step, Target};
@@ -85,12 +86,13 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
         })
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made
-/// monotone and at most `tokens`), `lengths` and `capacity` `[sequences]`.
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets`
+/// `[sequences + 1]` (made monotone and at most `tokens`), `lengths` and `capacity` `[sequences]`.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `r` is not whole rows of `experts`, if there are no `offsets`, or if
+/// `lengths` or `capacity` are not one a sequence; the message names the argument.
 pub fn cpu(
     r: &[f32],
     experts: usize,
@@ -98,7 +100,12 @@ pub fn cpu(
     lengths: Option<&[u32]>,
     capacity: &[u32],
 ) -> Vec<u32> {
-    let tokens = r.len() / experts;
+    let tokens = expect_rows("r", r.len(), "experts", experts);
+    let sequences = expect_offsets("offsets", offsets.len());
+    if let Some(lengths) = lengths {
+        expect_len("lengths", lengths.len(), sequences);
+    }
+    expect_len("capacity", capacity.len(), sequences);
     let mut assigned = bits::empty(tokens, experts);
     for (b, range) in ranges(offsets, tokens).into_iter().enumerate() {
         let length = lengths.map_or(range.len(), |l| range.len().min(l[b] as usize));
@@ -121,14 +128,16 @@ pub fn cpu(
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `gates` are not whole rows of `experts`, or if `assigned` is not
+/// `experts * ceil(tokens / 32)` long; the message names the argument.
 pub fn cpu_drop(
     gates: &[f32],
     experts: usize,
     assigned: &[u32],
     capacity: u32,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = gates.len() / experts;
+    let tokens = expect_rows("gates", gates.len(), "experts", experts);
+    expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
     let mut kept = bits::empty(tokens, experts);
     let mut dropped = vec![];
     for e in 0..experts {

@@ -2,6 +2,7 @@
 use super::{GRID, OFFSETS, few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
 use crate::{Context, Error, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -37,7 +38,8 @@ fn prelude(variant: Variant) -> Prelude {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `assigned` is not `experts * ceil(tokens / 32)` long, or if there are no `offsets`; the message
+/// names the argument.
 pub fn cpu(
     assigned: &[u32],
     tokens: usize,
@@ -45,6 +47,8 @@ pub fn cpu(
     offsets: &[u32],
     expert_bytes: u64,
 ) -> (Vec<u32>, Vec<u32>, Vec<u64>) {
+    expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
+    expect_offsets("offsets", offsets.len());
     let (mut members, mut counts) = (vec![], vec![]);
     for range in super::expert_choice::ranges(offsets, tokens) {
         let mut row = vec![0u32; experts.div_ceil(32)];
@@ -96,10 +100,10 @@ impl Totals {
     ///
     /// # Panics
     ///
-    /// If there is not one offset more than counts.
+    /// If `offsets` are not one more than `counts`; the message names the argument.
     pub fn add(&mut self, counts: &[u32], offsets: &[u32], tokens: usize) {
+        expect_len("offsets", offsets.len(), counts.len() + 1);
         let ranges = super::expert_choice::ranges(offsets, tokens);
-        assert_eq!(ranges.len(), counts.len(), "offsets");
         for (&n, _) in counts.iter().zip(ranges).filter(|(_, range)| !range.is_empty()) {
             self.experts += u64::from(n);
             self.blocks += 1;

@@ -3,6 +3,7 @@
 use super::{GRID, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::expect_rows;
 use crate::{Context, PlanShape, Result, Slice, Step, Target};
 use std::ops::Range;
 use std::sync::Arc;
@@ -58,9 +59,9 @@ fn prelude(target: Target, width: u32) -> Prelude {
 ///
 /// # Panics
 ///
-/// If `x.len()` is not a multiple of `hidden`.
+/// If `hidden` is 0, or if `x` is not whole rows of `hidden`; the message names the argument.
 pub fn cpu(x: &[f32], hidden: usize, token_of: &[u32]) -> Vec<f32> {
-    assert_eq!(x.len() % hidden, 0, "x: [tokens, hidden]");
+    expect_rows("x", x.len(), "hidden", hidden);
     let rows: Vec<&[f32]> = x.chunks_exact(hidden).collect();
     token_of
         .iter()

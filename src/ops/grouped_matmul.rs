@@ -6,7 +6,7 @@
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write};
-use crate::error::bytes_of;
+use crate::error::{bytes_of, expect_rows};
 use crate::routing::Activation;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Projection, WeightType};
 use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
@@ -208,11 +208,8 @@ pub fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
     }
 }
 
-/// The CPU twin of one row: `[N]` from `x [K]` and weights `[N, K]`, f64 sums rounded once.
-///
-/// # Panics
-///
-/// If the lengths do not fit together.
+/// The CPU twin of one row: `[N]` from `x [K]` and weights `[N, K]` as a function of the index, in
+/// f64.
 pub fn cpu_row(x: &[f32], weights: &dyn Fn(usize) -> f32, columns: usize) -> Vec<f64> {
     let depth = x.len();
     (0..columns)
@@ -537,9 +534,11 @@ impl Logits {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `hidden` is 0, or if `x` or `weights` are not whole rows of `hidden`; the message names the
+/// argument.
 pub fn cpu_logits(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
-    let experts = weights.len() / hidden;
+    expect_rows("x", x.len(), "hidden", hidden);
+    let experts = expect_rows("weights", weights.len(), "hidden", hidden);
     x.chunks_exact(hidden)
         .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
         .map(|g| g as f32)

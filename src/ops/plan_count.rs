@@ -1,8 +1,15 @@
-//! First part of a plan: the gates of each token, how many experts it has, how many tokens each expert has, and ranks
-//!.
+//! First part of a plan: the gates of each token, how many experts it has, how many tokens each
+//! expert has, and ranks.
+//!
+//! Gates that are divided by a sum ([`GateRule::Softmax`], [`GateRule::Normalised`]) carry the error
+//! of that sum in f32: for a token of n experts at most about `(n + 6) 2^-24` of the gate where the
+//! terms have one sign, as softmax's and sigmoid's have. Scores of the caller's own may have both:
+//! the bound then grows by `(sum of |s|) / |sum of s|`. Of 1,000 experts of mixed sign, gates off by
+//! 3.5e-6 of their value were seen.
 use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_rows};
 use crate::plan::bits;
 use crate::routing::GateRule;
 use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
@@ -64,12 +71,15 @@ pub struct Scales<T> {
     pub by_expert: Option<T>,
 }
 
-/// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is `[tokens, experts]`: logits for
-/// [`GateRule::Softmax`], else scores.
+/// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is
+/// `[tokens, experts]`: logits for [`GateRule::Softmax`], else scores. In a softmax, logits of +inf
+/// share 1 equally, the others then get 0; NaN and -inf have gate 0.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `source` is not whole rows of `experts`, if `assigned` is not
+/// `experts * ceil(tokens / 32)` long, `by_count` not `experts + 1` or `by_expert` not `experts`;
+/// the message names the argument.
 pub fn cpu(
     assigned: &[u32],
     source: &[f32],
@@ -78,18 +88,23 @@ pub fn cpu(
     scale: f32,
     scales: Scales<&[f32]>,
 ) -> Vec<f32> {
-    let tokens = source.len() / experts;
+    let tokens = expect_rows("source", source.len(), "experts", experts);
+    expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
+    if let Some(by_count) = scales.by_count {
+        expect_len("by_count", by_count.len(), experts + 1);
+    }
+    if let Some(by_expert) = scales.by_expert {
+        expect_len("by_expert", by_expert.len(), experts);
+    }
     let mut gates = vec![0.0; source.len()];
     for t in 0..tokens {
         let mine = bits::experts_of(assigned, tokens, t);
         let row = &source[t * experts..][..experts];
-        let finite = mine.iter().any(|&e| row[e].is_finite());
         let highest =
             mine.iter().map(|&e| row[e]).filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, f32::max);
         let term = |e: usize| -> f64 {
             match (rule, row[e]) {
-                (GateRule::Softmax, _) if !finite => 0.0,
-                (GateRule::Softmax, g) if g.is_nan() => 0.0,
+                (GateRule::Softmax, g) if g.is_nan() || g == f32::NEG_INFINITY => 0.0,
                 (GateRule::Softmax, g) if highest == f32::INFINITY => {
                     f64::from(u8::from(g == f32::INFINITY))
                 }

@@ -1,8 +1,9 @@
-//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by, `r = (g or s) + bias`
-//!.
+//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by,
+//! `r = (g or s) + bias`.
 use super::{EXP, GRID, KEYS, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_len, expect_rows};
 use crate::routing::Score;
 use crate::{Context, Result, Slice, Step, Target, Variant};
 use std::sync::Arc;
@@ -52,9 +53,14 @@ fn prelude(variant: Variant) -> Prelude {
 
 /// The CPU twin: `(s, r)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
 ///
+/// - A NaN logit has `s = 0`, and `r = NaN` whatever its bias.
+/// - In a softmax, logits of +inf share 1 equally and the others get 0; a row of only -inf and NaN
+///   has `s = 0` throughout.
+///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `logits` are not whole rows of `experts`, or if `bias` is not `experts`
+/// long; the message names the argument.
 pub fn cpu(
     logits: &[f32],
     experts: usize,
@@ -62,19 +68,21 @@ pub fn cpu(
     from_logits: bool,
     bias: Option<&[f32]>,
 ) -> (Vec<f32>, Vec<f32>) {
-    assert_eq!(logits.len() % experts, 0, "logits: [tokens, experts]");
+    expect_rows("logits", logits.len(), "experts", experts);
+    if let Some(bias) = bias {
+        expect_len("bias", bias.len(), experts);
+    }
     let mut s = vec![];
     for row in logits.chunks_exact(experts) {
-        let finite = row.iter().any(|g| g.is_finite());
         let highest = row.iter().filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         let term = |g: f32| match g {
-            g if g.is_nan() => 0.0,
+            g if g.is_nan() || g == f32::NEG_INFINITY => 0.0,
             g if highest == f32::INFINITY => f64::from(u8::from(g == f32::INFINITY)),
             g => (f64::from(g) - f64::from(highest)).exp(),
         };
         let sum: f64 = row.iter().map(|&g| term(g)).sum();
         s.extend(row.iter().map(|&g| match score {
-            _ if g.is_nan() || !finite => 0.0,
+            _ if g.is_nan() => 0.0,
             Score::Softmax => (term(g) / (sum + 1e-20)) as f32,
             Score::Sigmoid => (1.0 / (1.0 + (-f64::from(g)).exp())) as f32,
         }));

@@ -3,6 +3,7 @@
 use super::{GRID, KEYS, OFFSETS, few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_most, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::{Context, Error, Result, Slice, Step, Target};
@@ -45,9 +46,12 @@ fn tile(tokens: u32, experts: u32, lanes: u32) -> u32 {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `r` is not whole rows of `experts`, if `top` is above `experts`, or if there
+/// are no `offsets`; the message names the argument.
 pub fn cpu(r: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
-    let tokens = r.len() / experts;
+    let tokens = expect_rows("r", r.len(), "experts", experts);
+    expect_most("top", top, experts);
+    expect_offsets("offsets", offsets.len());
     let mut assigned = bits::empty(tokens, experts);
     for range in super::expert_choice::ranges(offsets, tokens) {
         let pairs = range.start * experts..range.end * experts;

@@ -1,8 +1,13 @@
-//! Token choice: each token takes its top `K` experts, within groups and a block's coreset where there are such
-//!.
+//! Token choice: each token takes its top `K` experts, within groups and a block's coreset where
+//! there are such.
+//!
+//! Groups: a group's value is the sum of its two highest eligible `r`, and a group with fewer than two
+//! eligible experts is never chosen. Where groups have one expert each, a group's value is that
+//! expert's `r`. One group is the same as no groups.
 use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::error::{expect_most, expect_rows, expect_some};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
@@ -58,11 +63,14 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.
 pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`.
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`; `eligible`
+/// is asked for every token and expert.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `experts` is 0, if `r` is not whole rows of `experts`, if `top` is above `experts`, or if
+/// `groups` do not divide `experts` or have more to choose than there are; the message names the
+/// argument.
 pub fn cpu(
     r: &[f32],
     experts: usize,
@@ -70,17 +78,27 @@ pub fn cpu(
     groups: Option<Groups>,
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
-    let tokens = r.len() / experts;
+    let tokens = expect_rows("r", r.len(), "experts", experts);
+    expect_most("top", top, experts);
+    if let Some(Groups { count, top }) = groups {
+        expect_some("groups", count as usize);
+        assert!(
+            experts.is_multiple_of(count as usize),
+            "`groups`: {count} groups do not divide {experts} experts"
+        );
+        expect_most("groups", top as usize, count as usize);
+    }
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
         let row = &r[t * experts..][..experts];
         let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
         if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
             let size = experts / count as usize;
-            // A group's value, where it has two eligible experts.
+            // A group's value, where it has as many eligible experts as it needs.
             let value = |g: usize| -> Option<f32> {
                 let mine = candidates.iter().copied().filter(|e| e / size == g);
                 match order::top(mine, 2, |e| row[e])[..] {
+                    [a] if size == 1 => Some(row[a]),
                     [a, b] => Some(row[a] + row[b]),
                     _ => None,
                 }

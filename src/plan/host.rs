@@ -1,5 +1,6 @@
 //! Plans on the host.
 use super::{PlanShape, bits};
+use crate::error::{expect_len, expect_some};
 use crate::{Error, Result};
 
 /// A plan read back, in host types: for tests, reports, and engines that want to look.
@@ -9,7 +10,7 @@ pub struct HostPlan {
     pub expert_offsets: Vec<u32>,
     /// First entry of each token in `slot_of`, `[T + 1]`.
     pub token_offsets: Vec<u32>,
-    /// Routed experts that have a token.
+    /// Routed experts that have a slot.
     pub active: Vec<u32>,
     /// (expert, first slot) of each item of the skinny kernel, and the first item of each expert `[X + 1]`.
     pub skinny: (Vec<[u32; 2]>, Vec<u32>),
@@ -19,7 +20,7 @@ pub struct HostPlan {
     pub token_of: Vec<u32>,
     /// Gate of each slot.
     pub gate_of: Vec<f32>,
-    /// Slots of each token.
+    /// Slots of each token, those that are cut left out.
     pub slot_of: Vec<u32>,
 }
 
@@ -61,15 +62,18 @@ impl HostPlan {
         })
     }
 
-    /// The CPU twin of the three plan kernels: the plan of a bit set and its gates `[tokens, experts]`.
+    /// The CPU twin of the three plan kernels: the plan of a bit set and its gates
+    /// `[tokens, experts]`.
     ///
     /// # Panics
     ///
-    /// If `assigned` or `gates` are not of the shape's sizes.
+    /// If the shape has 0 `tile_rows`, if `assigned` is not `experts * ceil(tokens / 32)` long, or if
+    /// `gates` are not `tokens * experts`; the message names the argument.
     pub fn cpu(shape: &PlanShape, assigned: &[u32], gates: &[f32]) -> Self {
         let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
-        let bound = u64::from(shape.routed_slots)
-            + u64::from(shape.shared_experts) * u64::from(shape.tokens);
+        expect_some("tile_rows", shape.tile_rows as usize);
+        expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
+        expect_len("gates", gates.len(), tokens * experts);
         let mut plan = Self {
             expert_offsets: vec![0],
             token_offsets: vec![0],
@@ -83,19 +87,18 @@ impl HostPlan {
         let mut slots_of_token = vec![vec![]; tokens];
         for e in 0..experts + shape.shared_experts as usize {
             let routed = e < experts;
-            let of_expert: Vec<usize> =
+            let mut of_expert: Vec<usize> =
                 if routed { bits::tokens_of(assigned, tokens, e) } else { (0..tokens).collect() };
+            let first = plan.token_of.len();
+            if routed {
+                // Past the bound, slots are cut.
+                of_expert.truncate(shape.routed_slots as usize - first);
+            }
             if routed && !of_expert.is_empty() {
                 plan.active.push(e as u32);
             }
-            let first = plan.token_of.len();
             for &t in &of_expert {
-                let slot = plan.token_of.len();
-                if slot as u64 >= bound {
-                    slots_of_token[t].push(u32::MAX);
-                    continue;
-                }
-                slots_of_token[t].push(slot as u32);
+                slots_of_token[t].push(plan.token_of.len() as u32);
                 plan.token_of.push(t as u32);
                 plan.gate_of.push(if routed { gates[t * experts + e] } else { 1.0 });
             }
@@ -118,9 +121,8 @@ impl HostPlan {
         }
         for slots in slots_of_token {
             plan.slot_of.extend(slots);
-            plan.token_offsets.push((plan.slot_of.len() as u64).min(bound) as u32);
+            plan.token_offsets.push(plan.slot_of.len() as u32);
         }
-        plan.slot_of.truncate(bound as usize);
         plan
     }
 }

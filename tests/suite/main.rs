@@ -35,4 +35,5 @@ mod sequence_top;
 mod shaders;
 mod step;
 mod token_choice;
+mod twins;
 mod union_mean;

@@ -314,6 +314,74 @@ fn gates_equal_twin() {
 }
 
 #[test]
+fn infinite_logits_share_the_gates() {
+    let Some(gpu) = gpu() else { return };
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    // Logits of three experts, of which a token has the first two, and their gates.
+    let rows = [
+        ([inf, nan, inf], [1.0, 0.0]),
+        ([inf, inf, 0.0], [0.5, 0.5]),
+        ([inf, 7.0, inf], [1.0, 0.0]),
+        ([inf, -inf, nan], [1.0, 0.0]),
+        ([nan, -inf, inf], [0.0, 0.0]),
+        ([nan, nan, 3.0], [0.0, 0.0]),
+        ([nan, 2.0, 3.0], [0.0, 1.0]),
+    ];
+    let source: Vec<f32> = rows.iter().flat_map(|row| row.0).collect();
+    let shape = PlanShape {
+        tokens: 7,
+        experts: 3,
+        shared_experts: 0,
+        routed_slots: 14,
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    let assigned = [0x7f, 0x7f, 0];
+    for ctx in contexts(&gpu) {
+        let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
+        let made = make(&gpu, &ctx, &shape, &assigned, how, (None, None));
+        let want = plan_count::cpu(&assigned, &source, 3, GateRule::Softmax, 1.0, PLAIN);
+        for (t, (_, gates)) in rows.iter().enumerate() {
+            assert_same(&made.gates[3 * t..][..2], gates, &format!("{} {t}", cases::name(&ctx)));
+            assert_same(&want[3 * t..][..2], gates, "the twin");
+        }
+    }
+}
+
+#[test]
+fn gates_of_mixed_sign_keep_the_bound_of_their_sum() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (32, 1000);
+    let assigned = cases::assignment(6, tokens, experts, 1.0);
+    let source = cases::values("random", 3, tokens * experts);
+    let shape = PlanShape {
+        tokens: tokens as u32,
+        experts: experts as u32,
+        shared_experts: 0,
+        routed_slots: (tokens * experts) as u32,
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    let want = plan_count::cpu(&assigned, &source, experts, GateRule::Normalised, 1.0, PLAIN);
+    for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+        let how = (GateRule::Normalised, &source[..], 1.0, PLAIN);
+        let got = make(&gpu, &ctx, &shape, &assigned, how, (None, None)).gates;
+        let mut worst = 0.0f64;
+        for (t, row) in source.chunks_exact(experts).enumerate() {
+            let sum: f64 = row.iter().map(|&s| f64::from(s)).sum();
+            let all: f64 = row.iter().map(|&s| f64::from(s).abs()).sum();
+            let bound = (experts + 6) as f64 * 2f64.powi(-24) * (all / sum.abs());
+            for i in t * experts..(t + 1) * experts {
+                let off = ((f64::from(got[i]) - f64::from(want[i])) / f64::from(want[i])).abs();
+                assert!(off <= bound, "{} at {i}: off by {off:e} of {bound:e}", cases::name(&ctx));
+                worst = worst.max(off);
+            }
+        }
+        println!("{}: at most {worst:e}", cases::name(&ctx));
+    }
+}
+
+#[test]
 fn a_plan_of_given_gates() {
     let Some(gpu) = gpu() else { return };
     let (tokens, experts) = (40, 12);

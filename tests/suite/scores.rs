@@ -119,17 +119,37 @@ fn within_a_few_ulp_of_f64() {
 }
 
 #[test]
-fn rows_without_a_finite_logit_are_zero() {
+fn infinite_logits_share_one_and_nan_has_none() {
     let Some(gpu) = gpu() else { return };
-    let rows =
-        [[f32::NAN; 3], [f32::NEG_INFINITY; 3], [f32::INFINITY, f32::NAN, f32::NEG_INFINITY]];
-    let finite = [f32::INFINITY, 1.0, f32::INFINITY];
-    let logits: Vec<f32> = rows.iter().chain([&finite]).flatten().copied().collect();
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    // Logits, their softmax, their sigmoid.
+    let rows = [
+        ([nan, nan, nan, nan], [0.0; 4], [0.0; 4]),
+        ([-inf, -inf, -inf, -inf], [0.0; 4], [0.0; 4]),
+        ([-inf, nan, -inf, nan], [0.0; 4], [0.0; 4]),
+        ([inf, nan, -inf, nan], [1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]),
+        ([inf, nan, -inf, inf], [0.5, 0.0, 0.0, 0.5], [1.0, 0.0, 0.0, 1.0]),
+        ([inf, 0.0, inf, nan], [0.5, 0.0, 0.5, 0.0], [1.0, 0.5, 1.0, 0.0]),
+        ([nan, 0.0, -inf, nan], [0.0, 1.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0]),
+    ];
+    let logits: Vec<f32> = rows.iter().flat_map(|row| row.0).collect();
+    // A NaN logit ranks last whatever its bias.
+    let bias = [3.0, inf, -inf, 0.5];
     for ctx in contexts(&gpu) {
-        let (s, _) = scores(&gpu, &ctx, &logits, 3, Score::Softmax, false, None);
-        assert_same(&s, &[[0.0; 3], [0.0; 3], [0.0; 3], [0.5, 0.0, 0.5]].concat(), "softmax");
-        let (s, _) = scores(&gpu, &ctx, &logits, 3, Score::Sigmoid, false, None);
-        assert_same(&s[..9], &[0.0; 9], "sigmoid");
+        for (score, want) in [
+            (Score::Softmax, rows.iter().flat_map(|row| row.1).collect::<Vec<f32>>()),
+            (Score::Sigmoid, rows.iter().flat_map(|row| row.2).collect()),
+        ] {
+            for from_logits in [false, true] {
+                let what = format!("{} {score:?} from_logits {from_logits}", cases::name(&ctx));
+                let (s, r) = scores(&gpu, &ctx, &logits, 4, score, from_logits, Some(&bias));
+                assert_same(&s, &want, &what);
+                assert_same(&cpu(&logits, 4, score, from_logits, None).0, &want, &what);
+                for (g, r) in logits.iter().zip(r).filter(|(g, _)| g.is_nan()) {
+                    assert!(r.is_nan(), "{what}: {g} with a bias gave {r}");
+                }
+            }
+        }
     }
 }
 

@@ -74,8 +74,11 @@ fn groups() {
         (64, 48, 6, 4, 2),
         (33, 40, 8, 5, 1),
         (33, 40, 8, 5, 5),
-        (31, 32, 4, 32, 3), // groups of one: none has two experts
-        (5, 6, 6, 3, 2),    // fewer experts in the groups than K
+        (31, 32, 4, 32, 3), // groups of one, and fewer of them than K
+        (40, 4, 2, 4, 2),
+        (40, 4, 1, 4, 3),
+        (17, 16, 8, 16, 8),
+        (5, 6, 6, 3, 2), // fewer experts in the groups than K
         (17, 1024, 16, 32, 5),
         (17, 1024, 64, 32, 32),
         (17, 96, 4, 1, 1),
@@ -90,6 +93,29 @@ fn groups() {
                 assert_same(&choice.run(&gpu, &ctx), &twin, &what);
             }
         }
+    }
+}
+
+#[test]
+fn a_group_of_one_is_valued_by_its_expert() {
+    let Some(gpu) = gpu() else { return };
+    // As many groups as experts: the choice is that without groups, NaN and all.
+    for (seed, kind) in cases::KINDS.iter().enumerate() {
+        let r = cases::values(kind, seed as u64, 40 * 4);
+        let groups = Some(Groups { count: 4, top: 2 });
+        let want = cpu(&r, 4, 2, None, &|_, _| true);
+        for ctx in contexts(&gpu) {
+            let choice = Choice { r: &r, experts: 4, top: 2, groups, coresets: None };
+            assert_same(&choice.run(&gpu, &ctx), &want, &format!("{} {kind}", cases::name(&ctx)));
+        }
+    }
+    // Larger groups still need two: of the first only one expert is eligible.
+    let r = [9.0, 9.0, 1.0, 1.0];
+    let groups = Some(Groups { count: 2, top: 1 });
+    let coresets = Some((&[0b1101][..], &[0][..]));
+    for ctx in contexts(&gpu) {
+        let choice = Choice { r: &r, experts: 4, top: 1, groups, coresets };
+        assert_same(&choice.run(&gpu, &ctx), &[0, 0, 1, 0], &cases::name(&ctx));
     }
 }
 
