@@ -8,13 +8,6 @@
 //!
 //! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
 //! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
-#[expect(dead_code, unused_imports, reason = "shared with wgmoe-bench, which uses other parts")]
-mod cases;
-
-use cases::{
-    BIAS, Bound, INDEX, OP2, Part, Planned, SCORES, TABLE, Work, choice, close, fill, gather,
-    grouped_matmul, mix, plan, rules, same,
-};
 use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group,
@@ -22,6 +15,13 @@ use criterion::{
 };
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
+use testkit::compare::{close, same};
+use testkit::device::required;
+use testkit::rules::rules;
+use testkit::works::{
+    BIAS, Bound, INDEX, OP2, Part, Planned, SCORES, TABLE, Work, choice, fill, gather,
+    grouped_matmul, mix, plan,
+};
 use wgmoe::ops::{
     assign, assign_lists, capacity, combine, coreset, expert_union, scores, sequence_top,
     token_choice,
@@ -29,20 +29,20 @@ use wgmoe::ops::{
 use wgmoe::routing::Groups;
 use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Routing};
-use wgmoe::{Context, Gpu, MoeLayer, Score, Step, Target, Variant, WeightType, wgpu};
+use wgmoe::{BoundOp, Context, Gpu, MoeLayer, Score, Target, Variant, WeightType, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 enum Ready {
-    Step(Step),
+    BoundOp(BoundOp),
     Layer(Box<Bound>),
 }
 
 /// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed the second time.
 const SHORT: Duration = Duration::from_millis(20);
 
-impl From<Step> for Ready {
-    fn from(step: Step) -> Self {
-        Self::Step(step)
+impl From<BoundOp> for Ready {
+    fn from(step: BoundOp) -> Self {
+        Self::BoundOp(step)
     }
 }
 
@@ -58,7 +58,7 @@ impl Bench {
     fn open() -> Option<Self> {
         let gpu = match Gpu::new() {
             Ok(gpu) => gpu,
-            Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+            Err(e) if required() => panic!("{e}"),
             Err(e) => {
                 eprintln!("skipped: {e}");
                 return None;
@@ -75,7 +75,7 @@ impl Bench {
         variants.extend(if full { Variant::all(&gpu.device) } else { vec![Variant::PORTABLE] });
         let mut contexts: Vec<(String, Context)> = vec![];
         for v in variants {
-            let layout = if v.target == Target::Cpu { "cpu" } else { "gpu" };
+            let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
             let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
             if !contexts.iter().any(|(n, _)| *n == name) {
                 contexts
@@ -94,7 +94,9 @@ impl Bench {
         let start = Instant::now();
         let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
         match work {
-            Ready::Step(step) => step.record(&mut encoder.begin_compute_pass(&Default::default())),
+            Ready::BoundOp(step) => {
+                step.record(&mut encoder.begin_compute_pass(&Default::default()))
+            }
             Ready::Layer(bound) => bound.step.record(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);
@@ -234,7 +236,7 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
                 r: (&r).into(),
             };
             let op = scores::Scores::new(ctx).unwrap();
-            let step = op.bind(scores::Dims { tokens, experts }, score, false, args).unwrap();
+            let step = op.bind(&scores::Dims { tokens, experts }, score, false, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
             close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
@@ -347,12 +349,12 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
                 r: (&r_in).into(),
                 own: rule.own_top(8).map(|_| (&own_in).into()),
                 offsets: (&offsets_in).into(),
-                marks: None,
+                voters: None,
                 members: (&members).into(),
                 block_of: (&block_of).into(),
             };
             let op = coreset::Coreset::new(ctx, EXPERTS, rule).unwrap();
-            let step = op.bind(coreset::Dims { tokens, blocks }, args).unwrap();
+            let step = op.bind(&coreset::Dims { tokens, blocks }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = coreset::cpu(rule, &r, EXPERTS as usize, &own, &offsets, None);
             same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
@@ -378,7 +380,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
                 assigned: (&assigned).into(),
             };
             let dims = sequence_top::Dims { tokens, experts, sequences: 1, top };
-            let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);
             same(&bench.download(&assigned), &want, what).unwrap();
@@ -397,7 +399,7 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
         let schedule = Schedule::new(ScheduleKind::CosineReverse, 8, 32);
         let ratios: Vec<f32> = fill(SCORES, sequences, 1.0).iter().map(|v| v + 0.5).collect();
         let offsets: Vec<u32> = (0..=sequences).map(|b| b * 512).collect();
-        let steps = gpu.upload(&schedule.steps().unwrap().words());
+        let steps = gpu.upload(&schedule.staircase().unwrap().words());
         let (ratios_in, offsets_in) = (gpu.upload(&ratios), gpu.upload(&offsets));
         let [capacity_of, k_of] = [(); 2].map(|()| bench.poisoned(sequences));
         let args = capacity::Args {
@@ -411,7 +413,7 @@ fn bench_capacity(bench: &Bench, c: &mut Criterion) {
             k_of: (&k_of).into(),
         };
         let dims = capacity::Dims { tokens, experts, sequences };
-        let step = capacity::Capacity::new(ctx).unwrap().bind(dims, args).unwrap();
+        let step = capacity::Capacity::new(ctx).unwrap().bind(&dims, args).unwrap();
         gpu.run(&step).unwrap();
         let source = capacity::HostSource::Ratios(&schedule, &ratios);
         let want = capacity::cpu(source, tokens as usize, experts, &offsets, None);
@@ -443,7 +445,7 @@ fn bench_assign(bench: &Bench, c: &mut Criterion) {
                 ignored: (&ignored).into(),
             };
             let dims = assign::Dims { tokens, experts, top: TOP };
-            let step = assign::Assign::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = assign::Assign::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
             same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
@@ -481,7 +483,7 @@ fn bench_assign_lists(bench: &Bench, c: &mut Criterion) {
                 ignored: (&ignored).into(),
             };
             let dims = assign_lists::Dims { tokens, experts, entries };
-            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = assign_lists::AssignLists::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign_lists::cpu(&offsets, &list, &weights, tokens as usize);
             same(&bench.download(&assigned), &want.0, &format!("{what}: assigned")).unwrap();
@@ -600,7 +602,7 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
                 bytes: (&bytes).into(),
             };
             let dims = expert_union::Dims { tokens, experts, blocks, expert_bytes };
-            let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(dims, args).unwrap();
+            let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let (t, e) = (tokens as usize, experts as usize);
             let want = expert_union::cpu(&assigned, t, e, &offsets, expert_bytes);

@@ -1,16 +1,19 @@
 //! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`, with synthetic weights
-//! (`shared/checkpoint_writer.rs` says which): `cargo run --release --example make_checkpoint -- --help`. Written as it is
+//! (`testkit/src/checkpoint_writer.rs` says which): `cargo run --release --example make_checkpoint -- --help`. Written as it is
 //! made, so a model of any size takes little memory.
 use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use testkit::checkpoint_writer::{Layout, Plan};
 use wgmoe::models::{self, MODELS};
 
-#[path = "shared/checkpoint_writer.rs"]
-mod checkpoint_writer;
-use checkpoint_writer::{Layout, Plan};
+/// The layouts by name.
+fn layouts() -> impl TypedValueParser<Value = Layout> {
+    PossibleValuesParser::new(Layout::ALL.map(Layout::name)).try_map(|name| name.parse())
+}
 
 /// Writes a checkpoint of synthetic weights.
 #[derive(Parser)]
@@ -19,7 +22,7 @@ struct Options {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Model whose layers are written
-    #[arg(long, default_value = "llada2-mini", value_parser = clap::builder::PossibleValuesParser::new(MODELS.iter().map(|m| m.name)))]
+    #[arg(long, default_value = "llada2-mini", value_parser = PossibleValuesParser::new(MODELS.iter().map(|m| m.name)))]
     model: String,
     /// MoE layers; they follow the model's dense layers, of which nothing is written. All of the model's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -28,7 +31,7 @@ struct Options {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     experts: Option<u32>,
     /// How experts are stored
-    #[arg(long, value_enum, default_value = "each")]
+    #[arg(long, default_value = "each", value_parser = layouts())]
     layout: Layout,
     /// Files to spread the tensors over; with more than one, an index says what is where
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]

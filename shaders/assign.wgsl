@@ -1,13 +1,18 @@
-// A router of somebody else: assigned[e, t] = 1 and gates[t, e] = gate for each (expert, gate) of token t
-//   ids [tokens, top] u32: experts, those out of range and repeated ones of a token are ignored (the first one counts)
-//   weights [tokens, top] f32; assigned [experts, ceil(tokens / 32)] bit set, written whole; gates [tokens, experts], at its pairs
-//   ignored [ceil(tokens / 32)]: how many were. u32::MAX is an empty place, and not counted.
+// Another router's choice, token by token: assigned[e, t] = 1 and gates[t, e] = weights[t, i] where ids[t, i]
+// = e
+//   ids [tokens, top] u32: experts; those out of range, and repeated ones of a token, are ignored: the first
+//     one counts. 0xffffffff is an empty place, and not counted as ignored
+//   weights [tokens, top] f32
+//   assigned [experts, ceil(tokens / 32)] bit set, written whole
+//   gates [tokens, experts] f32, written at assigned pairs alone
+//   ignored [ceil(tokens / 32)] u32, written whole: how many ids were ignored
 // Grid: ceil(tokens / 32) groups of 32 lanes, one lane a token.
+// Pieces: common/grid.
 
 struct Params {
-    tokens: u32,
-    experts: u32,
-    top: u32,
+  tokens: u32,
+  experts: u32,
+  top: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -24,45 +29,45 @@ var<workgroup> lost: atomic<u32>;
 
 @compute @workgroup_size(WG)
 fn assign(
-    @builtin(local_invocation_index) index: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) index: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let column = flat(group, groups);
-    let columns = (params.tokens + 31u) / 32u;
-    if column >= columns {
-        return;
-    }
-    for (var e = index; e < params.experts; e += WG) {
-        atomicStore(&words[e], 0u);
-    }
-    if index == 0u {
-        atomicStore(&lost, 0u);
-    }
-    workgroupBarrier();
-    let t = column * 32u + index;
-    if t < params.tokens {
-        for (var i = 0u; i < params.top; i++) {
-            let e = ids[t * params.top + i];
-            if e >= params.experts {
-                if e != 0xffffffffu {
-                    atomicAdd(&lost, 1u);
-                }
-                continue;
-            }
-            let before = atomicOr(&words[e], 1u << index);
-            if ((before >> index) & 1u) == 1u {
-                atomicAdd(&lost, 1u);
-                continue;
-            }
-            gates[t * params.experts + e] = weights[t * params.top + i];
+  let column = flat(group, groups);
+  let columns = (params.tokens + 31u) / 32u;
+  if column >= columns {
+    return;
+  }
+  for (var e = index; e < params.experts; e += WG) {
+    atomicStore(&words[e], 0u);
+  }
+  if index == 0u {
+    atomicStore(&lost, 0u);
+  }
+  workgroupBarrier();
+  let t = column * 32u + index;
+  if t < params.tokens {
+    for (var i = 0u; i < params.top; i++) {
+      let e = ids[t * params.top + i];
+      if e >= params.experts {
+        if e != 0xffffffffu {
+          atomicAdd(&lost, 1u);
         }
+        continue;
+      }
+      let before = atomicOr(&words[e], 1u << index);
+      if ((before >> index) & 1u) == 1u {
+        atomicAdd(&lost, 1u);
+        continue;
+      }
+      gates[t * params.experts + e] = weights[t * params.top + i];
     }
-    workgroupBarrier();
-    for (var e = index; e < params.experts; e += WG) {
-        assigned[e * columns + column] = atomicLoad(&words[e]);
-    }
-    if index == 0u {
-        ignored[column] = atomicLoad(&lost);
-    }
+  }
+  workgroupBarrier();
+  for (var e = index; e < params.experts; e += WG) {
+    assigned[e * columns + column] = atomicLoad(&words[e]);
+  }
+  if index == 0u {
+    ignored[column] = atomicLoad(&lost);
+  }
 }

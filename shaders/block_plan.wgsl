@@ -1,36 +1,40 @@
-// The plan of one column of tokens at once: as plan_count.wgsl, plan_scan.wgsl and plan_fill.wgsl make it, one after the
-// other; see there. tokens <= 32; no capacity drops anything.
-//   assigned [experts] words of the bit set; source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
+// The plan of one column of tokens at once: as plan_count.wgsl, plan_scan.wgsl and plan_fill.wgsl make it,
+// one after the other; see there for the formulas. tokens <= 32; no capacity drops anything.
+//   assigned [experts] words of the bit set
+//   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
 //   by_count [experts + 1] f32 where has_by_count; by_expert [experts] f32 where has_by_expert
 //   offsets [range_count] u32, of which those that decrease or exceed the tokens are counted
-//   gates [tokens, experts] f32, written at assigned pairs alone; plan, stats [8 + experts] u32, written whole
+//   gates [tokens, experts] f32, written at assigned pairs alone
+//   plan u32, stats [8 + experts] u32, written whole
 // Grid: one group; LANES lanes a token.
+// Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
+//   plan/fill.
 
 struct Params {
-    tokens: u32,
-    experts: u32,
-    shared_experts: u32,
-    slots: u32,
-    rule: u32,
-    has_by_count: u32,
-    has_by_expert: u32,
-    scale: f32,
-    drop_count: u32,   // 0
-    ignore_count: u32, // 0
-    range_count: u32,
-    tile_rows: u32,
-    skinny_rows: u32,
-    expert_offsets: u32, // sections of the plan
-    token_offsets: u32,
-    active_experts: u32,
-    skinny_offsets: u32,
-    skinny_items: u32,
-    tile_offsets: u32,
-    tile_items: u32,
-    ranks: u32,
-    token_of: u32,
-    gate_of: u32,
-    slot_of: u32,
+  tokens: u32,
+  experts: u32,
+  shared_experts: u32,
+  slots: u32,
+  rule: u32,
+  has_by_count: u32,
+  has_by_expert: u32,
+  scale: f32,
+  drop_count: u32,   // 0
+  ignore_count: u32, // 0
+  range_count: u32,
+  tile_rows: u32,
+  skinny_rows: u32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  active_experts: u32,
+  skinny_offsets: u32,
+  skinny_items: u32,
+  tile_offsets: u32,
+  tile_items: u32,
+  ranks: u32,
+  token_of: u32,
+  gate_of: u32,
+  slot_of: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -44,26 +48,30 @@ struct Params {
 @group(0) @binding(8) var<storage, read_write> stats: array<u32>;
 
 fn loss(i: u32) -> u32 {
-    return 0u;
+  return 0u;
 }
 
 fn range_end(i: u32) -> u32 {
-    return offsets[i];
+  return offsets[i];
 }
 
 @compute @workgroup_size(WG)
-fn block_plan(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    if flat(group, groups) != 0u {
-        return;
-    }
-    load_column(lane.index, 0u, 1u, params.experts, params.tokens);
-    count_column(lane.index, 0u);
-    for (var e = 0u; e < params.experts; e += WG / EXPERT_LANES) {
-        workgroupBarrier();
-        count_experts(lane.index, e / (WG / EXPERT_LANES), 1u);
-    }
-    storageBarrier();
-    scan_counts(lane);
-    storageBarrier();
-    fill_column(lane.index, 0u, 1u);
+fn block_plan(
+  lane: Lane,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+) {
+  if flat(group, groups) != 0u {
+    return;
+  }
+  load_column(lane.index, 0u, 1u, params.experts, params.tokens);
+  count_column(lane.index, 0u);
+  for (var e = 0u; e < params.experts; e += WG / EXPERT_LANES) {
+    workgroupBarrier();
+    count_experts(lane.index, e / (WG / EXPERT_LANES), 1u);
+  }
+  storageBarrier();
+  scan_counts(lane);
+  storageBarrier();
+  fill_column(lane.index, 0u, 1u);
 }

@@ -1,17 +1,19 @@
 // out[t, h] = (out[t, h] +) sum over the slots s of t, in expert order: gate_of[s] * y[s, h]
-//   y [slots, hidden] f32; plan: token_offsets, slot_of, gate_of; out [tokens, hidden] f32, added to where `add`
-// Grid: ceil(tokens * ceil(hidden / VECTOR) / WG) groups; one lane one vector of VECTOR elements.
+//   y [slots, hidden] f32; plan: token_offsets, slot_of, gate_of
+//   out [tokens, hidden] f32, added to where `add`
+// Grid: ceil(tokens * ceil(hidden / N) / WG) groups; one lane one Vector, of N elements.
+// Pieces: common/grid.
 
 struct Params {
-    tokens: u32,
-    slots: u32,
-    vectors: u32,     // of a row of y
-    out_vectors: u32, // of a row of out
-    first_vector: u32, // of out's row
-    add: u32,
-    token_offsets: u32,
-    slot_of: u32,
-    gate_of: u32,
+  tokens: u32,
+  slots: u32,
+  vectors: u32,     // of a row of y
+  out_vectors: u32, // of a row of out
+  first_vector: u32, // of out's row
+  add: u32,
+  token_offsets: u32,
+  slot_of: u32,
+  gate_of: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -21,27 +23,27 @@ struct Params {
 
 @compute @workgroup_size(WG)
 fn combine(
-    @builtin(local_invocation_index) index: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) index: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let id = flat(group, groups) * WG + index;
-    let t = id / params.vectors;
-    let h = id % params.vectors;
-    if t >= params.tokens {
-        return;
+  let id = flat(group, groups) * WG + index;
+  let t = id / params.vectors;
+  let h = id % params.vectors;
+  if t >= params.tokens {
+    return;
+  }
+  let at = t * params.out_vectors + params.first_vector + h;
+  var sum = Vector();
+  let end = min(plan[params.token_offsets + t + 1u], params.slots);
+  for (var i = plan[params.token_offsets + t]; i < end; i++) {
+    let s = plan[params.slot_of + i];
+    if s < params.slots {
+      sum += bitcast<f32>(plan[params.gate_of + s]) * y[s * params.vectors + h];
     }
-    let at = t * params.out_vectors + params.first_vector + h;
-    var sum = Vector();
-    let end = min(plan[params.token_offsets + t + 1u], params.slots);
-    for (var i = plan[params.token_offsets + t]; i < end; i++) {
-        let s = plan[params.slot_of + i];
-        if s < params.slots {
-            sum += bitcast<f32>(plan[params.gate_of + s]) * y[s * params.vectors + h];
-        }
-    }
-    if params.add == 1u {
-        sum += out[at];
-    }
-    out[at] = sum;
+  }
+  if params.add == 1u {
+    sum += out[at];
+  }
+  out[at] = sum;
 }

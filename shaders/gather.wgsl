@@ -1,15 +1,17 @@
-// out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone (keep)
+// out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone
+// (keep)
 //   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
-// Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th vector of a row.
+// Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th Vector of a row.
+// Pieces: common/grid.
 
 struct Params {
-    tokens: u32,
-    slots: u32,
-    vectors: u32,     // of a row
-    lanes: u32,       // of a row
-    first_token: u32, // that of x's first row
-    first_slot: u32,  // place of out's first row in token_of
-    keep: u32,
+  tokens: u32,
+  slots: u32,
+  vectors: u32,     // of a row
+  lanes: u32,       // of a row
+  first_token: u32, // that of x's first row
+  first_slot: u32,  // place of out's first row in token_of
+  keep: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -19,25 +21,25 @@ struct Params {
 
 @compute @workgroup_size(WG)
 fn gather(
-    @builtin(local_invocation_index) index: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) index: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let lane = flat(group, groups) * WG + index;
-    let s = lane / params.lanes;
-    if s >= params.slots {
-        return;
+  let lane = flat(group, groups) * WG + index;
+  let s = lane / params.lanes;
+  if s >= params.slots {
+    return;
+  }
+  let to = s * params.vectors;
+  let t = token_of[params.first_slot + s] - params.first_token;
+  let source = t * params.vectors;
+  if t < params.tokens {
+    for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+      out[to + i] = x[source + i];
     }
-    let to = s * params.vectors;
-    let t = token_of[params.first_slot + s] - params.first_token;
-    let source = t * params.vectors;
-    if t < params.tokens {
-        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
-            out[to + i] = x[source + i];
-        }
-    } else if params.keep == 0u {
-        for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
-            out[to + i] = Vector();
-        }
+  } else if params.keep == 0u {
+    for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+      out[to + i] = Vector();
     }
+  }
 }

@@ -1,13 +1,25 @@
-// out[s, n] = sum_k w[e][n, k] * x[row(s), k];  GATED: activate(that, the same sum over a second matrix)
-//   x [rows, depth] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s; out [slots, columns] f32
-//   weights, weights_up [experts, columns, depth] in the layout of lib/matmul/layout.wgsl
-//   items of up to TILE_ROWS rows of one expert, from the plan or dense; a lane has all of them and 8 columns (GATED: 4 of
-//   each matrix)
-// Grid: ceil(columns / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest; a workgroup of WG lanes takes SPAN
-// stretches of TILE_COLUMNS columns of ITEMS items, one after the other, since a group that finds nothing to do costs 0.6 us.
-// Items of one expert are neighbours, and read the same weights while a cache still holds them. Groups of items are taken in
-// steps, so that those that exist are spread over the grid.
-// For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in registers.
+// out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
+// out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
+//   x        [rows, K] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s
+//   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
+//   places   u32: which expert of the weights holds each of the plan's, where placed
+//   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
+//   out      [slots, N] f32, row-major
+// Grid: ceil(N / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest.
+// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/register/eight,
+//   matmul/register/eight_scalar | matmul/register/eight_vec4 | matmul/register/eight_wide,
+//   matmul/register/share_none | matmul/register/share_shuffle,
+//   matmul/unpack_f32 | matmul/unpack_f16 | matmul/unpack_bf16, matmul/layout | matmul/layout_rows,
+//   matmul/weights | matmul/weights_rows | matmul/register/words_wide, matmul/register/words_plain | nothing,
+//   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows,
+//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/register/block.
+//
+// For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
+// registers. A lane has all rows of an item, up to TILE_ROWS, and 8 columns (GATED: 4 of each matrix). A
+// workgroup of WG lanes takes SPAN stretches of TILE_COLUMNS columns of ITEMS items, one after the other,
+// since a group that finds nothing to do costs 0.6 us. Items of one expert are neighbours, and read the same
+// weights while a cache still holds them. Groups of items are taken in steps, so that those that exist are
+// spread over the grid.
 
 @compute @workgroup_size(WG)
 fn matmul_register(
@@ -30,7 +42,8 @@ fn matmul_register(
   }
 }
 
-// The columns of one stretch. Tests stand at the loops' ends: llvmpipe runs the body of a `for` once more with all lanes off.
+// The columns of one stretch. Tests stand at the loops' ends: llvmpipe runs the body of a `for` once more
+// with all lanes off.
 fn stretch(tile: Tile, column: u32, x0: RowBases, x1: RowBases) {
   let block = block_at(tile.expert, column);
   let steps = steps_of(tile);

@@ -1,16 +1,21 @@
 // out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
 // out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
-//
 //   x        [rows, K] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s
 //   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
 //   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 128, GATED 64.
-// One workgroup takes TILE_ROWS (64 or 32) slots of one expert and 128 columns of weights; a lane 8 (or 4) rows x 8 columns.
+// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/x_vec4 | matmul/x_scalar,
+//   matmul/unpack_f32 | matmul/unpack_f16 | matmul/unpack_bf16,
+//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
+//   matmul/weights | matmul/weights_rows, matmul/out_vec4 | matmul/out_scalar.
+//
+// One workgroup takes TILE_ROWS (64 or 32) slots of one expert and 128 columns of weights; a lane 8 (or 4)
+// rows x 8 columns.
 
 const WG: u32 = 128u;
-const LANES_X: u32 = 16u;                   // lanes along columns; each has four columns at c and four at c + 64
+const LANES_X: u32 = 16u;                   // lanes along columns; each has four at c and four at c + 64
 const LANE_ROWS: u32 = TILE_ROWS / 8u;      // 8 or 4
 const OUT_COLUMNS: u32 = select(WG, WG / 2u, GATED);
 // Two vectors of weights a lane and step. Deeper: more workgroup memory, fewer waves.
@@ -21,206 +26,217 @@ const X_ROWS: u32 = WG / X_PER_ROW;         // rows that one load a lane covers
 const X_FOURS: u32 = TILE_ROWS / 4u + 1u;
 const W_FOURS: u32 = WG / 4u;
 
-// Both transposed and weights widened, [k / 4][k % 4][row / 4][row % 4] and the same with columns: a lane reads four rows
-// or columns as 16 bytes. Dimensions of their own, because an index that is constant once inlined needs no bounds check
-// and folds into the load's offset: with flat arrays wgpu's and browsers' checks took half of the instructions.
-// Not array<vec4>: to WGSL, lanes that store different components of one vector race (seen on Metal and D3D).
+// Both transposed and weights widened, [k / 4][k % 4][row / 4][row % 4] and the same with columns: a lane
+// reads four rows or columns as 16 bytes. Dimensions of their own, because an index that is constant once
+// inlined needs no bounds check and folds into the load's offset: with flat arrays wgpu's and browsers'
+// checks took half of the instructions. Not array<vec4>: to WGSL, lanes that store different components of
+// one vector race (seen on Metal and D3D).
 var<workgroup> x_tile: array<array<array<array<f32, 4>, X_FOURS>, 4>, TILE_DEPTH / 4u>;
 var<workgroup> w_tile: array<array<array<array<f32, 4>, W_FOURS>, 4>, TILE_DEPTH / 4u>;
 
 // What a lane brings to the next step: one or two vectors of x, two of weights.
 struct Ahead {
-    x0: vec4<f32>,
-    x1: vec4<f32>,
-    w0: vec4<u32>,
-    w1: vec4<u32>,
+  x0: vec4<f32>,
+  x1: vec4<f32>,
+  w0: vec4<u32>,
+  w1: vec4<u32>,
 }
 
-// Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64.. (right; GATED: left gate, right up).
-// Named matrices, no arrays: nothing that a compiler would have to unroll to keep it in registers.
+// Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64.. (right; GATED: left gate,
+// right up). Named matrices, no arrays: nothing that a compiler would have to unroll to keep it in registers.
 struct Block {
-    top_left: mat4x4<f32>,
-    top_right: mat4x4<f32>,
-    bottom_left: mat4x4<f32>,
-    bottom_right: mat4x4<f32>,
+  top_left: mat4x4<f32>,
+  top_right: mat4x4<f32>,
+  bottom_left: mat4x4<f32>,
+  bottom_right: mat4x4<f32>,
 }
 
 fn put_x(k4: u32, row: u32, v: vec4<f32>) {
-    x_tile[k4][0][row / 4u][row % 4u] = v.x;
-    x_tile[k4][1][row / 4u][row % 4u] = v.y;
-    x_tile[k4][2][row / 4u][row % 4u] = v.z;
-    x_tile[k4][3][row / 4u][row % 4u] = v.w;
+  x_tile[k4][0][row / 4u][row % 4u] = v.x;
+  x_tile[k4][1][row / 4u][row % 4u] = v.y;
+  x_tile[k4][2][row / 4u][row % 4u] = v.z;
+  x_tile[k4][3][row / 4u][row % 4u] = v.w;
 }
 
 fn put_four(k4: u32, column: u32, v: vec4<f32>) {
-    w_tile[k4][0][column / 4u][column % 4u] = v.x;
-    w_tile[k4][1][column / 4u][column % 4u] = v.y;
-    w_tile[k4][2][column / 4u][column % 4u] = v.z;
-    w_tile[k4][3][column / 4u][column % 4u] = v.w;
+  w_tile[k4][0][column / 4u][column % 4u] = v.x;
+  w_tile[k4][1][column / 4u][column % 4u] = v.y;
+  w_tile[k4][2][column / 4u][column % 4u] = v.z;
+  w_tile[k4][3][column / 4u][column % 4u] = v.w;
 }
 
 fn put_weights(chunk: u32, column: u32, w: vec4<u32>) {
-    const FOURS = WEIGHT_LANES / 4u;
-    put_four(chunk * FOURS, column, unpack_low(w));
-    if FOURS > 1u {
-        put_four(chunk * FOURS + 1u, column, unpack_high(w));
-    }
+  const FOURS = WEIGHT_LANES / 4u;
+  put_four(chunk * FOURS, column, unpack_low(w));
+  if FOURS > 1u {
+    put_four(chunk * FOURS + 1u, column, unpack_high(w));
+  }
 }
 
 fn put(lane: u32, next: Ahead) {
-    let row = lane / X_PER_ROW;
-    if X_ROWS <= TILE_ROWS || row < TILE_ROWS {
-        put_x(lane % X_PER_ROW, row, next.x0);
-    }
-    if X_ROWS < TILE_ROWS {
-        put_x(lane % X_PER_ROW, row + X_ROWS, next.x1);
-    }
-    if GATED {
-        put_weights(lane / 64u, lane % 64u, next.w0);
-        put_weights(lane / 64u, lane % 64u + 64u, next.w1);
-    } else {
-        put_weights(0u, lane, next.w0);
-        put_weights(1u, lane, next.w1);
-    }
+  let row = lane / X_PER_ROW;
+  if X_ROWS <= TILE_ROWS || row < TILE_ROWS {
+    put_x(lane % X_PER_ROW, row, next.x0);
+  }
+  if X_ROWS < TILE_ROWS {
+    put_x(lane % X_PER_ROW, row + X_ROWS, next.x1);
+  }
+  if GATED {
+    put_weights(lane / 64u, lane % 64u, next.w0);
+    put_weights(lane / 64u, lane % 64u + 64u, next.w1);
+  } else {
+    put_weights(0u, lane, next.w0);
+    put_weights(1u, lane, next.w1);
+  }
 }
 
 fn add_outer(m: mat4x4<f32>, rows: vec4<f32>, columns: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(
-        fma(vec4<f32>(rows.x), columns, m[0]),
-        fma(vec4<f32>(rows.y), columns, m[1]),
-        fma(vec4<f32>(rows.z), columns, m[2]),
-        fma(vec4<f32>(rows.w), columns, m[3]),
-    );
+  return mat4x4<f32>(
+    fma(vec4<f32>(rows.x), columns, m[0]),
+    fma(vec4<f32>(rows.y), columns, m[1]),
+    fma(vec4<f32>(rows.z), columns, m[2]),
+    fma(vec4<f32>(rows.w), columns, m[3]),
+  );
 }
 
 // Four neighbours; compilers make one 16-byte read of them.
 fn x_four(k4: u32, j: u32, four: u32) -> vec4<f32> {
-    return vec4<f32>(x_tile[k4][j][four][0], x_tile[k4][j][four][1], x_tile[k4][j][four][2], x_tile[k4][j][four][3]);
+  return vec4<f32>(
+    x_tile[k4][j][four][0],
+    x_tile[k4][j][four][1],
+    x_tile[k4][j][four][2],
+    x_tile[k4][j][four][3],
+  );
 }
 
 fn w_four(k4: u32, j: u32, four: u32) -> vec4<f32> {
-    return vec4<f32>(w_tile[k4][j][four][0], w_tile[k4][j][four][1], w_tile[k4][j][four][2], w_tile[k4][j][four][3]);
+  return vec4<f32>(
+    w_tile[k4][j][four][0],
+    w_tile[k4][j][four][1],
+    w_tile[k4][j][four][2],
+    w_tile[k4][j][four][3],
+  );
 }
 
 fn add_one(block: Block, lane: u32, k4: u32, j: u32) -> Block {
-    let left = w_four(k4, j, lane % LANES_X);
-    let right = w_four(k4, j, lane % LANES_X + LANES_X);
-    let x = lane / LANES_X * (LANE_ROWS / 4u);
-    let top = x_four(k4, j, x);
-    var next = block;
-    next.top_left = add_outer(block.top_left, top, left);
-    next.top_right = add_outer(block.top_right, top, right);
-    if LANE_ROWS > 4u {
-        let bottom = x_four(k4, j, x + 1u);
-        next.bottom_left = add_outer(block.bottom_left, bottom, left);
-        next.bottom_right = add_outer(block.bottom_right, bottom, right);
-    }
-    return next;
+  let left = w_four(k4, j, lane % LANES_X);
+  let right = w_four(k4, j, lane % LANES_X + LANES_X);
+  let x = lane / LANES_X * (LANE_ROWS / 4u);
+  let top = x_four(k4, j, x);
+  var next = block;
+  next.top_left = add_outer(block.top_left, top, left);
+  next.top_right = add_outer(block.top_right, top, right);
+  if LANE_ROWS > 4u {
+    let bottom = x_four(k4, j, x + 1u);
+    next.bottom_left = add_outer(block.bottom_left, bottom, left);
+    next.bottom_right = add_outer(block.bottom_right, bottom, right);
+  }
+  return next;
 }
 
 fn add_four(start: Block, lane: u32, k4: u32) -> Block {
-    var block = add_one(start, lane, k4, 0u);
-    block = add_one(block, lane, k4, 1u);
-    block = add_one(block, lane, k4, 2u);
-    return add_one(block, lane, k4, 3u);
+  var block = add_one(start, lane, k4, 0u);
+  block = add_one(block, lane, k4, 1u);
+  block = add_one(block, lane, k4, 2u);
+  return add_one(block, lane, k4, 3u);
 }
 
 // Written out: as a loop over k4 every read computed its address, 77 % multiply-adds instead of 85 %.
 fn add_step(lane: u32, start: Block) -> Block {
-    var block = add_four(start, lane, 0u);
-    block = add_four(block, lane, 1u);
-    if TILE_DEPTH > 8u {
-        block = add_four(block, lane, 2u);
-        block = add_four(block, lane, 3u);
-    }
-    return block;
+  var block = add_four(start, lane, 0u);
+  block = add_four(block, lane, 1u);
+  if TILE_DEPTH > 8u {
+    block = add_four(block, lane, 2u);
+    block = add_four(block, lane, 3u);
+  }
+  return block;
 }
 
 fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) {
-    if row < tile.rows {
-        if GATED {
-            store_out(tile.first + row, column, activate(left, right));
-        } else {
-            store_out(tile.first + row, column, left);
-            store_out(tile.first + row, column + 64u, right);
-        }
+  if row < tile.rows {
+    if GATED {
+      store_out(tile.first + row, column, activate(left, right));
+    } else {
+      store_out(tile.first + row, column, left);
+      store_out(tile.first + row, column + 64u, right);
     }
+  }
 }
 
 @compute @workgroup_size(WG)
 fn matmul_tile(
-    @builtin(local_invocation_index) lane: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) lane: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let across = (params.column_end - params.column_begin + OUT_COLUMNS - 1u) / OUT_COLUMNS;
-    let id = flat(group, groups);
-    let tile = tile_at(id / across);
-    if tile.rows == 0u {
-        return;
-    }
-    let first_column = params.column_begin + id % across * OUT_COLUMNS;
+  let across = (params.column_end - params.column_begin + OUT_COLUMNS - 1u) / OUT_COLUMNS;
+  let id = flat(group, groups);
+  let tile = tile_at(id / across);
+  if tile.rows == 0u {
+    return;
+  }
+  let first_column = params.column_begin + id % across * OUT_COLUMNS;
 
-    // What this lane brings: x at k of one or two rows, weights of one column. Rows and columns past the end are
-    // clamped to the last one, and not stored.
-    let k = lane % X_PER_ROW * 4u;
-    let row = lane / X_PER_ROW;
-    let x0 = x_base(x_row_of(tile.first + min(row, tile.rows - 1u)));
-    let x1 = x_base(x_row_of(tile.first + min(row + X_ROWS, tile.rows - 1u)));
-    let column = min(first_column + lane % OUT_COLUMNS, params.columns - 1u);
-    let w = weight_base(tile.expert, column);
-    // GATED: a lane has the same word of both matrices, else two words of one.
-    let odd = select(0u, lane / 64u, GATED);
+  // What this lane brings: x at k of one or two rows, weights of one column. Rows and columns past the end
+  // are clamped to the last one, and not stored.
+  let k = lane % X_PER_ROW * 4u;
+  let row = lane / X_PER_ROW;
+  let x0 = x_base(x_row_of(tile.first + min(row, tile.rows - 1u)));
+  let x1 = x_base(x_row_of(tile.first + min(row + X_ROWS, tile.rows - 1u)));
+  let column = min(first_column + lane % OUT_COLUMNS, params.columns - 1u);
+  let w = weight_base(tile.expert, column);
+  // GATED: a lane has the same word of both matrices, else two words of one.
+  let odd = select(0u, lane / 64u, GATED);
 
-    // The last step goes first: only its loads need guards, and the loop has none.
-    let steps = (params.depth - 1u) / TILE_DEPTH;
-    let chunks = weight_chunks();
-    var next: Ahead;
-    next.x0 = load_x_tail(x0, steps * TILE_DEPTH + k);
-    if X_ROWS < TILE_ROWS {
-        next.x1 = load_x_tail(x1, steps * TILE_DEPTH + k);
-    }
-    if 2u * steps + odd < chunks {
-        next.w0 = load_weights(false, w, 2u * steps + odd);
-    }
-    if 2u * steps + select(1u, odd, GATED) < chunks {
-        next.w1 = load_weights(GATED, w, 2u * steps + select(1u, odd, GATED));
-    }
+  // The last step goes first: only its loads need guards, and the loop has none.
+  let steps = (params.depth - 1u) / TILE_DEPTH;
+  let chunks = weight_chunks();
+  var next: Ahead;
+  next.x0 = load_x_tail(x0, steps * TILE_DEPTH + k);
+  if X_ROWS < TILE_ROWS {
+    next.x1 = load_x_tail(x1, steps * TILE_DEPTH + k);
+  }
+  if 2u * steps + odd < chunks {
+    next.w0 = load_weights(false, w, 2u * steps + odd);
+  }
+  if 2u * steps + select(1u, odd, GATED) < chunks {
+    next.w1 = load_weights(GATED, w, 2u * steps + select(1u, odd, GATED));
+  }
 
-    // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole waves less.
-    let r = lane / LANES_X * LANE_ROWS;
-    var block: Block;
-    for (var i = 0u; i < steps; i++) {
-        workgroupBarrier();
-        put(lane, next);
-        workgroupBarrier();
-        next.x0 = load_x(x0, i * TILE_DEPTH + k);
-        if X_ROWS < TILE_ROWS {
-            next.x1 = load_x(x1, i * TILE_DEPTH + k);
-        }
-        next.w0 = load_weights(false, w, 2u * i + odd);
-        next.w1 = load_weights(GATED, w, 2u * i + select(1u, odd, GATED));
-        if r < tile.rows {
-            block = add_step(lane, block);
-        }
-    }
-    // Written out again: loads under a condition in the loop made ACO wait for them at once and swap registers.
+  // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole waves less.
+  let r = lane / LANES_X * LANE_ROWS;
+  var block: Block;
+  for (var i = 0u; i < steps; i++) {
     workgroupBarrier();
     put(lane, next);
     workgroupBarrier();
+    next.x0 = load_x(x0, i * TILE_DEPTH + k);
+    if X_ROWS < TILE_ROWS {
+      next.x1 = load_x(x1, i * TILE_DEPTH + k);
+    }
+    next.w0 = load_weights(false, w, 2u * i + odd);
+    next.w1 = load_weights(GATED, w, 2u * i + select(1u, odd, GATED));
     if r < tile.rows {
-        block = add_step(lane, block);
+      block = add_step(lane, block);
     }
+  }
+  // Written out again: loads under a condition in the loop made ACO wait for them at once and swap registers.
+  workgroupBarrier();
+  put(lane, next);
+  workgroupBarrier();
+  if r < tile.rows {
+    block = add_step(lane, block);
+  }
 
-    let c = first_column + lane % LANES_X * 4u;
-    finish(tile, r, c, block.top_left[0], block.top_right[0]);
-    finish(tile, r + 1u, c, block.top_left[1], block.top_right[1]);
-    finish(tile, r + 2u, c, block.top_left[2], block.top_right[2]);
-    finish(tile, r + 3u, c, block.top_left[3], block.top_right[3]);
-    if LANE_ROWS > 4u {
-        finish(tile, r + 4u, c, block.bottom_left[0], block.bottom_right[0]);
-        finish(tile, r + 5u, c, block.bottom_left[1], block.bottom_right[1]);
-        finish(tile, r + 6u, c, block.bottom_left[2], block.bottom_right[2]);
-        finish(tile, r + 7u, c, block.bottom_left[3], block.bottom_right[3]);
-    }
+  let c = first_column + lane % LANES_X * 4u;
+  finish(tile, r, c, block.top_left[0], block.top_right[0]);
+  finish(tile, r + 1u, c, block.top_left[1], block.top_right[1]);
+  finish(tile, r + 2u, c, block.top_left[2], block.top_right[2]);
+  finish(tile, r + 3u, c, block.top_left[3], block.top_right[3]);
+  if LANE_ROWS > 4u {
+    finish(tile, r + 4u, c, block.bottom_left[0], block.bottom_right[0]);
+    finish(tile, r + 5u, c, block.bottom_left[1], block.bottom_right[1]);
+    finish(tile, r + 6u, c, block.bottom_left[2], block.bottom_right[2]);
+    finish(tile, r + 7u, c, block.bottom_left[3], block.bottom_right[3]);
+  }
 }

@@ -1,23 +1,31 @@
-// Token groups: how many experts a token has, and their gates; expert groups: how many tokens an expert has, and ranks.
-//   assigned [experts, columns] bit set, columns = ceil(tokens / 32); bits past the last token count for nothing
+// First part of a plan. For each token t: how many experts it has, and gates[t, e] of each expert e it has,
+// by `rule`:
+//   0: not written
+//   1: softmax of the token's logits over its experts
+//   2: s / (sum over its experts + 1e-20)
+//   3: s
+// times scale, by_count[number of experts] and by_expert[e]. For each expert: how many tokens it has, and
+// ranks.
+//   assigned [experts, columns] bit set, columns = ceil(tokens / 32); bits past the last token count for
+//     nothing
 //   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
 //   by_count [experts + 1] f32 where has_by_count; by_expert [experts] f32 where has_by_expert
-//   gates [tokens, experts] f32, written at assigned pairs alone:
-//     rule 0: not written   1: softmax of the token's logits over its experts   2: s / (sum over its experts + 1e-20)   3: s
-//     times scale, by_count[number of experts], by_expert[e]
-//   plan: counts of experts and of tokens where the offsets will stand, ranks[e, column] = bits of e in lower columns
+//   gates [tokens, experts] f32, written at assigned pairs alone
+//   plan: counts of experts and of tokens where the offsets will stand, ranks[e, column] = bits of e in lower
+//     columns
 // Grid: columns + ceil(experts / (WG / EXPERT_LANES)) groups; LANES lanes a token, EXPERT_LANES an expert.
+// Pieces: common/grid, common/keys, common/exp, plan/column, plan/count.
 
 struct Params {
-    tokens: u32,
-    experts: u32,
-    rule: u32,
-    has_by_count: u32,
-    has_by_expert: u32,
-    scale: f32,
-    expert_offsets: u32, // sections of the plan
-    token_offsets: u32,
-    ranks: u32,
+  tokens: u32,
+  experts: u32,
+  rule: u32,
+  has_by_count: u32,
+  has_by_expert: u32,
+  scale: f32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  ranks: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -30,16 +38,16 @@ struct Params {
 
 @compute @workgroup_size(WG)
 fn plan_count(
-    @builtin(local_invocation_index) index: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) index: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let id = flat(group, groups);
-    let columns = (params.tokens + 31u) / 32u;
-    if id < columns {
-        load_column(index, id, columns, params.experts, params.tokens);
-        count_column(index, id);
-    } else {
-        count_experts(index, id - columns, columns);
-    }
+  let id = flat(group, groups);
+  let columns = (params.tokens + 31u) / 32u;
+  if id < columns {
+    load_column(index, id, columns, params.experts, params.tokens);
+    count_column(index, id);
+  } else {
+    count_experts(index, id - columns, columns);
+  }
 }

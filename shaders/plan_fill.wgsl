@@ -1,19 +1,21 @@
-// Lists: the token and the gate of each slot, and the slots of each token, both in order, from offsets and ranks.
-//   assigned [experts, columns] bit set; gates [tokens, experts] f32
-//   plan: token_of[slot], gate_of[slot], slot_of[token_offsets[t] + i], i over t's experts, then over shared experts
+// Last part of a plan: token_of[s] and gate_of[s] of each slot s, slot_of[token_offsets[t] + i] of each token
+// t, i over its experts, then over shared experts; both in order, from offsets and ranks.
+//   assigned [experts, columns] bit set; gates [tokens, experts] f32; plan: in: offsets, ranks; out: these
+//     lists
 // Grid: ceil(tokens / 32) groups, LANES lanes a token.
+// Pieces: common/grid, plan/column, plan/fill.
 
 struct Params {
-    tokens: u32,
-    experts: u32,
-    shared_experts: u32,
-    slots: u32,
-    expert_offsets: u32, // sections of the plan
-    token_offsets: u32,
-    ranks: u32,
-    token_of: u32,
-    gate_of: u32,
-    slot_of: u32,
+  tokens: u32,
+  experts: u32,
+  shared_experts: u32,
+  slots: u32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  ranks: u32,
+  token_of: u32,
+  gate_of: u32,
+  slot_of: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -23,15 +25,15 @@ struct Params {
 
 @compute @workgroup_size(WG)
 fn plan_fill(
-    @builtin(local_invocation_index) index: u32,
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) index: u32,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-    let column = flat(group, groups);
-    let columns = (params.tokens + 31u) / 32u;
-    if column >= columns {
-        return;
-    }
-    load_column(index, column, columns, params.experts, params.tokens);
-    fill_column(index, column, columns);
+  let column = flat(group, groups);
+  let columns = (params.tokens + 31u) / 32u;
+  if column >= columns {
+    return;
+  }
+  load_column(index, column, columns, params.experts, params.tokens);
+  fill_column(index, column, columns);
 }

@@ -1,47 +1,52 @@
-// Counts to offsets: offsets of experts and of tokens, active experts, tiles, statistics. One workgroup.
-//   plan: in: counts where the offsets will stand; out: head, both offsets, active, items of the two row classes
-//   losses [dropped experts + ignored words] u32, added up; offsets [ranges + 1], of which those that
-//   decrease or exceed the tokens are counted
-//   stats [8 + experts]: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, 0, 0; tokens of each expert
-// Shared experts follow the routed ones and hold every token. Slots past `slots` are cut off and counted as ignored.
-// Items: an expert with n rows gets n / TILE whole tiles, and for what is left one skinny item if it is at most SKINNY rows,
-// else one more tile.
+// Second part of a plan: offsets[i] = sum of counts[0..i], for experts and for tokens; active experts, items,
+// statistics.
+//   plan: in: counts where the offsets will stand; out: head, both offsets, active experts, items of the two
+//     row classes
+//   lost [dropped experts + ignored words] u32, added up
+//   offsets [ranges + 1] u32, of which those that decrease or exceed the tokens are counted
+//   stats [8 + experts] u32: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, 0,
+//     0; tokens of each expert
+// Shared experts follow the routed ones and hold every token. Slots past `slots` are cut off and counted as
+// ignored.
+// Items: an expert with n rows gets n / tile_rows whole tiles. What is left becomes one skinny item where it
+// is at most skinny_rows rows, else one more tile.
 // Grid: one group.
+// Pieces: plan/prefix_sums, plan/scan.
 
 struct Params {
-    tokens: u32,
-    experts: u32,
-    shared_experts: u32,
-    slots: u32,
-    drop_count: u32,
-    ignore_count: u32,
-    range_count: u32,
-    tile_rows: u32,
-    skinny_rows: u32,
-    expert_offsets: u32, // sections of the plan
-    token_offsets: u32,
-    active_experts: u32,
-    skinny_offsets: u32,
-    skinny_items: u32,
-    tile_offsets: u32,
-    tile_items: u32,
+  tokens: u32,
+  experts: u32,
+  shared_experts: u32,
+  slots: u32,
+  drop_count: u32,
+  ignore_count: u32,
+  range_count: u32,
+  tile_rows: u32,
+  skinny_rows: u32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  active_experts: u32,
+  skinny_offsets: u32,
+  skinny_items: u32,
+  tile_offsets: u32,
+  tile_items: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> losses: array<u32>;
+@group(0) @binding(1) var<storage, read> lost: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read_write> plan: array<u32>;
 @group(0) @binding(4) var<storage, read_write> stats: array<u32>;
 
 fn loss(i: u32) -> u32 {
-    return losses[i];
+  return lost[i];
 }
 
 fn range_end(i: u32) -> u32 {
-    return offsets[i];
+  return offsets[i];
 }
 
 @compute @workgroup_size(WG)
 fn plan_scan(lane: Lane) {
-    scan_counts(lane);
+  scan_counts(lane);
 }

@@ -1,6 +1,6 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
-use crate::layer::LayerStep;
-use crate::{Error, Result, Step};
+use crate::layer::BoundLayer;
+use crate::{BoundOp, Error, Result};
 
 /// A device and its queue, with the features our kernels can use where present.
 #[derive(Clone, Debug)]
@@ -116,7 +116,7 @@ impl Gpu {
     /// # Errors
     ///
     /// [`Error::Device`] where the device is lost or refuses the work.
-    pub fn run(&self, step: &Step) -> Result<()> {
+    pub fn run(&self, step: &BoundOp) -> Result<()> {
         crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             step.record(&mut encoder.begin_compute_pass(&Default::default()));
@@ -130,10 +130,10 @@ impl Gpu {
     /// # Errors
     ///
     /// As [`Gpu::run`].
-    pub fn run_layer(&self, step: &LayerStep) -> Result<()> {
+    pub fn run_layer(&self, step: &BoundLayer) -> Result<()> {
         crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            step.record(&mut encoder);
+            step.encode(&mut encoder);
             self.queue.submit([encoder.finish()]);
         })?;
         self.wait()

@@ -16,11 +16,11 @@ pub mod report;
 pub mod routing;
 pub mod weights;
 
-pub use device::{Context, Dispatch, Slice, Step, Target, Variant};
+pub use device::{BoundOp, Context, Dispatch, Slice, Target, Variant};
 pub use error::{Error, Result};
 pub use headless::Gpu;
 pub use layer::cached::{CachedLayer, ExpertSource};
-pub use layer::{MoeExperts, MoeLayer, MoeRouting, Settings};
+pub use layer::{LayerConfig, MoeExperts, MoeLayer, MoeRouting};
 pub use ops::SPECS;
 pub use plan::PlanShape;
 pub use routing::{Activation, BlockRule, Routing, Score};

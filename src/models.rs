@@ -1,5 +1,5 @@
 //! Shapes and routing of the models that use these layers.
-use crate::layer::Settings;
+use crate::layer::LayerConfig;
 use crate::routing::GateRule;
 use crate::routing::Groups;
 use crate::routing::{
@@ -12,7 +12,7 @@ pub struct Model {
     /// Name, in lower case with dashes.
     pub name: &'static str,
     /// One MoE layer of it.
-    pub settings: Settings,
+    pub settings: LayerConfig,
     /// Layers in all, and how many of the first are dense.
     pub layers: [u32; 2],
 }
@@ -21,8 +21,8 @@ impl Model {
     /// A layer of the model with fewer experts, for machines that cannot hold all. Groups keep their size, and the share of
     /// them that a token may use (at least one, and enough for its K experts); where groups no longer divide the experts,
     /// there are none. K and k are cut to the experts there are; a block elects its share of them, at least K.
-    pub fn with_experts(&self, experts: u32) -> Settings {
-        let mut settings = Settings { experts, ..self.settings };
+    pub fn with_experts(&self, experts: u32) -> LayerConfig {
+        let mut settings = LayerConfig { experts, ..self.settings };
         match &mut settings.routing {
             Routing::TokenChoice(rule) => {
                 rule.top = rule.top.min(experts);
@@ -65,7 +65,7 @@ const LLADA2: TokenChoice = TokenChoice {
     coreset: None,
 };
 
-const LLADA2_MINI: Settings = Settings {
+const LLADA2_MINI: LayerConfig = LayerConfig {
     hidden: 2048,
     intermediate: 512,
     experts: 256,
@@ -75,7 +75,7 @@ const LLADA2_MINI: Settings = Settings {
 };
 
 /// Trained with a coreset of 48 experts a block of 32 tokens, without groups: its outputs are wrong without it.
-const LLADA22_MINI: Settings = Settings {
+const LLADA22_MINI: LayerConfig = LayerConfig {
     routing: Routing::TokenChoice(TokenChoice {
         groups: None,
         coreset: Some(BlockRule::Capacity(48)),
@@ -84,8 +84,8 @@ const LLADA22_MINI: Settings = Settings {
     ..LLADA2_MINI
 };
 
-const fn flash(mini: Settings) -> Settings {
-    Settings { hidden: 4096, intermediate: 1024, ..mini }
+const fn flash(mini: LayerConfig) -> LayerConfig {
+    LayerConfig { hidden: 4096, intermediate: 1024, ..mini }
 }
 
 const SOFTMAX_8: TokenChoice = TokenChoice {
@@ -104,7 +104,7 @@ pub const MODELS: &[Model] = &[
     Model { name: "llada2.2-flash", settings: flash(LLADA22_MINI), layers: [32, 1] },
     Model {
         name: "llada-moe",
-        settings: Settings {
+        settings: LayerConfig {
             intermediate: 1024,
             experts: 64,
             shared_experts: 0,
@@ -115,7 +115,7 @@ pub const MODELS: &[Model] = &[
     },
     Model {
         name: "sdar-30b",
-        settings: Settings {
+        settings: LayerConfig {
             intermediate: 768,
             experts: 128,
             shared_experts: 0,
@@ -126,7 +126,7 @@ pub const MODELS: &[Model] = &[
     },
     Model {
         name: "ec-dlm",
-        settings: Settings {
+        settings: LayerConfig {
             hidden: 512,
             intermediate: 384,
             experts: 512,
@@ -144,7 +144,7 @@ pub const MODELS: &[Model] = &[
     },
     Model {
         name: "diffusion-gemma",
-        settings: Settings {
+        settings: LayerConfig {
             hidden: 2816,
             intermediate: 704,
             experts: 128,

@@ -3,9 +3,7 @@ use peak_alloc::PeakAlloc;
 use wgmoe::checkpoint::{Checkpoint, Load};
 use wgmoe::{Context, Gpu, models};
 
-#[path = "../examples/shared/checkpoint_writer.rs"]
-mod checkpoint_writer;
-use checkpoint_writer::{Layout, Plan};
+use testkit::checkpoint_writer::{Layout, Plan};
 
 #[global_allocator]
 static ALLOCATED: PeakAlloc = PeakAlloc;
@@ -18,7 +16,7 @@ const MOST: usize = 128 << 20;
 fn a_layer_of_any_size_loads_in_128_mib() {
     let gpu = match Gpu::new() {
         Ok(gpu) => gpu,
-        Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
+        Err(e) if testkit::device::required() => panic!("{e}"),
         Err(e) => {
             eprintln!("skipped: {e}");
             return;

@@ -1,7 +1,7 @@
 //! Values of the example, and the same blocks on the CPU.
 use crate::{BLOCKS, HIDDEN, TOKENS};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::layer::{self, HostBatch, HostRouter, Settings};
+use wgmoe::layer::{self, HostBatch, HostRouter, LayerConfig};
 use wgmoe::weights::{HostWeights, Projection};
 
 /// Values that bf16 holds exactly.
@@ -16,18 +16,18 @@ pub(crate) fn input() -> Vec<f32> {
 }
 
 /// `[E, D]`: the router of a block.
-pub(crate) fn router(settings: &Settings, block: u64) -> Vec<f32> {
+pub(crate) fn router(settings: &LayerConfig, block: u64) -> Vec<f32> {
     random(1 + block, settings.experts * HIDDEN, 0.5)
 }
 
 /// An expert's matrix, `[out, in]`.
-pub(crate) fn matrix(settings: &Settings, block: u64, e: u32, p: Projection) -> Vec<f32> {
+pub(crate) fn matrix(settings: &LayerConfig, block: u64, e: u32, p: Projection) -> Vec<f32> {
     let seed = ((block << 16 | u64::from(e)) << 8) | (p as u64 + 1);
     random(seed << 16, HIDDEN * settings.intermediate, 0.3)
 }
 
 /// Compares each block's output with what the CPU makes of its input; `x` holds the first input and all outputs.
-pub(crate) fn blocks(settings: &Settings, x: &[f32]) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn blocks(settings: &LayerConfig, x: &[f32]) -> Result<(), Box<dyn std::error::Error>> {
     let mut worst = 0f32;
     let stretches: Vec<&[f32]> = x.chunks((TOKENS * HIDDEN) as usize).collect();
     for (block, pair) in (0..BLOCKS).zip(stretches.windows(2)) {

@@ -2,7 +2,7 @@
 //! activations lie in, one encoder. Each of its blocks is a kernel of the engine's (`engine.wgsl`), a layer of ours, and
 //! another kernel of the engine's; all are one submission, and each is compared with the CPU (`check.rs`).
 use std::{cell::Cell, time::Instant};
-use wgmoe::layer::{Batch, MoeLayer, Router, Scratch, Settings, Tensor};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer, Router, Scratch, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
 use wgmoe::wgpu::{self, BufferUsages as Usage, ComputePass, ComputePipeline};
 use wgmoe::{Context, Slice, models};
@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Our layers: one context, one scratch, and for each block a layer, bound once.
     let settings = models::find("llada2-mini").ok_or("no such model")?.settings;
-    let settings = Settings { hidden: HIDDEN, intermediate: 32, experts: 64, ..settings };
+    let settings = LayerConfig { hidden: HIDDEN, intermediate: 32, experts: 64, ..settings };
     let (ctx, scratch, mut steps) = (Context::new(&device)?, Scratch::new(), vec![]);
     for block in 0..BLOCKS {
         let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16), None)?;

@@ -4,7 +4,7 @@ use crate::routing::GateRule;
 use crate::routing::Groups;
 use crate::routing::MAX_EXPERTS;
 use crate::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
-use crate::{Result, Settings};
+use crate::{LayerConfig, Result};
 use serde_json::Value;
 use std::path::Path;
 
@@ -17,7 +17,7 @@ const MOST_LAYERS: u32 = 1 << 16;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Shape and routing of an MoE layer.
-    pub settings: Settings,
+    pub settings: LayerConfig,
     /// Layers in all.
     pub layers: u32,
     /// Layers at the front that are dense.
@@ -147,7 +147,7 @@ impl<'a> Fields<'a> {
             capacity_factor: None,
             coreset: coreset.map(BlockRule::Capacity),
         };
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden,
             intermediate,
             experts,

@@ -31,15 +31,12 @@ pub(super) struct Tensor<'a> {
 impl Tensor<'_> {
     /// The storage type, where it is one of ours.
     pub(super) fn weight_type(&self, name: &str) -> Result<WeightType> {
-        match self.dtype {
-            Dtype::F32 => Ok(WeightType::F32),
-            Dtype::F16 => Ok(WeightType::F16),
-            Dtype::BF16 => Ok(WeightType::Bf16),
-            other => {
-                let reason = format!("is {other:?}, expected BF16, F16 or F32");
-                Err(failed(self.file, Some(name), reason))
-            }
-        }
+        let dtype = format!("{:?}", self.dtype);
+        WeightType::of_dtype(&dtype).ok_or_else(|| {
+            let known: Vec<_> = WeightType::ALL.iter().map(|t| t.dtype()).collect();
+            let reason = format!("is {dtype}, expected one of {}", known.join(", "));
+            failed(self.file, Some(name), reason)
+        })
     }
 }
 

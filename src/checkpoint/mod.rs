@@ -25,7 +25,7 @@ use crate::device::Context;
 use crate::layer::{MoeLayer, Router};
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
-use crate::{Error, Result, Settings, WeightType};
+use crate::{Error, LayerConfig, Result, WeightType};
 use files::{Files, Tensor};
 use names::{fill, is_stacked};
 use std::ops::Range;
@@ -142,7 +142,7 @@ impl Checkpoint {
     }
 
     /// Shape and routing of an MoE layer.
-    pub fn settings(&self) -> &Settings {
+    pub fn settings(&self) -> &LayerConfig {
         &self.config.settings
     }
 
@@ -167,7 +167,7 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn router(&self, layer: u32) -> Result<HostWeights<'_>> {
-        let Settings { experts, hidden, .. } = self.config.settings;
+        let LayerConfig { experts, hidden, .. } = self.config.settings;
         let name = fill(&self.names(layer)?.router, layer, 0);
         self.plain(&name, [experts, hidden], &[experts, hidden])
     }
@@ -196,7 +196,8 @@ impl Checkpoint {
         expert: u32,
         projection: Projection,
     ) -> Result<HostWeights<'_>> {
-        let Settings { hidden, intermediate, experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } =
+            self.config.settings;
         let all = experts + shared_experts;
         if expert >= all {
             return Err(Error::invalid("expert", format!("{expert} of {all}")));
@@ -222,7 +223,7 @@ impl Checkpoint {
     pub fn check_layer(&self, layer: u32) -> Result<()> {
         self.router(layer)?;
         self.bias(layer)?;
-        let Settings { experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
         for expert in 0..experts + shared_experts {
             for projection in Projection::ALL {
                 self.expert(layer, expert, projection)?;
@@ -280,14 +281,14 @@ impl Checkpoint {
             Some(weight_type) => weight_type,
             None => self.weight_type(layer)?,
         };
-        let mut staging = Uploader::new(ctx, queue);
-        let router = Router {
-            weight: staging.floats("router", self.router(layer)?)?,
-            bias: self.bias(layer)?.map(|bias| staging.floats("bias", bias)).transpose()?,
-            by_count: None,
-            by_expert: None,
-        };
-        let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), load.page_limit)?;
+        let mut uploader = Uploader::of_files(ctx.device());
+        let mut router = Router::new(uploader.floats(ctx, queue, "router", self.router(layer)?)?);
+        if let Some(bias) = self.bias(layer)? {
+            router = router.with_bias(uploader.floats(ctx, queue, "bias", bias)?);
+        }
+        let limit = load.page_limit.unwrap_or(u64::MAX);
+        let shape = settings.expert_shape(weight_type);
+        let weights = ExpertWeights::with_page_limit(ctx, shape, limit)?;
         let all = settings.experts + settings.shared_experts;
         let mut done = 0;
         let mut total = 0;
@@ -300,13 +301,13 @@ impl Checkpoint {
             for projection in Projection::ALL {
                 let matrix = self.expert(layer, expert, projection)?;
                 done += matrix.size();
-                staging.matrix(&weights, expert, projection, matrix)?;
+                uploader.matrix(queue, &weights, expert, projection, matrix)?;
                 if let Some(progress) = &mut load.progress {
                     progress(Progress { layer, done, total });
                 }
             }
         }
-        staging.finish()?;
+        uploader.finish(queue)?;
         MoeLayer::new(ctx, settings, router, weights)
     }
 
@@ -442,7 +443,7 @@ fn same(shape: &[usize], want: &[u32]) -> bool {
     shape.len() == want.len() && shape.iter().zip(want).all(|(&n, &w)| n as u64 == u64::from(w))
 }
 
-/// A matrix of a tensor, `from` values behind its beginning; borrowed as plain numbers where it lies as such.
+/// A matrix of a tensor, `from` values behind its beginning.
 fn view<'a>(
     tensor: &Tensor<'a>,
     name: &str,
@@ -453,13 +454,6 @@ fn view<'a>(
     let weight_type = tensor.weight_type(name)?;
     let bytes =
         usize::try_from(from * weight_type.bytes()).ok().and_then(|at| tensor.bytes.get(at..));
-    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides)
-        .map_err(|e| failed(tensor.file, Some(name), e.to_string()))?;
-    let plain = view.contiguous().filter(|_| cfg!(target_endian = "little"));
-    let plain = plain.and_then(|bytes| match weight_type {
-        WeightType::F32 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F32),
-        WeightType::F16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::F16),
-        WeightType::Bf16 => bytemuck::try_cast_slice(bytes).ok().map(HostWeights::Bf16),
-    });
-    Ok(plain.unwrap_or(HostWeights::View(view)))
+    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides);
+    view.map(HostWeights::View).map_err(|e| failed(tensor.file, Some(name), e.to_string()))
 }

@@ -42,16 +42,34 @@ impl Context {
     ///
     /// [`Error::Device`] where the device is lost or out of memory.
     pub fn new(device: &wgpu::Device) -> Result<Self> {
-        Self::with_variant(device, Variant::best(device), None)
+        Self::with_variant(device, Variant::best(device))
     }
 
-    /// A context with a chosen variant, and the caller's pipeline cache where there is one.
+    /// A context with a chosen variant.
     ///
     /// # Errors
     ///
-    /// [`Error::Feature`] where the variant needs more than the device was made with; [`Error::Device`] as for
-    /// [`Context::new`].
-    pub fn with_variant(
+    /// [`Error::Feature`] where the variant needs more than the device was made with; [`Error::Device`]
+    /// as for [`Context::new`].
+    pub fn with_variant(device: &wgpu::Device, variant: Variant) -> Result<Self> {
+        Self::make(device, variant, None)
+    }
+
+    /// A context with a chosen variant and the caller's pipeline cache, from which kernels are taken
+    /// and into which they are put.
+    ///
+    /// # Errors
+    ///
+    /// As [`Context::with_variant`].
+    pub fn with_cache(
+        device: &wgpu::Device,
+        variant: Variant,
+        cache: wgpu::PipelineCache,
+    ) -> Result<Self> {
+        Self::make(device, variant, Some(cache))
+    }
+
+    fn make(
         device: &wgpu::Device,
         variant: Variant,
         cache: Option<wgpu::PipelineCache>,
@@ -110,9 +128,9 @@ impl Context {
         self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Tells this context and its clones from all others that live.
-    pub(crate) fn address(&self) -> usize {
-        Arc::as_ptr(&self.inner).addr()
+    /// Whether the other is a clone of this one.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     /// Stands for an optional input that is not given.

@@ -6,10 +6,11 @@ pub(crate) mod shader;
 mod slice;
 mod tensor;
 mod variant;
+pub(crate) mod wait;
 
 pub use context::Context;
 pub(crate) use record::Kernel;
-pub use record::{Dispatch, Step};
+pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;

@@ -100,7 +100,7 @@ impl Kernel {
                 entries: &entries,
             }))
         })??;
-        Ok(Dispatch { kernel: self.clone(), bind_group, groups, stage: None })
+        Ok(Dispatch { kernel: self.clone(), bind_group, groups, stage: None, page: None })
     }
 }
 
@@ -167,6 +167,8 @@ pub struct Dispatch {
     bind_group: wgpu::BindGroup,
     groups: [u32; 3],
     stage: Option<&'static str>,
+    /// Kind of item, page and pages of a matmul.
+    page: Option<(&'static str, usize, usize)>,
 }
 
 impl Dispatch {
@@ -178,6 +180,26 @@ impl Dispatch {
     /// What it computes, where several parts of a layer use one kernel: `logits`, `gate_up`, `down`.
     pub fn stage(&self) -> Option<&'static str> {
         self.stage
+    }
+
+    /// The name with what tells it from the other dispatches of a layer: the stage, and the page of
+    /// weights where there are several (`matmul_tile gate_up, tile items, page 2 of 5`).
+    pub fn label(&self) -> String {
+        let mut label = self.name().to_string();
+        if let Some(stage) = self.stage {
+            label = format!("{label} {stage}");
+        }
+        if let Some((items, page, pages)) = self.page {
+            label = format!("{label}, {items} items");
+            if pages > 1 {
+                label = format!("{label}, page {} of {pages}", page + 1);
+            }
+        }
+        label
+    }
+
+    pub(crate) fn of_page(self, items: &'static str, page: usize, pages: usize) -> Self {
+        Self { page: Some((items, page, pages)), ..self }
     }
 
     pub(crate) fn of_stage(self, stage: &'static str) -> Self {
@@ -199,11 +221,11 @@ impl Dispatch {
 /// Bound work: dispatches in order. Recording makes no buffer, bind group or pipeline, and may be repeated; what the
 /// bound buffers hold is read when the work runs.
 #[derive(Clone, Debug, Default)]
-pub struct Step {
+pub struct BoundOp {
     dispatches: Vec<Dispatch>,
 }
 
-impl Step {
+impl BoundOp {
     /// The dispatches, in the order they run.
     pub fn dispatches(&self) -> &[Dispatch] {
         &self.dispatches
@@ -224,7 +246,7 @@ impl Step {
     }
 }
 
-impl From<Dispatch> for Step {
+impl From<Dispatch> for BoundOp {
     fn from(dispatch: Dispatch) -> Self {
         Self { dispatches: vec![dispatch] }
     }

@@ -64,6 +64,8 @@ pub struct Prelude {
     pub features: wgpu::Features,
     /// The text.
     pub text: String,
+    /// Names of the pieces that the text is put together from, in order: those that the kernel's file lists.
+    pub pieces: Vec<&'static str>,
     /// Bit set of the bindings (bit 0 is binding 1) that are declared `read_write` though they are only read, because their
     /// slice shares a buffer with one that is written. Those that are written, and [`Binding::uniform`] ones, take no notice.
     pub shared: u32,
@@ -84,9 +86,24 @@ impl Prelude {
         self
     }
 
-    pub(crate) fn piece(mut self, wgsl: &str) -> Self {
-        self.text += wgsl;
+    /// An alias of a type, as kernels that move whole vectors have one.
+    pub(crate) fn alias(mut self, name: &str, ty: &str) -> Self {
+        let _ = writeln!(self.text, "alias {name} = {ty};");
         self
+    }
+
+    pub(crate) fn piece(mut self, piece: Piece) -> Self {
+        let _ = write!(self.text, "\n// piece: {}\n{}", piece.name, piece.wgsl);
+        self.pieces.push(piece.name);
+        self
+    }
+
+    /// A piece that only some variants have.
+    pub(crate) fn maybe_piece(self, piece: Option<Piece>) -> Self {
+        match piece {
+            Some(piece) => self.piece(piece),
+            None => self,
+        }
     }
 
     pub(crate) fn needs(mut self, features: wgpu::Features) -> Self {
@@ -94,6 +111,29 @@ impl Prelude {
         self
     }
 }
+
+/// A file of `shaders/lib`: see [`piece!`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub(crate) name: &'static str,
+    pub(crate) wgsl: &'static str,
+}
+
+/// The piece of this name: its file's path in `shaders/lib`, without `.wgsl`.
+macro_rules! piece {
+    ($name:literal) => {
+        crate::device::shader::Piece {
+            name: $name,
+            wgsl: include_str!(concat!(
+                env!("CARGO_MANIFEST_DIR"),
+                "/shaders/lib/",
+                $name,
+                ".wgsl"
+            )),
+        }
+    };
+}
+pub(crate) use piece;
 
 impl Spec {
     /// The WGSL handed to the driver.

@@ -12,11 +12,6 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Keeps a caller's tensor where it lies.
-    pub fn from_slice(slice: Slice<'_>) -> Self {
-        Self { buffer: slice.buffer.clone(), offset: slice.offset, size: slice.size }
-    }
-
     /// Uploads values.
     ///
     /// # Errors
@@ -35,14 +30,36 @@ impl Tensor {
         Ok(Self { buffer, offset: 0, size: contents.len() as u64 })
     }
 
-    /// A buffer of ours and its first `size` bytes.
-    #[cfg(feature = "checkpoint")]
-    pub(crate) fn of_buffer(buffer: wgpu::Buffer, size: u64) -> Self {
-        Self { buffer, offset: 0, size }
-    }
-
     /// The range, to bind.
     pub fn slice(&self) -> Slice<'_> {
         Slice::new(&self.buffer, self.offset, self.size)
+    }
+}
+
+/// Keeps a caller's tensor where it lies.
+impl From<Slice<'_>> for Tensor {
+    fn from(slice: Slice<'_>) -> Self {
+        Self { buffer: slice.buffer.clone(), offset: slice.offset, size: slice.size }
+    }
+}
+
+/// The whole buffer.
+impl From<&wgpu::Buffer> for Tensor {
+    fn from(buffer: &wgpu::Buffer) -> Self {
+        Slice::from(buffer).into()
+    }
+}
+
+/// The whole buffer.
+impl From<wgpu::Buffer> for Tensor {
+    fn from(buffer: wgpu::Buffer) -> Self {
+        let size = buffer.size();
+        Self { buffer, offset: 0, size }
+    }
+}
+
+impl<'a> From<&'a Tensor> for Slice<'a> {
+    fn from(tensor: &'a Tensor) -> Self {
+        tensor.slice()
     }
 }

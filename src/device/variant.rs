@@ -5,10 +5,10 @@
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Target {
     /// Wide devices: many lanes work on one row, and meet in workgroup memory.
-    Gpu,
+    Wide,
     /// Software drivers, where a barrier costs more than a row: one lane works on one row, and registers take the place
     /// of workgroup memory.
-    Cpu,
+    Serial,
 }
 
 /// Which of the variants of its kernels a [`Context`] uses. All give the same choices, and outputs equal within rounding.
@@ -23,13 +23,13 @@ pub struct Variant {
 
 impl Variant {
     /// The one that runs everywhere: no optional feature, within WebGPU's default limits.
-    pub const PORTABLE: Self = Self { target: Target::Gpu, subgroups: false };
+    pub const PORTABLE: Self = Self { target: Target::Wide, subgroups: false };
 
     /// The one this device is likely to be fastest with, by its adapter's type and its features.
     pub fn best(device: &wgpu::Device) -> Self {
         let cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
         Self {
-            target: if cpu { Target::Cpu } else { Target::Gpu },
+            target: if cpu { Target::Serial } else { Target::Wide },
             subgroups: device.features().contains(wgpu::Features::SUBGROUP),
         }
     }
@@ -41,7 +41,7 @@ impl Variant {
         } else {
             &[false]
         };
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .into_iter()
             .flat_map(|target| subgroups.iter().map(move |&subgroups| Self { target, subgroups }))
             .collect()

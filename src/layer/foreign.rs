@@ -1,64 +1,25 @@
 //! The second half of a layer, for engines with a router of their own.
-use super::{Ffn, LayerStep, PlanKernels, Scratch};
+use super::batch::{Assignments, Batch};
+use super::bound::BoundLayer;
+use super::experts::Experts;
+use super::planning::{PlanTensors, Planning};
+use super::scratch::Scratch;
+use crate::device::Tensor;
+use crate::error::not_zero;
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
 use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
-use crate::ops::plan_scan::Losses;
-use crate::ops::{plan_count, plan_fill, plan_scan};
-use crate::plan::Stats;
-use crate::plan::bits;
+use crate::ops::plan_scan::Lost;
 use crate::routing::few_experts;
-use crate::{Activation, Context, Error, ExpertWeights, PlanShape, Result, Slice};
+use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result};
 use std::sync::Arc;
 
-/// Which experts work on which tokens, as another router decided; read when the work runs. Pairs that name no token or
-/// expert, and those that come twice, are ignored and counted ([`Stats::ignored`]); `u32::MAX` is an empty place.
-#[derive(Clone, Copy, Debug)]
-pub enum Assignments<'a> {
-    /// Each token's experts.
-    OfTokens {
-        /// K: places of a token.
-        top: u32,
-        /// `[tokens, K]` u32: expert ids, below E.
-        ids: Slice<'a>,
-        /// `[tokens, K]` f32.
-        gates: Slice<'a>,
-    },
-    /// Each expert's tokens.
-    OfExperts {
-        /// Entries of all lists, empty places included; not 0.
-        entries: u32,
-        /// `[E + 1]` u32: the entries of each expert. Values that decrease or exceed `entries` are clamped.
-        offsets: Slice<'a>,
-        /// `[entries]` u32: tokens.
-        tokens: Slice<'a>,
-        /// `[entries]` f32.
-        gates: Slice<'a>,
-    },
-}
-
-/// What the second half of a layer is bound to.
-#[derive(Clone, Copy, Debug)]
-pub struct ExpertBatch<'a> {
-    /// `[tokens, D]` f32, read.
-    pub hidden: Slice<'a>,
-    /// `[tokens, D]` f32, written; in a range apart from `hidden`, the same buffer allowed.
-    pub out: Slice<'a>,
-    /// T.
-    pub tokens: u32,
-    /// Whether the output is added to what `out` holds (a residual) rather than replacing it.
-    pub add: bool,
-    /// Who works on what.
-    pub assignments: Assignments<'a>,
-    /// Scratch to share with other layers recorded in order on one queue; its own where absent.
-    pub scratch: Option<&'a Scratch>,
-}
-
-/// The second half of a layer, for engines with a router of their own: plan, experts, shared experts and combination.
-/// Clones share kernels and weights.
+/// The second half of a layer, for engines with a router of their own: plan, experts, shared experts
+/// and combination. Imports expert ids and gates from another router. Clones share kernels and
+/// weights.
 #[derive(Clone, Debug)]
 pub struct MoeExperts {
-    ffn: Ffn,
+    experts: Experts,
     shared_experts: u32,
     kernels: Arc<Kernels>,
 }
@@ -67,12 +28,12 @@ pub struct MoeExperts {
 struct Kernels {
     assign: Assign,
     lists: AssignLists,
-    plan: PlanKernels,
+    planning: Planning,
 }
 
 impl MoeExperts {
-    /// Experts of which the last `shared_experts` are shared: each takes every token with gate 1. Compiles every kernel it
-    /// can need, those that the context has not made yet.
+    /// Experts of which the last `shared_experts` are shared: each takes every token with gate 1.
+    /// Compiles every kernel it can need, those that the context has not made yet.
     ///
     /// # Errors
     ///
@@ -84,103 +45,107 @@ impl MoeExperts {
         shared_experts: u32,
         weights: ExpertWeights,
     ) -> Result<Self> {
-        few_experts(weights.shape().experts.saturating_sub(shared_experts))?;
+        let all = weights.shape().experts;
+        if shared_experts >= all {
+            let reason = format!("{shared_experts} of {all} experts: none is left to route to");
+            return Err(Error::invalid("shared_experts", reason));
+        }
+        few_experts(all - shared_experts)?;
         let kernels = Kernels {
             assign: Assign::new(ctx)?,
             lists: AssignLists::new(ctx)?,
-            plan: PlanKernels::new(ctx)?,
+            planning: Planning::new(ctx)?,
         };
-        let ffn = Ffn::new(ctx, activation, weights)?;
-        Ok(Self { ffn, shared_experts, kernels: Arc::new(kernels) })
+        let experts = Experts::new(ctx, activation, weights)?;
+        Ok(Self { experts, shared_experts, kernels: Arc::new(kernels) })
     }
 
     /// The weights.
     pub fn weights(&self) -> &ExpertWeights {
-        &self.ffn.weights
+        &self.experts.weights
     }
 
-    /// Makes what is needed to run the experts on these slices. Zero tokens make an empty step.
+    /// Makes what is needed to run the experts on these slices; the batch brings
+    /// [`assignments`](Batch::assignments). Zero tokens make empty work.
     ///
     /// # Errors
     ///
-    /// Slices that do not fit, zero places or entries, or scratch over the device's limits ([`Error`]).
-    pub fn bind(&self, batch: &ExpertBatch<'_>) -> Result<LayerStep> {
-        let ExpertBatch { hidden, out, tokens, add, assignments, scratch } = *batch;
-        let (ctx, kernels) = (&self.ffn.ctx, &*self.kernels);
-        self.ffn.check(hidden, out, tokens)?;
-        let own = Scratch::new();
-        let scratch = scratch.unwrap_or(&own);
-        let get = |name, bytes| scratch.get(ctx, name, bytes);
+    /// Slices that do not fit, missing or empty assignments, an argument that is for a router, or
+    /// scratch over the device's limits ([`Error`]).
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
+        let (ctx, tokens) = (&self.experts.ctx, batch.tokens);
+        let in_out = self.experts.in_out(batch)?;
+        let router = "the choice is another router's";
+        Batch::unused("sequences", batch.sequences.is_some(), router)?;
+        Batch::unused("blocks", batch.blocks.is_some(), router)?;
+        let assignments = batch
+            .assignments
+            .ok_or_else(|| Error::invalid("assignments", "missing: `Batch::with_assignments`"))?;
         let experts = self.weights().shape().experts - self.shared_experts;
-        let stats = get("stats", Stats::bytes(experts))?;
         if tokens == 0 {
-            return Ok(LayerStep::empty(stats));
+            return BoundLayer::empty(ctx, experts);
         }
         let (places, name) = match assignments {
-            Assignments::OfTokens { top, .. } => (u64::from(top) * u64::from(tokens), "top"),
+            Assignments::OfTokens { experts_per_token, .. } => {
+                (u64::from(experts_per_token) * u64::from(tokens), "experts_per_token")
+            }
             Assignments::OfExperts { entries, .. } => (entries.into(), "entries"),
         };
-        crate::error::not_zero(&[(name, u32::from(places > 0))])?;
-        let pairs = u64::from(tokens) * u64::from(experts);
+        not_zero(&[(name, u32::from(places > 0))])?;
+        let slots = places.min(u64::from(tokens) * u64::from(experts));
+        let many = |_| Error::invalid(name, format!("{slots} slots do not fit 32 bits"));
+        let slots = u32::try_from(slots).map_err(many)?;
         let shape = PlanShape {
             tokens,
             experts,
             shared_experts: self.shared_experts,
-            routed_slots: u32::try_from(places.min(pairs))
-                .map_err(|_| Error::invalid(name, format!("{places} slots do not fit 32 bits")))?,
+            routed_slots: batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1),
             tile_rows: tile_rows(ctx),
             skinny_rows: SKINNY_ROWS,
         };
-        let columns = tokens.div_ceil(32);
-        let assigned =
-            get("assigned", u64::from(experts) * bits::columns(tokens as usize) as u64 * 4)?;
-        let gates = get("gates", pairs * 4)?;
-        let plan = get("plan", shape.bytes()?)?;
+        let scratch = Scratch::of(batch.scratch, ctx)?;
+        let tensors = PlanTensors::new(&scratch, shape)?;
+        let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
+        let mut parts = vec![assign];
+        let lost = Lost { counts: ignored.slice(), dropped: 0, ignored: count };
+        parts.extend(self.kernels.planning.bind(&tensors.args(None, None), Some(lost))?);
+        let (stats, routed) = tensors.routed(None, None);
+        let mut bound = BoundLayer::new(parts, stats, routed);
+        self.experts.extend(&mut bound, in_out, &scratch)?;
+        Ok(bound)
+    }
 
-        let (assign, ignored, count) = match assignments {
-            Assignments::OfTokens { top, ids, gates: weights } => {
-                let ignored = get("ignored", u64::from(columns) * 4)?;
-                let args = assign::Args {
-                    ids,
-                    weights,
-                    assigned: assigned.slice(),
-                    gates: gates.slice(),
-                    ignored: ignored.slice(),
-                };
+    /// The assignments as bit set and gates, and how many entries are ignored: a tensor of so many
+    /// counts.
+    fn bind_assign(
+        &self,
+        assignments: Assignments<'_>,
+        tensors: &PlanTensors,
+        scratch: &Scratch,
+    ) -> Result<(BoundOp, Tensor, u32)> {
+        let PlanShape { tokens, experts, .. } = tensors.shape;
+        let (assigned, gates) = (tensors.assigned.slice(), tensors.gates.slice());
+        match assignments {
+            Assignments::OfTokens { experts_per_token: top, ids, gates: weights } => {
+                let count = tokens.div_ceil(32);
+                let ignored = scratch.get("ignored", u64::from(count) * 4)?;
+                let args = assign::Args { ids, weights, assigned, gates, ignored: ignored.slice() };
                 let dims = assign::Dims { tokens, experts, top };
-                (kernels.assign.bind(dims, args)?, ignored, columns)
+                Ok((self.kernels.assign.bind(&dims, args)?, ignored, count))
             }
             Assignments::OfExperts { entries, offsets, tokens: list, gates: weights } => {
-                let ignored = get("ignored", u64::from(experts) * 4)?;
+                let ignored = scratch.get("ignored", u64::from(experts) * 4)?;
                 let args = assign_lists::Args {
                     offsets,
                     list,
                     weights,
-                    assigned: assigned.slice(),
-                    gates: gates.slice(),
+                    assigned,
+                    gates,
                     ignored: ignored.slice(),
                 };
                 let dims = assign_lists::Dims { tokens, experts, entries };
-                (kernels.lists.bind(dims, args)?, ignored, experts)
+                Ok((self.kernels.lists.bind(&dims, args)?, ignored, experts))
             }
-        };
-        let (assigned_in, plan_in) = (assigned.slice(), plan.slice());
-        let args = plan_count::Args { assigned: assigned_in, gates: None, plan: plan_in };
-        let counted = kernels.plan.count.bind(&shape, args)?;
-        let losses = Some(Losses { counts: ignored.slice(), dropped: 0, ignored: count });
-        let args = plan_scan::Args { losses, offsets: None, plan: plan_in, stats: stats.slice() };
-        let scanned = kernels.plan.scan.bind(&shape, args)?;
-        let args = plan_fill::Args { assigned: assigned_in, gates: gates.slice(), plan: plan_in };
-        let filled = kernels.plan.fill.bind(&shape, args)?;
-
-        let mut step = LayerStep {
-            parts: vec![assign, counted, scanned, filled],
-            plan: Some((shape, plan)),
-            assigned: Some(assigned),
-            gates: Some(gates),
-            ..LayerStep::empty(stats)
-        };
-        self.ffn.bind(&mut step, hidden, out, add, scratch)?;
-        Ok(step)
+        }
     }
 }

@@ -12,7 +12,7 @@
 //! # let (x, token_of, out) = (gpu.upload(&[1f32; 64]), gpu.upload(&[0u32; 4]), gpu.upload(&[0f32; 64]));
 //! # let dims = gather::Dims { tokens: 4, hidden: 16, slots: 4 };
 //! # let args = gather::Args { x: (&x).into(), token_of: (&token_of).into(), out: (&out).into() };
-//! let step = gather::Gather::new(&ctx)?.bind(dims, args)?;
+//! let step = gather::Gather::new(&ctx)?.bind(&dims, args)?;
 //! match gpu.profile(step.dispatches())? {
 //!     Some(times) => times.iter().for_each(|(kernel, ms)| println!("{kernel}: {ms:.3} ms")),
 //!     None => println!("this device has no timestamps that can be used"),

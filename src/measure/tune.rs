@@ -13,13 +13,13 @@
 //! for candidate in &tuning.candidates {
 //!     println!("{:?}: {:.3} ms", candidate.variant, candidate.ms);
 //! }
-//! let ctx = Context::with_variant(device, tuning.variant, None)?;
+//! let ctx = Context::with_variant(device, tuning.variant)?;
 //! let layer = layer.with_context(&ctx)?;
 //! # Ok(())
 //! # }
 //! ```
 use crate::device::guard::{alive, scoped};
-use crate::layer::{Batch, LayerStep, MoeLayer, Scratch};
+use crate::layer::{Batch, BoundLayer, MoeLayer};
 use crate::plan::bits;
 use crate::{Context, Error, Gpu, Result, Slice, Variant};
 use std::time::Instant;
@@ -64,22 +64,18 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     crate::error::not_zero(&[("tokens", batch.tokens)])?;
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
-    let (tokens, experts) = (batch.tokens as usize, layer.settings().experts as usize);
+    let (tokens, experts) = (batch.tokens as usize, layer.config().experts as usize);
     let out = scoped(device, || {
         device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("out"),
-            size: batch.out.size, // perhaps more than a binding
+            size: batch.hidden.size, // perhaps more than a binding
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         })
     })?;
-    let scratch = Scratch::new();
-    let batch = Batch {
-        out: Slice::new(&out, 0, batch.out.size),
-        add: false,
-        scratch: Some(&scratch),
-        ..*batch
-    };
+    let out = Slice::new(&out, 0, batch.hidden.size);
+    // Each variant has a context of its own, and so scratch of its own.
+    let batch = Batch { scratch: None, ..batch.into_out(out) };
 
     let mut variants = Variant::all(device);
     variants.sort_by_key(|&v| v != own);
@@ -98,7 +94,7 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
         };
         let first_ms = milliseconds(start);
         let assigned = step.assigned().ok_or_else(|| Error::invalid("tokens", "no work"))?;
-        let made = (gpu.download::<f32>(batch.out)?, gpu.download::<u32>(assigned)?);
+        let made = (gpu.download::<f32>(out)?, gpu.download::<u32>(assigned)?);
         let reference = reference.get_or_insert_with(|| made.clone());
         let (tokens_apart, difference) = compare(reference, &made, tokens, experts);
         let agrees = u64::from(tokens_apart) * 8 <= tokens as u64 && difference <= 1e-3;
@@ -127,8 +123,8 @@ fn first_run(
     layer: &MoeLayer,
     variant: Variant,
     batch: &Batch<'_>,
-) -> Result<LayerStep> {
-    let ctx = Context::with_variant(&gpu.device, variant, None)?;
+) -> Result<BoundLayer> {
+    let ctx = Context::with_variant(&gpu.device, variant)?;
     let step = layer.with_context(&ctx)?.bind(batch)?;
     gpu.run_layer(&step)?;
     Ok(step)

@@ -1,10 +1,10 @@
 //! Assignments of somebody else's router, brought into the bit set.
-use super::{GRID, few_experts, not_zero};
+use super::{few_experts, not_zero};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows, expect_some};
 use crate::plan::bits;
-use crate::{Context, Result, Slice, Step};
+use crate::{BoundOp, Context, Result, Slice};
 use std::sync::Arc;
 
 /// See `shaders/assign.wgsl`.
@@ -25,7 +25,7 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, top: u32 }
 
 fn prelude() -> Prelude {
-    Prelude::new("one lane a token").piece(GRID)
+    Prelude::new("one lane a token").piece(piece!("common/grid"))
 }
 
 /// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many ids of each 32 tokens were ignored.
@@ -107,12 +107,12 @@ impl Assign {
     /// # Errors
     ///
     /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, top } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, top } = *dims;
         few_experts(experts)?;
         not_zero(&[("top", top)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = u64::from(tokens.div_ceil(32));
         args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;

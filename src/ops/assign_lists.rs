@@ -1,10 +1,10 @@
 //! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
-use super::{GRID, OFFSETS, few_experts};
+use super::few_experts;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
-use crate::{Context, Result, Slice, Step};
+use crate::{BoundOp, Context, Result, Slice};
 use std::sync::Arc;
 
 /// See `shaders/assign_lists.wgsl`.
@@ -26,7 +26,10 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, entries: u32 }
 
 fn prelude() -> Prelude {
-    Prelude::new("64 lanes an expert").constant("WG", 64).piece(GRID).piece(OFFSETS)
+    Prelude::new("64 lanes an expert")
+        .constant("WG", 64)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
 }
 
 /// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of each expert were ignored.
@@ -111,11 +114,11 @@ impl AssignLists {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, entries } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
         args.list.expect("list", &[entries.max(1).into()], 4)?;

@@ -1,13 +1,13 @@
 //! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election and the choice inside
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
-use super::coreset::{ELECTION, VOTES, WIDE, rule_number};
-use super::token_choice::{CHOICE, TokenChoice, list_of};
-use super::{GRID, KEYS, OFFSETS, coreset, not_zero, or_nothing};
+use super::coreset::rule_number;
+use super::token_choice::{TokenChoice, list_of};
+use super::{coreset, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::{BlockRule, Groups, MAX_GROUPS};
-use crate::{Context, Error, Result, Slice, Step, Target};
+use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/block_choice.wgsl`.
@@ -16,15 +16,15 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/block_choice.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
+        read("values", 4),
         read("offsets", 8),
-        read("marks", 4),
+        read("voters", 4),
         write("assigned", 4),
         write("members", 4),
     ],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
+        for target in [Target::Wide, Target::Serial] {
             for rule in coreset::RULES {
                 for (list, groups) in [(4, 1), (8, 1), (8, 32), (16, 32)] {
                     all.push(prelude(target, rule, list, groups));
@@ -37,7 +37,7 @@ pub const SPEC: Spec = Spec {
 
 params! {
     tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32, count: u32, mass: u32,
-    has_marks: u32,
+    has_voters: u32,
 }
 
 /// Most tokens: a column of the bit set.
@@ -50,8 +50,8 @@ pub const MAX_BLOCKS: u32 = 8;
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
     // A software driver's barriers cost by the lane.
     let (wg, lanes) = match target {
-        Target::Gpu => (256, 8),
-        Target::Cpu => (8, 1),
+        Target::Wide => (256, 8),
+        Target::Serial => (8, 1),
     };
     let groups_too = if groups > 1 { ", groups" } else { "" };
     Prelude::new(format!("{rule}, {wg} lanes, {list} experts at a time{groups_too}"))
@@ -61,19 +61,20 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
         .constant("GROUPS", groups)
         .constant("MOST", MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WIDE)
-        .piece(VOTES)
-        .piece(ELECTION)
-        .piece(CHOICE)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("election/u64"))
+        .piece(piece!("election/votes"))
+        .piece(piece!("election/elect"))
+        .piece(piece!("choice/experts_of_token"))
 }
 
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`, at most [`MAX_TOKENS`]; 0 is a no-op.
+    /// Rows of `values`, at most [`MAX_TOKENS`]; 0 is a no-op.
     pub tokens: u32,
     /// Blocks, at most [`MAX_BLOCKS`].
     pub blocks: u32,
@@ -83,11 +84,11 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, as for [`coreset`].
-    pub marks: Option<Slice<'a>>,
+    pub voters: Option<Slice<'a>>,
     /// `[experts]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
     /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
@@ -144,21 +145,21 @@ impl BlockChoice {
     /// # Errors
     ///
     /// Zero or too many blocks, too many tokens, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, blocks } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
-        if !Self::fits(dims) {
+        if !Self::fits(*dims) {
             let reason = format!("{dims:?}, at most {MAX_TOKENS} tokens and {MAX_BLOCKS} blocks");
             return Err(Error::invalid("dims", reason));
         }
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
-        if let Some(marks) = args.marks {
-            marks.expect("marks", &[tokens.into()], 4)?;
+        if let Some(voters) = args.voters {
+            voters.expect("voters", &[tokens.into()], 4)?;
         }
         args.assigned.expect("assigned", &[experts.into()], 4)?;
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
@@ -173,10 +174,10 @@ impl BlockChoice {
             group_top: self.groups.map_or(1, |g| g.top),
             count,
             mass,
-            has_marks: args.marks.is_some().into(),
+            has_voters: args.voters.is_some().into(),
         };
-        let marks = or_nothing(&self.ctx, args.marks);
-        let slices = [args.r, args.offsets, marks, args.assigned, args.members];
+        let voters = or_nothing(&self.ctx, args.voters);
+        let slices = [args.values, args.offsets, voters, args.assigned, args.members];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

@@ -1,11 +1,11 @@
-//! The plan of up to 32 tokens in one dispatch: what [`plan_count`], [`plan_scan`] and [`plan_fill`](super::plan_fill) do
-//! one after the other. Its CPU twin is [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates
-//! [`plan_count::cpu`].
-use super::plan_count::{self, Gates};
-use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing, plan_scan};
+//! The plan of up to 32 tokens in one dispatch: what [`plan_count`](super::plan_count),
+//! [`plan_scan`](super::plan_scan) and [`plan_fill`](super::plan_fill) do one after the other. Its CPU twin is
+//! [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates [`plan_count::cpu`](super::plan_count::cpu).
+use super::plan_count::Gates;
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/block_plan.wgsl`.
@@ -23,7 +23,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
         write("stats", 4),
     ],
-    variants: || [Target::Gpu, Target::Cpu].map(prelude).into(),
+    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
 };
 
 params! {
@@ -37,18 +37,19 @@ params! {
 pub const MAX_TOKENS: u32 = 32;
 
 fn prelude(target: Target) -> Prelude {
-    let lanes = if target == Target::Cpu { 1 } else { 8 };
+    let lanes = if target == Target::Serial { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", 1)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
-        .piece(COLUMNS)
-        .piece(plan_count::COUNT)
-        .piece(plan_scan::SCAN)
-        .piece(super::plan_fill::FILL)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/count"))
+        .piece(piece!("plan/prefix_sums"))
+        .piece(piece!("plan/scan"))
+        .piece(piece!("plan/fill"))
 }
 
 /// Buffers of one dispatch.
@@ -88,13 +89,13 @@ impl BlockPlan {
     /// # Errors
     ///
     /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens; or a slice that does not fit.
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, tile_rows, skinny_rows, .. } = *shape;
         if tokens > MAX_TOKENS {
             return Err(Error::invalid("tokens", format!("{tokens}, at most {MAX_TOKENS}")));
         }
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         few_experts(experts)?;
         let at = shape.sections()?;

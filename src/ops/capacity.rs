@@ -1,11 +1,11 @@
 //! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is one recording, whatever
 //! its ratios (EC-DLM, arXiv 2604.01622).
-use super::{GRID, OFFSETS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_some};
 use crate::routing::schedule::{self, Schedule};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/capacity.wgsl`.
@@ -22,7 +22,7 @@ pub const SPEC: Spec = Spec {
         write("k_of", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -31,8 +31,11 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }
 
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 1 } else { 32 };
-    Prelude::new(format!("{wg} lanes a sequence")).constant("WG", wg).piece(GRID).piece(OFFSETS)
+    let wg = if variant.target == Target::Serial { 1 } else { 32 };
+    Prelude::new(format!("{wg} lanes a sequence"))
+        .constant("WG", wg)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
 }
 
 /// Where the experts per token of each sequence come from, on the host.
@@ -95,7 +98,7 @@ pub struct Dims {
 }
 
 /// Where the experts per token of each sequence come from. Errors name what is given a sequence `mask`. `steps` is
-/// [`Steps::words`](schedule::Steps::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
+/// [`Staircase::words`](schedule::Staircase::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].
@@ -154,11 +157,11 @@ impl Capacity {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.

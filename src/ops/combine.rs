@@ -1,10 +1,10 @@
 //! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
-use super::{GRID, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::plan::HostPlan;
-use crate::{Context, Error, PlanShape, Result, Slice, Step};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -27,8 +27,8 @@ const WG: u32 = 64;
 fn prelude(vector: u32) -> Prelude {
     Prelude::new(format!("vectors of {vector}"))
         .constant("WG", WG)
-        .piece(super::vector(vector))
-        .piece(GRID)
+        .alias("Vector", super::vector(vector))
+        .piece(piece!("common/grid"))
 }
 
 /// The CPU twin: `[tokens, hidden]` from `y`, rows of `hidden` for all slots of the plan (and perhaps
@@ -103,7 +103,7 @@ impl Combine {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         self.bind_tokens(shape, 0..shape.tokens, args)
     }
 
@@ -113,7 +113,7 @@ impl Combine {
         shape: &PlanShape,
         of: Range<u32>,
         args: Args<'_>,
-    ) -> Result<Step> {
+    ) -> Result<BoundOp> {
         let at = shape.sections()?;
         let (tokens, slots, hidden) = (of.end - of.start, shape.slots()?, args.hidden);
         let Range { start, end } = args.columns;

@@ -1,13 +1,13 @@
 //! The experts that each block of tokens elects, for its tokens to choose among (dMoE, arXiv 2605.30876;
 //! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
-use super::{GRID, KEYS, OFFSETS, few_experts, not_zero, or_nothing};
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{BlockRule, mass_units};
-use crate::{Context, Error, Result, Slice, Step, Target};
+use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/coreset.wgsl`.
@@ -16,10 +16,10 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/coreset.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
-        read("own", 4),
+        read("values", 4),
+        read("own_choice", 4),
         read("offsets", 8),
-        read("marks", 4),
+        read("voters", 4),
         write("members", 4),
         write("block_of", 4),
     ],
@@ -32,14 +32,10 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_marks: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
-
-pub(crate) const WIDE: &str = include_str!("../../shaders/lib/wide.wgsl");
-pub(crate) const VOTES: &str = include_str!("../../shaders/lib/votes.wgsl");
-pub(crate) const ELECTION: &str = include_str!("../../shaders/lib/election.wgsl");
 
 pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 
@@ -47,9 +43,9 @@ pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 /// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
 pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
     match target {
-        Target::Gpu => 256,
-        Target::Cpu if experts > 256 => 32,
-        Target::Cpu => 8,
+        Target::Wide => 256,
+        Target::Serial if experts > 256 => 32,
+        Target::Serial => 8,
     }
 }
 
@@ -73,50 +69,51 @@ fn prelude(lanes: u32, rule: &'static str) -> Prelude {
         .constant("WG", lanes)
         .constant("MOST", crate::routing::MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WIDE)
-        .piece(VOTES)
-        .piece(ELECTION)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("election/u64"))
+        .piece(piece!("election/votes"))
+        .piece(piece!("election/elect"))
 }
 
 /// What a score counts as a vote, in units of 2^-24: clamped to +-2047, half to even, NaN 0.
-pub fn vote(r: f32) -> i64 {
-    if r.is_nan() {
+pub fn vote(values: f32) -> i64 {
+    if values.is_nan() {
         0
     } else {
-        (f64::from(r).clamp(-2047.0, 2047.0) * f64::from(1 << 24)).round_ties_even() as i64
+        (f64::from(values).clamp(-2047.0, 2047.0) * f64::from(1 << 24)).round_ties_even() as i64
     }
 }
 
-/// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `r` is
+/// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `values` is
 /// `[tokens, experts]`; `own` the bit set `[experts, ceil(tokens / 32)]` of each token's own choice over all experts, of
-/// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `marks` `[tokens]`.
+/// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `voters` `[tokens]`.
 ///
 /// # Panics
 ///
-/// If `experts` is 0, if the rule's numbers do not fit `experts` ([`BlockRule::check`]), if `r` is not
-/// whole rows of `experts`, if `own` is read and not `experts * ceil(tokens / 32)` long, if there are
-/// no `offsets`, or if `marks` are not one a token; the message names the argument.
+/// If `experts` is 0, if the rule's numbers do not fit `experts` ([`BlockRule::check`]), if `values` are not
+/// whole rows of `experts`, if `own_choice` is read and not `experts * ceil(tokens / 32)` long, if there are
+/// no `offsets`, or if `voters` are not one a token; the message names the argument.
 pub fn cpu(
     rule: BlockRule,
-    r: &[f32],
+    values: &[f32],
     experts: usize,
-    own: &[u32],
+    own_choice: &[u32],
     offsets: &[u32],
-    marks: Option<&[u32]>,
+    voters: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = expect_rows("r", r.len(), "experts", experts);
+    let tokens = expect_rows("values", values.len(), "experts", experts);
     if let Err(error) = rule.check(experts as u32) {
         panic!("{error}");
     }
     if rule.own_top(1).is_some() {
-        expect_len("own", own.len(), experts * bits::columns(tokens));
+        expect_len("own_choice", own_choice.len(), experts * bits::columns(tokens));
     }
     expect_offsets("offsets", offsets.len());
-    if let Some(marks) = marks {
-        expect_len("marks", marks.len(), tokens);
+    if let Some(voters) = voters {
+        expect_len("voters", voters.len(), tokens);
     }
     let mut members = vec![];
     let mut block_of = vec![u32::MAX; tokens];
@@ -125,14 +122,14 @@ pub fn cpu(
         let voters: Vec<usize> = range
             .clone()
             .take(MAX_BLOCK as usize)
-            .filter(|&t| marks.is_none_or(|m| m[t] != 0))
+            .filter(|&t| voters.is_none_or(|m| m[t] != 0))
             .collect();
         let chosen: Vec<usize> = if range.is_empty() {
             vec![]
         } else if voters.is_empty() {
             (0..experts).collect()
         } else {
-            elect(rule, r, experts, &voters, |e, t| bits::get(own, tokens, e, t))
+            elect(rule, values, experts, &voters, |e, t| bits::get(own_choice, tokens, e, t))
         };
         let mut row = vec![0u32; experts.div_ceil(32)];
         for e in chosen {
@@ -146,15 +143,19 @@ pub fn cpu(
 /// The coreset that these tokens elect.
 fn elect(
     rule: BlockRule,
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     voters: &[usize],
-    own: impl Fn(usize, usize) -> bool,
+    own_choice: impl Fn(usize, usize) -> bool,
 ) -> Vec<usize> {
-    let has_vote = |e: usize| voters.iter().any(|&t| own(e, t));
+    let has_vote = |e: usize| voters.iter().any(|&t| own_choice(e, t));
     let votes = || -> Vec<i64> {
         let of = |e: usize| {
-            voters.iter().filter(|&&t| own(e, t)).map(|&t| vote(r[t * experts + e])).sum()
+            voters
+                .iter()
+                .filter(|&&t| own_choice(e, t))
+                .map(|&t| vote(values[t * experts + e]))
+                .sum()
         };
         (0..experts).map(of).collect()
     };
@@ -168,7 +169,7 @@ fn elect(
         BlockRule::Union(_) => (0..experts).filter(|&e| has_vote(e)).collect(),
         BlockRule::Capacity(count) => {
             let best = |e: usize| {
-                let column = voters.iter().map(|&t| r[t * experts + e]);
+                let column = voters.iter().map(|&t| values[t * experts + e]);
                 column.min_by(|&a, &b| order::descending(a, b)).unwrap_or(f32::NAN)
             };
             order::top(0..experts, count as usize, best)
@@ -209,7 +210,7 @@ fn elect(
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Blocks.
     pub blocks: u32,
@@ -219,15 +220,15 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, read: bit set of each token's own choice over all experts, without groups, of
     /// [`BlockRule::own_top`] experts; absent where that is `None`.
-    pub own: Option<Slice<'a>>,
+    pub own_choice: Option<Slice<'a>>,
     /// `[blocks + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, and a block where no token has one elects all experts (TEAM); all
     /// have one where absent.
-    pub marks: Option<Slice<'a>>,
+    pub voters: Option<Slice<'a>>,
     /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
     pub members: Slice<'a>,
     /// `[tokens]` u32, written whole: block of each token, `u32::MAX` for tokens outside all blocks.
@@ -262,34 +263,40 @@ impl Coreset {
     /// # Errors
     ///
     /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, blocks } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
-        if let Some(own) = args.own {
-            own.expect("own", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        if let Some(own_choice) = args.own_choice {
+            own_choice.expect("own_choice", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         } else if self.rule.own_top(1).is_some() {
             return Err(Error::invalid(
-                "own",
-                format!("{:?} needs each token's own choice", self.rule),
+                "own_choice",
+                format!("{:?} needs each token's own_choice choice", self.rule),
             ));
         }
-        if let Some(marks) = args.marks {
-            marks.expect("marks", &[tokens.into()], 4)?;
+        if let Some(voters) = args.voters {
+            voters.expect("voters", &[tokens.into()], 4)?;
         }
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.block_of.expect("block_of", &[tokens.into()], 4)?;
         let (count, mass) = self.rule.count_and_mass();
-        let params =
-            Params { tokens, experts, blocks, count, mass, has_marks: args.marks.is_some().into() };
-        let own = or_nothing(&self.ctx, args.own);
-        let marks = or_nothing(&self.ctx, args.marks);
-        let slices = [args.r, own, args.offsets, marks, args.members, args.block_of];
+        let params = Params {
+            tokens,
+            experts,
+            blocks,
+            count,
+            mass,
+            has_voters: args.voters.is_some().into(),
+        };
+        let own_choice = or_nothing(&self.ctx, args.own_choice);
+        let voters = or_nothing(&self.ctx, args.voters);
+        let slices = [args.values, own_choice, args.offsets, voters, args.members, args.block_of];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -1,12 +1,12 @@
 //! Expert choice: each expert takes the tokens it scores highest, within each sequence (EC-DLM, arXiv 2604.01622),
 //! and the same selection among bits already set: the capacity factor of token choice.
-use super::{GRID, KEYS, OFFSETS, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::{Context, Result, Slice, Step, Target};
+use crate::{BoundOp, Context, Result, Slice, Target};
 use std::sync::Arc;
 
 /// See `shaders/expert_choice.wgsl`.
@@ -15,7 +15,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/expert_choice.wgsl"),
     params: Params::LAYOUT,
     bindings: &[
-        read("r", 4),
+        read("values", 4),
         read("offsets", 8),
         read("lengths", 4),
         read("capacity", 4),
@@ -43,8 +43,6 @@ pub const SERIAL: Spec = Spec {
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
 
-const WORDS: &str = include_str!("../../shaders/lib/choice_words.wgsl");
-
 /// Neighbouring experts of one workgroup, and lanes for each, of the layout for GPUs.
 const EXPERTS: u32 = 8;
 const LANES: u32 = 32;
@@ -60,10 +58,11 @@ fn prelude(masked: bool) -> Prelude {
         .constant("LANES", LANES)
         .constant("WG", EXPERTS * LANES)
         .flag("MASKED", masked)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WORDS)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/words"))
 }
 
 fn serial_prelude(masked: bool, wide: bool) -> Prelude {
@@ -75,32 +74,29 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
     prelude
         .constant("WG", SERIAL_LANES)
         .flag("MASKED", masked)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(OFFSETS)
-        .piece(WORDS)
-        .piece(if wide {
-            include_str!("../../shaders/lib/choice_pairs_wide.wgsl")
-        } else {
-            include_str!("../../shaders/lib/choice_pairs.wgsl")
-        })
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/words"))
+        .piece(if wide { piece!("choice/pairs_wide") } else { piece!("choice/pairs") })
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`, `offsets`
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`, `offsets`
 /// `[sequences + 1]` (made monotone and at most `tokens`), `lengths` and `capacity` `[sequences]`.
 ///
 /// # Panics
 ///
-/// If `experts` is 0, if `r` is not whole rows of `experts`, if there are no `offsets`, or if
+/// If `experts` is 0, if `values` are not whole rows of `experts`, if there are no `offsets`, or if
 /// `lengths` or `capacity` are not one a sequence; the message names the argument.
 pub fn cpu(
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     offsets: &[u32],
     lengths: Option<&[u32]>,
     capacity: &[u32],
 ) -> Vec<u32> {
-    let tokens = expect_rows("r", r.len(), "experts", experts);
+    let tokens = expect_rows("values", values.len(), "experts", experts);
     let sequences = expect_offsets("offsets", offsets.len());
     if let Some(lengths) = lengths {
         expect_len("lengths", lengths.len(), sequences);
@@ -115,7 +111,7 @@ pub fn cpu(
         }
         let take = (capacity[b] as usize).clamp(1, length);
         for e in 0..experts {
-            for t in order::top(range.clone(), take, |t| r[t * experts + e]) {
+            for t in order::top(range.clone(), take, |t| values[t * experts + e]) {
                 bits::set(&mut assigned, tokens, e, t);
             }
         }
@@ -166,7 +162,7 @@ pub fn ranges(offsets: &[u32], tokens: usize) -> Vec<std::ops::Range<usize>> {
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
     /// Experts.
     pub experts: u32,
@@ -178,7 +174,7 @@ pub struct Dims {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
     pub offsets: Slice<'a>,
     /// `[sequences]` u32, read: tokens of a sequence that are not padding; all where absent.
@@ -187,6 +183,15 @@ pub struct Args<'a> {
     pub capacity: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
+}
+
+/// Sizes of a drop.
+#[derive(Clone, Copy, Debug)]
+pub struct DropDims {
+    /// Tokens; 0 is a no-op.
+    pub tokens: u32,
+    /// Experts.
+    pub experts: u32,
 }
 
 /// Buffers of a drop.
@@ -228,7 +233,7 @@ impl ExpertChoice {
 
     /// The kernel for this many tokens and experts, and the experts of a workgroup.
     fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
-        if self.ctx.variant().target == Target::Gpu || tokens > SERIAL_TOKENS {
+        if self.ctx.variant().target == Target::Wide || tokens > SERIAL_TOKENS {
             return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
         }
         let features = self.ctx.device().features();
@@ -241,14 +246,14 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, experts, sequences } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, sequences } = *dims;
         not_zero(&[("experts", experts), ("sequences", sequences)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
         if let Some(lengths) = args.lengths {
             lengths.expect("lengths", &[sequences.into()], 4)?;
@@ -260,7 +265,7 @@ impl ExpertChoice {
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
         let lengths = args.lengths.unwrap_or(args.capacity);
         let slices =
-            [args.r, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
+            [args.values, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
         let (kernel, tile) = self.kernel(tokens, experts, false)?;
         let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
@@ -271,10 +276,11 @@ impl ExpertChoice {
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind_drop(&self, tokens: u32, experts: u32, args: DropArgs<'_>) -> Result<Step> {
+    pub fn bind_drop(&self, dims: &DropDims, args: DropArgs<'_>) -> Result<BoundOp> {
+        let DropDims { tokens, experts } = *dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
         args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;

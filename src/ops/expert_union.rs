@@ -1,10 +1,10 @@
 //! The experts that a block's tokens use together: the bytes that decoding the block must read.
-use super::{GRID, OFFSETS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/expert_union.wgsl`.
@@ -21,7 +21,7 @@ pub const SPEC: Spec = Spec {
         write("totals", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -30,8 +30,12 @@ pub const SPEC: Spec = Spec {
 params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32, has_totals: u32 }
 
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 8 } else { 256 };
-    Prelude::new(format!("{wg} lanes a block")).constant("WG", wg).piece(GRID).piece(OFFSETS)
+    let wg = if variant.target == Target::Serial { 8 } else { 256 };
+    Prelude::new(format!("{wg} lanes a block"))
+        .constant("WG", wg)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
 }
 
 /// The CPU twin: the members `[blocks, ceil(experts / 32)]`, counts, and bytes of each block.
@@ -142,6 +146,9 @@ pub struct Args<'a> {
     pub counts: Slice<'a>,
     /// `[blocks]` u64 (low word first), written whole: bytes of their weights.
     pub bytes: Slice<'a>,
+    /// `[4]` u32, read and written: a running mean over layers and steps (see [`Totals`]; zeros to
+    /// begin with). Any number of layers may add to one.
+    pub totals: Option<Slice<'a>>,
 }
 
 /// The GPU kernel.
@@ -171,7 +178,10 @@ impl ExpertUnion {
         let long = u64::from(experts.div_ceil(8)) * u64::from(columns) > 32_768;
         self.ctx.kernel(
             &SPEC,
-            prelude(Variant { target: if long { Target::Gpu } else { variant.target }, ..variant }),
+            prelude(Variant {
+                target: if long { Target::Wide } else { variant.target },
+                ..variant
+            }),
         )
     }
 
@@ -180,41 +190,29 @@ impl ExpertUnion {
     /// # Errors
     ///
     /// Zero or too many experts, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        self.bind_with(dims, args, None)
-    }
-
-    /// As [`ExpertUnion::bind`], and adds to a running mean over layers and steps: `totals`, `[4]` u32, read and written (see
-    /// [`Totals`]; zeros to begin with). Any number of layers may add to one.
-    ///
-    /// # Errors
-    ///
-    /// As [`ExpertUnion::bind`].
-    pub fn bind_mean(&self, dims: Dims, args: Args<'_>, totals: Slice<'_>) -> Result<Step> {
-        totals.expect("totals", &[4], 4)?;
-        self.bind_with(dims, args, Some(totals))
-    }
-
-    fn bind_with(&self, dims: Dims, args: Args<'_>, totals: Option<Slice<'_>>) -> Result<Step> {
-        let Dims { tokens, experts, blocks, expert_bytes } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, blocks, expert_bytes } = *dims;
         few_experts(experts)?;
         if blocks == 0 || tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
         args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
         args.counts.expect("counts", &[blocks.into()], 4)?;
         args.bytes.expect("bytes", &[blocks.into()], 8)?;
+        if let Some(totals) = args.totals {
+            totals.expect("totals", &[4], 4)?;
+        }
         let params = Params {
             tokens,
             experts,
             blocks,
             expert_bytes_low: expert_bytes as u32, // the low word
             expert_bytes_high: (expert_bytes >> 32) as u32,
-            has_totals: totals.is_some().into(),
+            has_totals: args.totals.is_some().into(),
         };
-        let totals = or_nothing(&self.ctx, totals);
+        let totals = or_nothing(&self.ctx, args.totals);
         let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes, totals];
         let kernel = self.kernel(experts, tokens.div_ceil(32))?;
         Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())

@@ -1,10 +1,10 @@
 //! Rows of the tokens that each slot stands for. (The layer's matmuls gather as they load; this is for engines that run
 //! the experts themselves.)
-use super::{GRID, not_zero};
+use super::not_zero;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::expect_rows;
-use crate::{Context, PlanShape, Result, Slice, Step, Target};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("x", 4), read("token_of", 4), write("out", 4)],
     variants: || {
-        let all = [Target::Gpu, Target::Cpu].into_iter();
+        let all = [Target::Wide, Target::Serial].into_iter();
         all.flat_map(|target| widths(target).iter().map(move |&w| prelude(target, w))).collect()
     },
 };
@@ -25,24 +25,24 @@ params! { tokens: u32, slots: u32, vectors: u32, lanes: u32, first_token: u32, f
 /// f32 of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
 fn widths(target: Target) -> &'static [u32] {
     match target {
-        Target::Gpu => &[4, 1],
-        Target::Cpu => &[8, 4, 1],
+        Target::Wide => &[4, 1],
+        Target::Serial => &[8, 4, 1],
     }
 }
 
 /// Lanes of a workgroup. A software driver's loops are quickest with one subgroup.
 fn workgroup(target: Target) -> u32 {
     match target {
-        Target::Gpu => 64,
-        Target::Cpu => 8,
+        Target::Wide => 64,
+        Target::Serial => 8,
     }
 }
 
 /// Vectors that a lane copies of a row.
 fn items(target: Target) -> u32 {
     match target {
-        Target::Gpu => 4,
-        Target::Cpu => 8,
+        Target::Wide => 4,
+        Target::Serial => 8,
     }
 }
 
@@ -50,8 +50,8 @@ fn prelude(target: Target, width: u32) -> Prelude {
     let wg = workgroup(target);
     let prelude = Prelude::new(format!("vectors of {width}, {wg} lanes"))
         .constant("WG", wg)
-        .piece(super::vector(width))
-        .piece(GRID);
+        .alias("Vector", super::vector(width))
+        .piece(piece!("common/grid"));
     if width == 8 { prelude.needs(wgpu::Features::SHADER_INT64) } else { prelude }
 }
 
@@ -124,11 +124,11 @@ impl Gather {
     /// # Errors
     ///
     /// Zero tokens or elements a row, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, dims: Dims, args: Args<'_>) -> Result<Step> {
-        let Dims { tokens, slots, hidden } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, slots, hidden } = *dims;
         not_zero(&[("hidden", hidden), ("tokens", tokens)])?;
         if slots == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
         args.token_of.expect("token_of", &[slots.into()], 4)?;
@@ -138,7 +138,7 @@ impl Gather {
     }
 
     /// The rows of some of a plan's slots whose tokens lie in a window of `x`; rows of other tokens are left alone.
-    pub(crate) fn bind_window(&self, shape: &PlanShape, args: WindowArgs<'_>) -> Result<Step> {
+    pub(crate) fn bind_window(&self, shape: &PlanShape, args: WindowArgs<'_>) -> Result<BoundOp> {
         let params = Params {
             tokens: args.tokens.end - args.tokens.start,
             slots: args.slots.end - args.slots.start,
@@ -150,7 +150,7 @@ impl Gather {
         self.dispatch(params, args.hidden, [args.x, args.plan, args.out])
     }
 
-    fn dispatch(&self, params: Params, hidden: u32, slices: [Slice<'_>; 3]) -> Result<Step> {
+    fn dispatch(&self, params: Params, hidden: u32, slices: [Slice<'_>; 3]) -> Result<BoundOp> {
         let fits = self.kernels.iter().find(|(width, _)| hidden.is_multiple_of(*width));
         let (width, kernel) = fits.expect("every length is a multiple of 1");
         let target = self.ctx.variant().target;

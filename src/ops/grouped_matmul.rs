@@ -3,13 +3,14 @@
 //!
 //! Three kernels compute it: [`matmul_register`](super::matmul_register) on CPU-type devices,
 //! [`matmul_tile`](super::matmul_tile) and [`matmul_skinny`](super::matmul_skinny) on GPUs, by the rows of an item.
-use super::{not_zero, or_nothing};
+use super::or_nothing;
 use crate::device::Kernel;
 use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write};
-use crate::error::{bytes_of, expect_rows};
+use crate::error::bytes_of;
+use crate::plan::Sections;
 use crate::routing::Activation;
-use crate::weights::{ExpertShape, ExpertWeights, PANEL, Projection, WeightType};
-use crate::{Context, Error, PlanShape, Result, Slice, Step, Target};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,11 +47,20 @@ pub(crate) enum Layout {
 
 /// Rows per item: which list of the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Class {
+pub(crate) enum ItemKind {
     /// Items of at most [`SKINNY_ROWS`] rows.
     Skinny,
     /// Items of up to [`tile_rows`] rows.
     Tile,
+}
+
+impl ItemKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Skinny => "skinny",
+            Self::Tile => "tile",
+        }
+    }
 }
 
 /// Most rows of a skinny item.
@@ -59,14 +69,14 @@ pub const SKINNY_ROWS: u32 = 8;
 /// Most rows of a tile item on this context's device.
 pub fn tile_rows(ctx: &Context) -> u32 {
     match ctx.variant().target {
-        Target::Cpu => super::matmul_register::TILE_ROWS,
-        Target::Gpu => super::matmul_tile::TILE_ROWS,
+        Target::Serial => super::matmul_register::TILE_ROWS,
+        Target::Wide => super::matmul_tile::TILE_ROWS,
     }
 }
 
 /// What is known of a matmul when its kernel is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Problem {
+pub(crate) struct Specialization {
     /// The activation that joins two matrices; none: one matrix.
     pub(crate) activation: Option<Activation>,
     /// Rows of `x` are tokens of the slots, not slots.
@@ -79,17 +89,17 @@ pub(crate) struct Problem {
     pub(crate) depth_lanes: u32,
     /// Whether the columns are a multiple of 4, so that four of a row of `out` are one aligned store.
     pub(crate) quad_columns: bool,
-    pub(crate) class: Class,
+    pub(crate) kind: ItemKind,
 }
 
-impl Problem {
+impl Specialization {
     /// Every combination that some layer uses.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![];
         for depth_lanes in [1, 4, 8] {
-            for class in [Class::Skinny, Class::Tile] {
+            for kind in [ItemKind::Skinny, ItemKind::Tile] {
                 let quad_columns = depth_lanes != 1;
-                for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+                for &weight_type in WeightType::ALL {
                     for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
                         // The activation is a piece of its own: once is enough.
                         if activation == Some(Activation::Gelu)
@@ -105,7 +115,7 @@ impl Problem {
                             layout: Layout::Packed,
                             depth_lanes,
                             quad_columns,
-                            class,
+                            kind,
                         });
                     }
                 }
@@ -117,7 +127,7 @@ impl Problem {
                     layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
                     depth_lanes,
                     quad_columns,
-                    class,
+                    kind,
                 });
             }
         }
@@ -125,7 +135,7 @@ impl Problem {
     }
 
     pub(crate) fn label(&self) -> String {
-        let rows = if self.class == Class::Skinny { "skinny" } else { "tile" };
+        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
         let what = match self.activation {
             None => "plain",
             Some(Activation::Silu) => "silu",
@@ -139,57 +149,44 @@ impl Problem {
 
     /// The constants that all three kernels read.
     pub(crate) fn constants(&self, prelude: Prelude) -> Prelude {
-        prelude.flag("GATED", self.activation.is_some()).flag("GATHER", self.gather)
-    }
-
-    pub(crate) fn tile_piece(&self) -> &'static str {
-        if self.dense {
-            include_str!("../../shaders/lib/matmul/tile_dense.wgsl")
-        } else {
-            include_str!("../../shaders/lib/matmul/tile_plan.wgsl")
-        }
-    }
-
-    pub(crate) fn activation_piece(&self) -> &'static str {
-        match self.activation {
-            None => include_str!("../../shaders/lib/matmul/activate_none.wgsl"),
-            Some(Activation::Silu) => include_str!("../../shaders/lib/matmul/activate_silu.wgsl"),
-            Some(Activation::Gelu) => include_str!("../../shaders/lib/matmul/activate_gelu.wgsl"),
-        }
+        prelude
+            .flag("GATED", self.activation.is_some())
+            .flag("GATHER", self.gather)
+            .constant("PANEL", if self.layout == Layout::Packed { PANEL } else { 1 })
     }
 
     /// Rows of an item of the register kernel.
     pub(crate) fn rows(&self) -> u32 {
-        if self.class == Class::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
+        if self.kind == ItemKind::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
     }
 
-    fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => {
+    pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
+        match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => {
                 let features = super::matmul_register::Features::of(ctx);
                 ctx.kernel(
                     &super::matmul_register::SPEC,
                     super::matmul_register::prelude(self, features),
                 )
             }
-            (Target::Gpu, Class::Skinny) => {
+            (Target::Wide, ItemKind::Skinny) => {
                 ctx.kernel(&super::matmul_skinny::SPEC, super::matmul_skinny::prelude(self))
             }
-            (Target::Gpu, Class::Tile) => {
+            (Target::Wide, ItemKind::Tile) => {
                 ctx.kernel(&super::matmul_tile::SPEC, super::matmul_tile::prelude(self))
             }
         }
     }
 
     /// Workgroups for so many items, completing the parameters.
-    fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let [width, height] = match (ctx.variant().target, self.class) {
-            (Target::Cpu, _) => super::matmul_register::group_tile(self),
-            (Target::Gpu, Class::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
-            (Target::Gpu, Class::Tile) => [super::matmul_tile::tile_columns(self), 1],
+    pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
+        let [width, height] = match (ctx.variant().target, self.kind) {
+            (Target::Serial, _) => super::matmul_register::group_tile(self),
+            (Target::Wide, ItemKind::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
+            (Target::Wide, ItemKind::Tile) => [super::matmul_tile::tile_columns(self), 1],
         };
         params.item_groups = items.div_ceil(height);
-        if ctx.variant().target == Target::Cpu {
+        if ctx.variant().target == Target::Serial {
             params.item_step = super::matmul_register::item_step(params.item_groups);
         }
         let across = (params.column_end - params.column_begin).div_ceil(width);
@@ -231,91 +228,128 @@ pub enum Stage {
     Down,
 }
 
-/// Buffers of one grouped matmul over one page of weights.
+/// Rows of slots: `[slots, width]` f32, from a slot on.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotRows<'a> {
+    /// The rows.
+    pub rows: Slice<'a>,
+    /// Slot of the first row.
+    pub first: u32,
+}
+
+/// Where a matmul's input rows are.
+#[derive(Clone, Copy, Debug)]
+pub enum Rows<'a> {
+    /// `[tokens, depth]` f32: the plan says which row a slot takes.
+    Tokens(Slice<'a>),
+    /// A row a slot.
+    Slots(SlotRows<'a>),
+}
+
+/// Buffers of one grouped matmul.
 #[derive(Clone, Debug)]
 pub struct Args<'a> {
-    /// [`Stage::GateUp`]: `[tokens, D]` f32, or as much of slots; [`Stage::Down`]: `[rows, F]` f32, slots. Read.
-    pub x: Slice<'a>,
-    /// [`Stage::GateUp`]: whether the rows of `x` are tokens, to be found by the plan, and not slots from `x_slot` on.
-    pub gather: bool,
-    /// The plan's shape.
-    pub shape: &'a PlanShape,
+    /// Rows of D values ([`Stage::GateUp`]) or of F values of slots ([`Stage::Down`]), read.
+    pub x: Rows<'a>,
     /// A plan of the shape, read; in a buffer that is not written.
     pub plan: Slice<'a>,
     /// The weights.
     pub weights: &'a ExpertWeights,
-    /// The page, of [`ExpertWeights::page_counts`]'s first (gate and up) or second (down).
-    pub page: usize,
-    /// `[experts]` u32, shared experts included, read: which expert of `weights` holds each of the plan's, for weights that
-    /// hold only some of them; the slots of those past the end are left alone. Expert by expert where absent.
+    /// `[experts]` u32, shared experts included, read: which expert of `weights` holds each of the
+    /// plan's, for weights that hold only some of them. Slots of experts past the end are left alone.
+    /// Expert by expert where absent.
     pub places: Option<Slice<'a>>,
-    /// `[rows, columns]` f32, slots from `out_slot` on: items of the page and class are written, other rows left alone.
-    pub out: Slice<'a>,
+    /// `[slots, columns]` f32, written: rows of slots without an item are left alone.
+    pub out: SlotRows<'a>,
     /// Slots to compute; all: `0..shape.slots()`.
     pub slots: Range<u32>,
-    /// Columns of the output that `out` holds; all: `0..F` or `0..D`.
+    /// Columns of the output that `out` holds, from a multiple of 32 on; all: `0..F` or `0..D`.
     pub columns: Range<u32>,
-    /// Slot of the first row of `x`, where its rows are slots.
-    pub x_slot: u32,
-    /// Slot of the first row of `out`.
-    pub out_slot: u32,
 }
 
-/// A grouped expert matmul over one class of a plan's items.
+/// A grouped expert matmul: every item of a plan times the weights of its expert, page by page.
 #[derive(Clone, Debug)]
 pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
-    problem: Problem,
-    kernel: Arc<Kernel>,
+    /// By kind of item.
+    kernels: [(Specialization, Arc<Kernel>); 2],
+}
+
+/// What one page contributes to a matmul.
+struct PageOf<'a> {
+    at: &'a Sections,
+    index: usize,
+    pages: usize,
+    page: &'a Page,
 }
 
 impl GroupedMatmul {
-    /// Compiles the kernel for experts of this shape.
+    /// Compiles the kernels for experts of this shape, one for each kind of item.
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where wgpu refuses the kernel.
-    pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage, class: Class) -> Result<Self> {
+    /// [`Error::Device`] where wgpu refuses a kernel.
+    pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage) -> Result<Self> {
         let (activation, projection) = match stage {
             Stage::GateUp(activation) => (Some(activation), Projection::Gate),
             Stage::Down => (None, Projection::Down),
         };
         let [columns, depth] = shape.matrix(projection);
-        let problem = Problem {
-            activation,
-            gather: activation.is_some(),
-            dense: false,
-            weight_type: shape.weight_type,
-            layout: Layout::Packed,
-            depth_lanes: depth_lanes(depth),
-            quad_columns: columns.is_multiple_of(4),
-            class,
+        let make = |kind| {
+            let problem = Specialization {
+                activation,
+                gather: activation.is_some(),
+                dense: false,
+                weight_type: shape.weight_type,
+                layout: Layout::Packed,
+                depth_lanes: depth_lanes(depth),
+                quad_columns: columns.is_multiple_of(4),
+                kind,
+            };
+            Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
-        Ok(Self { ctx: ctx.clone(), stage, problem, kernel: problem.kernel(ctx)? })
+        let kernels = [make(ItemKind::Skinny)?, make(ItemKind::Tile)?];
+        Ok(Self { ctx: ctx.clone(), stage, kernels })
     }
 
-    /// One dispatch: the page's columns that lie within `args.columns`, for the page's experts.
+    /// Every item of the plan: a dispatch for each page and kind of item.
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`], a page that is not there, or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, args: Args<'_>) -> Result<Step> {
-        let at = args.shape.sections()?;
-        let shape = args.weights.shape();
-        let (pages, projection) = match self.stage {
-            Stage::GateUp(_) => (args.weights.gate_up(), Projection::Gate),
-            Stage::Down => (args.weights.down(), Projection::Down),
+    /// As [`PlanShape::sections`], weights of other experts than the plan's, columns outside the
+    /// matrix, or a slice that does not fit ([`Error`]).
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
+        let at = shape.sections()?;
+        self.check(shape, &at, &args)?;
+        let pages = match self.stage {
+            Stage::GateUp(_) => args.weights.gate_up(),
+            Stage::Down => args.weights.down(),
         };
-        let [width, depth] = shape.matrix(projection);
-        let page = pages
-            .get(args.page)
-            .ok_or_else(|| Error::invalid("page", format!("{} of {}", args.page, pages.len())))?;
-        let all = args.shape.all_experts();
+        // Few tokens make no tile.
+        let kinds = if shape.tokens <= SKINNY_ROWS { 1 } else { 2 };
+        let mut step = BoundOp::default();
+        for (index, page) in pages.iter().enumerate() {
+            let of = PageOf { at: &at, index, pages: pages.len(), page };
+            for kernel in &self.kernels[..kinds] {
+                step = step.then(self.bind_page(shape, &args, &of, kernel)?);
+            }
+        }
+        Ok(step)
+    }
+
+    /// The caller's arguments, before anything is made of them.
+    fn check(&self, shape: &PlanShape, at: &Sections, args: &Args<'_>) -> Result<()> {
+        let experts = args.weights.shape();
+        let [width, depth] = match self.stage {
+            Stage::GateUp(_) => experts.matrix(Projection::Gate),
+            Stage::Down => experts.matrix(Projection::Down),
+        };
+        let all = shape.all_experts();
         match args.places {
             Some(places) => places.expect("places", &[all.into()], 4)?,
-            None if shape.experts != all => {
-                let reason = format!("{} experts, the plan has {all}", shape.experts);
+            None if experts.experts != all => {
+                let reason = format!("{} experts, the plan has {all}", experts.experts);
                 return Err(Error::invalid("weights", reason));
             }
             None => {}
@@ -325,33 +359,52 @@ impl GroupedMatmul {
             let reason = format!("{start}..{end} of {width}, must start at a multiple of {PANEL}");
             return Err(Error::invalid("columns", reason));
         }
-        // What the page and the output have in common, in the page's columns.
+        args.plan.expect("plan", &[at.words.into()], 4)?;
+        let slots = |rows: SlotRows<'_>| u64::from(args.slots.end.saturating_sub(rows.first));
+        match args.x {
+            Rows::Tokens(x) => at_least("x", x, &[shape.tokens.into(), depth.into()])?,
+            Rows::Slots(x) => at_least("x", x.rows, &[slots(x), depth.into()])?,
+        }
+        let columns = u64::from(end - start);
+        at_least("out", args.out.rows, &[slots(args.out), columns])
+    }
+
+    /// The columns of a page that lie within `args.columns`, for the page's experts and the items of
+    /// one kind.
+    fn bind_page(
+        &self,
+        shape: &PlanShape,
+        args: &Args<'_>,
+        of: &PageOf<'_>,
+        (problem, kernel): &(Specialization, Arc<Kernel>),
+    ) -> Result<BoundOp> {
+        let PageOf { at, page, .. } = *of;
+        // What the page and the output have in common.
         let begin = args.columns.start.max(page.columns.start);
         let end = args.columns.end.min(page.columns.end);
         if begin >= end || args.slots.start >= args.slots.end {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let out_stride = args.columns.end - args.columns.start;
-        let gather = args.gather && self.problem.gather;
-        let rows =
-            if gather { args.shape.tokens } else { args.slots.end.saturating_sub(args.x_slot) };
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        at_least("x", args.x, &[rows.into(), depth.into()])?;
-        at_least(
-            "out",
-            args.out,
-            &[args.slots.end.saturating_sub(args.out_slot).into(), out_stride.into()],
-        )?;
-
+        let [_, depth] = args.weights.shape().matrix(match self.stage {
+            Stage::GateUp(_) => Projection::Gate,
+            Stage::Down => Projection::Down,
+        });
         // Experts of the plan that the page can hold.
-        let experts = if args.places.is_some() { 0..all } else { page.experts.clone() };
-        let (items, item_offsets, bound) = match self.problem.class {
+        let all = 0..shape.all_experts();
+        let experts = if args.places.is_some() { all } else { page.experts.clone() };
+        let (items, item_offsets, bound) = match problem.kind {
             // What an expert has left: at most one item each.
-            Class::Skinny => {
-                let most = args.shape.skinny()?.min(experts.end - experts.start);
+            ItemKind::Skinny => {
+                let most = shape.skinny()?.min(experts.end - experts.start);
                 (at.skinny_items, at.skinny_offsets, most)
             }
-            Class::Tile => (at.tile_items, at.tile_offsets, args.shape.tiles()?),
+            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tiles()?),
+        };
+        let (x, x_slot, token_of) = match args.x {
+            // Kernels without a gather read a row a slot.
+            Rows::Tokens(x) => (x, 0, at.token_of),
+            Rows::Slots(x) => (x.rows, x.first, 0),
         };
         let mut params = Params {
             columns: page.columns.end - page.columns.start,
@@ -365,40 +418,34 @@ impl GroupedMatmul {
             experts: page.experts.end - page.experts.start,
             slot_begin: args.slots.start,
             slot_end: args.slots.end,
-            x_slot: args.x_slot,
-            out_slot: args.out_slot,
+            x_slot,
+            out_slot: args.out.first,
             items,
             items_begin: item_offsets + experts.start,
             items_end: item_offsets + experts.end,
             expert_offsets: at.expert_offsets,
-            token_of: if gather { at.token_of } else { 0 },
+            token_of,
             placed: args.places.is_some().into(),
             ..Params::default()
         };
-        let quad = [
-            params.columns,
-            params.column_begin,
-            params.column_end,
-            params.column_base,
-            out_stride,
-        ]
-        .iter()
-        .all(|n| n % 4 == 0);
-        let kernel = if quad || !self.problem.quad_columns {
-            self.kernel.clone()
+        let Params { columns, column_begin, column_end, column_base, .. } = params;
+        let ends = [columns, column_begin, column_end, column_base, out_stride];
+        let kernel = if ends.iter().all(|n| n % 4 == 0) || !problem.quad_columns {
+            kernel.clone()
         } else {
-            Problem { quad_columns: false, ..self.problem }.kernel(&self.ctx)?
+            Specialization { quad_columns: false, ..*problem }.kernel(&self.ctx)?
         };
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
-        let groups = self.problem.groups(&self.ctx, &mut params, bound);
+        let groups = problem.groups(&self.ctx, &mut params, bound);
         let places = or_nothing(&self.ctx, args.places);
-        let slices = [args.x, args.plan, weights, up, places, args.out];
+        let slices = [x, args.plan, weights, up, places, args.out.rows];
         let stage = match self.stage {
             Stage::GateUp(_) => "gate_up",
             Stage::Down => "down",
         };
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage(stage).into())
+        let dispatch = kernel.dispatch(&self.ctx, &params, &slices, groups)?;
+        Ok(dispatch.of_stage(stage).of_page(problem.kind.name(), of.index, of.pages).into())
     }
 }
 
@@ -427,120 +474,6 @@ pub fn cpu_expert(
     cpu_row(&h, down, x.len()).into_iter().map(|y| y as f32).collect()
 }
 
-fn depth_lanes(depth: u32) -> u32 {
+pub(super) fn depth_lanes(depth: u32) -> u32 {
     [8, 4].into_iter().find(|n| depth.is_multiple_of(*n)).unwrap_or(1)
-}
-
-/// Buffers of router logits.
-#[derive(Clone, Copy, Debug)]
-pub struct LogitsArgs<'a> {
-    /// `[tokens, hidden]` f32, read.
-    pub x: Slice<'a>,
-    /// `[experts, hidden]` f32, row-major, read where it lies.
-    pub weights: Slice<'a>,
-    /// `[tokens, experts]` f32, written whole.
-    pub logits: Slice<'a>,
-}
-
-/// Router logits `g = x Wr^T`: the same matmul with one dense expert.
-#[derive(Clone, Debug)]
-pub struct Logits {
-    ctx: Context,
-    hidden: u32,
-    experts: u32,
-    skinny: (Problem, Arc<Kernel>),
-    tile: (Problem, Arc<Kernel>),
-}
-
-impl Logits {
-    /// Compiles the kernel for a router of this shape.
-    ///
-    /// # Errors
-    ///
-    /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
-    pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
-        not_zero(&[("hidden", hidden), ("experts", experts)])?;
-        let depth_lanes = depth_lanes(hidden);
-        let make = |class| {
-            let problem = Problem {
-                activation: None,
-                gather: false,
-                dense: true,
-                weight_type: WeightType::F32,
-                layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
-                depth_lanes,
-                quad_columns: experts.is_multiple_of(4),
-                class,
-            };
-            Ok::<_, Error>((problem, problem.kernel(ctx)?))
-        };
-        Ok(Self {
-            ctx: ctx.clone(),
-            hidden,
-            experts,
-            skinny: make(Class::Skinny)?,
-            tile: make(Class::Tile)?,
-        })
-    }
-
-    /// Logits of `tokens` rows; 0 is a no-op.
-    ///
-    /// # Errors
-    ///
-    /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: LogitsArgs<'_>) -> Result<Step> {
-        self.bind_rows(tokens, 0..tokens, args)
-    }
-
-    /// The same for some of the rows, which alone are `args.x`.
-    pub(crate) fn bind_rows(
-        &self,
-        tokens: u32,
-        of: Range<u32>,
-        args: LogitsArgs<'_>,
-    ) -> Result<Step> {
-        let rows = of.end - of.start;
-        if rows == 0 {
-            return Ok(Step::default());
-        }
-        let (hidden, experts) = (self.hidden, self.experts);
-        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
-        args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
-        args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
-        let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
-            (&self.skinny, SKINNY_ROWS)
-        } else {
-            (&self.tile, tile_rows(&self.ctx))
-        };
-        let mut params = Params {
-            columns: experts,
-            column_end: experts,
-            depth: hidden,
-            x_stride: hidden,
-            out_stride: experts,
-            experts: 1,
-            slot_end: rows,
-            out_slot: 0u32.wrapping_sub(of.start),
-            ..Params::default()
-        };
-        let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
-        let nothing = self.ctx.nothing();
-        let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
-    }
-}
-
-/// The CPU twin of [`Logits`]: `[tokens, experts]`, f64 sums rounded once.
-///
-/// # Panics
-///
-/// If `hidden` is 0, or if `x` or `weights` are not whole rows of `hidden`; the message names the
-/// argument.
-pub fn cpu_logits(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
-    expect_rows("x", x.len(), "hidden", hidden);
-    let experts = expect_rows("weights", weights.len(), "hidden", hidden);
-    x.chunks_exact(hidden)
-        .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
-        .map(|g| g as f32)
-        .collect()
 }

@@ -1,8 +1,8 @@
 //! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, Class, Layout, Params, Problem};
+use super::grouped_matmul::{BINDINGS, ItemKind, Layout, Params, Specialization};
+use super::matmul_pieces as pieces;
 use crate::Context;
-use crate::device::shader::{Prelude, Spec};
-use crate::weights::{PANEL, WeightType};
+use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_register.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -12,7 +12,7 @@ pub const SPEC: Spec = Spec {
     bindings: BINDINGS,
     variants: || {
         let mut all = vec![];
-        for problem in Problem::all() {
+        for problem in Specialization::all() {
             for wide in [false, true] {
                 for shuffle in [false, true] {
                     all.push(prelude(&problem, Features { wide, shuffle }));
@@ -31,11 +31,11 @@ pub(crate) const TILE_ROWS: u32 = 16;
 
 /// Stretches of columns, and items, that a workgroup takes one after the other. Tiles of one expert read the same weights:
 /// taken in turn, a cache still holds those of one stretch (f32: 512 KiB at a depth of 2,048).
-fn span(problem: &Problem) -> [u32; 2] {
-    match problem.class {
-        Class::Skinny => [4, 1],
-        Class::Tile if problem.dense => [1, 1],
-        Class::Tile => [1, 4],
+fn span(problem: &Specialization) -> [u32; 2] {
+    match problem.kind {
+        ItemKind::Skinny => [4, 1],
+        ItemKind::Tile if problem.dense => [1, 1],
+        ItemKind::Tile => [1, 4],
     }
 }
 
@@ -59,7 +59,7 @@ impl Features {
 }
 
 /// Columns and items that one workgroup makes.
-pub(crate) fn group_tile(problem: &Problem) -> [u32; 2] {
+pub(crate) fn group_tile(problem: &Specialization) -> [u32; 2] {
     let [span, items] = span(problem);
     [span * WG * if problem.activation.is_some() { 4 } else { 8 }, items]
 }
@@ -79,13 +79,13 @@ pub(crate) fn item_step(groups: u32) -> u32 {
     if groups <= 1 << 16 { (groups * 5 / 8..groups).find(coprime).unwrap_or(1) } else { 1 }
 }
 
-pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
-    let Problem { layout, weight_type, depth_lanes, .. } = *problem;
+pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
+    let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide
         && match layout {
             Layout::Packed => true,
-            Layout::Rows => weight_type == WeightType::F32 && depth_lanes % 8 == 0,
+            Layout::Rows => weight_type.lanes() == 4 && depth_lanes % 8 == 0,
             Layout::AnyRows => false,
         };
     let wide_x = features.wide && depth_lanes % 8 == 0;
@@ -98,57 +98,35 @@ pub(crate) fn prelude(problem: &Problem, features: Features) -> Prelude {
         prelude.label += ", shuffled rows";
         prelude = prelude.needs(wgpu::Features::SUBGROUP);
     }
-    prelude = problem
+    problem
         .constants(prelude)
         .constant("WG", WG)
         .constant("SPAN", span(problem)[0])
         .constant("ITEMS", span(problem)[1])
         .constant("TILE_ROWS", problem.rows())
-        .constant("PANEL", if layout == Layout::Packed { PANEL } else { 1 })
         // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
-        .flag("WHOLE_STEPS", weight_type != WeightType::F32 || depth_lanes % 8 == 0)
-        .piece(super::GRID)
-        .piece(include_str!("../../shaders/lib/matmul/params.wgsl"))
-        .piece(problem.tile_piece())
-        .piece(if wide_x {
-            include_str!("../../shaders/lib/matmul/register/x_wide.wgsl")
-        } else if depth_lanes % 4 == 0 {
-            include_str!("../../shaders/lib/matmul/register/x_vec4.wgsl")
-        } else {
-            include_str!("../../shaders/lib/matmul/register/x_scalar.wgsl")
-        })
+        .flag("WHOLE_STEPS", weight_type.lanes() != 4 || depth_lanes % 8 == 0)
+        .piece(piece!("common/grid"))
+        .piece(piece!("matmul/params"))
+        .piece(pieces::tile(problem))
+        .piece(piece!("matmul/register/eight"))
+        .piece(pieces::eight(problem, wide_x))
         .piece(if features.shuffle {
-            include_str!("../../shaders/lib/matmul/register/share_shuffle.wgsl")
+            piece!("matmul/register/share_shuffle")
         } else {
-            include_str!("../../shaders/lib/matmul/register/share_none.wgsl")
+            piece!("matmul/register/share_none")
         })
-        .piece(include_str!("../../shaders/lib/matmul/register/pair.wgsl"))
-        .piece(super::matmul_tile::unpack(weight_type));
-    prelude = if wide_weights {
-        prelude
-            .piece(include_str!("../../shaders/lib/matmul/layout.wgsl"))
-            .piece(include_str!("../../shaders/lib/matmul/register/words_wide.wgsl"))
-    } else {
-        super::matmul_tile::weights(problem, prelude)
-            .piece(include_str!("../../shaders/lib/matmul/register/words_plain.wgsl"))
-    };
-    prelude
-        .piece(match (layout, weight_type) {
-            (Layout::AnyRows, _) => {
-                include_str!("../../shaders/lib/matmul/register/weights_rows.wgsl")
-            }
-            (_, WeightType::F32) => {
-                include_str!("../../shaders/lib/matmul/register/weights_f32.wgsl")
-            }
-            (_, WeightType::F16) => {
-                include_str!("../../shaders/lib/matmul/register/weights_f16.wgsl")
-            }
-            (_, WeightType::Bf16) => {
-                include_str!("../../shaders/lib/matmul/register/weights_bf16.wgsl")
-            }
+        .piece(pieces::unpack(problem))
+        .piece(pieces::layout(problem))
+        .piece(if wide_weights {
+            piece!("matmul/register/words_wide")
+        } else {
+            pieces::weights(problem)
         })
-        .piece(problem.activation_piece())
-        .piece(include_str!("../../shaders/lib/matmul/register/block.wgsl"))
+        .maybe_piece((!wide_weights).then_some(piece!("matmul/register/words_plain")))
+        .piece(pieces::pair(problem))
+        .piece(pieces::activation(problem))
+        .piece(piece!("matmul/register/block"))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, Class, Params, Problem, SKINNY_ROWS};
-use crate::device::shader::{Prelude, Spec};
+use super::grouped_matmul::{BINDINGS, ItemKind, Params, SKINNY_ROWS, Specialization};
+use super::matmul_pieces as pieces;
+use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_skinny.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -8,7 +9,9 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/matmul_skinny.wgsl"),
     params: Params::FIELDS,
     bindings: BINDINGS,
-    variants: || Problem::all().iter().filter(|p| p.class == Class::Skinny).map(prelude).collect(),
+    variants: || {
+        Specialization::all().iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude).collect()
+    },
 };
 
 /// Columns of weights side by side.
@@ -17,14 +20,23 @@ const COLUMNS: u32 = 64;
 const SPLIT: u32 = 4;
 
 /// Columns that one workgroup makes.
-pub(crate) fn tile_columns(problem: &Problem) -> u32 {
+pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
     COLUMNS * if problem.activation.is_some() { 1 } else { 2 }
 }
 
-pub(crate) fn prelude(problem: &Problem) -> Prelude {
+pub(crate) fn prelude(problem: &Specialization) -> Prelude {
     let prelude = Prelude::new(problem.label())
         .constant("COLUMNS", COLUMNS)
         .constant("SPLIT", SPLIT)
         .constant("TILE_ROWS", SKINNY_ROWS);
-    super::matmul_tile::common(problem, prelude)
+    problem
+        .constants(prelude)
+        .piece(piece!("common/grid"))
+        .piece(piece!("matmul/params"))
+        .piece(pieces::tile(problem))
+        .piece(pieces::x(problem))
+        .piece(pieces::unpack(problem))
+        .piece(pieces::activation(problem))
+        .piece(pieces::layout(problem))
+        .piece(pieces::weights(problem))
 }

@@ -1,7 +1,7 @@
 //! The kernels, one a file: what it computes, its CPU twin, its arguments, and how it is recorded.
 //!
 //! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
-//! checks them, and makes its uniform and bind group), and recorded as a [`Step`](crate::Step) any number of times.
+//! checks them, and makes its uniform and bind group), and recorded as a [`BoundOp`](crate::BoundOp) any number of times.
 use crate::device::shader::Spec;
 use crate::error::not_zero;
 use crate::routing::few_experts;
@@ -17,6 +17,8 @@ pub mod expert_choice;
 pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
+pub mod logits;
+mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;
@@ -52,12 +54,6 @@ pub const SPECS: &[&Spec] = &[
     &expert_union::SPEC,
 ];
 
-pub(crate) const GRID: &str = include_str!("../../shaders/lib/grid.wgsl");
-pub(crate) const KEYS: &str = include_str!("../../shaders/lib/keys.wgsl");
-pub(crate) const EXP: &str = include_str!("../../shaders/lib/exp.wgsl");
-pub(crate) const OFFSETS: &str = include_str!("../../shaders/lib/offsets.wgsl");
-pub(crate) const COLUMNS: &str = include_str!("../../shaders/lib/columns.wgsl");
-
 /// Optional input: the slice, or the context's stand-in.
 pub(crate) fn or_nothing<'a>(
     ctx: &'a crate::Context,
@@ -70,15 +66,15 @@ impl crate::Variant {
     /// The variant for kernels of which one lane loops over all columns of the bit set: with few lanes, more tokens than
     /// this take more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
     pub(crate) fn for_tokens(self, tokens: u32) -> Self {
-        if tokens > 1 << 18 { Self { target: crate::Target::Gpu, ..self } } else { self }
+        if tokens > 1 << 18 { Self { target: crate::Target::Wide, ..self } } else { self }
     }
 }
 
-/// The element type of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
+/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
     match width {
-        8 => "alias Vector = vec4<u64>;\n",
-        4 => "alias Vector = vec4<f32>;\n",
-        _ => "alias Vector = f32;\n",
+        8 => "vec4<u64>",
+        4 => "vec4<f32>",
+        _ => "f32",
     }
 }

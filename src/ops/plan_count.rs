@@ -6,13 +6,13 @@
 //! terms have one sign, as softmax's and sigmoid's have. Scores of the caller's own may have both:
 //! the bound then grows by `(sum of |s|) / |sum of s|`. Of 1,000 experts of mixed sign, gates off by
 //! 3.5e-6 of their value were seen.
-use super::{COLUMNS, EXP, GRID, KEYS, few_experts, or_nothing};
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::plan::bits;
 use crate::routing::GateRule;
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_count.wgsl`.
@@ -29,7 +29,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
     ],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -40,12 +40,10 @@ params! {
     expert_offsets: u32, token_offsets: u32, ranks: u32,
 }
 
-pub(crate) const COUNT: &str = include_str!("../../shaders/lib/plan_count.wgsl");
-
 fn lanes(target: Target) -> [u32; 2] {
     match target {
-        Target::Gpu => [8, 32],
-        Target::Cpu => [1, 1],
+        Target::Wide => [8, 32],
+        Target::Serial => [1, 1],
     }
 }
 
@@ -55,11 +53,11 @@ fn prelude(variant: Variant) -> Prelude {
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
         .constant("EXPERT_LANES", expert_lanes)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
-        .piece(COLUMNS)
-        .piece(COUNT)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/count"))
 }
 
 /// What gates are multiplied by, beside a constant.
@@ -197,10 +195,10 @@ impl PlanCount {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, .. } = *shape;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         few_experts(experts)?;
         let at = shape.sections()?;

@@ -1,9 +1,8 @@
 //! Last part of a plan: token and gate of each slot, slots of each token. Its CPU twin, with the other
 //! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
-use super::{COLUMNS, GRID};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_fill.wgsl`.
@@ -13,7 +12,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -24,16 +23,14 @@ params! {
     token_of: u32, gate_of: u32, slot_of: u32,
 }
 
-pub(crate) const FILL: &str = include_str!("../../shaders/lib/plan_fill.wgsl");
-
 fn prelude(variant: Variant) -> Prelude {
-    let lanes = if variant.target == Target::Cpu { 1 } else { 8 };
+    let lanes = if variant.target == Target::Serial { 1 } else { 8 };
     Prelude::new(format!("{lanes} lanes a token"))
         .constant("WG", 32 * lanes)
         .constant("LANES", lanes)
-        .piece(GRID)
-        .piece(COLUMNS)
-        .piece(FILL)
+        .piece(piece!("common/grid"))
+        .piece(piece!("plan/column"))
+        .piece(piece!("plan/fill"))
 }
 
 /// Buffers of one dispatch.
@@ -69,7 +66,7 @@ impl PlanFill {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, .. } = *shape;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));

@@ -2,8 +2,8 @@
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
-use crate::{Context, PlanShape, Result, Slice, Step, Target, Variant};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/plan_scan.wgsl`.
@@ -11,9 +11,9 @@ pub const SPEC: Spec = Spec {
     name: "plan_scan",
     body: include_str!("../../shaders/plan_scan.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("losses", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
+    bindings: &[read("lost", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
     variants: || {
-        [Target::Gpu, Target::Cpu]
+        [Target::Wide, Target::Serial]
             .map(|target| prelude(Variant { target, subgroups: false }))
             .into()
     },
@@ -25,20 +25,17 @@ params! {
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
 
-/// The scan of a plan's counts, and the prefix sums it is made of.
-pub(crate) const SCAN: &str = concat!(
-    include_str!("../../shaders/lib/scan_workgroup.wgsl"),
-    include_str!("../../shaders/lib/plan_scan.wgsl")
-);
-
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Cpu { 32 } else { 256 };
-    Prelude::new(format!("{wg} lanes")).constant("WG", wg).piece(SCAN)
+    let wg = if variant.target == Target::Serial { 32 } else { 256 };
+    Prelude::new(format!("{wg} lanes"))
+        .constant("WG", wg)
+        .piece(piece!("plan/prefix_sums"))
+        .piece(piece!("plan/scan"))
 }
 
 /// Numbers to add up into the statistics, from the kernels before.
 #[derive(Clone, Copy, Debug)]
-pub struct Losses<'a> {
+pub struct Lost<'a> {
     /// `[dropped + ignored]` u32, read.
     pub counts: Slice<'a>,
     /// How many of them count drops: [`expert_choice`](super::expert_choice)'s `[experts]`, or 0.
@@ -50,8 +47,8 @@ pub struct Losses<'a> {
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
-    /// Losses to report.
-    pub losses: Option<Losses<'a>>,
+    /// Lost to report.
+    pub lost: Option<Lost<'a>>,
     /// `[n]` u32, read: offsets whose clamped ones are to be counted.
     pub offsets: Option<Slice<'a>>,
     /// A plan of the shape that holds counts, read and written.
@@ -90,20 +87,20 @@ impl PlanScan {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`]).
-    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<Step> {
+    pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         args.plan.expect("plan", &[at.words.into()], 4)?;
         args.stats.expect("stats", &[8 + u64::from(shape.experts)], 4)?;
-        if let Some(l) = args.losses {
-            l.counts.expect("losses", &[u64::from(l.dropped) + u64::from(l.ignored)], 4)?;
+        if let Some(l) = args.lost {
+            l.counts.expect("lost", &[u64::from(l.dropped) + u64::from(l.ignored)], 4)?;
         }
         let params = Params {
             tokens: shape.tokens,
             experts: shape.experts,
             shared_experts: shape.shared_experts,
             slots: shape.slots()?,
-            drop_count: args.losses.map_or(0, |l| l.dropped),
-            ignore_count: args.losses.map_or(0, |l| l.ignored),
+            drop_count: args.lost.map_or(0, |l| l.dropped),
+            ignore_count: args.lost.map_or(0, |l| l.ignored),
             range_count: args.offsets.map_or(0, |o| (o.size / 4) as u32),
             tile_rows: shape.tile_rows,
             skinny_rows: shape.skinny_rows,
@@ -115,8 +112,8 @@ impl PlanScan {
             tile_offsets: at.tile_offsets,
             tile_items: at.tile_items,
         };
-        let losses = or_nothing(&self.ctx, args.losses.map(|l| l.counts));
-        let slices = [losses, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
+        let lost = or_nothing(&self.ctx, args.lost.map(|l| l.counts));
+        let slices = [lost, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
         Ok(self.kernel(shape.tokens)?.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

@@ -1,11 +1,11 @@
-//! Router scores: `s = softmax(g)` or `sigmoid(g)`, and what experts are chosen by,
-//! `r = (g or s) + bias`.
-use super::{EXP, GRID, KEYS, not_zero, or_nothing};
+//! Router scores: `scores = softmax(g)` or `sigmoid(g)`, and what experts are chosen by,
+//! `values = (g or scores) + bias`.
+use super::{not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::routing::Score;
-use crate::{Context, Result, Slice, Step, Target, Variant};
+use crate::{BoundOp, Context, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/scores.wgsl`.
@@ -13,9 +13,9 @@ pub const SPEC: Spec = Spec {
     name: "scores",
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("logits", 4), read("bias", 4), write("s", 4), write("r", 4)],
+    bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
     variants: || {
-        [(Target::Gpu, false), (Target::Gpu, true), (Target::Cpu, false)]
+        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
             .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
             .into()
     },
@@ -25,37 +25,31 @@ params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u
 
 fn prelude(variant: Variant) -> Prelude {
     let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Cpu, _) => {
-            ("one lane a row", [8, 1], include_str!("../../shaders/lib/reduce_serial.wgsl"))
+        (Target::Serial, _) => ("one lane a row", [8, 1], piece!("common/reduce_serial")),
+        (Target::Wide, false) => {
+            ("workgroup reductions", [64, 64], piece!("common/reduce_workgroup"))
         }
-        (Target::Gpu, false) => (
-            "workgroup reductions",
-            [64, 64],
-            include_str!("../../shaders/lib/reduce_workgroup.wgsl"),
-        ),
-        (Target::Gpu, true) => (
-            "subgroup reductions",
-            [128, 128],
-            include_str!("../../shaders/lib/reduce_subgroup.wgsl"),
-        ),
+        (Target::Wide, true) => {
+            ("subgroup reductions", [128, 128], piece!("common/reduce_subgroup"))
+        }
     };
-    let subgroups = variant.subgroups && variant.target == Target::Gpu;
+    let subgroups = variant.subgroups && variant.target == Target::Wide;
     Prelude::new(label)
         .needs(if subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() })
         .constant("WG", wg)
         .constant("LANES", lanes)
         .constant("ROWS", wg / lanes)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(EXP)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
         .piece(reduce)
 }
 
-/// The CPU twin: `(s, r)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
+/// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
 ///
-/// - A NaN logit has `s = 0`, and `r = NaN` whatever its bias.
+/// - A NaN logit has score 0, and the value NaN whatever its bias.
 /// - In a softmax, logits of +inf share 1 equally and the others get 0; a row of only -inf and NaN
-///   has `s = 0` throughout.
+///   has scores of 0 throughout.
 ///
 /// # Panics
 ///
@@ -72,7 +66,7 @@ pub fn cpu(
     if let Some(bias) = bias {
         expect_len("bias", bias.len(), experts);
     }
-    let mut s = vec![];
+    let mut scores = vec![];
     for row in logits.chunks_exact(experts) {
         let highest = row.iter().filter(|g| !g.is_nan()).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         let term = |g: f32| match g {
@@ -81,22 +75,22 @@ pub fn cpu(
             g => (f64::from(g) - f64::from(highest)).exp(),
         };
         let sum: f64 = row.iter().map(|&g| term(g)).sum();
-        s.extend(row.iter().map(|&g| match score {
+        scores.extend(row.iter().map(|&g| match score {
             _ if g.is_nan() => 0.0,
             Score::Softmax => (term(g) / (sum + 1e-20)) as f32,
             Score::Sigmoid => (1.0 / (1.0 + (-f64::from(g)).exp())) as f32,
         }));
     }
-    let r = logits
+    let values = logits
         .iter()
-        .zip(&s)
+        .zip(&scores)
         .enumerate()
-        .map(|(i, (&g, &s))| {
-            let value = if from_logits || g.is_nan() { g } else { s };
+        .map(|(i, (&g, &scores))| {
+            let value = if from_logits || g.is_nan() { g } else { scores };
             bias.map_or(value, |b| value + b[i % experts])
         })
         .collect();
-    (s, r)
+    (scores, values)
 }
 
 /// Sizes of one dispatch.
@@ -106,6 +100,10 @@ pub struct Dims {
     pub tokens: u32,
     /// Experts.
     pub experts: u32,
+    /// How logits become scores.
+    pub score: Score,
+    /// Whether experts are chosen by `logits + bias` rather than by `scores + bias`.
+    pub by_logits: bool,
 }
 
 /// Buffers of one dispatch.
@@ -116,9 +114,9 @@ pub struct Args<'a> {
     /// `[experts]` f32, read.
     pub bias: Option<Slice<'a>>,
     /// `[tokens, experts]` f32, written whole.
-    pub s: Slice<'a>,
+    pub scores: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
 }
 
 /// The GPU kernel.
@@ -138,39 +136,33 @@ impl Scores {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
     }
 
-    /// Scores of all rows; `from_logits`: `r = g + bias`, else `r = s + bias`.
+    /// Scores and selection values of all rows.
     ///
     /// # Errors
     ///
     /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
-    pub fn bind(
-        &self,
-        dims: Dims,
-        score: Score,
-        from_logits: bool,
-        args: Args<'_>,
-    ) -> Result<Step> {
-        let Dims { tokens, experts } = dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens, experts, score, by_logits } = *dims;
         not_zero(&[("experts", experts)])?;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
         let shape = [tokens.into(), experts.into()];
         args.logits.expect("logits", &shape, 4)?;
         if let Some(bias) = args.bias {
             bias.expect("bias", &[experts.into()], 4)?;
         }
-        args.s.expect("s", &shape, 4)?;
-        args.r.expect("r", &shape, 4)?;
+        args.scores.expect("scores", &shape, 4)?;
+        args.values.expect("values", &shape, 4)?;
         let params = Params {
             tokens,
             experts,
             softmax: u32::from(score == Score::Softmax),
-            from_logits: u32::from(from_logits),
+            from_logits: u32::from(by_logits),
             has_bias: u32::from(args.bias.is_some()),
         };
-        let rows = if self.ctx.variant().target == Target::Cpu { 8 } else { 1 };
-        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.s, args.r];
+        let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
+        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
         Ok(self
             .kernel
             .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?

@@ -1,17 +1,17 @@
 //! Token choice: each token takes its top `K` experts, within groups and a block's coreset where
 //! there are such.
 //!
-//! Groups: a group's value is the sum of its two highest eligible `r`, and a group with fewer than two
+//! Groups: a group's value is the sum of its two highest eligible values, and a group with fewer than two
 //! eligible experts is never chosen. Where groups have one expert each, a group's value is that
-//! expert's `r`. One group is the same as no groups.
-use super::{GRID, KEYS, few_experts, not_zero, or_nothing};
+//! expert's value. One group is the same as no groups.
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_most, expect_rows, expect_some};
 use crate::plan::bits;
 use crate::routing::order;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
-use crate::{Context, Error, Result, Slice, Step, Target, Variant};
+use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
@@ -19,10 +19,10 @@ pub const SPEC: Spec = Spec {
     name: "token_choice",
     body: include_str!("../../shaders/token_choice.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("r", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
+    bindings: &[read("values", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Gpu, Target::Cpu] {
+        for target in [Target::Wide, Target::Serial] {
             for list in [4, 8, 16] {
                 for groups in [1, 32] {
                     all.push(prelude(Variant { target, subgroups: false }, list, groups));
@@ -35,8 +35,6 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
 
-pub(crate) const CHOICE: &str = include_str!("../../shaders/lib/choice.wgsl");
-
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
     [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
@@ -44,8 +42,8 @@ pub(crate) fn list_of(top: u32) -> u32 {
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
     let (label, lanes) = match variant.target {
-        Target::Gpu => ("eight lanes a token", 8),
-        Target::Cpu => ("one lane a token", 1),
+        Target::Wide => ("eight lanes a token", 8),
+        Target::Serial => ("one lane a token", 1),
     };
     let label =
         format!("{label}, {list} experts at a time{}", if groups > 1 { ", groups" } else { "" });
@@ -55,30 +53,31 @@ fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
         .constant("LIST", list)
         .constant("GROUPS", groups)
         .constant("MOST", MAX_EXPERTS)
-        .piece(GRID)
-        .piece(KEYS)
-        .piece(CHOICE)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/bits"))
+        .piece(piece!("choice/experts_of_token"))
 }
 
 /// The coreset of each token's block, on the CPU: `eligible(t, e)`.
 pub type Eligible<'a> = &'a dyn Fn(usize, usize) -> bool;
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `r` is `[tokens, experts]`; `eligible`
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`; `eligible`
 /// is asked for every token and expert.
 ///
 /// # Panics
 ///
-/// If `experts` is 0, if `r` is not whole rows of `experts`, if `top` is above `experts`, or if
+/// If `experts` is 0, if `values` are not whole rows of `experts`, if `top` is above `experts`, or if
 /// `groups` do not divide `experts` or have more to choose than there are; the message names the
 /// argument.
 pub fn cpu(
-    r: &[f32],
+    values: &[f32],
     experts: usize,
     top: usize,
     groups: Option<Groups>,
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
-    let tokens = expect_rows("r", r.len(), "experts", experts);
+    let tokens = expect_rows("values", values.len(), "experts", experts);
     expect_most("top", top, experts);
     if let Some(Groups { count, top }) = groups {
         expect_some("groups", count as usize);
@@ -90,7 +89,7 @@ pub fn cpu(
     }
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
-        let row = &r[t * experts..][..experts];
+        let row = &values[t * experts..][..experts];
         let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
         if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
             let size = experts / count as usize;
@@ -121,14 +120,8 @@ pub fn cpu(
 /// Sizes of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Rows of `r`; 0 is a no-op.
+    /// Rows of `values`; 0 is a no-op.
     pub tokens: u32,
-    /// Experts, at most [`MAX_EXPERTS`].
-    pub experts: u32,
-    /// K: experts a token takes, at most [`MAX_TOP`] and at most `experts`.
-    pub top: u32,
-    /// Groups, where the model has them.
-    pub groups: Option<Groups>,
 }
 
 /// Coresets of blocks, for choices inside them.
@@ -146,7 +139,7 @@ pub struct Coresets<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
-    pub r: Slice<'a>,
+    pub values: Slice<'a>,
     /// The experts to choose among; all where absent.
     pub coresets: Option<Coresets<'a>>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
@@ -157,7 +150,9 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct TokenChoice {
     ctx: Context,
-    dims: Dims,
+    experts: u32,
+    top: u32,
+    groups: Option<Groups>,
     kernel: Arc<Kernel>,
 }
 
@@ -173,7 +168,7 @@ impl TokenChoice {
         let groups = groups.filter(|g| g.count > 1);
         let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
         let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
-        Ok(Self { ctx: ctx.clone(), dims: Dims { tokens: 0, experts, top, groups }, kernel })
+        Ok(Self { ctx: ctx.clone(), experts, top, groups, kernel })
     }
 
     pub(crate) fn check(experts: u32, top: u32, groups: Option<Groups>) -> Result<()> {
@@ -205,12 +200,13 @@ impl TokenChoice {
     /// # Errors
     ///
     /// A slice that does not fit ([`Error`]).
-    pub fn bind(&self, tokens: u32, args: Args<'_>) -> Result<Step> {
-        let Dims { experts, top, groups, .. } = self.dims;
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens } = *dims;
+        let Self { experts, top, groups, .. } = *self;
         if tokens == 0 {
-            return Ok(Step::default());
+            return Ok(BoundOp::default());
         }
-        args.r.expect("r", &[tokens.into(), experts.into()], 4)?;
+        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
         args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
         if let Some(c) = args.coresets {
             c.coreset.expect("coreset", &[c.blocks.into(), experts.div_ceil(32).into()], 4)?;
@@ -226,7 +222,7 @@ impl TokenChoice {
         };
         let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
         let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
-        let slices = [args.r, coreset, block_of, args.assigned];
+        let slices = [args.values, coreset, block_of, args.assigned];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
     }
 }

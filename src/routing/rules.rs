@@ -247,7 +247,7 @@ pub enum BlockRule {
     /// The experts with the most votes (DES-Vote, arXiv 2602.00879; M = beta E).
     Vote(u32),
     /// Every expert in some token's own top k' (DES-Seq, arXiv 2602.00879, k' of 2 or 3; the simplified OEA, arXiv
-    /// 2511.02237, is the same). With marks, only marked tokens' (TEAM, arXiv 2602.08404).
+    /// 2511.02237, is the same). With voters, only marked tokens' (TEAM, arXiv 2602.08404).
     Union(u32),
 }
 
@@ -286,7 +286,7 @@ impl BlockRule {
         }
     }
 
-    /// The most experts that a block of `tokens` tokens can elect, `top` being K of the model; with marks any block can elect
+    /// The most experts that a block of `tokens` tokens can elect, `top` being K of the model; with voters any block can elect
     /// all.
     pub fn most(self, tokens: u32, top: u32, experts: u32) -> u32 {
         match self {

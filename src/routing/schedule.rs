@@ -2,7 +2,7 @@
 //! (EC-DLM, arXiv 2604.01622, "timestep-dependent expert capacity"), and what a schedule costs.
 //!
 //! A schedule is plain data, and [`Schedule::k`] is its meaning. `k` is a whole number, so over the mask ratio it is a
-//! staircase: [`Schedule::steps`] finds the first f32 of every step, and the device compares ratios with those
+//! staircase: [`Schedule::staircase`] finds the first f32 of every step, and the device compares ratios with those
 //! ([`ops::capacity`](crate::ops::capacity)). It needs no `cos` or `exp` for that, and gives `k` exactly, for every f32.
 //!
 //! ```
@@ -182,24 +182,24 @@ impl Schedule {
     /// # Errors
     ///
     /// As [`Schedule::validate`].
-    pub fn steps(&self) -> Result<Steps> {
+    pub fn staircase(&self) -> Result<Staircase> {
         self.validate()?;
         // f32 from 0 to 1 are in the order of their bits. Every shape is monotone on both sides of a half.
         let [zero, half, one] = [0.0f32, 0.5, 1.0].map(f32::to_bits);
-        let mut list = vec![StairStep { first: 0.0, k: self.k(0.0) }];
+        let mut list = vec![Stair { first: 0.0, k: self.k(0.0) }];
         self.push_steps(zero, half, &mut list);
         self.push_steps(half, one, &mut list);
-        Ok(Steps { k_of_nan: self.k_min, list })
+        Ok(Staircase { k_of_nan: self.k_min, list })
     }
 
     /// The steps that begin after `low` and up to `high`, by bisection.
-    fn push_steps(&self, low: u32, high: u32, list: &mut Vec<StairStep>) {
+    fn push_steps(&self, low: u32, high: u32, list: &mut Vec<Stair>) {
         let k = |bits| self.k(f32::from_bits(bits));
         if k(low) == k(high) {
             return;
         }
         if high - low == 1 {
-            return list.push(StairStep { first: f32::from_bits(high), k: k(high) });
+            return list.push(Stair { first: f32::from_bits(high), k: k(high) });
         }
         let middle = low + (high - low) / 2;
         self.push_steps(low, middle, list);
@@ -251,7 +251,7 @@ impl Schedule {
 
     /// (share, k), the shares adding up to 1.
     fn weights(&self, over: Ratios<'_>) -> Result<Vec<(f64, u32)>> {
-        let steps = self.steps()?;
+        let steps = self.staircase()?;
         let mut all: Vec<(f64, u32)> = match over {
             Ratios::Uniform => {
                 let ends = steps.list.iter().skip(1).map(|s| f64::from(s.first)).chain([1.0]);
@@ -283,7 +283,7 @@ impl Schedule {
 
 /// One step of a staircase.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StairStep {
+pub struct Stair {
     /// Its least ratio.
     pub first: f32,
     /// Experts per token, up to the next step.
@@ -292,14 +292,14 @@ pub struct StairStep {
 
 /// A schedule as a staircase over the mask ratio.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Steps {
+pub struct Staircase {
     k_of_nan: u32,
-    list: Vec<StairStep>,
+    list: Vec<Stair>,
 }
 
-impl Steps {
+impl Staircase {
     /// The steps, by ascending ratio; the first begins at 0.
-    pub fn list(&self) -> &[StairStep] {
+    pub fn list(&self) -> &[Stair] {
         &self.list
     }
 

@@ -1,26 +1,81 @@
-//! Storage types of weights: a row of the table a type.
+//! Storage types of weights: ONE table, a row a type.
+//!
+//! To add a type, add a row to [`formats!`], the WGSL piece that it names, and, where no type of the
+//! half crate or of Rust has its values, an implementation of [`Value`]. Kernels, packing, pages,
+//! checkpoints, tests and benches go over the table.
+use crate::device::shader::{Piece, piece};
+use bytemuck::Pod;
+use half::{bf16, f16};
 
 /// Columns of a panel of packed weights.
+#[doc(hidden)]
 pub const PANEL: u32 = 32;
 
-/// Storage type of weights. Sums are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum WeightType {
+/// A storage type's values on the host, as bytes that lie anywhere.
+pub(crate) trait Value: 'static {
+    type Bytes: Pod;
+    /// Exact.
+    fn widen(bytes: Self::Bytes) -> f32;
+    /// Rounds to nearest.
+    fn narrow(value: f32) -> Self::Bytes;
+}
+
+/// What is done for the values of a type that is known when it runs.
+pub(crate) trait ForValue {
+    type Output;
+    fn run<V: Value>(self) -> Self::Output;
+}
+
+macro_rules! formats {
+    ($($(#[$doc:meta])+ $type:ident: $value:ty, $dtype:literal, $unpack:literal;)+) => {
+        /// Storage type of weights. Sums are always f32.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum WeightType { $($(#[$doc])+ $type),+ }
+
+        impl WeightType {
+            /// Every type.
+            pub const ALL: &[Self] = &[$(Self::$type),+];
+
+            /// Bytes of a value.
+            pub const fn bytes(self) -> u64 {
+                match self {
+                    $(Self::$type => size_of::<<$value as Value>::Bytes>() as u64),+
+                }
+            }
+
+            /// Its name in safetensors files, in capitals.
+            pub const fn dtype(self) -> &'static str {
+                match self { $(Self::$type => $dtype),+ }
+            }
+
+            /// The WGSL that makes values of 16 bytes.
+            pub(crate) fn unpack(self) -> Piece {
+                match self { $(Self::$type => piece!($unpack)),+ }
+            }
+
+            /// Does something for its values.
+            pub(crate) fn run<F: ForValue>(self, f: F) -> F::Output {
+                match self { $(Self::$type => f.run::<$value>()),+ }
+            }
+        }
+    };
+}
+
+// Type: value on the host, name in safetensors, WGSL piece.
+formats! {
     /// 32-bit floats.
-    F32,
+    F32: f32, "F32", "matmul/unpack_f32";
     /// 16-bit floats; needs no `SHADER_F16`.
-    F16,
+    F16: f16, "F16", "matmul/unpack_f16";
     /// The upper half of 32-bit floats, as checkpoints have it.
-    Bf16,
+    Bf16: bf16, "BF16", "matmul/unpack_bf16";
 }
 
 impl WeightType {
-    /// Bytes of a value.
-    pub const fn bytes(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
+    /// The type of this name in safetensors files.
+    pub fn of_dtype(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|t| t.dtype() == name)
     }
 
     /// Values in 16 bytes.
@@ -28,3 +83,20 @@ impl WeightType {
         (16 / self.bytes()) as u32
     }
 }
+
+macro_rules! value {
+    ($type:ty, $bytes:literal, $widen:expr, $narrow:expr) => {
+        impl Value for $type {
+            type Bytes = [u8; $bytes];
+            fn widen(bytes: Self::Bytes) -> f32 {
+                $widen(<$type>::from_le_bytes(bytes))
+            }
+            fn narrow(value: f32) -> Self::Bytes {
+                $narrow(value).to_le_bytes()
+            }
+        }
+    };
+}
+value!(f32, 4, |v| v, |v: f32| v);
+value!(f16, 2, f16::to_f32, f16::from_f32);
+value!(bf16, 2, bf16::to_f32, bf16::from_f32);

@@ -3,10 +3,10 @@ mod format;
 mod host;
 mod pack;
 mod pages;
-#[cfg(feature = "checkpoint")]
 pub(crate) mod upload;
 
 pub use format::{PANEL, WeightType};
 pub use host::HostWeights;
 pub use pack::MatrixView;
+pub(crate) use pages::Page;
 pub use pages::{ExpertShape, ExpertWeights, Projection};

@@ -1,10 +1,10 @@
 //! Packing: matrices on the host, in any storage type and layout, into the panels that the kernels read (see
 //! [`crate::weights`]).
+use super::PANEL;
+use super::format::{ForValue, Value};
 use crate::error::bytes_of;
-use crate::weights::PANEL;
 use crate::{Error, Result, WeightType};
-use bytemuck::{Pod, Zeroable};
-use half::{bf16, f16};
+use bytemuck::Zeroable;
 use std::ops::Range;
 use wgpu::WriteOnly;
 
@@ -91,38 +91,39 @@ impl<'a> MatrixView<'a> {
             self.shape
         );
         let i = row * self.strides[0] + column * self.strides[1];
-        match self.weight_type {
-            WeightType::F32 => f32::widen(cast::<f32>(self.bytes)[i]),
-            WeightType::F16 => f16::widen(cast::<f16>(self.bytes)[i]),
-            WeightType::Bf16 => bf16::widen(cast::<bf16>(self.bytes)[i]),
-        }
+        self.weight_type.run(Get(self.bytes, i))
     }
 }
 
-/// A storage type, as bytes that lie anywhere.
-trait Value: 'static {
-    type Bytes: Pod;
-    fn widen(bytes: Self::Bytes) -> f32;
-    /// Rounds to nearest.
-    fn narrow(value: f32) -> Self::Bytes;
+/// One value of some bytes, widened.
+struct Get<'a>(&'a [u8], usize);
+
+impl ForValue for Get<'_> {
+    type Output = f32;
+    fn run<V: Value>(self) -> f32 {
+        V::widen(cast::<V>(self.0)[self.1])
+    }
 }
 
-macro_rules! value {
-    ($type:ty, $bytes:literal, $widen:expr, $narrow:expr) => {
-        impl Value for $type {
-            type Bytes = [u8; $bytes];
-            fn widen(bytes: Self::Bytes) -> f32 {
-                $widen(<$type>::from_le_bytes(bytes))
-            }
-            fn narrow(value: f32) -> Self::Bytes {
-                $narrow(value).to_le_bytes()
-            }
-        }
-    };
+/// Packing from the type that it is run for, to this one.
+struct PackFrom(WeightType);
+
+impl ForValue for PackFrom {
+    type Output = PackAs;
+    fn run<S: Value>(self) -> PackAs {
+        self.0.run(PackTo(std::marker::PhantomData::<S>))
+    }
 }
-value!(f32, 4, |v| v, |v: f32| v);
-value!(f16, 2, f16::to_f32, f16::from_f32);
-value!(bf16, 2, bf16::to_f32, bf16::from_f32);
+
+/// Packing from `S` to the type that it is run for.
+struct PackTo<S>(std::marker::PhantomData<S>);
+
+impl<S: Value> ForValue for PackTo<S> {
+    type Output = PackAs;
+    fn run<T: Value>(self) -> PackAs {
+        pack_as::<S, T>
+    }
+}
 
 fn cast<S: Value>(bytes: &[u8]) -> &[S::Bytes] {
     bytemuck::cast_slice(bytes)
@@ -158,18 +159,7 @@ pub(crate) fn pack(
     packed: WriteOnly<'_, [u8]>,
 ) {
     assert_eq!(packed.len(), units.len() * UNIT, "bytes of the packed units");
-    use WeightType::{Bf16, F16, F32};
-    let pack: PackAs = match (matrix.weight_type, to) {
-        (F32, F32) => pack_as::<f32, f32>,
-        (F32, F16) => pack_as::<f32, f16>,
-        (F32, Bf16) => pack_as::<f32, bf16>,
-        (F16, F32) => pack_as::<f16, f32>,
-        (F16, F16) => pack_as::<f16, f16>,
-        (F16, Bf16) => pack_as::<f16, bf16>,
-        (Bf16, F32) => pack_as::<bf16, f32>,
-        (Bf16, F16) => pack_as::<bf16, f16>,
-        (Bf16, Bf16) => pack_as::<bf16, bf16>,
-    };
+    let pack = matrix.weight_type.run(PackFrom(to));
     // Small matrices are done before a thread has started.
     const LEAST: usize = (256 << 10) / UNIT;
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -256,6 +246,7 @@ fn convert_tile<S: Value, T: Value>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
 
     fn packed(matrix: &MatrixView<'_>, to: WeightType, columns: Range<usize>) -> Vec<u8> {
         let all = 0..units(to, columns.len(), matrix.shape[1]);
@@ -291,7 +282,7 @@ mod tests {
         let (rows, depth) = (70usize, 4100usize);
         let w: Vec<f32> = (0..rows * depth).map(|i| (i % 8191) as f32 - 4000.5).collect();
         let matrix = view(&w, [70, 4100]);
-        for to in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+        for &to in WeightType::ALL {
             let whole = packed(&matrix, to, 0..rows);
             // A value at a time, as the module says.
             let lanes = to.lanes() as usize;

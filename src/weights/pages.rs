@@ -50,6 +50,11 @@ impl ExpertShape {
         }
     }
 
+    /// Rows and columns of the gate and of the up projection, `[F, D]`.
+    pub(crate) fn gate_up_matrix(&self) -> [u32; 2] {
+        self.matrix(Projection::Gate)
+    }
+
     /// Bytes of one expert's three matrices, unpadded: what a checkpoint holds.
     pub fn expert_bytes(&self) -> u64 {
         3 * u64::from(self.hidden) * u64::from(self.intermediate) * self.weight_type.bytes()
@@ -107,10 +112,19 @@ impl ExpertWeights {
     ///
     /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out or the
     /// device is lost.
-    pub fn new(ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Result<Self> {
+    pub fn new(ctx: &Context, shape: ExpertShape) -> Result<Self> {
+        Self::with_page_limit(ctx, shape, u64::MAX)
+    }
+
+    /// The same in pages of at most `page_limit` bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`ExpertWeights::new`], and a `page_limit` that cannot hold one panel of columns.
+    pub fn with_page_limit(ctx: &Context, shape: ExpertShape, page_limit: u64) -> Result<Self> {
         shape.check()?;
         alive(ctx.device())?;
-        let limit = page_limit.unwrap_or(u64::MAX).min(ctx.max_binding());
+        let limit = page_limit.min(ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;
             ranges(&shape, projection, limit)?

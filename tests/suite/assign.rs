@@ -1,5 +1,5 @@
-use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::assign::{Args, Assign, Dims, cpu};
 use wgmoe::plan::bits;
 
@@ -23,7 +23,7 @@ fn equals_twin() {
         let weights = cases::values("random", 2, ids.len());
         let (want, want_gates, want_ignored) = cpu(&ids, &weights, top, experts);
         for ctx in contexts(&gpu) {
-            let what = format!("{} T {tokens} E {experts} K {top}", cases::name(&ctx));
+            let what = format!("{} T {tokens} E {experts} K {top}", variant_name(&ctx));
             let assigned = Output::u32s(&gpu, want.len());
             let gates = Output::f32s(&gpu, tokens * experts);
             let ignored = Output::u32s(&gpu, want_ignored.len());
@@ -36,7 +36,7 @@ fn equals_twin() {
                 ignored: ignored.slice(),
             };
             let dims = Dims { tokens: tokens as u32, experts: experts as u32, top: top as u32 };
-            run(&gpu, &Assign::new(&ctx).unwrap().bind(dims, args).unwrap());
+            run(&gpu, &Assign::new(&ctx).unwrap().bind(&dims, args).unwrap());
             assert_same(&assigned.get::<u32>(&gpu), &want, &what);
             assert_same(&ignored.get::<u32>(&gpu), &want_ignored, &what);
             // Poison stays where nothing is assigned.
@@ -50,7 +50,7 @@ fn equals_twin() {
                     }
                 })
                 .collect();
-            assert_same(&cases::exact(&gates), &cases::exact(&want_gates), &what);
+            assert_same(&exact(&gates), &exact(&want_gates), &what);
         }
     }
 }

@@ -1,5 +1,5 @@
-use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::assign_lists::{Args, AssignLists, Dims, cpu};
 use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu};
@@ -24,7 +24,7 @@ fn check(gpu: &Gpu, ctx: &Context, tokens: usize, offsets: &[u32], list: &[u32],
     };
     let entries = list.len() as u32;
     let dims = Dims { tokens: tokens as u32, experts: experts as u32, entries };
-    run(gpu, &AssignLists::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &AssignLists::new(ctx).unwrap().bind(&dims, args).unwrap());
     assert_same(&assigned.get::<u32>(gpu), &want, &format!("{what}: assigned"));
     assert_same(&ignored.get::<u32>(gpu), &want_ignored, &format!("{what}: ignored"));
     // Poison stays where nothing is assigned.
@@ -35,7 +35,7 @@ fn check(gpu: &Gpu, ctx: &Context, tokens: usize, offsets: &[u32], list: &[u32],
         })
         .collect();
     let gates: Vec<f32> = gates.get(gpu);
-    assert_same(&cases::exact(&gates), &cases::exact(&want_gates), &format!("{what}: gates"));
+    assert_same(&exact(&gates), &exact(&want_gates), &format!("{what}: gates"));
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn equals_twin() {
             });
         }
         for ctx in contexts(&gpu) {
-            let what = format!("{} T {tokens} E {experts}", cases::name(&ctx));
+            let what = format!("{} T {tokens} E {experts}", variant_name(&ctx));
             check(&gpu, &ctx, tokens, &offsets, &list, &what);
         }
     }

@@ -1,8 +1,8 @@
 //! One block at once: the fused choice against the twins of the kernels that it stands for, the fused plan against those
 //! kernels' bits, and the dispatches of a layer that decodes a block.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use wgmoe::layer::{Batch, Blocks, MoeLayer, Router, Settings, Tensor};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
+use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
@@ -53,18 +53,18 @@ struct Case<'a> {
     groups: Option<Groups>,
     r: &'a [f32],
     offsets: &'a [u32],
-    marks: Option<&'a [u32]>,
+    voters: Option<&'a [u32]>,
 }
 
 impl Case<'_> {
     /// The bit set and the coresets, by the twins.
     fn cpu(&self) -> (Vec<u32>, Vec<u32>) {
-        let Self { rule, experts, top, groups, r, offsets, marks } = *self;
+        let Self { rule, experts, top, groups, r, offsets, voters } = *self;
         let own = rule
             .own_top(top as u32)
             .map(|k| token_choice::cpu(r, experts, k as usize, None, &|_, _| true))
             .unwrap_or_default();
-        let (members, block_of) = coreset::cpu(rule, r, experts, &own, offsets, marks);
+        let (members, block_of) = coreset::cpu(rule, r, experts, &own, offsets, voters);
         let eligible = |t: usize, e: usize| {
             let row = block_of[t] as usize * experts.div_ceil(32);
             block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
@@ -74,27 +74,27 @@ impl Case<'_> {
 
     #[track_caller]
     fn check(&self, gpu: &Gpu) {
-        let Self { rule, experts, top, groups, r, offsets, marks } = *self;
+        let Self { rule, experts, top, groups, r, offsets, voters } = *self;
         let (tokens, blocks) = (r.len() / experts, offsets.len() - 1);
         let want = self.cpu();
         let [r, at] = [gpu.upload(r), gpu.upload(offsets)];
-        let marked = marks.map(|m| gpu.upload(m));
+        let marked = voters.map(|m| gpu.upload(m));
         for ctx in targets(gpu) {
             let assigned = Output::u32s(gpu, experts);
             let members = Output::u32s(gpu, blocks * experts.div_ceil(32));
             let args = block_choice::Args {
                 r: (&r).into(),
                 offsets: (&at).into(),
-                marks: marked.as_ref().map(Into::into),
+                voters: marked.as_ref().map(Into::into),
                 assigned: assigned.slice(),
                 members: members.slice(),
             };
             let dims = block_choice::Dims { tokens: tokens as u32, blocks: blocks as u32 };
             let op = block_choice::BlockChoice::new(&ctx, experts as u32, rule, top as u32, groups)
                 .expect("a rule");
-            run(gpu, &op.bind(dims, args).expect("bind"));
+            run(gpu, &op.bind(&dims, args).expect("bind"));
             let what = format!(
-                "{:?} {rule:?} T {tokens} E {experts} {groups:?} {offsets:?} {marks:?}",
+                "{:?} {rule:?} T {tokens} E {experts} {groups:?} {offsets:?} {voters:?}",
                 ctx.variant()
             );
             assert_same(&members.get::<u32>(gpu), &want.1, &format!("{what}: coresets"));
@@ -124,7 +124,7 @@ fn the_choice_of_a_block_is_that_of_three_kernels() {
                 let groups = (experts % 8 == 0).then_some(Groups { count: 8, top: 4 });
                 for groups in [None, groups.filter(|_| kind % 2 == 1)] {
                     let offsets = &[0, tokens as u32];
-                    Case { rule, experts, top, groups, r: &r, offsets, marks: None }.check(&gpu);
+                    Case { rule, experts, top, groups, r: &r, offsets, voters: None }.check(&gpu);
                 }
             }
         }
@@ -135,7 +135,7 @@ fn the_choice_of_a_block_is_that_of_three_kernels() {
 fn several_blocks_of_a_column_and_marks() {
     let Some(gpu) = gpu() else { return };
     let (tokens, experts) = (32, 96);
-    let marks: Vec<u32> = (0..32).map(|t| if t < 13 { 0 } else { t % 3 }).collect();
+    let voters: Vec<u32> = (0..32).map(|t| if t < 13 { 0 } else { t % 3 }).collect();
     // Side by side; gaps before, between and behind; empty ones; offsets that decrease or pass the end.
     let offsets: [&[u32]; 4] =
         [&[0, 13, 32], &[3, 9, 9, 20], &[5, 2, 30, 7, 99], &[0, 1, 2, 3, 4, 5, 6, 7, 32]];
@@ -143,10 +143,10 @@ fn several_blocks_of_a_column_and_marks() {
         for kind in [0, 1, 3] {
             let r = values(kind, tokens, experts);
             for offsets in offsets {
-                for (marks, groups) in
-                    [(None, None), (Some(&marks[..]), Groups { count: 8, top: 3 }.into())]
+                for (voters, groups) in
+                    [(None, None), (Some(&voters[..]), Groups { count: 8, top: 3 }.into())]
                 {
-                    Case { rule, experts, top: 8, groups, r: &r, offsets, marks }.check(&gpu);
+                    Case { rule, experts, top: 8, groups, r: &r, offsets, voters }.check(&gpu);
                 }
             }
         }
@@ -161,7 +161,7 @@ fn many_experts_a_token() {
         [(33, BlockRule::Vote(40)), (64, BlockRule::Union(20)), (1, BlockRule::Vote(5))]
     {
         for groups in [None, Some(Groups { count: 32, top: 15 })] {
-            Case { rule, experts: 96, top, groups, r: &r, offsets: &[0, 32], marks: None }
+            Case { rule, experts: 96, top, groups, r: &r, offsets: &[0, 32], voters: None }
                 .check(&gpu);
         }
     }
@@ -233,7 +233,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                 };
                 let offsets = Some((&offsets).into());
                 let scan = plan_scan::Args {
-                    losses: None,
+                    lost: None,
                     offsets,
                     plan: a[0].slice(),
                     stats: a[1].slice(),
@@ -273,7 +273,7 @@ fn between(
     blocks: Option<u32>,
     routing: Routing,
 ) -> Vec<&'static str> {
-    let settings = Settings {
+    let settings = LayerConfig {
         hidden: 4,
         intermediate: 4,
         experts,
@@ -294,7 +294,7 @@ fn between(
     let blocks = blocks.map(|count| Blocks {
         count,
         offsets: wgmoe::Slice { size: 4 * (u64::from(count) + 1), ..offsets.slice() },
-        marks: None,
+        voters: None,
     });
     let step =
         layer.bind(&Batch { blocks, ..Batch::new(hidden.slice(), out.slice(), tokens) }).unwrap();
@@ -310,7 +310,7 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
         required_limits: wgpu::Limits::default(),
         ..Default::default()
     });
-    for target in [Target::Gpu, Target::Cpu] {
+    for target in [Target::Wide, Target::Serial] {
         let variant = Variant { target, subgroups: false };
         let ctx = Context::with_variant(&device, variant, None).unwrap();
         let rule = TokenChoice {
@@ -369,14 +369,14 @@ fn what_does_not_fit_is_an_error() {
     let args = block_choice::Args {
         r: r.slice(),
         offsets: offsets.slice(),
-        marks: None,
+        voters: None,
         assigned: assigned.slice(),
         members: members.slice(),
     };
-    let bind = |tokens, blocks, args| op.bind(block_choice::Dims { tokens, blocks }, args);
+    let bind = |tokens, blocks, args| op.bind(&block_choice::Dims { tokens, blocks }, args);
     assert!(bind(32, 1, args).is_ok());
     assert!(bind(0, 1, args).unwrap().dispatches().is_empty());
     assert!(bind(32, 0, args).is_err() && bind(33, 1, args).is_err() && bind(32, 9, args).is_err());
-    assert!(bind(32, 1, block_choice::Args { marks: Some(offsets.slice()), ..args }).is_err());
+    assert!(bind(32, 1, block_choice::Args { voters: Some(offsets.slice()), ..args }).is_err());
     assert!(bind(32, 1, block_choice::Args { assigned: offsets.slice(), ..args }).is_err());
 }

@@ -1,26 +1,20 @@
 //! Layers with only some of their experts on the device, against those with all of them there.
-use crate::common::{Output, assert_same, gpu, random};
-use crate::host_layer::HostLayer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use wgmoe::layer::cached::{CacheOptions, CacheStats, CachedLayer, CachedStep, ExpertSource};
-use wgmoe::layer::{Batch, Settings};
+use testkit::layer::HostLayer;
+use testkit::prelude::{Output, assert_same, gpu, random};
+use wgmoe::layer::cached::{BoundCached, CacheOptions, CacheStats, CachedLayer, ExpertSource};
+use wgmoe::layer::{Batch, LayerConfig};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Activation, Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
 
-impl ExpertSource for HostLayer {
-    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
-        Ok(self.matrix(expert, projection))
-    }
-}
-
 const E: u32 = 20;
 const D: usize = 64;
 
-fn settings(routing: Routing) -> Settings {
-    Settings {
+fn settings(routing: Routing) -> LayerConfig {
+    LayerConfig {
         hidden: D as u32,
         intermediate: 40,
         experts: E,
@@ -41,14 +35,14 @@ const TOKEN_CHOICE: TokenChoice = TokenChoice {
 };
 
 /// Budget for this many routed experts, and not a byte more.
-fn budget(settings: &Settings, experts: u64) -> u64 {
+fn budget(settings: &LayerConfig, experts: u64) -> u64 {
     let shape = settings.expert_shape(WeightType::Bf16);
     (experts + u64::from(settings.shared_experts)) * shape.device_bytes()
         + 4 * u64::from(shape.experts)
 }
 
 fn cached(gpu: &Gpu, ctx: &Context, host: &Arc<HostLayer>, options: CacheOptions) -> CachedLayer {
-    let router = host.router(ctx);
+    let router = host.router(ctx).unwrap();
     CachedLayer::new(ctx, &gpu.queue, host.settings, router, host.clone(), options).unwrap()
 }
 
@@ -64,7 +58,7 @@ fn equal_bits_whatever_the_budget() {
             let routing = Routing::TokenChoice(TokenChoice { coreset, ..TOKEN_CHOICE });
             let host = Arc::new(HostLayer::new(settings(routing)));
             let hidden = Output::f32s(&gpu, tokens * D);
-            let resident = host.resident(&gpu, &ctx, WeightType::Bf16, None);
+            let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
             let out = Output::f32s(&gpu, tokens * D);
             let step = resident
                 .bind(&Batch { add: true, ..Batch::new(hidden.slice(), out.slice(), 40) })
@@ -137,12 +131,12 @@ impl Scripted {
         Self { gpu: gpu.clone(), layer, hidden, out }
     }
 
-    fn bind(&self) -> CachedStep {
+    fn bind(&self) -> BoundCached {
         self.layer.bind(&Batch::new(self.hidden.slice(), self.out.slice(), 2)).unwrap()
     }
 
     /// Runs a step whose two tokens take these experts; what it did.
-    fn run(&mut self, step: &mut CachedStep, experts: [[u32; 2]; 2]) -> CacheStats {
+    fn run(&mut self, step: &mut BoundCached, experts: [[u32; 2]; 2]) -> CacheStats {
         let mut x = random(9, 2 * D);
         for (row, experts) in x.chunks_exact_mut(D).zip(experts) {
             for e in 0..E {
@@ -244,7 +238,7 @@ fn an_encoder_of_ones_own() {
         stop.store(true, Ordering::Relaxed);
         run.unwrap();
     });
-    let resident = host.resident(&gpu, &ctx, WeightType::Bf16, None);
+    let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
     let want = resident.bind(&Batch::new(hidden.slice(), outs[1].slice(), 7)).unwrap();
     gpu.run_layer(&want).unwrap();
     assert_same(&outs[0].get::<u32>(&gpu), &outs[1].get::<u32>(&gpu), "out");
@@ -278,7 +272,7 @@ fn errors() {
     let ctx = Context::new(&gpu.device).unwrap();
     let host = Arc::new(HostLayer::new(settings(Routing::TokenChoice(TOKEN_CHOICE))));
     let new = |budget| {
-        let router = host.router(&ctx);
+        let router = host.router(&ctx).unwrap();
         let options = options(budget);
         CachedLayer::new(&ctx, &gpu.queue, host.settings, router, host.clone(), options)
     };
@@ -300,7 +294,7 @@ fn errors() {
 
     // A source that fails is the step's error; afterwards all goes on.
     let failing = Arc::new(Failing { host: (*host).clone(), fail: AtomicBool::new(true) });
-    let router = host.router(&ctx);
+    let router = host.router(&ctx).unwrap();
     let mut shaky = CachedLayer::new(
         &ctx,
         &gpu.queue,
@@ -317,7 +311,7 @@ fn errors() {
     failing.fail.store(false, Ordering::Relaxed);
     shaky.run(&gpu.queue, &mut step).unwrap();
     let got: Vec<u32> = out.get(&gpu);
-    let resident = host.resident(&gpu, &ctx, WeightType::Bf16, None);
+    let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
     gpu.run_layer(&resident.bind(&batch).unwrap()).unwrap();
     assert_same(&got, &out.get::<u32>(&gpu), "after a failure");
 }

@@ -1,6 +1,6 @@
 //! Capacities on the device, and expert choice with them.
-use crate::common::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
+use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
 use wgmoe::plan::bits;
@@ -18,7 +18,7 @@ fn capacities(
     lengths: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
     let sequences = offsets.len() - 1;
-    let upload_steps = |s: &Schedule| gpu.upload(&s.steps().unwrap().words());
+    let upload_steps = |s: &Schedule| gpu.upload(&s.staircase().unwrap().words());
     let (values, steps) = match source {
         HostSource::Ratios(schedule, ratios) => (gpu.upload(ratios), Some(upload_steps(schedule))),
         HostSource::Masked(schedule, masked) => (gpu.upload(masked), Some(upload_steps(schedule))),
@@ -42,7 +42,7 @@ fn capacities(
         k_of: k.slice(),
     };
     let dims = Dims { tokens, experts, sequences: sequences as u32 };
-    run(gpu, &Capacity::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &Capacity::new(ctx).unwrap().bind(&dims, args).unwrap());
     (capacity.get(gpu), k.get(gpu))
 }
 
@@ -78,7 +78,7 @@ fn thresholds_and_odd_ratios_are_exact() {
     for ctx in contexts(&gpu) {
         for schedule in schedules() {
             let mut ratios = odd_ratios();
-            let steps = schedule.steps().unwrap();
+            let steps = schedule.staircase().unwrap();
             // Every threshold of the plain schedules, one in seven of those with a thousand.
             let every = if steps.list().len() > 100 { 7 } else { 1 };
             for step in steps.list().iter().step_by(every) {
@@ -136,7 +136,7 @@ fn masked_counts_are_exact() {
         }
         // Lengths that only 32 bits hold: quotients at both sides of each threshold.
         for n in [u32::MAX, (1 << 31) + 1, (1 << 24) + 1, (1 << 25) - 1] {
-            for step in linear.steps().unwrap().list().iter().step_by(97) {
+            for step in linear.staircase().unwrap().list().iter().step_by(97) {
                 let at = (f64::from(step.first) * f64::from(n)) as u32;
                 for m in at.saturating_sub(1)..=at.saturating_add(2) {
                     let source = HostSource::Masked(&linear, &[m]);
@@ -174,7 +174,7 @@ fn quotients_are_the_nearest_f32() {
                 k_of: k.slice(),
             };
             let dims = Dims { tokens: n, experts: 1024, sequences: 1 };
-            run(&gpu, &op.bind(dims, args).unwrap());
+            run(&gpu, &op.bind(&dims, args).unwrap());
             assert_eq!(k.get::<u32>(&gpu), [1], "{m} / {n}, {:?}", ctx.variant());
             assert_eq!(capacity.get::<u32>(&gpu), [(n / 1024).max(1)], "{m} / {n}");
         }
@@ -222,7 +222,7 @@ fn capacities_of_odd_sizes() {
 fn slices_of_one_buffer() {
     let Some(gpu) = gpu() else { return };
     let schedule = Schedule::new(ScheduleKind::Cosine, 1, 9);
-    let words = schedule.steps().unwrap().words();
+    let words = schedule.staircase().unwrap().words();
     let ratios = [0.1f32, f32::NAN, 0.8];
     let offsets = [0u32, 1, 8, 520];
     // Five sections, aligned.
@@ -244,7 +244,7 @@ fn slices_of_one_buffer() {
             k_of: section(4, 3),
         };
         let dims = Dims { tokens: 520, experts: 12, sequences: 3 };
-        run(&gpu, &Capacity::new(&ctx).unwrap().bind(dims, args).unwrap());
+        run(&gpu, &Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap());
         let got: Vec<u32> = gpu.download(&buffer).unwrap();
         let (capacity, k) = cpu(HostSource::Ratios(&schedule, &ratios), 520, 12, &offsets, None);
         let mut want = all.clone();
@@ -270,11 +270,12 @@ fn wrong_arguments_are_errors() {
     };
     let dims = Dims { tokens: 10, experts: 4, sequences: 3 };
     let op = Capacity::new(&Context::new(&gpu.device).unwrap()).unwrap();
-    assert_eq!(op.bind(dims, good).unwrap().dispatches().len(), 1);
-    assert!(op.bind(Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
-    let invalid = |dims| matches!(op.bind(dims, good), Err(Error::Invalid { name: "experts", .. }));
+    assert_eq!(op.bind(&dims, good).unwrap().dispatches().len(), 1);
+    assert!(op.bind(&Dims { sequences: 0, ..dims }, good).unwrap().dispatches().is_empty());
+    let invalid =
+        |dims| matches!(op.bind(&dims, good), Err(Error::Invalid { name: "experts", .. }));
     assert!(invalid(Dims { experts: 0, ..dims }) && invalid(Dims { experts: 1025, ..dims }));
-    let name = |args| match op.bind(dims, args) {
+    let name = |args| match op.bind(&dims, args) {
         Err(Error::Size { name, .. } | Error::Overlap { written: name, .. }) => name,
         other => panic!("{other:?}"),
     };
@@ -315,7 +316,7 @@ fn ragged_expert_choice_follows_the_ratios() {
     let steps_of_denoising = [[1.0, f32::NAN, 0.9, 0.35, 0.5], [0.0, 1.5, 0.1, 0.9, 0.2]];
     for variant in Variant::all(&gpu.device) {
         let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
-        let steps = gpu.upload(&schedule.steps().unwrap().words());
+        let steps = gpu.upload(&schedule.staircase().unwrap().words());
         let [ratios, later] = steps_of_denoising.map(|ratios| gpu.upload(&ratios));
         let [offset_buffer, length_buffer] = [gpu.upload(&offsets), gpu.upload(&lengths)];
         let r_buffer = gpu.upload(&r);
@@ -340,8 +341,8 @@ fn ragged_expert_choice_follows_the_ratios() {
             assigned: assigned.slice(),
         };
         let choice = expert_choice::ExpertChoice::new(&ctx).unwrap();
-        let step = Capacity::new(&ctx).unwrap().bind(dims, args).unwrap().then(
-            choice.bind(expert_choice::Dims { tokens, experts, sequences: 5 }, choose).unwrap(),
+        let step = Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap().then(
+            choice.bind(&expert_choice::Dims { tokens, experts, sequences: 5 }, choose).unwrap(),
         );
 
         let count = || {
@@ -444,7 +445,7 @@ fn recorded_capacities_per_sequence() {
             let args =
                 scores::Args { logits: (&logits).into(), bias: None, s: s.slice(), r: r.slice() };
             let step = scores::Scores::new(&ctx).unwrap();
-            let step = step.bind(scores::Dims { tokens, experts }, score, true, args).unwrap();
+            let step = step.bind(&scores::Dims { tokens, experts }, score, true, args).unwrap();
             let args = Args {
                 source: Source::ExpertsPerToken((&k).into()),
                 offsets: (&offsets).into(),
@@ -453,7 +454,7 @@ fn recorded_capacities_per_sequence() {
                 k_of: k_out.slice(),
             };
             let dims = Dims { tokens, experts, sequences };
-            let step = step.then(Capacity::new(&ctx).unwrap().bind(dims, args).unwrap());
+            let step = step.then(Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap());
             let args = expert_choice::Args {
                 r: r.slice(),
                 offsets: (&offsets).into(),
@@ -463,7 +464,7 @@ fn recorded_capacities_per_sequence() {
             };
             let choice = expert_choice::ExpertChoice::new(&ctx).unwrap();
             let dims = expert_choice::Dims { tokens, experts, sequences };
-            let step = step.then(choice.bind(dims, args).unwrap());
+            let step = step.then(choice.bind(&dims, args).unwrap());
             let weights = plan_count::Gates {
                 rule: if softmax {
                     wgmoe::routing::GateRule::Softmax

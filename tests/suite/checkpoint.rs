@@ -1,6 +1,5 @@
 //! Checkpoints that are as they should be: every layout, type and naming gives the same layer. Bad ones are in
 //! `checkpoint_bad.rs`.
-use crate::common::{assert_close, assert_same, gpu, random};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -8,6 +7,7 @@ use serde_json::json;
 use std::collections::HashMap;
 use std::path::Path;
 use tempfile::TempDir;
+use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
 use wgmoe::layer::{Batch, HostBatch, HostRouter, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
@@ -15,19 +15,17 @@ use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, Settings, WeightType};
+use wgmoe::{Context, ExpertWeights, Gpu, LayerConfig, MoeLayer, WeightType};
 
-#[path = "../../examples/shared/checkpoint_writer.rs"]
-mod checkpoint_writer;
-pub(crate) use checkpoint_writer::{Layout, Plan};
+pub(crate) use testkit::checkpoint_writer::{Layout, Plan};
 
 /// Awkward in every size: no multiple of a panel, a lane or each other; two shared experts; groups and a bias.
-pub(crate) fn small() -> Settings {
+pub(crate) fn small() -> LayerConfig {
     let Routing::TokenChoice(mini) = models::find("llada2-mini").expect("a model").settings.routing
     else {
         unreachable!("token choice")
     };
-    Settings {
+    LayerConfig {
         hidden: 70,
         intermediate: 33,
         experts: 10,
@@ -86,7 +84,7 @@ fn values(matrix: HostWeights<'_>) -> Vec<f32> {
 
 /// Gate, up and down of each expert, and of the shared FFN as it is in the file.
 fn ffns(checkpoint: &Checkpoint, layer: u32) -> Vec<[Vec<f32>; 3]> {
-    let Settings { experts, shared_experts, .. } = *checkpoint.settings();
+    let LayerConfig { experts, shared_experts, .. } = *checkpoint.settings();
     let of = |e| Projection::ALL.map(|p| values(checkpoint.expert(layer, e, p).expect("a matrix")));
     (0..experts + shared_experts).map(of).collect()
 }
@@ -203,7 +201,7 @@ fn every_layout_gives_the_same_pages() {
         );
     }
     // Fused and transposed, [E, D, 2F] and [E, F, D]; and both shapes of which one alone would not tell: 2F = D.
-    for settings in [small(), Settings { hidden: 66, ..small() }] {
+    for settings in [small(), LayerConfig { hidden: 66, ..small() }] {
         let plan = Plan { settings, ..plan(Layout::Each, 1) };
         let dir = written(&plan);
         let each = Checkpoint::open(dir.path()).expect("opened");

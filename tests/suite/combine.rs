@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::combine::{Args, Combine, cpu};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::bits;
@@ -55,7 +55,7 @@ fn check(
 ) {
     let (slots, tokens, columns) =
         (shape.slots().unwrap() as usize, shape.tokens as usize, end - start);
-    let what = format!("{} T {tokens} D {hidden} {start}..{end} add {add}", cases::name(ctx));
+    let what = format!("{} T {tokens} D {hidden} {start}..{end} add {add}", variant_name(ctx));
     let y = cases::values("random", 4, slots * columns);
     let before = if add {
         cases::values("random", 5, tokens * hidden)
@@ -84,11 +84,7 @@ fn check(
     let others = |of: &[f32]| -> Vec<f32> {
         of.chunks_exact(hidden).flat_map(|row| [&row[..start], &row[end..]].concat()).collect()
     };
-    assert_same(
-        &cases::exact(&others(&got)),
-        &cases::exact(&others(&before)),
-        &format!("{what}: other columns"),
-    );
+    assert_same(&exact(&others(&got)), &exact(&others(&before)), &format!("{what}: other columns"));
 }
 
 #[test]

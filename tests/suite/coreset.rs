@@ -1,6 +1,6 @@
 //! Coresets of blocks: exact against the twin, and the twin against what the rules say.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::{coreset, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::{BlockRule, Context, Gpu};
@@ -19,12 +19,12 @@ struct Case<'a> {
     experts: usize,
     own: &'a [u32],
     offsets: &'a [u32],
-    marks: Option<&'a [u32]>,
+    voters: Option<&'a [u32]>,
 }
 
 impl Case<'_> {
     fn cpu(&self) -> (Vec<u32>, Vec<u32>) {
-        coreset::cpu(self.rule, self.r, self.experts, self.own, self.offsets, self.marks)
+        coreset::cpu(self.rule, self.r, self.experts, self.own, self.offsets, self.voters)
     }
 
     fn on(&self, gpu: &Gpu, ctx: &Context) -> (Vec<u32>, Vec<u32>) {
@@ -32,21 +32,21 @@ impl Case<'_> {
         let blocks = self.offsets.len() - 1;
         let [r, offsets] = [gpu.upload(self.r), gpu.upload(self.offsets)];
         let own = (!self.own.is_empty()).then(|| gpu.upload(self.own));
-        let marks = self.marks.map(|m| gpu.upload(m));
+        let voters = self.voters.map(|m| gpu.upload(m));
         let members = Output::u32s(gpu, blocks * self.experts.div_ceil(32));
         let block_of = Output::holding(gpu, &vec![77u32; tokens]);
         let args = coreset::Args {
             r: (&r).into(),
             own: own.as_ref().map(Into::into),
             offsets: (&offsets).into(),
-            marks: marks.as_ref().map(Into::into),
+            voters: voters.as_ref().map(Into::into),
             members: members.slice(),
             block_of: block_of.slice(),
         };
         let op = coreset::Coreset::new(ctx, self.experts as u32, self.rule).expect("a rule");
         run(
             gpu,
-            &op.bind(coreset::Dims { tokens: tokens as u32, blocks: blocks as u32 }, args)
+            &op.bind(&coreset::Dims { tokens: tokens as u32, blocks: blocks as u32 }, args)
                 .expect("bind"),
         );
         (members.get(gpu), block_of.get(gpu))
@@ -146,7 +146,7 @@ fn every_rule_matches_the_twin() {
                     continue;
                 }
                 let own = own_choice(*rule, &r, experts, 6);
-                Case { rule: *rule, r: &r, experts, own: &own, offsets: &offsets, marks: None }
+                Case { rule: *rule, r: &r, experts, own: &own, offsets: &offsets, voters: None }
                     .check(&gpu, &format!("scores {kind}"));
             }
         }
@@ -167,8 +167,15 @@ fn long_blocks_and_many_experts() {
                 BlockRule::Union(1),
             ] {
                 let own = own_choice(rule, &r, experts, 4.min(experts));
-                Case { rule, r: &r, experts, own: &own, offsets: &[0, tokens as u32], marks: None }
-                    .check(&gpu, "one block");
+                Case {
+                    rule,
+                    r: &r,
+                    experts,
+                    own: &own,
+                    offsets: &[0, tokens as u32],
+                    voters: None,
+                }
+                .check(&gpu, "one block");
             }
         }
     }
@@ -184,7 +191,7 @@ fn many_blocks_in_one_dispatch() {
     for rule in [BlockRule::Mass { p: 0.6, floor: 2 }, BlockRule::Capacity(5), BlockRule::Union(2)]
     {
         let own = own_choice(rule, &r, experts, 4);
-        Case { rule, r: &r, experts, own: &own, offsets: &offsets, marks: None }
+        Case { rule, r: &r, experts, own: &own, offsets: &offsets, voters: None }
             .check(&gpu, "many blocks");
     }
 }
@@ -208,7 +215,7 @@ fn the_heaviest_block() {
             BlockRule::Vote(experts as u32 - 25),
             BlockRule::Capacity(experts as u32 / 2),
         ] {
-            Case { rule, r: &r, experts, own: &own, offsets: &[0, 1024], marks: None }
+            Case { rule, r: &r, experts, own: &own, offsets: &[0, 1024], voters: None }
                 .check(&gpu, "heavy");
         }
     }
@@ -224,7 +231,7 @@ fn blocks_of_every_length_and_marks() {
         let offsets: Vec<u32> = (0..4).map(|b| (before + b * length) as u32).collect();
         let r = scores(length as u64, 0, tokens, experts);
         // No mark in the second block.
-        let marks: Vec<u32> = (0..tokens)
+        let voters: Vec<u32> = (0..tokens)
             .map(|t| {
                 let second = (offsets[1]..offsets[2]).contains(&(t as u32));
                 if second { 0 } else { rng.random_range(0..3u32) * 0x1000 }
@@ -237,10 +244,10 @@ fn blocks_of_every_length_and_marks() {
             BlockRule::Union(3),
         ] {
             let own = own_choice(rule, &r, experts, 4);
-            for marks in [None, Some(&marks[..])] {
-                let case = Case { rule, r: &r, experts, own: &own, offsets: &offsets, marks };
+            for voters in [None, Some(&voters[..])] {
+                let case = Case { rule, r: &r, experts, own: &own, offsets: &offsets, voters };
                 case.check(&gpu, &format!("blocks of {length}"));
-                if marks.is_some() {
+                if voters.is_some() {
                     assert_eq!(&case.cpu().0[2..4], [u32::MAX; 2], "no marked token: all experts");
                 }
             }
@@ -260,11 +267,12 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
             let alone = |r: &[f32]| {
                 let own = own_choice(rule, r, experts, 6);
                 let offsets = [0, (r.len() / experts) as u32];
-                Case { rule, r, experts, own: &own, offsets: &offsets, marks: None }.on(&gpu, &ctx)
+                Case { rule, r, experts, own: &own, offsets: &offsets, voters: None }.on(&gpu, &ctx)
             };
             let own = own_choice(rule, &r, experts, 6);
-            let both = Case { rule, r: &r, experts, own: &own, offsets: &[0, 13, 32], marks: None }
-                .on(&gpu, &ctx);
+            let both =
+                Case { rule, r: &r, experts, own: &own, offsets: &[0, 13, 32], voters: None }
+                    .on(&gpu, &ctx);
             assert_eq!(both.0, [alone(first).0, alone(second).0].concat(), "{rule:?}");
         }
     }
@@ -276,7 +284,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
                 let tokens = r.len() / experts;
                 let own = own_choice(rule, r, experts, 6);
                 let (members, block_of) =
-                    Case { rule, r, experts, own: &own, offsets, marks: None }.on(&gpu, &ctx);
+                    Case { rule, r, experts, own: &own, offsets, voters: None }.on(&gpu, &ctx);
                 let assigned = Output::u32s(&gpu, experts * bits::columns(tokens));
                 let [rs, ms, bs] = [gpu.upload(r), gpu.upload(&members), gpu.upload(&block_of)];
                 let args = token_choice::Args {
@@ -301,7 +309,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
     let rule = BlockRule::Vote(18);
     let own = own_choice(rule, &r, experts, 6);
     let case =
-        |offsets: &[u32]| Case { rule, r: &r, experts, own: &own, offsets, marks: None }.cpu().0;
+        |offsets: &[u32]| Case { rule, r: &r, experts, own: &own, offsets, voters: None }.cpu().0;
     assert_ne!(case(&[0, 13, 32]), case(&[0, 14, 32]), "this test must be able to fail");
 }
 
@@ -321,7 +329,7 @@ fn the_order_of_tokens_changes_nothing() {
             let offsets = [0, tokens as u32];
             for ctx in contexts(&gpu) {
                 let on = |r: &[f32], own: &[u32]| {
-                    Case { rule, r, experts, own, offsets: &offsets, marks: None }.on(&gpu, &ctx)
+                    Case { rule, r, experts, own, offsets: &offsets, voters: None }.on(&gpu, &ctx)
                 };
                 assert_eq!(on(&r, &a), on(&shuffled, &b), "{rule:?}, scores {kind}");
                 assert_eq!(on(&r, &a), on(&r, &a), "{rule:?}: twice");
@@ -402,18 +410,18 @@ fn wrong_rules_and_slices_are_errors() {
         r: buffers[0].slice(),
         own: Some(buffers[2].slice()),
         offsets: buffers[1].slice(),
-        marks: None,
+        voters: None,
         members: buffers[3].slice(),
         block_of: buffers[4].slice(),
     };
     let dims = coreset::Dims { tokens: 32, blocks: 1 };
-    assert!(op.bind(dims, args).is_ok());
-    assert!(op.bind(dims, coreset::Args { own: None, ..args }).is_err());
-    assert!(op.bind(dims, coreset::Args { marks: Some(buffers[1].slice()), ..args }).is_err());
-    assert!(op.bind(coreset::Dims { tokens: 32, blocks: 0 }, args).is_err());
-    assert!(op.bind(coreset::Dims { tokens: 32, blocks: 2 }, args).is_err());
+    assert!(op.bind(&dims, args).is_ok());
+    assert!(op.bind(&dims, coreset::Args { own: None, ..args }).is_err());
+    assert!(op.bind(&dims, coreset::Args { voters: Some(buffers[1].slice()), ..args }).is_err());
+    assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 0 }, args).is_err());
+    assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 2 }, args).is_err());
     assert!(
-        op.bind(coreset::Dims { tokens: 0, blocks: 1 }, args)
+        op.bind(&coreset::Dims { tokens: 0, blocks: 1 }, args)
             .expect("no work")
             .dispatches()
             .is_empty()

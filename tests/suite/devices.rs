@@ -1,24 +1,25 @@
 //! What layers of one device share, and what threads and devices do not.
-use crate::common::*;
 use std::time::Instant;
+use testkit::layer::HostLayer;
+use testkit::prelude::*;
 use wgmoe::layer::*;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages, Features};
 use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, models};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
 #[test]
 fn public_types_cross_threads() {
     fn crosses<T: Send + Sync>() {}
-    crosses::<(Context, wgmoe::Dispatch, wgmoe::Step, wgmoe::Variant, wgmoe::Target)>();
+    crosses::<(Context, wgmoe::Dispatch, wgmoe::BoundOp, wgmoe::Variant, wgmoe::Target)>();
     crosses::<(Gpu, Slice<'_>, wgmoe::Error)>();
-    crosses::<(MoeLayer, MoeRouting, MoeExperts, LayerStep, Scratch)>();
-    crosses::<(Settings, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
+    crosses::<(MoeLayer, MoeRouting, MoeExperts, BoundLayer, Scratch)>();
+    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
     crosses::<(Assignments<'_>, Sequences<'_>, Blocks<'_>)>();
     crosses::<(HostRouter<'_>, HostSequences<'_>, HostBlocks<'_>, HostBatch<'_>, HostRouting)>();
     crosses::<HostExperts<'_>>();
@@ -60,11 +61,11 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn threads_share_a_device() {
     let Some(gpu) = gpu() else { return };
-    let (sample, ctx) = (Sample::new(settings()), contexts(&gpu)[0].clone());
+    let (sample, ctx) = (HostLayer::new(settings()), contexts(&gpu)[0].clone());
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let inputs: Vec<Vec<f32>> = (0..6).map(|i| random(10 + i, 64 * (20 + i as usize))).collect();
     let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, &Scratch::new(), x)).collect();
-    assert_close(&alone[0], &sample.cpu(&inputs[0]), 1e-4, 1e-4, "alone");
+    assert_close(&alone[0], &sample.twin(&inputs[0]), 1e-4, 1e-4, "alone");
     std::thread::scope(|threads| {
         for (x, want) in inputs.iter().zip(&alone) {
             let (gpu, ctx, layer, sample) = (&gpu, &ctx, &layer, &sample);
@@ -89,7 +90,7 @@ fn two_devices_in_one_process() {
         return;
     }
     let adapters = pollster::block_on(Gpu::adapters());
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let x = random(3, 64 * 33);
     let outputs = [(); 2].map(|()| {
         let gpu = pollster::block_on(Gpu::from_adapter(&adapters[0])).unwrap();
@@ -100,7 +101,7 @@ fn two_devices_in_one_process() {
     // One scratch for both: each gets buffers of its own device.
     let scratch = Scratch::new();
     let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &scratch, &x));
-    assert_close(&outputs[0], &sample.cpu(&x), 1e-4, 1e-4, "a device");
+    assert_close(&outputs[0], &sample.twin(&x), 1e-4, 1e-4, "a device");
     assert_same(&bits(&outputs[1]), &bits(&outputs[0]), "another device");
 }
 
@@ -132,12 +133,12 @@ fn a_layer_makes_all_its_pipelines() {
         (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 5),
     ] {
         let shared_experts = u32::from(experts > 5);
-        let base = Settings { hidden: 4, intermediate: 4, shared_experts, ..base };
-        let settings = Settings { experts, routing, ..base };
-        for target in [Target::Gpu, Target::Cpu] {
+        let base = LayerConfig { hidden: 4, intermediate: 4, shared_experts, ..base };
+        let settings = LayerConfig { experts, routing, ..base };
+        for target in [Target::Wide, Target::Serial] {
             let variant = Variant { target, subgroups: false };
             let made = Context::with_variant(&device, variant, None).unwrap();
-            let layer = Sample::new(settings).layer(&made, &queue).unwrap();
+            let layer = HostLayer::new(settings).layer(&made, &queue).unwrap();
             let pipelines = made.pipelines();
             // Past 32, 4,096, and 2^18 tokens other kernels do the work. One buffer holds both slices.
             for tokens in [1u32, 33, 5000, (1 << 18) + 1] {
@@ -167,7 +168,7 @@ fn a_layer_makes_all_its_pipelines() {
 fn twenty_layers_of_one_model() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let scratch = Scratch::new();
     let x = random(3, 64 * 40);
     let hidden = gpu.upload(&x);
@@ -216,7 +217,7 @@ fn the_callers_pipeline_cache() {
             device.create_pipeline_cache(&descriptor)
         }
     });
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let (device, queue) = &devices[0];
     let layer = |cache: &wgpu::PipelineCache| {
         let variant = Variant::best(device);
@@ -227,7 +228,7 @@ fn the_callers_pipeline_cache() {
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: adapters[0].get_info() };
     assert_close(
         &output(&gpu, &layer(&caches[0]).unwrap(), &Scratch::new(), &x),
-        &sample.cpu(&x),
+        &sample.twin(&x),
         1e-4,
         1e-4,
         "y",

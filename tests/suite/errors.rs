@@ -1,5 +1,5 @@
 //! What a caller can get wrong is an error that names the argument, before anything is recorded.
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
 use wgmoe::ops::gather::{self, Gather};
 use wgmoe::ops::plan_count::{self, PlanCount};
@@ -34,9 +34,9 @@ fn bind(
     x: Slice<'_>,
     token_of: Slice<'_>,
     out: Slice<'_>,
-) -> wgmoe::Result<wgmoe::Step> {
+) -> wgmoe::Result<wgmoe::BoundOp> {
     let dims = gather::Dims { tokens: 4, slots: 2, hidden: 8 };
-    Gather::new(ctx)?.bind(dims, gather::Args { x, token_of, out })
+    Gather::new(ctx)?.bind(&dims, gather::Args { x, token_of, out })
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn slices_that_overlap() {
     let args = scores::Args { logits: (&logits).into(), bias: None, s: x, r: x };
     let op = Scores::new(&ctx).unwrap();
     assert_eq!(
-        message(op.bind(dims, Score::Softmax, true, args)),
+        message(op.bind(&dims, Score::Softmax, true, args)),
         "`s` is written and overlaps `r`"
     );
 }
@@ -127,7 +127,7 @@ fn slices_of_one_buffer() {
             out: Slice::new(&whole, 4096, 96),
         };
         let dims = gather::Dims { tokens: 70, slots: 4, hidden: 6 };
-        run(&gpu, &Gather::new(&ctx).unwrap().bind(dims, args).unwrap());
+        run(&gpu, &Gather::new(&ctx).unwrap().bind(&dims, args).unwrap());
         assert_same(&floats(read(args.out)), &gather::cpu(&x, 6, &token_of), "gather");
 
         let args = scores::Args {
@@ -138,7 +138,7 @@ fn slices_of_one_buffer() {
         };
         let dims = scores::Dims { tokens: 70, experts: 6 };
         let op = Scores::new(&ctx).unwrap();
-        run(&gpu, &op.bind(dims, Score::Softmax, true, args).unwrap());
+        run(&gpu, &op.bind(&dims, Score::Softmax, true, args).unwrap());
         let (s, r) = scores::cpu(&x, 6, Score::Softmax, true, None);
         assert_close(&floats(read(args.s)), &s, 2e-38, 2e-6, "scores");
         assert_same(&floats(read(args.r)), &r, "scores");
@@ -164,7 +164,7 @@ fn slices_of_one_buffer() {
             assigned: Slice::new(&whole, 28_672, 72),
         };
         let dims = expert_choice::Dims { tokens: 70, experts: 6, sequences: 2 };
-        run(&gpu, &ExpertChoice::new(&ctx).unwrap().bind(dims, args).unwrap());
+        run(&gpu, &ExpertChoice::new(&ctx).unwrap().bind(&dims, args).unwrap());
         let want = expert_choice::cpu(&x, 6, &[0, 33, 70], None, &[5, 7]);
         assert_same(&read(args.assigned), &want, "expert_choice");
 
@@ -214,31 +214,31 @@ fn dimensions_that_make_no_sense() {
     let args = scores::Args { logits: all, bias: None, s: all, r: all };
     let dims = scores::Dims { tokens: 1, experts: 0 };
     assert_eq!(
-        message(Scores::new(&ctx).unwrap().bind(dims, Score::Softmax, true, args)),
+        message(Scores::new(&ctx).unwrap().bind(&dims, Score::Softmax, true, args)),
         "`experts`: must not be 0"
     );
     let args =
         expert_choice::Args { r: all, offsets: all, lengths: None, capacity: all, assigned: all };
     let op = ExpertChoice::new(&ctx).unwrap();
     let dims = |experts, sequences| expert_choice::Dims { tokens: 1, experts, sequences };
-    assert_eq!(message(op.bind(dims(0, 1), args)), "`experts`: must not be 0");
-    assert_eq!(message(op.bind(dims(1, 0), args)), "`sequences`: must not be 0");
+    assert_eq!(message(op.bind(&dims(0, 1), args)), "`experts`: must not be 0");
+    assert_eq!(message(op.bind(&dims(1, 0), args)), "`sequences`: must not be 0");
     let args = gather::Args { x: all, token_of: all, out: all };
     let op = Gather::new(&ctx).unwrap();
     let dims = |tokens, hidden| gather::Dims { tokens, slots: 1, hidden };
-    assert_eq!(message(op.bind(dims(1, 0), args)), "`hidden`: must not be 0");
-    assert_eq!(message(op.bind(dims(0, 1), args)), "`tokens`: must not be 0");
+    assert_eq!(message(op.bind(&dims(1, 0), args)), "`hidden`: must not be 0");
+    assert_eq!(message(op.bind(&dims(0, 1), args)), "`tokens`: must not be 0");
     let args = assign::Args { ids: all, weights: all, assigned: all, gates: all, ignored: all };
     let dims = assign::Dims { tokens: 1, experts: 1, top: 0 };
     assert_eq!(
-        message(assign::Assign::new(&ctx).unwrap().bind(dims, args)),
+        message(assign::Assign::new(&ctx).unwrap().bind(&dims, args)),
         "`top`: must not be 0"
     );
     let args =
         expert_union::Args { assigned: all, offsets: all, members: all, counts: all, bytes: all };
     let dims = expert_union::Dims { tokens: 1, experts: 2000, blocks: 1, expert_bytes: 1 };
     let op = expert_union::ExpertUnion::new(&ctx).unwrap();
-    assert_eq!(message(op.bind(dims, args)), "`experts`: 2000, at most 1024");
+    assert_eq!(message(op.bind(&dims, args)), "`experts`: 2000, at most 1024");
 
     let shape = |tokens, experts, shared_experts, tile_rows| PlanShape {
         tokens,
@@ -269,7 +269,7 @@ fn sizes_at_the_end_of_32_bits() {
     let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
     let settings = models::find("llada2-mini").unwrap().settings;
-    let many = wgmoe::Settings { shared_experts: u32::MAX, ..settings };
+    let many = wgmoe::LayerConfig { shared_experts: u32::MAX, ..settings };
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }
 
@@ -281,7 +281,7 @@ fn products_that_overflow() {
     let all: Slice<'_> = (&b).into();
     let args = gather::Args { x: all, token_of: all, out: all };
     let dims = gather::Dims { tokens: u32::MAX, slots: 1, hidden: u32::MAX };
-    let text = message(Gather::new(&ctx).unwrap().bind(dims, args));
+    let text = message(Gather::new(&ctx).unwrap().bind(&dims, args));
     assert_eq!(text, "`x`: [4294967295, 4294967295] overflows");
     let shape = |tokens, shared_experts, skinny_rows| PlanShape {
         tokens,
@@ -322,7 +322,7 @@ fn more_than_the_device_binds() {
     let dims = gather::Dims { tokens: 129, slots: 2, hidden: 1 << 18 };
     let args = gather::Args { x: (&big).into(), token_of: (&of).into(), out: (&out).into() };
     assert_eq!(
-        message(Gather::new(&ctx).unwrap().bind(dims, args)),
+        message(Gather::new(&ctx).unwrap().bind(&dims, args)),
         "`x`: 135266304 needed, max_storage_buffer_binding_size of this device is 134217728"
     );
 }

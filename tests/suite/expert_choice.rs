@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::expert_choice::{Args, Dims, DropArgs, ExpertChoice, cpu, cpu_drop, ranges};
 use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu, Target};
@@ -37,7 +37,7 @@ impl Choice<'_> {
             experts: self.experts as u32,
             sequences: self.capacity.len() as u32,
         };
-        run(gpu, &ExpertChoice::new(ctx).unwrap().bind(dims, args).unwrap());
+        run(gpu, &ExpertChoice::new(ctx).unwrap().bind(&dims, args).unwrap());
         assigned.get(gpu)
     }
 
@@ -126,7 +126,7 @@ fn sizes_and_kinds() {
                     capacity: &[capacity],
                 };
                 let what =
-                    format!("{} {kind} T {tokens} E {experts} C {capacity}", cases::name(&ctx));
+                    format!("{} {kind} T {tokens} E {experts} C {capacity}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx, seed as u64), &choice.twin(), &what);
             }
         }
@@ -151,7 +151,7 @@ fn model_sizes() {
             let twin = choice.twin();
             for ctx in contexts(&gpu) {
                 let what =
-                    format!("{} {kind} T {tokens} E {experts} C {capacity}", cases::name(&ctx));
+                    format!("{} {kind} T {tokens} E {experts} C {capacity}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx, 3), &twin, &what);
             }
         }
@@ -198,13 +198,13 @@ fn long_batches() {
             let got = choice.run(&gpu, &ctx, 3);
             println!(
                 "{} T {tokens} E {experts}: {:.2} s",
-                cases::name(&ctx),
+                variant_name(&ctx),
                 start.elapsed().as_secs_f64()
             );
             assert_same(
                 &got,
                 &twin,
-                &format!("{} T {tokens} E {experts} C {capacity}", cases::name(&ctx)),
+                &format!("{} T {tokens} E {experts} C {capacity}", variant_name(&ctx)),
             );
         }
     }
@@ -241,7 +241,11 @@ fn hard_values(gpu: &Gpu, tokens: usize, experts: usize, capacity: usize) {
             capacity: &[capacity as u32],
         };
         for ctx in contexts(gpu).into_iter().filter(|c| !c.variant().subgroups) {
-            assert_same(&choice.run(gpu, &ctx, 3), &twin, &format!("{} {kind}", cases::name(&ctx)));
+            assert_same(
+                &choice.run(gpu, &ctx, 3),
+                &twin,
+                &format!("{} {kind}", variant_name(&ctx)),
+            );
         }
     }
 }
@@ -281,7 +285,7 @@ fn sequences() {
             for (experts, kind) in [(1, "random"), (11, "ties"), (40, "mixed")] {
                 let r = cases::values(kind, i as u64, tokens * experts);
                 let choice = Choice { r: &r, experts, offsets, lengths, capacity };
-                let what = format!("{} case {i}, {kind}, E {experts}", cases::name(&ctx));
+                let what = format!("{} case {i}, {kind}, E {experts}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx, 5), &choice.twin(), &what);
             }
         }
@@ -304,7 +308,7 @@ fn long_sequences() {
             for kind in ["random", "ties", "mixed", "equal"] {
                 let r = cases::values(kind, i as u64, 5003 * 11);
                 let choice = Choice { r: &r, experts: 11, offsets, lengths, capacity };
-                let what = format!("{} case {i}, {kind}", cases::name(&ctx));
+                let what = format!("{} case {i}, {kind}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx, 5), &choice.twin(), &what);
             }
         }
@@ -331,7 +335,7 @@ fn many_sequences() {
         capacity: &capacity,
     };
     for ctx in contexts(&gpu) {
-        assert_same(&choice.run(&gpu, &ctx, 9), &choice.twin(), &cases::name(&ctx));
+        assert_same(&choice.run(&gpu, &ctx, 9), &choice.twin(), &variant_name(&ctx));
     }
 }
 
@@ -352,7 +356,7 @@ fn padding_is_never_chosen() {
         let assigned = choice.run(&gpu, &ctx, 1);
         for e in 0..experts {
             let want: Vec<usize> = (0..11).chain(20..23).collect();
-            assert_eq!(bits::tokens_of(&assigned, tokens, e), want, "{}", cases::name(&ctx));
+            assert_eq!(bits::tokens_of(&assigned, tokens, e), want, "{}", variant_name(&ctx));
         }
     }
 }
@@ -379,7 +383,7 @@ fn permuting_tokens_permutes_the_choice() {
                 bits::experts_of(&permuted, tokens, now),
                 bits::experts_of(&plain, tokens, before),
                 "{}",
-                cases::name(&ctx)
+                variant_name(&ctx)
             );
         }
     }
@@ -421,8 +425,10 @@ fn drops_the_lowest_gates() {
                         dropped: dropped.slice(),
                     };
                     run(&gpu, &op.bind_drop(tokens as u32, experts as u32, args).unwrap());
-                    let what =
-                        format!("{} {kind} T {tokens} E {experts} C {capacity}", cases::name(&ctx));
+                    let what = format!(
+                        "{} {kind} T {tokens} E {experts} C {capacity}",
+                        variant_name(&ctx)
+                    );
                     assert_same(&assigned.get::<u32>(&gpu), &kept, &what);
                     assert_same(&dropped.get::<u32>(&gpu), &lost, &what);
                 }
@@ -441,7 +447,7 @@ fn drops_in_a_long_batch() {
     assert!(lost.iter().all(|&n| n > 0));
     for ctx in contexts(&gpu)
         .into_iter()
-        .filter(|c| c.variant().target == Target::Cpu || !c.variant().subgroups)
+        .filter(|c| c.variant().target == Target::Serial || !c.variant().subgroups)
     {
         let (assigned, dropped) = (Output::holding(&gpu, &before), Output::u32s(&gpu, experts));
         let buffers =
@@ -455,8 +461,8 @@ fn drops_in_a_long_batch() {
         };
         let op = ExpertChoice::new(&ctx).unwrap();
         run(&gpu, &op.bind_drop(tokens as u32, experts as u32, args).unwrap());
-        assert_same(&assigned.get::<u32>(&gpu), &kept, &cases::name(&ctx));
-        assert_same(&dropped.get::<u32>(&gpu), &lost, &cases::name(&ctx));
+        assert_same(&assigned.get::<u32>(&gpu), &kept, &variant_name(&ctx));
+        assert_same(&dropped.get::<u32>(&gpu), &lost, &variant_name(&ctx));
     }
 }
 

@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::expert_union::{Args, Dims, ExpertUnion, cpu};
 use wgmoe::{Context, Gpu};
 
@@ -10,7 +10,7 @@ fn check(
     offsets: &[u32],
     size: u64,
 ) {
-    let what = format!("{} T {tokens} E {experts} {} blocks", cases::name(ctx), offsets.len() - 1);
+    let what = format!("{} T {tokens} E {experts} {} blocks", variant_name(ctx), offsets.len() - 1);
     let (want_members, want_counts, want_bytes) = cpu(assigned, tokens, experts, offsets, size);
     let blocks = offsets.len() - 1;
     let members = Output::u32s(gpu, want_members.len());
@@ -29,7 +29,7 @@ fn check(
         blocks: blocks as u32,
         expert_bytes: size,
     };
-    run(gpu, &ExpertUnion::new(ctx).unwrap().bind(dims, args).unwrap());
+    run(gpu, &ExpertUnion::new(ctx).unwrap().bind(&dims, args).unwrap());
     assert_same(&members.get::<u32>(gpu), &want_members, &what);
     assert_same(&counts.get::<u32>(gpu), &want_counts, &what);
     let bytes: Vec<u64> = bytes

@@ -1,15 +1,16 @@
 //! What a caller sees of a whole layer when the device fails it: errors, never a panic, never the device's
 //! uncaptured-error handler.
-use crate::common::*;
 use std::sync::Arc;
-use wgmoe::layer::{Batch, MoeLayer, Settings};
+use testkit::layer::HostLayer;
+use testkit::prelude::*;
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer};
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    Settings { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
 }
 
 /// A device of its own whose uncaptured-error handler is a failure, with limits changed.
@@ -25,7 +26,7 @@ fn device(change: impl FnOnce(&mut Limits)) -> Option<Gpu> {
 }
 
 fn layer(gpu: &Gpu) -> Result<MoeLayer, Error> {
-    Sample::new(settings()).layer(&Context::new(&gpu.device)?, &gpu.queue)
+    HostLayer::new(settings()).layer(&Context::new(&gpu.device)?, &gpu.queue)
 }
 
 /// 33 tokens of a layer in two buffers.
@@ -117,7 +118,7 @@ fn destroyed_and_foreign_buffers() {
 #[test]
 fn a_device_that_is_lost() {
     let Some(gpu) = device(|_| ()) else { return };
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let ctx = Context::new(&gpu.device).unwrap();
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let [hidden, out] = [(); 2].map(|()| buffer(&gpu, BufferUsages::STORAGE));

@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::prelude::*;
 use wgmoe::ops::gather::{Args, Dims, Gather, cpu};
 
 #[test]
@@ -30,8 +30,8 @@ fn equals_twin() {
             let out = Output::f32s(&gpu, slots * hidden);
             let args = Args { x: (&x).into(), token_of: (&of).into(), out: out.slice() };
             let dims = Dims { tokens: tokens as u32, slots: slots as u32, hidden: hidden as u32 };
-            run(&gpu, &Gather::new(&ctx).unwrap().bind(dims, args).unwrap());
-            let what = format!("{} T {tokens} S {slots} D {hidden}", cases::name(&ctx));
+            run(&gpu, &Gather::new(&ctx).unwrap().bind(&dims, args).unwrap());
+            let what = format!("{} T {tokens} S {slots} D {hidden}", variant_name(&ctx));
             assert_same(&out.get::<f32>(&gpu), &want, &what);
         }
     }

@@ -1,11 +1,11 @@
 //! What the reference implementations returned, on the CPU twins and on the GPU in every variant. Reads every
 //! `*.safetensors` of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names, and goes by each file's header: its
 //! `__metadata__.case` is JSON with a `kind`.
-use crate::golden_file::{self, Layer};
-use crate::{cases, common::*};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use testkit::golden_layer::{self, Layer};
+use testkit::prelude::*;
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
 use wgmoe::ops::plan_count::{self, PlanCount, Scales};
 use wgmoe::ops::scores::{self, Scores};
@@ -103,7 +103,7 @@ impl File {
 
 /// Every golden file, by name.
 pub(crate) fn files() -> Vec<File> {
-    let folder = golden_file::folder();
+    let folder = golden_layer::folder();
     let entries =
         std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut paths: Vec<PathBuf> = entries
@@ -289,7 +289,7 @@ impl Routing<'_> {
         let dims = scores::Dims { tokens: t, experts: e };
         run(
             gpu,
-            &Scores::new(ctx).unwrap().bind(dims, self.score, self.from_logits, args).unwrap(),
+            &Scores::new(ctx).unwrap().bind(&dims, self.score, self.from_logits, args).unwrap(),
         );
         match self.rule {
             Rule::Experts { offsets, capacity } => {
@@ -303,7 +303,7 @@ impl Routing<'_> {
                 };
                 let dims =
                     expert_choice::Dims { tokens: t, experts: e, sequences: capacity.len() as u32 };
-                run(gpu, &ExpertChoice::new(ctx).unwrap().bind(dims, args).unwrap());
+                run(gpu, &ExpertChoice::new(ctx).unwrap().bind(&dims, args).unwrap());
             }
             Rule::Tokens { top, groups } => {
                 let args =
@@ -356,7 +356,7 @@ impl Routing<'_> {
         compare(&format!("{name}, CPU twins"), &self.twin());
         if let Some(gpu) = gpu {
             for ctx in contexts(gpu) {
-                compare(&format!("{name}, {}", cases::name(&ctx)), &self.device(gpu, &ctx));
+                compare(&format!("{name}, {}", variant_name(&ctx)), &self.device(gpu, &ctx));
             }
         }
     }
@@ -529,7 +529,7 @@ fn group_limited(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
     compare("CPU twins", layer.on_cpu());
     if let Some(gpu) = gpu {
         for ctx in contexts(gpu) {
-            compare(&cases::name(&ctx), layer.on_gpu(gpu, &ctx).expect("the layer's output"));
+            compare(&variant_name(&ctx), layer.on_gpu(gpu, &ctx).expect("the layer's output"));
         }
     }
 }

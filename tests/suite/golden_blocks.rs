@@ -1,9 +1,9 @@
 //! What the reference implementations of block-level rules returned, on the CPU twins and on the GPU in every variant: one
 //! function a kind, each taking a parsed file.
-use crate::common::{Output, assert_close, contexts, gpu, run};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::Path;
+use testkit::prelude::{Output, assert_close, contexts, gpu, run};
 use wgmoe::ops::coreset::{self, Coreset};
 use wgmoe::ops::plan_count::{self, PlanCount, Scales};
 use wgmoe::ops::scores::{self, Scores};
@@ -246,7 +246,7 @@ impl Routing {
             r: r.slice(),
         };
         let dims = scores::Dims { tokens, experts };
-        let mut step = Scores::new(ctx).unwrap().bind(dims, self.score, false, args).unwrap();
+        let mut step = Scores::new(ctx).unwrap().bind(&dims, self.score, false, args).unwrap();
         match self.rule {
             None => {
                 let dims =
@@ -256,7 +256,7 @@ impl Routing {
                     offsets: (&offsets).into(),
                     assigned: assigned.slice(),
                 };
-                step = step.then(SequenceTop::new(ctx).unwrap().bind(dims, args).unwrap());
+                step = step.then(SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap());
             }
             Some(rule) => {
                 let k = rule.own_top(self.top as u32);
@@ -270,12 +270,12 @@ impl Routing {
                     r: r.slice(),
                     own: k.map(|_| own.slice()),
                     offsets: (&offsets).into(),
-                    marks: None,
+                    voters: None,
                     members: members.slice(),
                     block_of: block_of.slice(),
                 };
                 let op = Coreset::new(ctx, experts, rule).unwrap();
-                step = step.then(op.bind(coreset::Dims { tokens, blocks }, args).unwrap());
+                step = step.then(op.bind(&coreset::Dims { tokens, blocks }, args).unwrap());
                 let coresets = token_choice::Coresets {
                     blocks,
                     coreset: members.slice(),

@@ -1,7 +1,6 @@
 //! Whole layers under a block-level rule, from hidden states to output, against what the reference implementation returned.
-use crate::cases;
-use crate::common::{assert_close, contexts, gpu};
-use crate::golden_file::{self, Layer};
+use testkit::golden_layer::{self, Layer};
+use testkit::prelude::{assert_close, contexts, gpu, variant_name};
 use wgmoe::layer;
 
 /// Every `block_coreset` file on the CPU twins and on the GPU in every variant: the outputs of tokens that the reference
@@ -9,7 +8,7 @@ use wgmoe::layer;
 #[test]
 fn outputs_of_block_coresets() {
     let gpu = gpu();
-    let mut paths: Vec<_> = std::fs::read_dir(golden_file::folder())
+    let mut paths: Vec<_> = std::fs::read_dir(golden_layer::folder())
         .expect("golden files")
         .map(|entry| entry.expect("an entry").path())
         .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
@@ -27,12 +26,12 @@ fn outputs_of_block_coresets() {
         let check = |what: &str, got: &[f32]| {
             let (error, ok) = layer.compare(got);
             assert!(ok, "{name}, {what}: `y` differs by {error:e}");
-            let (atol, rtol) = (golden_file::ATOL, golden_file::RTOL);
+            let (atol, rtol) = (golden_layer::ATOL, golden_layer::RTOL);
             assert_close(got, &twin, atol, rtol, &format!("{name}, {what}: all tokens"));
         };
         check("CPU twins", &twin);
         for ctx in gpu.iter().flat_map(contexts) {
-            let what = cases::name(&ctx);
+            let what = variant_name(&ctx);
             check(&what, &layer.on_gpu(gpu.as_ref().expect("a GPU"), &ctx).expect(&name));
         }
         files += 1;

@@ -1,8 +1,10 @@
 //! The halves of a layer, each beside an engine's own other half.
-use crate::{cases, common::*};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::layer::HostLayer;
+use testkit::{cases, prelude::*};
 use wgmoe::layer::{
-    Assignments, ExpertBatch, LayerStep, MoeExperts, MoeRouting, RoutingBatch, Scratch, Settings,
+    Assignments, BoundLayer, ExpertBatch, LayerConfig, MoeExperts, MoeRouting, RoutingBatch,
+    Scratch,
 };
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};
@@ -12,28 +14,28 @@ use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::{Gpu, models, wgpu};
 
-fn settings() -> Settings {
+fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
     let rule = TokenChoice { top: 3, groups: None, ..rule };
     let routing = Routing::TokenChoice(rule);
-    Settings { hidden: 40, intermediate: 24, experts: 12, routing, ..settings }
+    LayerConfig { hidden: 40, intermediate: 24, experts: 12, routing, ..settings }
 }
 
-fn submit(gpu: &Gpu, step: &LayerStep) {
+fn submit(gpu: &Gpu, step: &BoundLayer) {
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
 }
 
 /// Compares an output with the experts on the CPU, given the twin's bit set and gates.
-fn compare(sample: &Sample, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32], what: &str) {
+fn compare(sample: &HostLayer, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32], what: &str) {
     let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
     for (t, (x, got)) in x.chunks(d).zip(got.chunks(d)).enumerate() {
         let experts = bits::experts_of(bits, gates.len() / e, t);
         let chosen: Vec<(u32, f32)> =
             experts.into_iter().map(|i| (i as u32, gates[t * e + i])).collect();
-        let want = sample.cpu_token(x, &chosen);
+        let want = sample.token(x, &chosen);
         let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         assert_close(got, &want, 2e-5 * scale + 1e-6, 2e-5, &format!("{what}: token {t}"));
     }
@@ -42,16 +44,16 @@ fn compare(sample: &Sample, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32],
 #[test]
 fn experts_of_another_router() {
     let Some(gpu) = gpu() else { return };
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let (d, e, top) = (sample.settings.hidden as usize, 12usize, 4usize);
     let mut rng = StdRng::seed_from_u64(7);
     for ctx in own_contexts(&gpu) {
         let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-        let Settings { activation, shared_experts, .. } = sample.settings;
+        let LayerConfig { activation, shared_experts, .. } = sample.settings;
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
         let scratch = Scratch::new();
         for tokens in [1, 33, 70] {
-            let what = format!("{} T {tokens}", cases::name(&ctx));
+            let what = format!("{} T {tokens}", variant_name(&ctx));
             let x = random(3, tokens * d);
             let hidden = gpu.upload(&x);
             let run = |assignments, out: &Output| {
@@ -120,8 +122,8 @@ fn experts_of_another_router() {
             let stats = run(of_experts, &again);
             assert_eq!(stats.ignored, 1, "{what}: entries ignored");
             assert_same(
-                &cases::exact(&again.get(&gpu)),
-                &cases::exact(&out.get(&gpu)),
+                &exact(&again.get(&gpu)),
+                &exact(&out.get(&gpu)),
                 &format!("{what}: lists give the bits that ids give"),
             );
         }
@@ -157,8 +159,8 @@ fn experts_of_another_engine() {
     let block = Routing::TokenChoice(TokenChoice { coreset, ..rule });
     for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
-            let what = format!("{} T {tokens} {routing:?}", cases::name(&ctx));
-            let sample = Sample::new(Settings { routing, shared_experts: 0, ..base });
+            let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
+            let sample = HostLayer::new(LayerConfig { routing, shared_experts: 0, ..base });
             let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
             let router = sample.router(&ctx).unwrap();
             let first = MoeRouting::new(&ctx, sample.settings, router).unwrap();
@@ -249,9 +251,9 @@ fn experts_of_another_engine() {
 fn assignments_that_do_not_fit() {
     let Some(gpu) = gpu() else { return };
     let ctx = own_contexts(&gpu)[0].clone();
-    let sample = Sample::new(settings());
+    let sample = HostLayer::new(settings());
     let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-    let Settings { activation, .. } = sample.settings;
+    let LayerConfig { activation, .. } = sample.settings;
     let all = weights.shape().experts;
     let none = MoeExperts::new(&ctx, activation, all, weights.clone()).unwrap_err();
     assert_eq!(none.to_string(), "`experts`: must not be 0");

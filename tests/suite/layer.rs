@@ -1,8 +1,8 @@
 //! The whole layer against the CPU twins.
-use crate::common::{Output, assert_close, assert_same, contexts, gpu, random};
 use half::{bf16, f16};
+use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, MoeLayer, Router, Settings, Tensor, cpu_routing, cpu_token,
+    Batch, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
@@ -38,8 +38,8 @@ fn settings(
     experts: u32,
     shared_experts: u32,
     routing: Routing,
-) -> Settings {
-    Settings {
+) -> LayerConfig {
+    LayerConfig {
         hidden,
         intermediate,
         experts,
@@ -56,7 +56,7 @@ struct Experts {
 }
 
 impl Experts {
-    fn new(settings: &Settings, weight_type: WeightType) -> Self {
+    fn new(settings: &LayerConfig, weight_type: WeightType) -> Self {
         let size = (settings.hidden * settings.intermediate) as usize;
         let round = |v: &f32| match weight_type {
             WeightType::F32 => *v,
@@ -98,7 +98,7 @@ impl Experts {
 }
 
 struct Case {
-    settings: Settings,
+    settings: LayerConfig,
     weight_type: WeightType,
     page_limit: Option<u64>,
     tokens: u32,
@@ -251,7 +251,7 @@ fn gelu_and_page_sizes() {
     for ctx in contexts(&gpu) {
         for weight_type in [WeightType::F32, WeightType::Bf16] {
             let base = settings(72, 96, 6, 1, Routing::TokenChoice(TOKEN_CHOICE));
-            let settings = Settings { activation: Activation::Gelu, ..base };
+            let settings = LayerConfig { activation: Activation::Gelu, ..base };
             let run = |page_limit| {
                 check(
                     &gpu,

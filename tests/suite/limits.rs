@@ -1,7 +1,7 @@
 //! Layers larger than a storage binding: equal bits to those that fit one.
-use crate::common::{Output, assert_same, gpu, random};
-use crate::host_layer::HostLayer;
-use wgmoe::layer::{Batch, MoeLayer, Settings, cpu_token};
+use testkit::layer::HostLayer;
+use testkit::prelude::{Output, assert_same, gpu, random};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer, cpu_token};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
@@ -26,8 +26,8 @@ const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
     max_experts_per_token: 3,
 });
 
-fn settings(hidden: u32, routing: Routing) -> Settings {
-    Settings {
+fn settings(hidden: u32, routing: Routing) -> LayerConfig {
+    LayerConfig {
         hidden,
         intermediate: 40,
         experts: 12,
@@ -79,14 +79,19 @@ fn tensors_larger_than_a_binding() {
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
         let devices = [&small, &gpu]
             .map(|gpu| (gpu, Context::with_variant(&gpu.device, variant, None).unwrap()));
-        let rules = if variant.target == Target::Gpu { &rules[..2] } else { &rules[..] };
+        let rules = if variant.target == Target::Wide { &rules[..2] } else { &rules[..] };
         for &(hidden, routing) in rules {
             let what = format!("{variant:?} D {hidden} {routing:?}");
             let host = HostLayer::new(settings(hidden, routing));
             let x = random(3, (tokens * hidden) as usize);
             assert!(x.len() as u64 * 4 > 3 * LIMIT);
             let [(got, dispatches), (want, fewer)] = devices.each_ref().map(|(gpu, ctx)| {
-                run(gpu, &host.resident(gpu, ctx, WeightType::Bf16, None), &x, tokens)
+                run(
+                    gpu,
+                    &host.layer_as(ctx, &gpu.queue, WeightType::Bf16, None).unwrap(),
+                    &x,
+                    tokens,
+                )
             });
             assert!(dispatches > 2 * fewer, "{what}: {dispatches} dispatches, {fewer} at once");
             assert_same(&got, &want, &what);
@@ -100,7 +105,7 @@ fn what_does_not_fit_is_an_error() {
     let small = small(&gpu, 16 << 10);
     let ctx = Context::new(&small.device).unwrap();
     let host = HostLayer::new(settings(64, Routing::TokenChoice(TOKEN_CHOICE)));
-    let layer = host.resident(&small, &ctx, WeightType::Bf16, None);
+    let layer = host.layer_as(&ctx, &small.queue, WeightType::Bf16, None).unwrap();
     for (tokens, argument) in [(400, "logits"), (40, "tokens"), (300, "plan")] {
         let b = small.upload(&vec![0f32; 2 * 64 * tokens as usize]);
         let bytes = 256 * u64::from(tokens);
@@ -117,7 +122,7 @@ fn page_limits_give_equal_bits() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     // 2.6 MB a matrix in f32: columns of one expert in a page, several experts, all of them.
-    let settings = Settings {
+    let settings = LayerConfig {
         hidden: 1024,
         intermediate: 640,
         experts: 9,
@@ -129,7 +134,7 @@ fn page_limits_give_equal_bits() {
     let mut want = None;
     let mut pages = vec![];
     for limit in [128 << 20, 16 << 20, 1 << 20] {
-        let layer = host.resident(&gpu, &ctx, WeightType::F32, Some(limit));
+        let layer = host.layer_as(&ctx, &gpu.queue, WeightType::F32, Some(limit)).unwrap();
         pages.push(layer.weights().page_counts());
         let (got, _) = run(&gpu, &layer, &x, tokens);
         assert_same(&got, want.get_or_insert(got.clone()), &format!("pages of {limit} bytes"));
@@ -174,7 +179,7 @@ fn full_size() {
         weights.page_counts(),
         start.elapsed()
     );
-    let router = HostLayer::new(Settings { intermediate: 1, ..settings }).router(&ctx);
+    let router = HostLayer::new(LayerConfig { intermediate: 1, ..settings }).router(&ctx).unwrap();
     let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
     for tokens in [32, 512, 4096] {
         let x = random(u64::from(tokens), tokens as usize * d);
@@ -198,7 +203,7 @@ fn full_size() {
             let want = cpu_token(&settings, &matrix, &x[t * d..][..d], &chosen);
             let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
             let what = format!("{name}, {tokens} tokens, token {t}");
-            crate::common::assert_close(&got[t * d..][..d], &want, 2e-5 * largest, 2e-5, &what);
+            testkit::prelude::assert_close(&got[t * d..][..d], &want, 2e-5 * largest, 2e-5, &what);
         }
     }
 }

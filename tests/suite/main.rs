@@ -1,15 +1,13 @@
 //! Integration tests, one binary.
 mod assign;
 mod assign_lists;
-mod bench_program;
 mod block;
 mod cache;
 mod capacity;
-mod cases;
 mod checkpoint;
 mod checkpoint_bad;
 mod combine;
-mod common;
+mod comparisons;
 mod coreset;
 mod devices;
 mod errors;
@@ -19,10 +17,8 @@ mod failure;
 mod gather;
 mod golden;
 mod golden_blocks;
-mod golden_file;
 mod golden_layers;
 mod halves;
-mod host_layer;
 mod layer;
 mod limits;
 mod noop;

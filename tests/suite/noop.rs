@@ -1,11 +1,11 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
-use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router, Settings, Tensor};
+use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer, Router, Tensor};
 use wgmoe::models::find;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
-    Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Step, Target, Variant, WeightType,
+    BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
 };
 
 fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {
@@ -22,7 +22,7 @@ fn words(buffer: &wgpu::Buffer, words: u64) -> Slice<'_> {
     Slice::new(buffer, 0, 4 * words)
 }
 
-fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
+fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>> {
     let (t, e) = (u64::from(tokens), u64::from(experts));
     let columns = t.div_ceil(32);
     let b: Vec<wgpu::Buffer> = (0..8).map(|_| buffer(ctx.device(), (t * e).max(1 << 22))).collect();
@@ -131,7 +131,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
             .bind(&shape, plan_count::Args { assigned: bits(0), gates: None, plan })?,
         plan_scan::PlanScan::new(ctx)?.bind(
             &shape,
-            plan_scan::Args { losses: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
+            plan_scan::Args { lost: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
         )?,
         plan_fill::PlanFill::new(ctx)?
             .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
@@ -140,7 +140,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
             block_choice::Args {
                 r: few_pairs(0),
                 offsets: words(&b[1], 3),
-                marks: Some(words(&b[2], few.tokens.into())),
+                voters: Some(words(&b[2], few.tokens.into())),
                 assigned: words(&b[3], e),
                 members: words(&b[4], 2 * e.div_ceil(32)),
             },
@@ -207,7 +207,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<Step>> {
 }
 
 /// Layers of every kind of rule, bound to `tokens` tokens.
-fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<LayerStep>> {
+fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
     let (x, out) = (
         buffer(ctx.device(), 64 * u64::from(tokens)),
         buffer(ctx.device(), 64 * u64::from(tokens)),
@@ -230,7 +230,7 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<LayerStep>> {
         .into_iter()
         .map(|routing| {
             let settings =
-                Settings { hidden: 64, intermediate: 32, experts: 64, routing, ..settings };
+                LayerConfig { hidden: 64, intermediate: 32, experts: 64, routing, ..settings };
             let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), None)?;
             let weight = Tensor::new(ctx, "router", &vec![0f32; 64 * 64])?;
             let router = Router { weight, bias: None, by_count: None, by_expert: None };
@@ -249,7 +249,7 @@ fn every_op_records_under_default_limits() {
         ..Default::default()
     });
     let mut recorded: Vec<&str> = vec![];
-    for target in [Target::Gpu, Target::Cpu] {
+    for target in [Target::Wide, Target::Serial] {
         let variant = Variant { target, subgroups: false };
         let ctx = Context::with_variant(&device, variant, None).unwrap();
         // 70,000 tokens: more groups than a dimension of the grid holds.
@@ -299,7 +299,7 @@ fn windows_of_tensors_are_aligned() {
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let routing = Routing::TokenChoice(TokenChoice { groups: None, top: 3, ..rule });
     for hidden in [504, 508, 512] {
-        let settings = Settings { hidden, intermediate: 40, experts: 12, routing, ..base };
+        let settings = LayerConfig { hidden, intermediate: 40, experts: 12, routing, ..base };
         let weights =
             ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16), None).unwrap();
         let weight = Tensor::new(&ctx, "router", &vec![0f32; 12 * hidden as usize]).unwrap();
@@ -329,14 +329,14 @@ fn no_tokens_are_no_work() {
     let nothing = words(&b, 0);
     let dims = scores::Dims { tokens: 0, experts: 4 };
     let args = scores::Args { logits: nothing, bias: None, s: nothing, r: nothing };
-    let step = scores::Scores::new(&ctx).unwrap().bind(dims, Score::Sigmoid, true, args).unwrap();
+    let step = scores::Scores::new(&ctx).unwrap().bind(&dims, Score::Sigmoid, true, args).unwrap();
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { r: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
     assert!(op.bind(0, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
-    assert!(gather::Gather::new(&ctx).unwrap().bind(dims, args).unwrap().dispatches().is_empty());
+    assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());
     let dims = expert_choice::Dims { tokens: 0, experts: 4, sequences: 1 };
     let args = expert_choice::Args {
         r: nothing,
@@ -346,5 +346,5 @@ fn no_tokens_are_no_work() {
         assigned: nothing,
     };
     let op = expert_choice::ExpertChoice::new(&ctx).unwrap();
-    assert!(op.bind(dims, args).unwrap().dispatches().is_empty());
+    assert!(op.bind(&dims, args).unwrap().dispatches().is_empty());
 }

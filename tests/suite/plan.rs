@@ -1,8 +1,8 @@
 //! The three plan kernels together.
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
-use wgmoe::ops::plan_scan::{self, Losses, PlanScan};
+use wgmoe::ops::plan_scan::{self, Lost, PlanScan};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
@@ -18,7 +18,7 @@ struct Made {
 
 /// How gates are made: rule, source, scale, factors.
 type How<'a> = (GateRule, &'a [f32], f32, Scales<&'a [f32]>);
-/// Losses (counts, how many are drops) and offsets to report.
+/// Lost (counts, how many are drops) and offsets to report.
 type Reports<'a> = (Option<(&'a [u32], u32)>, Option<&'a [u32]>);
 
 fn make(
@@ -27,7 +27,7 @@ fn make(
     shape: &PlanShape,
     assigned: &[u32],
     (rule, source, scale, scales): How<'_>,
-    (losses, offsets): Reports<'_>,
+    (lost, offsets): Reports<'_>,
 ) -> Made {
     let plan = Output::u32s(gpu, shape.bytes().unwrap() as usize / 4);
     let stats = Output::u32s(gpu, 8 + shape.experts as usize);
@@ -35,7 +35,7 @@ fn make(
     let (a, s) = (gpu.upload(assigned), gpu.upload(source));
     let by_count = scales.by_count.map(|s| gpu.upload(s));
     let by_expert = scales.by_expert.map(|s| gpu.upload(s));
-    let counts = losses.map(|(l, dropped)| (gpu.upload(l), dropped, l.len() as u32 - dropped));
+    let counts = lost.map(|(l, dropped)| (gpu.upload(l), dropped, l.len() as u32 - dropped));
     let ranges = offsets.map(|o| gpu.upload(o));
     let gate_args = Gates {
         rule,
@@ -50,7 +50,7 @@ fn make(
     let count =
         plan_count::Args { assigned: (&a).into(), gates: Some(gate_args), plan: plan.slice() };
     let scan = plan_scan::Args {
-        losses: counts.as_ref().map(|(c, dropped, ignored)| Losses {
+        lost: counts.as_ref().map(|(c, dropped, ignored)| Lost {
             counts: c.into(),
             dropped: *dropped,
             ignored: *ignored,
@@ -71,7 +71,7 @@ const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
 
 /// Makes the plan and compares it with the twin's, whole; the words no section's list fills keep their poison.
 fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &str) {
-    let what = format!("{} {shape:?} {what}", cases::name(ctx));
+    let what = format!("{} {shape:?} {what}", variant_name(ctx));
     let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
     let source = cases::values("random", 77, tokens * experts);
     let how = (GateRule::Plain, &source[..], 1.0, PLAIN);
@@ -276,8 +276,10 @@ fn gates_equal_twin() {
                             },
                         ),
                     ] {
-                        let what =
-                            format!("{} {kind} {rule:?} T {tokens} E {experts}", cases::name(&ctx));
+                        let what = format!(
+                            "{} {kind} {rule:?} T {tokens} E {experts}",
+                            variant_name(&ctx)
+                        );
                         let how = (rule, &source[..], scale, scales);
                         let made = make(&gpu, &ctx, &shape, &assigned, how, (None, None));
                         let want =
@@ -400,19 +402,15 @@ fn a_plan_of_given_gates() {
         let stats = Output::u32s(&gpu, 8 + experts);
         let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
         let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
-        let scan = plan_scan::Args {
-            losses: None,
-            offsets: None,
-            plan: plan.slice(),
-            stats: stats.slice(),
-        };
+        let scan =
+            plan_scan::Args { lost: None, offsets: None, plan: plan.slice(), stats: stats.slice() };
         let fill =
             plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
         let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();
         let step = step.then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap());
         run(&gpu, &step.then(PlanFill::new(&ctx).unwrap().bind(&shape, fill).unwrap()));
         let got = HostPlan::from_words(&shape, &plan.get::<u32>(&gpu)).unwrap();
-        assert_eq!(got, HostPlan::cpu(&shape, &assigned, &gates), "{}", cases::name(&ctx));
+        assert_eq!(got, HostPlan::cpu(&shape, &assigned, &gates), "{}", variant_name(&ctx));
     }
 }
 
@@ -430,14 +428,14 @@ fn statistics_add_up_what_was_lost() {
         tile_rows: 16,
         skinny_rows: 4,
     };
-    let losses: Vec<u32> = (0..610).map(|i| i * i % 17).collect();
+    let lost: Vec<u32> = (0..610).map(|i| i * i % 17).collect();
     let offsets = [0, 40, 30, 90, 301, 300, 300, u32::MAX];
     for ctx in contexts(&gpu) {
         let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
-        let reports = (Some((&losses[..], 600)), Some(&offsets[..]));
+        let reports = (Some((&lost[..], 600)), Some(&offsets[..]));
         let stats = make(&gpu, &ctx, &shape, &assigned, how, reports).stats;
-        assert_eq!(stats.dropped, losses[..600].iter().sum::<u32>());
-        assert_eq!(stats.ignored, losses[600..].iter().sum::<u32>());
+        assert_eq!(stats.dropped, lost[..600].iter().sum::<u32>());
+        assert_eq!(stats.ignored, lost[600..].iter().sum::<u32>());
         // 30 and the first 300 decrease, 301 and the last exceed the tokens.
         assert_eq!(stats.clamped, 4);
         let twice = make(&gpu, &ctx, &shape, &assigned, how, reports).stats;
@@ -463,6 +461,6 @@ fn twice_gives_equal_bits() {
         let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
         let [a, b] = [(); 2].map(|()| make(&gpu, &ctx, &shape, &assigned, how, (None, None)));
         assert_same(&a.plan, &b.plan, "plan");
-        assert_same(&cases::exact(&a.gates), &cases::exact(&b.gates), "gates");
+        assert_same(&exact(&a.gates), &exact(&b.gates), "gates");
     }
 }

@@ -1,7 +1,7 @@
 //! The profiling mode.
-use crate::common::{assert_same, gpu};
+use testkit::prelude::{assert_same, gpu};
 use wgmoe::ops::gather::{Args, Dims, Gather};
-use wgmoe::{Context, Step};
+use wgmoe::{BoundOp, Context};
 
 /// More dispatches than a query set holds; they run in order, and each is named.
 #[test]
@@ -15,7 +15,7 @@ fn times_every_dispatch() {
     let token_of = gpu.upload(&reversed);
     let bind = |x, out| {
         let dims = Dims { tokens: 4, slots: 4, hidden: 4 };
-        op.bind(dims, Args { x, token_of: (&token_of).into(), out }).unwrap()
+        op.bind(&dims, Args { x, token_of: (&token_of).into(), out }).unwrap()
     };
     let [there, back] = [bind((&x).into(), (&out).into()), bind((&out).into(), (&x).into())];
     let dispatches = there.dispatches().iter().chain(back.dispatches()).cycle();
@@ -36,5 +36,5 @@ fn times_every_dispatch() {
             None => eprintln!("{count} dispatches: no timestamps that can be used"),
         }
     }
-    assert_eq!(gpu.profile(Step::default().dispatches()).unwrap().map_or(0, |t| t.len()), 0);
+    assert_eq!(gpu.profile(BoundOp::default().dispatches()).unwrap().map_or(0, |t| t.len()), 0);
 }

@@ -1,9 +1,9 @@
 //! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
 //! recordings, and a token-choice layer turned into an expert-choice one.
-use crate::common::{Output, assert_close, assert_same, gpu, random};
+use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
 use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, HostSequences, LayerStep, MoeLayer, Router, Sequences, Settings,
-    Tensor, cpu_routing, cpu_token,
+    Batch, BoundLayer, HostBatch, HostRouter, HostSequences, LayerConfig, MoeLayer, Router,
+    Sequences, Tensor, cpu_routing, cpu_token,
 };
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::Stats;
@@ -72,7 +72,7 @@ struct Case {
 
 impl Case {
     fn new(gpu: &Gpu, ctx: &Context, shared_experts: u32, routing: Routing) -> Self {
-        let settings = Settings {
+        let settings = LayerConfig {
             hidden: D as u32,
             intermediate: F as u32,
             experts: E as u32,
@@ -111,7 +111,7 @@ impl Case {
     /// What `settings` make of `x`, from the device's own logits: the bits, and the output.
     fn twin(
         &self,
-        settings: &Settings,
+        settings: &LayerConfig,
         x: &[f32],
         selection: [&[f32]; 3],
         sequences: Option<HostSequences<'_>>,
@@ -162,7 +162,7 @@ fn objects(gpu: &Gpu) -> [isize; 4] {
     ]
 }
 
-fn run(gpu: &Gpu, step: &LayerStep) {
+fn run(gpu: &Gpu, step: &BoundLayer) {
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     step.record(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
@@ -283,7 +283,7 @@ fn another_rule_shares_the_pages() {
         assert_eq!(retrofit.weights().page_counts(), case.layer.weights().page_counts());
         assert_eq!(
             retrofit.settings(),
-            &Settings { routing: EXPERT_CHOICE, ..*case.layer.settings() }
+            &LayerConfig { routing: EXPERT_CHOICE, ..*case.layer.settings() }
         );
 
         // What is written through the one, the other reads.

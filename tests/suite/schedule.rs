@@ -1,6 +1,6 @@
 //! Capacity schedules, the scaling table and reports on the host. Runs without a GPU.
-use crate::common::{assert_close, assert_same, random};
 use std::collections::BTreeMap;
+use testkit::prelude::{assert_close, assert_same, random};
 use wgmoe::Error;
 use wgmoe::plan::Stats;
 use wgmoe::report::{Load, Report, slowest_device};
@@ -88,7 +88,7 @@ fn recorded_rows_are_exact() {
     for (schedule, row) in rows {
         let k: Vec<u32> = ratios.iter().map(|&r| schedule.k(r)).collect();
         assert_same(&k, &row, &format!("{schedule:?}"));
-        let words = schedule.steps().unwrap().words();
+        let words = schedule.staircase().unwrap().words();
         let k: Vec<u32> = ratios.iter().map(|&r| k_of_words(&words, r)).collect();
         assert_same(&k, &row, &format!("steps of {schedule:?}"));
     }
@@ -97,7 +97,7 @@ fn recorded_rows_are_exact() {
 #[test]
 fn steps_are_the_schedule_at_every_threshold() {
     for schedule in schedules() {
-        let steps = schedule.steps().unwrap();
+        let steps = schedule.staircase().unwrap();
         let words = steps.words();
         assert!(words.windows(2).all(|w| w[0][0] < w[1][0]), "{schedule:?}: keys ascend");
         assert!(
@@ -142,7 +142,7 @@ fn shapes_at_ends_and_middle() {
 
 #[test]
 fn senseless_schedules_are_errors() {
-    let name = |s: Schedule| match s.steps() {
+    let name = |s: Schedule| match s.staircase() {
         Err(Error::Invalid { name, .. }) => name,
         other => panic!("{s:?}: {other:?}"),
     };

@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::scores::{Args, Dims, Scores, cpu};
 use wgmoe::{Context, Gpu, Score};
 
@@ -17,7 +17,7 @@ fn scores(
     let args =
         Args { logits: (&g).into(), bias: b.as_ref().map(Into::into), s: s.slice(), r: r.slice() };
     let dims = Dims { tokens: (logits.len() / experts) as u32, experts: experts as u32 };
-    run(gpu, &Scores::new(ctx).unwrap().bind(dims, score, from_logits, args).unwrap());
+    run(gpu, &Scores::new(ctx).unwrap().bind(&dims, score, from_logits, args).unwrap());
     (s.get(gpu), r.get(gpu))
 }
 
@@ -47,7 +47,7 @@ fn equals_twin() {
                     for bias in [None, Some(&bias[..])] {
                         let what = format!(
                             "{} E {experts} {score:?} from_logits {from_logits} bias {}",
-                            cases::name(&ctx),
+                            variant_name(&ctx),
                             bias.is_some()
                         );
                         let (s, r) = scores(&gpu, &ctx, &logits, experts, score, from_logits, bias);
@@ -67,7 +67,7 @@ fn equals_twin() {
                             .collect();
                         let r: Vec<f32> =
                             r.iter().map(|&r| if bias.is_some() { flush(r) } else { r }).collect();
-                        assert_same(&cases::exact(&r), &cases::exact(&selection), &what);
+                        assert_same(&exact(&r), &exact(&selection), &what);
                     }
                 }
             }
@@ -105,12 +105,12 @@ fn within_a_few_ulp_of_f64() {
                     }
                 }
             }
-            println!("{} {score:?}: {:.2} ulp at {}", cases::name(&ctx), worst.0, worst.1);
+            println!("{} {score:?}: {:.2} ulp at {}", variant_name(&ctx), worst.0, worst.1);
             // exp_negative 2 ulp, a sum, and a division that WGSL lets be 2.5 ulp off.
             assert!(
                 worst.0 <= 6.0,
                 "{} {score:?}: {:.2} ulp at {}",
-                cases::name(&ctx),
+                variant_name(&ctx),
                 worst.0,
                 worst.1
             );
@@ -161,9 +161,9 @@ fn many_rows() {
     let (want, _) = cpu(&logits, 2, Score::Softmax, true, None);
     for ctx in contexts(&gpu) {
         let (s, r) = scores(&gpu, &ctx, &logits, 2, Score::Softmax, true, None);
-        assert_close(&s, &want, 0.0, 2e-6, &cases::name(&ctx));
-        assert_same(&r, &logits, &cases::name(&ctx));
+        assert_close(&s, &want, 0.0, 2e-6, &variant_name(&ctx));
+        assert_same(&r, &logits, &variant_name(&ctx));
         let again = scores(&gpu, &ctx, &logits, 2, Score::Softmax, true, None);
-        assert_same(&cases::exact(&again.0), &cases::exact(&s), "twice");
+        assert_same(&exact(&again.0), &exact(&s), "twice");
     }
 }

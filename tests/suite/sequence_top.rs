@@ -1,5 +1,5 @@
 //! The highest pairs of sequences, exact.
-use crate::common::{Output, assert_same, contexts, gpu, random, run};
+use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::sequence_top::{Args, Dims, SequenceTop, cpu};
 use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu};
@@ -22,7 +22,7 @@ fn on(
         top: top as u32,
     };
     let args = Args { r: (&rs).into(), offsets: (&os).into(), assigned: assigned.slice() };
-    run(gpu, &SequenceTop::new(ctx).expect("a kernel").bind(dims, args).expect("bind"));
+    run(gpu, &SequenceTop::new(ctx).expect("a kernel").bind(&dims, args).expect("bind"));
     assigned.get(gpu)
 }
 
@@ -111,7 +111,7 @@ fn wrong_numbers_are_errors() {
     let [r, offsets, assigned] = [32 * 8, 2, 8].map(|n| Output::u32s(&gpu, n));
     let args = Args { r: r.slice(), offsets: offsets.slice(), assigned: assigned.slice() };
     let dims = Dims { tokens: 32, experts: 8, sequences: 1, top: 2 };
-    assert_eq!(op.bind(dims, args).expect("bind").dispatches().len(), 5);
+    assert_eq!(op.bind(&dims, args).expect("bind").dispatches().len(), 5);
     for wrong in [
         Dims { sequences: 0, ..dims },
         Dims { sequences: 2, ..dims },
@@ -122,5 +122,5 @@ fn wrong_numbers_are_errors() {
     ] {
         assert!(op.bind(wrong, args).is_err(), "{wrong:?}");
     }
-    assert!(op.bind(Dims { tokens: 0, ..dims }, args).expect("no work").dispatches().is_empty());
+    assert!(op.bind(&Dims { tokens: 0, ..dims }, args).expect("no work").dispatches().is_empty());
 }

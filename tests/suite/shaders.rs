@@ -1,5 +1,7 @@
 //! Checks of the WGSL itself, of every kernel in every variant. Runs without a GPU.
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use std::collections::BTreeSet;
+use std::path::Path;
 use wgmoe::device::{Prelude, Spec};
 use wgmoe::{SPECS, wgpu};
 
@@ -147,5 +149,104 @@ fn every_backend_language_is_written() {
             .write()
             .unwrap_or_else(|e| panic!("{what}: GLSL: {e}"));
         }
+    }
+}
+
+/// The pieces that a kernel's file says it is put together from, in order: alternatives at each place, `nothing` among them
+/// where some variants have none.
+fn listed(body: &str) -> Result<Vec<Vec<&str>>, String> {
+    const START: &str = "\n// Pieces: ";
+    let (_, rest) = body.split_once(START).ok_or("the file does not list its pieces")?;
+    let (list, _) = rest.split_once(".\n").ok_or("the list of pieces has no end")?;
+    Ok(list
+        .split(',')
+        .map(|place| place.split('|').map(|name| name.trim_matches(['/', ' ', '\n'])).collect())
+        .collect())
+}
+
+/// Whether variants are put together from what a kernel's file lists, and whether all of that is used.
+fn check_pieces(body: &str, variants: &[Vec<&str>]) -> Result<(), String> {
+    let places = listed(body)?;
+    let mut unused: BTreeSet<(usize, &str)> = (0..)
+        .zip(&places)
+        .flat_map(|(i, place)| place.iter().map(move |&name| (i, name)))
+        .collect();
+    for pieces in variants {
+        let mut rest = pieces.iter();
+        let mut next = rest.next();
+        for (i, place) in places.iter().enumerate() {
+            match next {
+                Some(&name) if place.contains(&name) => {
+                    unused.remove(&(i, name));
+                    next = rest.next();
+                }
+                _ if place.contains(&"nothing") => {
+                    unused.remove(&(i, "nothing"));
+                }
+                found => return Err(format!("{place:?} is listed, {found:?} composed")),
+            }
+        }
+        if let Some(name) = next {
+            return Err(format!("{name} is composed and not listed"));
+        }
+    }
+    match unused.first() {
+        Some((_, name)) => Err(format!("{name} is listed, and no variant uses it there")),
+        None => Ok(()),
+    }
+}
+
+#[test]
+fn every_kernel_lists_its_pieces() {
+    for spec in SPECS {
+        let variants: Vec<_> = (spec.variants)().into_iter().map(|p| p.pieces).collect();
+        if let Err(e) = check_pieces(spec.body, &variants) {
+            panic!("{}: {e}", spec.name);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_list_of_pieces_is_noticed() {
+    let file = |list: &str| format!("// out = x\n// Pieces: {list}.\n\nstruct Params {{}}\n");
+    let variants = [vec!["a/x", "a/y"], vec!["a/x", "a/z", "a/w"]];
+    assert_eq!(check_pieces(&file("a/x, a/y | a/z,\n//   a/w | nothing"), &variants), Ok(()));
+    for wrong in [
+        "a/x, a/y, a/w | nothing",                 // one is missing
+        "a/x, a/y | a/z",                          // the last is missing
+        "a/y | a/z, a/x, a/w | nothing",           // another order
+        "a/x, a/y | a/z, a/w",                     // always there
+        "a/x, a/y | a/z | a/v, a/w | nothing",     // an alternative that nobody uses
+        "a/x | nothing, a/y | a/z, a/w | nothing", // nothing that never is
+    ] {
+        assert!(check_pieces(&file(wrong), &variants).is_err(), "{wrong}");
+    }
+    assert!(check_pieces("// out = x\n\nstruct Params {}\n", &variants).is_err());
+}
+
+/// Names of the WGSL files in a folder and those below, as `folder/stem`.
+fn files(folder: &Path, prefix: &str, into: &mut Vec<String>) {
+    for entry in folder.read_dir().expect("a folder").map(|e| e.expect("an entry").path()) {
+        let stem = entry.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if entry.is_dir() {
+            files(&entry, &format!("{prefix}{stem}/"), into);
+        } else {
+            into.push(format!("{prefix}{stem}"));
+        }
+    }
+}
+
+#[test]
+fn every_piece_is_used_and_has_a_name_of_its_own() {
+    let mut pieces = vec![];
+    files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders/lib"), "", &mut pieces);
+    assert!(pieces.len() > 30, "{pieces:?}");
+    let used: BTreeSet<_> =
+        SPECS.iter().flat_map(|s| (s.variants)()).flat_map(|p| p.pieces).collect();
+    let mut stems: BTreeSet<_> = SPECS.iter().map(|s| s.name).collect();
+    for piece in &pieces {
+        assert!(used.contains(piece.as_str()), "no kernel uses {piece}");
+        let stem = piece.rsplit('/').next().unwrap_or_default();
+        assert!(stems.insert(stem), "{piece}: its name is taken");
     }
 }

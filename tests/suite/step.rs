@@ -1,12 +1,12 @@
 //! What a recorded step of a layer costs beside its work: dispatches, and nothing made.
-use crate::common::{assert_close, contexts, gpu, random};
+use testkit::prelude::{assert_close, contexts, gpu, random};
 use wgmoe::layer::{Batch, MoeLayer, Router, Tensor};
 use wgmoe::measure::tune::tune;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{
-    Activation, BlockRule, Context, ExpertWeights, Gpu, Routing, Settings, Variant, WeightType,
+    Activation, BlockRule, Context, ExpertWeights, Gpu, LayerConfig, Routing, Variant, WeightType,
 };
 
 const HIDDEN: u32 = 64;
@@ -35,7 +35,7 @@ fn block(rule: BlockRule) -> Routing {
 }
 
 fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
-    let settings = Settings {
+    let settings = LayerConfig {
         hidden: HIDDEN,
         intermediate: 64,
         experts: EXPERTS,

@@ -1,4 +1,4 @@
-use crate::{cases, common::*};
+use testkit::{cases, prelude::*};
 use wgmoe::ops::token_choice::{Args, Coresets, TokenChoice, cpu};
 use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
@@ -58,7 +58,7 @@ fn every_top() {
                 let twin = choice.twin();
                 for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
                     let what =
-                        format!("{} {kind} T {tokens} E {experts} K {top}", cases::name(&ctx));
+                        format!("{} {kind} T {tokens} E {experts} K {top}", variant_name(&ctx));
                     assert_same(&choice.run(&gpu, &ctx), &twin, &what);
                 }
             }
@@ -89,7 +89,7 @@ fn groups() {
             let choice = Choice { r: &r, experts, top, groups, coresets: None };
             let twin = choice.twin();
             for ctx in contexts(&gpu) {
-                let what = format!("{} {kind} E {experts} K {top} {groups:?}", cases::name(&ctx));
+                let what = format!("{} {kind} E {experts} K {top} {groups:?}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx), &twin, &what);
             }
         }
@@ -146,7 +146,7 @@ fn coresets() {
                 "an empty coreset"
             );
             for ctx in contexts(&gpu) {
-                let what = format!("{} {kind} E {experts} K {top} {groups:?}", cases::name(&ctx));
+                let what = format!("{} {kind} E {experts} K {top} {groups:?}", variant_name(&ctx));
                 assert_same(&choice.run(&gpu, &ctx), &twin, &what);
             }
         }
@@ -168,7 +168,7 @@ fn long_batches() {
             assert_same(
                 &choice.run(&gpu, &ctx),
                 &twin,
-                &format!("{} T {tokens}", cases::name(&ctx)),
+                &format!("{} T {tokens}", variant_name(&ctx)),
             );
         }
     }
@@ -182,7 +182,7 @@ fn permuting_tokens_permutes_the_choice() {
     let order = cases::permutation(5, tokens);
     let permuted: Vec<f32> =
         order.iter().flat_map(|&t| r[t * experts..][..experts].to_vec()).collect();
-    for ctx in contexts(&gpu).into_iter().filter(|c| c.variant().target == Target::Gpu) {
+    for ctx in contexts(&gpu).into_iter().filter(|c| c.variant().target == Target::Wide) {
         let of =
             |r: &[f32]| Choice { r, experts, top: 5, groups: None, coresets: None }.run(&gpu, &ctx);
         let (plain, permuted) = (of(&r), of(&permuted));

@@ -2,7 +2,7 @@
 use std::panic::catch_unwind;
 use wgmoe::PlanShape;
 use wgmoe::ops::capacity::HostSource;
-use wgmoe::ops::grouped_matmul::cpu_logits;
+use wgmoe::ops::logits::cpu as cpu_logits;
 use wgmoe::ops::plan_count::Scales;
 use wgmoe::ops::{
     assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, gather,
@@ -55,14 +55,14 @@ const CASES: &[Case] = &[
     ("scores", || { scores::cpu(&R10, 3, Score::Softmax, false, None); }, "`logits`: expected rows of 3 values, got 10"),
     ("scores", || { scores::cpu(&R10, 0, Score::Softmax, false, None); }, "`experts`: expected 1 or more, got 0"),
     ("scores", || { scores::cpu(&R10, 2, Score::Softmax, false, Some(&R10[..5])); }, "`bias`: expected 2 values, got 5"),
-    ("token_choice", || token_choice(&R10, 3, 1, None), "`r`: expected rows of 3 values, got 10"),
+    ("token_choice", || token_choice(&R10, 3, 1, None), "`values`: expected rows of 3 values, got 10"),
     ("token_choice", || token_choice(&R10, 0, 0, None), "`experts`: expected 1 or more, got 0"),
     ("token_choice", || token_choice(&R10, 2, 3, None), "`top`: expected at most 2, got 3"),
     ("token_choice", || token_choice(&R10, 10, 2, Some([4, 1])), "`groups`: 4 groups do not divide 10 experts"),
     ("token_choice", || token_choice(&R10, 10, 2, Some([0, 0])), "`groups`: expected 1 or more, got 0"),
     ("token_choice", || token_choice(&R10, 10, 2, Some([5, 6])), "`groups`: expected at most 5, got 6"),
-    ("expert_choice", || { expert_choice::cpu(&R10, 3, &[0, 3], None, &[1]); }, "`r`: expected rows of 3 values, got 10"),
-    ("expert_choice", || { expert_choice::cpu(&R10[..7], 2, &[0, 3], None, &[1]); }, "`r`: expected rows of 2 values, got 7"),
+    ("expert_choice", || { expert_choice::cpu(&R10, 3, &[0, 3], None, &[1]); }, "`values`: expected rows of 3 values, got 10"),
+    ("expert_choice", || { expert_choice::cpu(&R10[..7], 2, &[0, 3], None, &[1]); }, "`values`: expected rows of 2 values, got 7"),
     ("expert_choice", || { expert_choice::cpu(&R10, 0, &[0, 3], None, &[1]); }, "`experts`: expected 1 or more, got 0"),
     ("expert_choice", || { expert_choice::cpu(&R10, 2, &[], None, &[]); }, "`offsets`: expected one value more than there are ranges, got 0"),
     ("expert_choice", || { expert_choice::cpu(&R10, 2, &[0, 5], None, &[1, 1, 1]); }, "`capacity`: expected 1 values, got 3"),
@@ -70,16 +70,16 @@ const CASES: &[Case] = &[
     ("drop", || { expert_choice::cpu_drop(&R10, 3, &[0; 3], 1); }, "`gates`: expected rows of 3 values, got 10"),
     ("drop", || { expert_choice::cpu_drop(&R10, 0, &[], 1); }, "`experts`: expected 1 or more, got 0"),
     ("drop", || { expert_choice::cpu_drop(&R10, 2, &[0; 3], 1); }, "`assigned`: expected 2 values, got 3"),
-    ("sequence_top", || { sequence_top::cpu(&R10, 3, 1, &[0, 3]); }, "`r`: expected rows of 3 values, got 10"),
+    ("sequence_top", || { sequence_top::cpu(&R10, 3, 1, &[0, 3]); }, "`values`: expected rows of 3 values, got 10"),
     ("sequence_top", || { sequence_top::cpu(&R10, 0, 0, &[0, 3]); }, "`experts`: expected 1 or more, got 0"),
     ("sequence_top", || { sequence_top::cpu(&R10, 2, 3, &[0, 5]); }, "`top`: expected at most 2, got 3"),
     ("sequence_top", || { sequence_top::cpu(&R10, 2, 1, &[]); }, "`offsets`: expected one value more than there are ranges, got 0"),
-    ("coreset", || election(UNION, &R10, 3, &[0; 3], &[0, 3]), "`r`: expected rows of 3 values, got 10"),
+    ("coreset", || election(UNION, &R10, 3, &[0; 3], &[0, 3]), "`values`: expected rows of 3 values, got 10"),
     ("coreset", || election(UNION, &R10, 0, &[], &[0, 3]), "`experts`: expected 1 or more, got 0"),
-    ("coreset", || election(UNION, &R10, 2, &[0; 3], &[0, 5]), "`own`: expected 2 values, got 3"),
+    ("coreset", || election(UNION, &R10, 2, &[0; 3], &[0, 5]), "`own_choice`: expected 2 values, got 3"),
     ("coreset", || election(UNION, &R10, 2, &[0; 2], &[]), "`offsets`: expected one value more than there are ranges, got 0"),
     ("coreset", || election(BlockRule::Vote(3), &R10, 2, &[0; 2], &[0, 5]), "`vote`: 3, at most the 2 experts"),
-    ("coreset", || { coreset::cpu(UNION, &R10, 2, &[0; 2], &[0, 5], Some(&[1; 4])); }, "`marks`: expected 5 values, got 4"),
+    ("coreset", || { coreset::cpu(UNION, &R10, 2, &[0; 2], &[0, 5], Some(&[1; 4])); }, "`voters`: expected 5 values, got 4"),
     ("assign", || { assign::cpu(&[0; 7], &R10[..7], 2, 3); }, "`ids`: expected rows of 2 values, got 7"),
     ("assign", || { assign::cpu(&[0; 6], &R10, 2, 3); }, "`weights`: expected 6 values, got 10"),
     ("assign", || { assign::cpu(&[0; 6], &R6, 0, 3); }, "`top`: expected 1 or more, got 0"),

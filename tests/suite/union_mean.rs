@@ -1,6 +1,6 @@
 //! The running mean of the experts of a block, kept on the device.
-use crate::common::{Output, contexts, gpu};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::prelude::{Output, contexts, gpu};
 use wgmoe::ops::expert_union::{self, Args, Dims, ExpertUnion, Totals};
 
 #[test]
@@ -38,7 +38,7 @@ fn layers_and_steps_add_up_exactly() {
                 counts: counts.slice(),
                 bytes: bytes.slice(),
             };
-            let step = op.bind_mean(dims, args, totals.slice()).expect("bind");
+            let step = op.bind_mean(&dims, args, totals.slice()).expect("bind");
             let of = expert_union::cpu(&assigned, tokens, experts, &offsets, 6 << 20).1;
             for _ in 0..2 {
                 gpu.run(&step).expect("run");
@@ -46,7 +46,7 @@ fn layers_and_steps_add_up_exactly() {
             }
             assert_eq!(counts.get::<u32>(&gpu), of);
             // Without totals, they stay.
-            gpu.run(&op.bind(dims, args).expect("bind")).expect("run");
+            gpu.run(&op.bind(&dims, args).expect("bind")).expect("run");
         }
         let got = Totals::from_words(&totals.get::<u32>(&gpu)).expect("4 words");
         assert_eq!(got, want, "{:?}", ctx.variant());

@@ -2,7 +2,7 @@
 //! each expert on its own tokens. Compares the outputs, then times them in turns: `cargo run --release --example compare`.
 use burn::tensor::{Distribution, Tensor};
 use std::time::{Duration, Instant};
-use wgmoe_burn::wgmoe::layer::Settings;
+use wgmoe_burn::wgmoe::layer::LayerConfig;
 use wgmoe_burn::wgmoe::routing::GateRule;
 use wgmoe_burn::wgmoe::routing::{Routing, Score, TokenChoice};
 use wgmoe_burn::wgmoe::{Activation, WeightType};
@@ -11,7 +11,7 @@ use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};
 const TOKENS: usize = 64;
 const ROUNDS: usize = 7;
 const TOP: u32 = 8;
-const SETTINGS: Settings = Settings {
+const SETTINGS: LayerConfig = LayerConfig {
     hidden: 512,
     intermediate: 256,
     experts: 64,
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = MoeDevice::open()?;
     let info = device.context().info();
     println!("{} ({:?}), {} {}", info.name, info.backend, info.driver, info.driver_info);
-    let Settings { hidden, intermediate, experts, shared_experts, .. } = SETTINGS;
+    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = SETTINGS;
     println!(
         "{TOKENS} tokens, D {hidden}, F {intermediate}, {experts} experts + {shared_experts} shared, top {TOP}, f32"
     );

@@ -4,19 +4,16 @@
 //! Of several ways to write a work in Burn the fastest on a software driver is here. W1 as every expert on every token, or as
 //! a chain of matmuls an expert, was slower. OP1b is a sort, which Burn does on the CPU: its top-k on the GPU loops longer than
 //! Mesa 22.3's software driver allows.
-#[expect(dead_code, unused_imports, reason = "shared with wgmoe's benches, which use other parts")]
-#[path = "../../../benches/cases/mod.rs"]
-mod cases;
-
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
-use cases::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, close, fill, mix};
 use std::time::{Duration, Instant};
-use wgmoe::layer::LayerStep;
+use testkit::compare::{close, same};
+use testkit::works::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, choice, fill, gather, grouped_matmul, mix};
+use wgmoe::layer::BoundLayer;
 use wgmoe::ops::expert_choice;
 use wgmoe::ops::grouped_matmul::cpu_row;
 use wgmoe::weights::Projection;
-use wgmoe::{Context, Gpu, Step, WeightType};
+use wgmoe::{Context, Gpu, BoundOp, WeightType};
 use wgmoe::plan::bits;
 use wgmoe_burn::MoeDevice;
 
@@ -24,8 +21,8 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// What is timed of wgmoe.
 enum Ours {
-    Step(Step),
-    Layer(Box<LayerStep>),
+    BoundOp(BoundOp),
+    Layer(Box<BoundLayer>),
 }
 
 /// One device, for both.
@@ -92,7 +89,7 @@ impl Both {
         let own = || {
             let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
             match ours {
-                Ours::Step(step) => {
+                Ours::BoundOp(step) => {
                     step.record(&mut encoder.begin_compute_pass(&Default::default()))
                 }
                 Ours::Layer(step) => step.record(&mut encoder),
@@ -168,7 +165,7 @@ impl Both {
         if !self.wanted(&name) {
             return Ok(());
         }
-        let step = cases::choice(&self.gpu, &self.ctx, shape)?;
+        let step = choice(&self.gpu, &self.ctx, shape)?;
         let [t, e, k] = shape.map(|n| n as usize);
         let r = fill(SCORES, shape[0] * shape[1], 1.0);
         let scores = self.tensor(r.clone(), [t, e]);
@@ -187,7 +184,7 @@ impl Both {
                 return Err(format!("{name}: Burn's choice of expert {expert} is wrong").into());
             }
         }
-        self.row(&name, || run(scores.clone(), k), &Ours::Step(step))
+        self.row(&name, || run(scores.clone(), k), &Ours::BoundOp(step))
     }
 
     fn grouped_matmul(&self) -> Outcome<()> {
@@ -196,7 +193,7 @@ impl Both {
         if !self.wanted(&name) {
             return Ok(());
         }
-        let step = cases::grouped_matmul(&self.gpu, &self.ctx, WeightType::F32)?;
+        let step = grouped_matmul(&self.gpu, &self.ctx, WeightType::F32)?;
         let x = fill(X, (e * rows * k) as u32, 1.0);
         let w = fill(GATE, (e * n * k) as u32, 1.0);
         let in_out = w.chunks_exact(n * k).flat_map(|w| transposed(w, n, k)).collect();
@@ -208,7 +205,7 @@ impl Both {
                 cpu_row(&x[slot * k..][..k], &weight, n).into_iter().map(|v| v as f32).collect();
             close(&got[slot * n..][..n], &want, 1e-3, 1e-5, &format!("Burn, slot {slot}"))?;
         }
-        self.row(&name, || left.clone().matmul(right.clone()), &Ours::Step(step))
+        self.row(&name, || left.clone().matmul(right.clone()), &Ours::BoundOp(step))
     }
 
     fn gather(&self) -> Outcome<()> {
@@ -220,12 +217,12 @@ impl Both {
         let x = fill(TABLE, rows * d, 1.0);
         let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
         let x_in = self.gpu.upload(&x);
-        let step = cases::gather(&self.gpu, &self.ctx, (&x_in, &x), d, &token_of)?;
+        let step = gather(&self.gpu, &self.ctx, (&x_in, &x), d, &token_of)?;
         let table = self.tensor(x.clone(), [rows as usize, d as usize]);
         let index = self.indices(token_of.iter().map(|&t| t as i32).collect());
         let got = table.clone().select(0, index.clone()).try_into_vec_as::<f32>()?;
-        cases::same(&got, &wgmoe::ops::gather::cpu(&x, d as usize, &token_of), "Burn's rows")?;
-        self.row(&name, || table.clone().select(0, index.clone()), &Ours::Step(step))
+        same(&got, &wgmoe::ops::gather::cpu(&x, d as usize, &token_of), "Burn's rows")?;
+        self.row(&name, || table.clone().select(0, index.clone()), &Ours::BoundOp(step))
     }
 }
 

@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_cubecl::tensor::CubeTensor;
 use std::sync::{Arc, Mutex, PoisonError};
-use wgmoe::layer::{Batch, LayerStep, MoeLayer, Router, Settings};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, LayerConfig};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Error, ExpertWeights, Result, WeightType, layer};
 
@@ -38,10 +38,10 @@ impl MoeFfn {
     ///
     /// # Errors
     ///
-    /// Settings that make no sense, tensors of other shapes, or what wgpu refuses.
+    /// LayerConfig that make no sense, tensors of other shapes, or what wgpu refuses.
     pub fn new(
         device: &MoeDevice,
-        settings: Settings,
+        settings: LayerConfig,
         weight_type: WeightType,
         tensors: MoeTensors,
     ) -> Result<Self> {
@@ -111,7 +111,7 @@ impl MoeFfn {
 #[derive(Debug)]
 struct Bound {
     places: [Place; 2],
-    step: LayerStep,
+    step: BoundLayer,
 }
 
 /// Steps that are kept, for Burn gives the same memory out again and again. Each keeps its buffers.

@@ -1,7 +1,7 @@
 //! The module against the CPU twins and Burn's own operations, and that nothing is copied.
 use burn::tensor::{Distribution, Tensor};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, Settings};
+use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, LayerConfig};
 use wgmoe_burn::wgmoe::routing::GateRule;
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
@@ -18,7 +18,7 @@ const RULE: TokenChoice = TokenChoice {
     coreset: None,
 };
 
-const SETTINGS: Settings = Settings {
+const SETTINGS: LayerConfig = LayerConfig {
     hidden: 64,
     intermediate: 32,
     experts: 8,
@@ -67,7 +67,7 @@ fn assert_close(got: &[f32], want: &[f32], what: &str) {
 }
 
 /// The CPU twin for weights of Burn tensors.
-fn cpu(settings: &Settings, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
+fn cpu(settings: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
     let router = host(&tensors.router);
     let router = HostRouter { weight: &router, bias: None, by_count: None, by_expert: None };
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
@@ -87,7 +87,7 @@ fn equals_the_twin_under_every_kind_of_rule() {
         Routing::TokenChoice(block),
         models::find("ec-dlm").expect("a model").settings.routing,
     ] {
-        let settings = Settings { routing, ..SETTINGS };
+        let settings = LayerConfig { routing, ..SETTINGS };
         let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();
         for tokens in [1, 33, 70] {
             let x = random([tokens, 64], 1.0);

@@ -1,5 +1,6 @@
-// A lane's block: sums of eight rows by LANE_COLUMNS columns (8; GATED: 4 of each matrix), eight values of k a step.
-// Sums are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an access.
+// A lane's block: sums of eight rows by LANE_COLUMNS columns (8; GATED: 4 of each matrix), eight values of k
+// a step. Sums are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an
+// access.
 const LANE_COLUMNS: u32 = select(8u, 4u, GATED);
 const TILE_COLUMNS: u32 = WG * LANE_COLUMNS;
 
@@ -30,7 +31,9 @@ fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
 fn store_one(slot: u32, column: u32, value: f32) {
-  if column < params.column_end { out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value; }
+  if column < params.column_end {
+    out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value;
+  }
 }
 
 fn store_two(slot: u32, column: u32, a: f32, b: f32) {
@@ -60,8 +63,7 @@ fn store_octet(tile: Tile, row: u32, column: u32, s: Octet) {
   store(tile, row + 6u, column, s.r6); store(tile, row + 7u, column, s.r7);
 }
 
-// First words of two neighbouring columns, clamped into the matrix.
-
+// Two neighbouring columns, clamped into the matrix.
 fn columns_at(expert: u32, column: u32) -> Columns {
   let last = params.columns - 1u;
   return Columns(weight_base(expert, min(column, last)), weight_base(expert, min(column + 1u, last)));
@@ -79,7 +81,8 @@ fn block_at(expert: u32, column: u32) -> Block {
 
 fn load_pairs(b: Block, step: u32) -> Pairs {
   return Pairs(
-    load_pair(false, b.p, step), load_pair(false, b.q, step), load_pair(GATED, b.r, step), load_pair(GATED, b.t, step));
+    load_pair(false, b.p, step), load_pair(false, b.q, step),
+    load_pair(GATED, b.r, step), load_pair(GATED, b.t, step));
 }
 
 // Steps of eight values of k. Times min(rows, 1): for loop bounds made of uniforms alone lavapipe specialises

@@ -1,4 +1,5 @@
-// Rows of x, loaded by every lane: no feature, no assumption. Workgroup memory with barriers would cost as many loads.
+// Rows of x, loaded by every lane: no feature, no assumption. Workgroup memory with barriers would cost as
+// many loads.
 struct RowBases { lo: vec4<u32>, hi: vec4<u32> }
 struct RowValues { r0: Eight, r1: Eight, r2: Eight, r3: Eight, r4: Eight, r5: Eight, r6: Eight, r7: Eight }
 
@@ -6,8 +7,12 @@ fn base_of(tile: Tile, row: u32) -> u32 { return x_base(x_row_of(tile.first + mi
 
 fn rows_at(tile: Tile, first: u32, lane: u32) -> RowBases {
   return RowBases(
-    vec4(base_of(tile, first), base_of(tile, first + 1u), base_of(tile, first + 2u), base_of(tile, first + 3u)),
-    vec4(base_of(tile, first + 4u), base_of(tile, first + 5u), base_of(tile, first + 6u), base_of(tile, first + 7u)));
+    vec4(
+      base_of(tile, first), base_of(tile, first + 1u),
+      base_of(tile, first + 2u), base_of(tile, first + 3u)),
+    vec4(
+      base_of(tile, first + 4u), base_of(tile, first + 5u),
+      base_of(tile, first + 6u), base_of(tile, first + 7u)));
 }
 
 fn load_rows(b: RowBases, step: u32) -> RowValues {

@@ -1,5 +1,7 @@
-// Rows of x, loaded once a lane and handed round by shuffles (0.3 ns for 8 lanes on llvmpipe, where a load costs 30).
-// Needs a workgroup of one subgroup of at least 8 lanes in order of their index, which the host knows of the device.
+// Rows of x, loaded once a lane and handed round by shuffles (0.3 ns for 8 lanes on llvmpipe, where a load
+// costs 30).
+// Needs a workgroup of one subgroup of at least 8 lanes in order of their index, which the host knows of the
+// device.
 alias RowBases = u32;
 alias RowValues = Eight;
 
@@ -10,4 +12,6 @@ fn rows_at(tile: Tile, first: u32, lane: u32) -> RowBases {
 
 fn load_rows(bases: RowBases, step: u32) -> RowValues { return load_x(bases, step); }
 
-fn row_of(v: RowValues, row: u32) -> Eight { return Eight(subgroupShuffle(v.lo, row), subgroupShuffle(v.hi, row)); }
+fn row_of(v: RowValues, row: u32) -> Eight {
+  return Eight(subgroupShuffle(v.lo, row), subgroupShuffle(v.hi, row));
+}

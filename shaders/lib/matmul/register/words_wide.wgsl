@@ -1,9 +1,8 @@
-// Two neighbouring 16-byte words of weights by one 64-bit vector load. Needs SHADER_INT64 and an even
-// index: even columns of packed weights, or an even number of words a row. Twin of words_plain.wgsl with weights.wgsl.
+// Two neighbouring 16-byte words of weights by one 64-bit vector load. Needs SHADER_INT64 and an even index:
+// even columns of packed weights, or an even number of words a row. Twin of words_plain.wgsl with
+// weights.wgsl.
 @group(0) @binding(3) var<storage, read> weights: array<vec4<u64>>;
 @group(0) @binding(4) var<storage, read> weights_up: array<vec4<u64>>;
-
-struct Words { a: vec4<u32>, b: vec4<u32> }
 
 fn split(v: u64) -> vec2<u32> { return vec2(u32(v), u32(v >> 32u)); }
 

@@ -1,7 +1,0 @@
-// The scores of two neighbouring experts; behind the last one any value. Twin of choice_pairs_wide.wgsl.
-@group(0) @binding(1) var<storage, read> r: array<u32>;
-
-fn scores_of(t: u32, e: u32) -> vec2<u32> {
-    let at = t * params.experts + e;
-    return vec2(r[at], r[at + u32(e + 1u < params.experts)]);
-}

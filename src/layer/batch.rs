@@ -1,0 +1,206 @@
+//! What a layer is bound to: the caller's slices.
+use super::Scratch;
+use crate::{Error, Result, Slice};
+
+/// Tokens of a block where a batch brings no blocks of its own, as LLaDA2.x decodes.
+pub const BLOCK: u32 = 32;
+
+/// The slices that a layer, its routing alone or its experts alone read and write.
+///
+/// What the bound work does not use is an error of `bind`, not silence: sequences under a rule that
+/// ignores them, blocks without a coreset, an output of a routing that writes none.
+///
+/// ```
+/// # use wgmoe::layer::Batch;
+/// # use wgmoe::Slice;
+/// # fn f<'a>(hidden: Slice<'a>, out: Slice<'a>) -> Batch<'a> {
+/// Batch::new(hidden, 32).into_out(out)
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Batch<'a> {
+    /// `[T, D]` f32, read.
+    pub hidden: Slice<'a>,
+    /// T: tokens.
+    pub tokens: u32,
+    /// `[T, D]` f32, written; in a range apart from `hidden`, the same buffer allowed.
+    pub out: Option<Slice<'a>>,
+    /// Whether the output is added to what `out` holds (a residual) rather than replacing it.
+    pub add: bool,
+    /// Sequences; one of all tokens, with the rule's own experts per token, where absent.
+    pub sequences: Option<Sequences<'a>>,
+    /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent.
+    pub blocks: Option<Blocks<'a>>,
+    /// Which experts work on which tokens, for [`MoeExperts`](super::MoeExperts).
+    pub assignments: Option<Assignments<'a>>,
+    /// Upper bound of the routed slots, where it is known better than the worst case that the layer
+    /// must assume. Slots past it are cut off and counted.
+    pub routed_slots: Option<u32>,
+    /// Scratch to share with other layers that run in order on one queue; the layer's own where
+    /// absent.
+    pub scratch: Option<&'a Scratch>,
+}
+
+impl<'a> Batch<'a> {
+    /// `tokens` rows of hidden states `[T, D]` f32, one sequence.
+    pub fn new(hidden: impl Into<Slice<'a>>, tokens: u32) -> Self {
+        Self {
+            hidden: hidden.into(),
+            tokens,
+            out: None,
+            add: false,
+            sequences: None,
+            blocks: None,
+            assignments: None,
+            routed_slots: None,
+            scratch: None,
+        }
+    }
+
+    /// Writes the output `[T, D]` f32 into `out`.
+    #[must_use]
+    pub fn into_out(self, out: impl Into<Slice<'a>>) -> Self {
+        Self { out: Some(out.into()), add: false, ..self }
+    }
+
+    /// Adds the output `[T, D]` f32 to what `out` holds: a residual.
+    #[must_use]
+    pub fn added_to(self, out: impl Into<Slice<'a>>) -> Self {
+        Self { out: Some(out.into()), add: true, ..self }
+    }
+
+    /// Sequences of the batch.
+    #[must_use]
+    pub fn with_sequences(self, sequences: Sequences<'a>) -> Self {
+        Self { sequences: Some(sequences), ..self }
+    }
+
+    /// Blocks of the batch.
+    #[must_use]
+    pub fn with_blocks(self, blocks: Blocks<'a>) -> Self {
+        Self { blocks: Some(blocks), ..self }
+    }
+
+    /// Another router's choice.
+    #[must_use]
+    pub fn with_assignments(self, assignments: Assignments<'a>) -> Self {
+        Self { assignments: Some(assignments), ..self }
+    }
+
+    /// An upper bound of the routed slots.
+    #[must_use]
+    pub fn with_routed_slots(self, slots: u32) -> Self {
+        Self { routed_slots: Some(slots), ..self }
+    }
+
+    /// Scratch to share.
+    #[must_use]
+    pub fn with_scratch(self, scratch: &'a Scratch) -> Self {
+        Self { scratch: Some(scratch), ..self }
+    }
+
+    /// An error for an argument that the bound work would not read.
+    pub(crate) fn unused(name: &'static str, given: bool, reason: &str) -> Result<()> {
+        if given { Err(Error::invalid(name, reason)) } else { Ok(()) }
+    }
+}
+
+/// Sequences of a batch: token ranges, padding and capacities, read when the work runs.
+///
+/// | rule | offsets | lengths | capacity |
+/// |---|---|---|---|
+/// | expert choice | each is chosen from apart | padding | yes |
+/// | sequence top | each is chosen from apart | padding | an error |
+/// | token choice | where padding lies | padding; an error without | an error |
+///
+/// Padding gets no expert and has no say in any choice.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Sequences<'a> {
+    /// Sequences.
+    pub count: u32,
+    /// `[count + 1]` u32: token ranges. Values that decrease or exceed the tokens are clamped.
+    pub offsets: Slice<'a>,
+    /// `[count]` u32: tokens of each that are not padding; all where absent.
+    pub lengths: Option<Slice<'a>>,
+    /// `[count]` u32: tokens that each expert takes of each sequence; by the rule's own experts per
+    /// token where absent. Slots beyond the space reserved by `max_experts_per_token` are dropped
+    /// and counted in [`Stats`](crate::plan::Stats).
+    pub capacity: Option<Slice<'a>>,
+}
+
+impl<'a> Sequences<'a> {
+    /// `count` sequences at offsets `[count + 1]` u32.
+    pub fn new(count: u32, offsets: impl Into<Slice<'a>>) -> Self {
+        Self { count, offsets: offsets.into(), lengths: None, capacity: None }
+    }
+
+    /// Lengths `[count]` u32: what follows in a sequence is padding.
+    #[must_use]
+    pub fn with_lengths(self, lengths: impl Into<Slice<'a>>) -> Self {
+        Self { lengths: Some(lengths.into()), ..self }
+    }
+
+    /// Capacities `[count]` u32 of expert choice.
+    #[must_use]
+    pub fn with_capacity(self, capacity: impl Into<Slice<'a>>) -> Self {
+        Self { capacity: Some(capacity.into()), ..self }
+    }
+}
+
+/// Blocks of tokens that are decoded together, for block-level rules; read when the work runs.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Blocks<'a> {
+    /// Blocks.
+    pub count: u32,
+    /// `[count + 1]` u32: token ranges, none across a sequence. Tokens outside all blocks are
+    /// padding: no experts.
+    pub offsets: Slice<'a>,
+    /// `[tokens]` u32: tokens with 0 have no say in their block's coreset (TEAM, arXiv 2602.08404);
+    /// all have one where absent.
+    pub voters: Option<Slice<'a>>,
+}
+
+impl<'a> Blocks<'a> {
+    /// `count` blocks at offsets `[count + 1]` u32; every token votes.
+    pub fn new(count: u32, offsets: impl Into<Slice<'a>>) -> Self {
+        Self { count, offsets: offsets.into(), voters: None }
+    }
+
+    /// Only tokens with a value other than 0 in `voters`, `[tokens]` u32, vote.
+    #[must_use]
+    pub fn with_voters(self, voters: impl Into<Slice<'a>>) -> Self {
+        Self { voters: Some(voters.into()), ..self }
+    }
+}
+
+/// Which experts work on which tokens, as another router decided; read when the work runs.
+///
+/// Pairs that name no token or expert, and those that come twice, are ignored and counted
+/// ([`Stats::ignored`](crate::plan::Stats::ignored)); `u32::MAX` is an empty place.
+#[derive(Clone, Copy, Debug)]
+pub enum Assignments<'a> {
+    /// Each token's experts.
+    OfTokens {
+        /// K: places of a token.
+        experts_per_token: u32,
+        /// `[tokens, K]` u32: expert ids, below E (`topk_ids`).
+        ids: Slice<'a>,
+        /// `[tokens, K]` f32 (`topk_weights`).
+        gates: Slice<'a>,
+    },
+    /// Each expert's tokens.
+    OfExperts {
+        /// Entries of all lists, empty places included; not 0.
+        entries: u32,
+        /// `[E + 1]` u32: the entries of each expert. Values that decrease or exceed `entries` are
+        /// clamped.
+        offsets: Slice<'a>,
+        /// `[entries]` u32: tokens.
+        tokens: Slice<'a>,
+        /// `[entries]` f32.
+        gates: Slice<'a>,
+    },
+}

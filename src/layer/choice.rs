@@ -1,0 +1,291 @@
+//! The kernels of a layer's routing rule: from selection values to the bit set.
+use super::batch::{BLOCK, Batch, Blocks, Sequences};
+use super::scratch::Scratch;
+use crate::device::Tensor;
+use crate::ops::{block_choice, capacity, coreset, expert_choice, sequence_top, token_choice};
+use crate::routing::{self, Routing};
+use crate::{BoundOp, Context, Error, Result, Slice};
+
+/// A rule with its kernels.
+#[derive(Debug)]
+pub(super) enum Choice {
+    /// Experts choose tokens.
+    Experts {
+        rule: routing::ExpertChoice,
+        choice: expert_choice::ExpertChoice,
+        capacity: capacity::Capacity,
+    },
+    /// Tokens choose experts.
+    Tokens {
+        rule: routing::TokenChoice,
+        choice: token_choice::TokenChoice,
+        coreset: Option<Box<Election>>,
+        drop: Option<expert_choice::ExpertChoice>,
+    },
+    /// The highest pairs of a sequence.
+    Pairs { rule: routing::SequenceTop, choice: sequence_top::SequenceTop },
+}
+
+/// What a block elects its coreset with.
+#[derive(Debug)]
+pub(super) struct Election {
+    /// Each token's own choice, for the votes.
+    own: Option<token_choice::TokenChoice>,
+    coreset: coreset::Coreset,
+    /// Own choice, election and the choice inside at once, for few tokens; none where there are too
+    /// many experts.
+    fused: Option<block_choice::BlockChoice>,
+}
+
+/// The tensors of one choice.
+pub(super) struct ChoiceInput<'a> {
+    pub(super) tokens: u32,
+    pub(super) experts: u32,
+    /// `[T, E]` f32: what experts are chosen by.
+    pub(super) values: &'a Tensor,
+    /// `[E, ceil(T / 32)]` u32, written.
+    pub(super) assigned: &'a Tensor,
+}
+
+/// What a choice made beside the bit set.
+#[derive(Default)]
+pub(super) struct Chosen<'a> {
+    pub(super) parts: Vec<BoundOp>,
+    pub(super) coreset: Option<Tensor>,
+    /// The caller's offsets, whose clamped ones are counted.
+    pub(super) offsets: Option<Slice<'a>>,
+}
+
+impl Choice {
+    /// Compiles what the rule can need.
+    pub(super) fn new(ctx: &Context, experts: u32, routing: Routing) -> Result<Self> {
+        Ok(match routing {
+            Routing::ExpertChoice(rule) => Self::Experts {
+                rule,
+                choice: expert_choice::ExpertChoice::new(ctx)?,
+                capacity: capacity::Capacity::new(ctx)?,
+            },
+            Routing::TokenChoice(rule) => Self::Tokens {
+                rule,
+                choice: token_choice::TokenChoice::new(ctx, experts, rule.top, rule.groups)?,
+                coreset: match rule.coreset {
+                    Some(_) => Some(Box::new(Election::new(ctx, experts, &rule)?)),
+                    None => None,
+                },
+                drop: match rule.capacity_factor {
+                    Some(_) => Some(expert_choice::ExpertChoice::new(ctx)?),
+                    None => None,
+                },
+            },
+            Routing::SequenceTop(rule) => {
+                Self::Pairs { rule, choice: sequence_top::SequenceTop::new(ctx)? }
+            }
+        })
+    }
+
+    /// Errors for what the rule would not read.
+    pub(super) fn check(&self, batch: &Batch<'_>) -> Result<()> {
+        let (sequences, blocks) = (batch.sequences, batch.blocks);
+        let elects = matches!(self, Self::Tokens { coreset: Some(_), .. });
+        Batch::unused("blocks", blocks.is_some() && !elects, "this rule elects no coreset")?;
+        if let Some(sequences) = sequences {
+            let chooses = matches!(self, Self::Experts { .. });
+            let given = sequences.capacity.is_some();
+            Batch::unused("capacity", given && !chooses, "only expert choice has capacities")?;
+            let padded = sequences.lengths.is_some();
+            let ignores = matches!(self, Self::Tokens { .. }) && !padded;
+            Batch::unused("sequences", ignores, "token choice reads them for `lengths` alone")?;
+        }
+        Ok(())
+    }
+
+    /// Binds the choice.
+    pub(super) fn bind<'a>(
+        &self,
+        ctx: &Context,
+        scratch: &Scratch,
+        batch: &Batch<'a>,
+        input: &ChoiceInput<'_>,
+    ) -> Result<Chosen<'a>> {
+        match self {
+            Self::Experts { rule, choice, capacity } => {
+                bind_experts((rule, choice, capacity), ctx, scratch, batch, input)
+            }
+            Self::Tokens { choice, coreset: None, .. } => {
+                let args = token_choice::Args {
+                    values: input.values.slice(),
+                    coresets: None,
+                    assigned: input.assigned.slice(),
+                };
+                let parts = vec![choice.bind(&token_choice::Dims { tokens: input.tokens }, args)?];
+                Ok(Chosen { parts, ..Chosen::default() })
+            }
+            Self::Tokens { choice, coreset: Some(election), .. } => {
+                election.bind(choice, ctx, scratch, batch, input)
+            }
+            Self::Pairs { rule, choice } => {
+                let whole = Tensor::new(ctx, "offsets", &[0, input.tokens])?;
+                let (sequences, offsets) =
+                    batch.sequences.map_or((1, whole.slice()), |s| (s.count, s.offsets));
+                let ChoiceInput { tokens, experts, .. } = *input;
+                let dims = sequence_top::Dims { tokens, experts, sequences, top: rule.top };
+                let args = sequence_top::Args {
+                    values: input.values.slice(),
+                    offsets,
+                    assigned: input.assigned.slice(),
+                };
+                let parts = vec![choice.bind(&dims, args)?];
+                Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
+            }
+        }
+    }
+
+    /// Upper bound of the slots that the rule makes of a batch.
+    pub(super) fn slots(&self, batch: &Batch<'_>, experts: u32) -> Result<u32> {
+        let tokens = batch.tokens;
+        let each = |k: u32| {
+            let slots = u64::from(tokens) * u64::from(k);
+            let many = format!("{slots} slots do not fit 32 bits");
+            u32::try_from(slots).map_err(|_| Error::invalid("tokens", many))
+        };
+        match self {
+            Self::Tokens { rule, .. } => each(rule.top),
+            Self::Pairs { rule, .. } => each(rule.top),
+            Self::Experts { rule, .. } => {
+                let k = rule.max_experts_per_token;
+                match batch.sequences {
+                    Some(s) => routing::schedule::slot_bound_of_any(tokens, s.count, experts, k),
+                    None => routing::schedule::slot_bound([tokens], experts, k),
+                }
+            }
+        }
+    }
+}
+
+fn bind_experts<'a>(
+    (rule, choice, capacity): (
+        &routing::ExpertChoice,
+        &expert_choice::ExpertChoice,
+        &capacity::Capacity,
+    ),
+    ctx: &Context,
+    scratch: &Scratch,
+    batch: &Batch<'a>,
+    input: &ChoiceInput<'_>,
+) -> Result<Chosen<'a>> {
+    let ChoiceInput { tokens, experts, .. } = *input;
+    let k = rule.experts_per_token;
+    let mut parts = vec![];
+    let (offsets, own);
+    let sequences = match batch.sequences {
+        None => {
+            offsets = Tensor::new(ctx, "offsets", &[0, tokens])?;
+            own = Tensor::new(ctx, "capacity", &[routing::schedule::capacity(tokens, k, experts)])?;
+            Sequences::new(1, offsets.slice()).with_capacity(own.slice())
+        }
+        Some(sequences) if sequences.capacity.is_none() => {
+            let count = sequences.count;
+            let rows = u64::from(count) * 4;
+            let per_token = Tensor::new(ctx, "experts per token", &vec![k; count as usize])?;
+            let k_of = scratch.get("k_of", rows)?;
+            own = scratch.get("capacity", rows)?;
+            let args = capacity::Args {
+                source: capacity::Source::ExpertsPerToken(per_token.slice()),
+                offsets: sequences.offsets,
+                lengths: sequences.lengths,
+                capacity_of: own.slice(),
+                k_of: k_of.slice(),
+            };
+            let dims = capacity::Dims { tokens, experts, sequences: count };
+            parts.push(capacity.bind(&dims, args)?);
+            sequences.with_capacity(own.slice())
+        }
+        Some(sequences) => sequences,
+    };
+    let missing = || Error::invalid("capacity", "missing");
+    let dims = expert_choice::Dims { tokens, experts, sequences: sequences.count };
+    let args = expert_choice::Args {
+        values: input.values.slice(),
+        offsets: sequences.offsets,
+        lengths: sequences.lengths,
+        capacity: sequences.capacity.ok_or_else(missing)?,
+        assigned: input.assigned.slice(),
+    };
+    parts.push(choice.bind(&dims, args)?);
+    Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
+}
+
+impl Election {
+    fn new(ctx: &Context, experts: u32, rule: &routing::TokenChoice) -> Result<Self> {
+        let block = rule.coreset.ok_or_else(|| Error::invalid("coreset", "missing"))?;
+        let fused = if experts <= block_choice::MAX_EXPERTS {
+            let (top, groups) = (rule.top, rule.groups);
+            Some(block_choice::BlockChoice::new(ctx, experts, block, top, groups)?)
+        } else {
+            None
+        };
+        let own = |top| token_choice::TokenChoice::new(ctx, experts, top, None);
+        Ok(Self {
+            own: block.own_top(rule.top).map(own).transpose()?,
+            coreset: coreset::Coreset::new(ctx, experts, block)?,
+            fused,
+        })
+    }
+
+    fn bind<'a>(
+        &self,
+        inside: &token_choice::TokenChoice,
+        ctx: &Context,
+        scratch: &Scratch,
+        batch: &Batch<'a>,
+        input: &ChoiceInput<'_>,
+    ) -> Result<Chosen<'a>> {
+        let ChoiceInput { tokens, experts, .. } = *input;
+        let (values, assigned) = (input.values.slice(), input.assigned.slice());
+        let count = tokens.div_ceil(BLOCK);
+        let ends: Vec<u32> = (0..=count).map(|i| i.saturating_mul(BLOCK).min(tokens)).collect();
+        let alone = Tensor::new(ctx, "blocks", &ends)?;
+        let blocks = batch.blocks.unwrap_or_else(|| Blocks::new(count, alone.slice()));
+        let words = u64::from(experts.div_ceil(32));
+        let members = scratch.get("coreset", u64::from(blocks.count) * words * 4)?;
+        let offsets = batch.blocks.map(|b| b.offsets);
+        let dims = block_choice::Dims { tokens, blocks: blocks.count };
+        if let Some(fused) = self.fused.as_ref().filter(|_| block_choice::BlockChoice::fits(dims)) {
+            let args = block_choice::Args {
+                values,
+                offsets: blocks.offsets,
+                voters: blocks.voters,
+                assigned,
+                members: members.slice(),
+            };
+            let parts = vec![fused.bind(&dims, args)?];
+            return Ok(Chosen { parts, coreset: Some(members), offsets });
+        }
+        let mut parts = vec![];
+        let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
+        // Each token's own choice stands where the final one will: it is read before that is written.
+        if let Some(own) = &self.own {
+            parts.push(own.bind(
+                &token_choice::Dims { tokens },
+                token_choice::Args { values, coresets: None, assigned },
+            )?);
+        }
+        let args = coreset::Args {
+            values,
+            own_choice: self.own.as_ref().map(|_| assigned),
+            offsets: blocks.offsets,
+            voters: blocks.voters,
+            members: members.slice(),
+            block_of: block_of.slice(),
+        };
+        parts.push(self.coreset.bind(&coreset::Dims { tokens, blocks: blocks.count }, args)?);
+        let coresets = token_choice::Coresets {
+            blocks: blocks.count,
+            coreset: members.slice(),
+            block_of: block_of.slice(),
+        };
+        let args = token_choice::Args { values, coresets: Some(coresets), assigned };
+        parts.push(inside.bind(&token_choice::Dims { tokens }, args)?);
+        Ok(Chosen { parts, coreset: Some(members), offsets })
+    }
+}

@@ -1,0 +1,170 @@
+//! The first half of a layer: router, choice and plan.
+use super::batch::Batch;
+use super::bound::{BoundLayer, Selection};
+use super::choice::{Choice, ChoiceInput};
+use super::config::{LayerConfig, Router};
+use super::experts::windows;
+use super::planning::{PlanTensors, Planning};
+use super::scratch::Scratch;
+use crate::device::Tensor;
+use crate::error::not_zero;
+use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
+use crate::ops::logits::{self, Logits};
+use crate::ops::plan_count::{Gates, Scales};
+use crate::ops::scores::{self, Scores};
+use crate::routing::GateRule;
+use crate::{BoundOp, Context, PlanShape, Result};
+use std::sync::Arc;
+
+/// The first half of a layer, for engines that run the experts themselves: router, choice and plan.
+/// Clones share kernels and router.
+#[derive(Clone, Debug)]
+pub struct MoeRouting {
+    ctx: Context,
+    config: LayerConfig,
+    router: Router,
+    kernels: Arc<Kernels>,
+}
+
+#[derive(Debug)]
+struct Kernels {
+    logits: Logits,
+    /// None where experts are chosen and weighed by the logits as they are.
+    scores: Option<Scores>,
+    choice: Choice,
+    planning: Planning,
+}
+
+impl MoeRouting {
+    /// The router of a layer. Compiles every kernel it can need. Of the experts of `config` only
+    /// their number is looked at.
+    ///
+    /// # Errors
+    ///
+    /// A rule that makes no sense ([`Routing::check`](crate::routing::Routing::check)), router
+    /// tensors of another shape, or what wgpu refuses.
+    pub fn new(ctx: &Context, config: LayerConfig, router: Router) -> Result<Self> {
+        let LayerConfig { hidden, experts, routing, .. } = config;
+        not_zero(&[("hidden", hidden)])?;
+        routing.check(experts)?;
+        router.check(hidden, experts)?;
+        let plain =
+            routing.by_logits() && routing.gate() == GateRule::Softmax && router.bias.is_none();
+        let kernels = Kernels {
+            logits: Logits::new(ctx, hidden, experts)?,
+            scores: if plain { None } else { Some(Scores::new(ctx)?) },
+            choice: Choice::new(ctx, experts, routing)?,
+            planning: Planning::new(ctx)?,
+        };
+        Ok(Self { ctx: ctx.clone(), config, router, kernels: Arc::new(kernels) })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &LayerConfig {
+        &self.config
+    }
+
+    /// The router's own weights.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+
+    /// Makes what is needed to route these tokens. The bound work ends with the plan
+    /// ([`BoundLayer::plan`]), the bit set and the gates. Zero tokens make an empty one.
+    ///
+    /// # Errors
+    ///
+    /// Slices that do not fit, an argument that the rule does not use, or scratch over the device's
+    /// limits ([`Error`](crate::Error)).
+    pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
+        Batch::unused("out", batch.out.is_some(), "routing alone writes no output")?;
+        self.bind_of(batch)
+    }
+
+    /// As [`MoeRouting::bind`], for a whole layer: `out` is the experts'.
+    pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
+        let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.config;
+        let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
+        batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
+        let chosen = batch.assignments.is_some();
+        Batch::unused("assignments", chosen, "this router makes its own choice")?;
+        kernels.choice.check(batch)?;
+        if tokens == 0 {
+            return BoundLayer::empty(ctx, experts);
+        }
+        let scratch = Scratch::of(batch.scratch, ctx)?;
+        let slots = kernels.choice.slots(batch, experts)?;
+        let shape = PlanShape {
+            tokens,
+            experts,
+            shared_experts,
+            // A plan has room for one slot: no binding is empty.
+            routed_slots: batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1),
+            tile_rows: tile_rows(ctx),
+            skinny_rows: SKINNY_ROWS,
+        };
+        let tensors = PlanTensors::new(&scratch, shape)?;
+        let (mut parts, selection) = self.bind_router(batch, &scratch)?;
+        let assigned = &tensors.assigned;
+        let input = ChoiceInput { tokens, experts, values: selection.values(), assigned };
+        let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
+        parts.extend(made.parts);
+
+        let by_logits = routing.gate() == GateRule::Softmax;
+        let source = if by_logits { &selection.logits } else { selection.scores() };
+        let gates = Gates {
+            rule: routing.gate(),
+            source: source.slice(),
+            scale: routing.scale(),
+            scales: Scales {
+                by_count: self.router.scale_by_count.as_ref().map(Tensor::slice),
+                by_expert: self.router.scale_by_expert.as_ref().map(Tensor::slice),
+            },
+            gates: tensors.gates.slice(),
+        };
+        let args = tensors.args(Some(gates), made.offsets);
+        parts.extend(match &kernels.choice {
+            Choice::Tokens { rule, drop: Some(drop), .. } => {
+                let capacity = rule.capacity(tokens, experts).unwrap_or(tokens);
+                kernels.planning.bind_dropping(&args, drop, capacity, &scratch)?
+            }
+            _ => kernels.planning.bind(&args, None)?,
+        });
+        let (stats, routed) = tensors.routed(made.coreset, Some(selection));
+        Ok(BoundLayer::new(parts, stats, routed))
+    }
+
+    /// Logits, and scores where the rule needs them.
+    fn bind_router(
+        &self,
+        batch: &Batch<'_>,
+        scratch: &Scratch,
+    ) -> Result<(Vec<BoundOp>, Selection)> {
+        let LayerConfig { hidden, experts, routing, .. } = self.config;
+        let tokens = batch.tokens;
+        let pairs = u64::from(tokens) * u64::from(experts) * 4;
+        let logits = scratch.get("logits", pairs)?;
+        let mut parts = vec![];
+        for rows in windows(&self.ctx, "hidden", tokens, hidden)? {
+            let args = logits::Args {
+                x: batch.hidden.rows(&rows, hidden),
+                weights: self.router.weight.slice(),
+                logits: logits.slice(),
+            };
+            parts.push(self.kernels.logits.bind_rows(tokens, rows, args)?);
+        }
+        let Some(op) = &self.kernels.scores else {
+            return Ok((parts, Selection { logits, scored: None }));
+        };
+        let (s, r) = (scratch.get("scores", pairs)?, scratch.get("selection values", pairs)?);
+        let args = scores::Args {
+            logits: logits.slice(),
+            bias: self.router.bias.as_ref().map(Tensor::slice),
+            scores: s.slice(),
+            values: r.slice(),
+        };
+        let (score, by_logits) = (routing.score(), routing.by_logits());
+        parts.push(op.bind(&scores::Dims { tokens, experts, score, by_logits }, args)?);
+        Ok((parts, Selection { logits, scored: Some((s, r)) }))
+    }
+}

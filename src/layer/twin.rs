@@ -1,0 +1,194 @@
+//! The CPU twin of a layer: what each op's twin makes of the values before it.
+use super::batch::BLOCK;
+use super::config::LayerConfig;
+use crate::ops::plan_count::{self, Scales};
+use crate::ops::{
+    coreset, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
+};
+use crate::plan::bits;
+use crate::routing::{GateRule, Routing, TokenChoice, schedule};
+
+/// The router on the host.
+#[derive(Clone, Copy, Debug)]
+pub struct HostRouter<'a> {
+    /// `[E, D]`.
+    pub weight: &'a [f32],
+    /// `[E]`.
+    pub bias: Option<&'a [f32]>,
+    /// `[E + 1]`.
+    pub scale_by_count: Option<&'a [f32]>,
+    /// `[E]`.
+    pub scale_by_expert: Option<&'a [f32]>,
+}
+
+/// Sequences on the host: offsets `[n + 1]`, lengths `[n]`, capacities `[n]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostSequences<'a> {
+    /// Token ranges.
+    pub offsets: &'a [u32],
+    /// Tokens that are not padding.
+    pub lengths: Option<&'a [u32]>,
+    /// Tokens that each expert takes.
+    pub capacity: &'a [u32],
+}
+
+/// Blocks on the host: offsets `[n + 1]`, voters `[T]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostBlocks<'a> {
+    /// Token ranges.
+    pub offsets: &'a [u32],
+    /// Tokens with 0 have no say.
+    pub voters: Option<&'a [u32]>,
+}
+
+/// What a batch brings of its own, on the host; as in [`Batch`] where absent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostBatch<'a> {
+    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop).
+    pub sequences: Option<HostSequences<'a>>,
+    /// Blocks of block-level rules.
+    pub blocks: Option<HostBlocks<'a>>,
+}
+
+/// A layer's routing on the CPU: what each twin makes of the values before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostRouting {
+    /// The coresets `[blocks, ceil(E / 32)]` of a block-level rule.
+    pub coreset: Option<Vec<u32>>,
+    /// The bit set `[E, ceil(T / 32)]`.
+    pub assigned: Vec<u32>,
+    /// Gates `[T, E]`, 0 elsewhere.
+    pub gates: Vec<f32>,
+    /// Tokens that each expert dropped.
+    pub dropped: Vec<u32>,
+}
+
+/// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]` (the device's own, for an
+/// exact comparison, or [`logits::cpu`] and [`scores::cpu`]).
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu_routing(
+    config: &LayerConfig,
+    router: &HostRouter<'_>,
+    batch: HostBatch<'_>,
+    [logits, s, r]: [&[f32]; 3],
+) -> HostRouting {
+    let experts = config.experts as usize;
+    let tokens = (logits.len() / experts) as u32;
+    let routing = config.routing;
+    let mut coreset = None;
+    let assigned = match routing {
+        Routing::ExpertChoice(rule) => {
+            let capacity = [schedule::capacity(tokens, rule.experts_per_token, config.experts)];
+            let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: &capacity };
+            let HostSequences { offsets, lengths, capacity } = batch.sequences.unwrap_or(alone);
+            expert_choice::cpu(r, experts, offsets, lengths, capacity)
+        }
+        Routing::TokenChoice(TokenChoice { top, groups, coreset: None, .. }) => {
+            token_choice::cpu(r, experts, top as usize, groups, &|_, _| true)
+        }
+        Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
+            let ends: Vec<u32> =
+                (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect();
+            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
+            let own = rule
+                .own_top(top)
+                .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
+            let own = own.unwrap_or_default();
+            let (members, block_of) =
+                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.voters);
+            let eligible = |t: usize, e: usize| {
+                let row = block_of[t] as usize * experts.div_ceil(32);
+                block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
+            };
+            let assigned = token_choice::cpu(r, experts, top as usize, groups, &eligible);
+            coreset = Some(members);
+            assigned
+        }
+        Routing::SequenceTop(rule) => {
+            let whole = [0, tokens];
+            let offsets = batch.sequences.map_or(&whole[..], |s| s.offsets);
+            sequence_top::cpu(r, experts, rule.top as usize, offsets)
+        }
+    };
+    let source = if routing.gate() == GateRule::Softmax { logits } else { s };
+    let scales = Scales { by_count: router.scale_by_count, by_expert: router.scale_by_expert };
+    let mut gates =
+        plan_count::cpu(&assigned, source, experts, routing.gate(), routing.scale(), scales);
+    let capacity = match routing {
+        Routing::TokenChoice(rule) => rule.capacity(tokens, config.experts),
+        Routing::ExpertChoice(_) | Routing::SequenceTop(_) => None,
+    };
+    let Some(capacity) = capacity else {
+        return HostRouting { coreset, assigned, gates, dropped: vec![0; experts] };
+    };
+    let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
+    for t in 0..tokens as usize {
+        for e in 0..experts {
+            if !bits::get(&kept, tokens as usize, e, t) {
+                gates[t * experts + e] = 0.0;
+            }
+        }
+    }
+    HostRouting { coreset, assigned: kept, gates, dropped }
+}
+
+/// An expert's matrix on the host, `[out, in]`; shared experts follow the routed ones.
+pub type HostExperts<'a> =
+    &'a (dyn Fn(u32, crate::weights::Projection) -> crate::weights::HostWeights<'a> + Sync);
+
+/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is `x [D]`, given its gates
+/// `[E]` and which experts took it.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu_token(
+    config: &LayerConfig,
+    experts: HostExperts<'_>,
+    x: &[f32],
+    chosen: &[(u32, f32)],
+) -> Vec<f32> {
+    use crate::weights::Projection::{Down, Gate, Up};
+    let mut out = vec![0f64; x.len()];
+    let shared = (config.experts..config.experts + config.shared_experts).map(|e| (e, 1.0));
+    for (e, gate) in chosen.iter().copied().chain(shared) {
+        let [g, u, d] = [Gate, Up, Down].map(|p| experts(e, p));
+        let weights: [&dyn Fn(usize) -> f32; 3] = [&|i| g.get(i), &|i| u.get(i), &|i| d.get(i)];
+        let y =
+            grouped_matmul::cpu_expert(x, config.intermediate as usize, config.activation, weights);
+        for (out, y) in out.iter_mut().zip(y) {
+            *out += f64::from(gate) * f64::from(y);
+        }
+    }
+    out.into_iter().map(|v| v as f32).collect()
+}
+
+/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two selection values lie within
+/// rounding of each other, a device may choose the other one; [`cpu_routing`] takes the device's own values instead.
+///
+/// # Panics
+///
+/// If the lengths do not fit together.
+pub fn cpu(
+    config: &LayerConfig,
+    router: &HostRouter<'_>,
+    batch: HostBatch<'_>,
+    experts: HostExperts<'_>,
+    x: &[f32],
+) -> Vec<f32> {
+    let (d, e) = (config.hidden as usize, config.experts as usize);
+    let logits = logits::cpu(x, router.weight, d);
+    let LayerConfig { routing, .. } = config;
+    let (s, r) = scores::cpu(&logits, e, routing.score(), routing.by_logits(), router.bias);
+    let chosen = cpu_routing(config, router, batch, [&logits, &s, &r]);
+    let tokens = x.len() / d;
+    let of_token = |t: usize| -> Vec<(u32, f32)> {
+        let experts = bits::experts_of(&chosen.assigned, tokens, t);
+        experts.into_iter().map(|i| (i as u32, chosen.gates[t * e + i])).collect()
+    };
+    let rows = x.chunks_exact(d).enumerate();
+    rows.flat_map(|(t, row)| cpu_token(config, experts, row, &of_token(t))).collect()
+}

@@ -1,0 +1,128 @@
+//! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
+use super::grouped_matmul::{
+    ItemKind, Layout, Params, SKINNY_ROWS, Specialization, cpu_row, depth_lanes, tile_rows,
+};
+use super::not_zero;
+use crate::device::Kernel;
+use crate::error::expect_rows;
+use crate::weights::WeightType;
+use crate::{BoundOp, Context, Error, Result, Slice};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Sizes of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Dims {
+    /// Rows of `x`; 0 is a no-op.
+    pub tokens: u32,
+}
+
+/// Buffers of one dispatch.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, hidden]` f32, read.
+    pub x: Slice<'a>,
+    /// `[experts, hidden]` f32, row-major, read where it lies.
+    pub weights: Slice<'a>,
+    /// `[tokens, experts]` f32, written whole.
+    pub logits: Slice<'a>,
+}
+
+/// The GPU kernel.
+#[derive(Clone, Debug)]
+pub struct Logits {
+    ctx: Context,
+    hidden: u32,
+    experts: u32,
+    skinny: (Specialization, Arc<Kernel>),
+    tile: (Specialization, Arc<Kernel>),
+}
+
+impl Logits {
+    /// Compiles the kernel for a router of this shape.
+    ///
+    /// # Errors
+    ///
+    /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
+    pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
+        not_zero(&[("hidden", hidden), ("experts", experts)])?;
+        let depth_lanes = depth_lanes(hidden);
+        let make = |kind| {
+            let problem = Specialization {
+                activation: None,
+                gather: false,
+                dense: true,
+                weight_type: WeightType::F32,
+                layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
+                depth_lanes,
+                quad_columns: experts.is_multiple_of(4),
+                kind,
+            };
+            Ok::<_, Error>((problem, problem.kernel(ctx)?))
+        };
+        Ok(Self {
+            ctx: ctx.clone(),
+            hidden,
+            experts,
+            skinny: make(ItemKind::Skinny)?,
+            tile: make(ItemKind::Tile)?,
+        })
+    }
+
+    /// Logits of `tokens` rows; 0 is a no-op.
+    ///
+    /// # Errors
+    ///
+    /// A slice that does not fit ([`Error`]).
+    pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        let Dims { tokens } = *dims;
+        self.bind_rows(tokens, 0..tokens, args)
+    }
+
+    /// The same for some of the rows, which alone are `args.x`.
+    pub(crate) fn bind_rows(&self, tokens: u32, of: Range<u32>, args: Args<'_>) -> Result<BoundOp> {
+        let rows = of.end - of.start;
+        if rows == 0 {
+            return Ok(BoundOp::default());
+        }
+        let (hidden, experts) = (self.hidden, self.experts);
+        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
+        args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
+        args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
+        let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
+            (&self.skinny, SKINNY_ROWS)
+        } else {
+            (&self.tile, tile_rows(&self.ctx))
+        };
+        let mut params = Params {
+            columns: experts,
+            column_end: experts,
+            depth: hidden,
+            x_stride: hidden,
+            out_stride: experts,
+            experts: 1,
+            slot_end: rows,
+            out_slot: 0u32.wrapping_sub(of.start),
+            ..Params::default()
+        };
+        let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
+        let nothing = self.ctx.nothing();
+        let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
+    }
+}
+
+/// The CPU twin of [`Logits`]: `[tokens, experts]`, f64 sums rounded once.
+///
+/// # Panics
+///
+/// If `hidden` is 0, or if `x` or `weights` are not whole rows of `hidden`; the message names the
+/// argument.
+pub fn cpu(x: &[f32], weights: &[f32], hidden: usize) -> Vec<f32> {
+    expect_rows("x", x.len(), "hidden", hidden);
+    let experts = expect_rows("weights", weights.len(), "hidden", hidden);
+    x.chunks_exact(hidden)
+        .flat_map(|row| cpu_row(row, &|i| weights[i], experts))
+        .map(|g| g as f32)
+        .collect()
+}

@@ -1,0 +1,67 @@
+//! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
+//! `prelude` lists its pieces in order, and so does its WGSL.
+use super::grouped_matmul::{Layout, Specialization};
+use crate::device::shader::{Piece, piece};
+use crate::routing::Activation;
+
+/// Where an item's rows and weights are.
+pub(crate) fn tile(problem: &Specialization) -> Piece {
+    if problem.dense { piece!("matmul/tile_dense") } else { piece!("matmul/tile_plan") }
+}
+
+/// How 16 bytes of weights become values.
+pub(crate) fn unpack(problem: &Specialization) -> Piece {
+    problem.weight_type.unpack()
+}
+
+/// Where the weights of a column lie.
+pub(crate) fn layout(problem: &Specialization) -> Piece {
+    match problem.layout {
+        Layout::Packed | Layout::Rows => piece!("matmul/layout"),
+        Layout::AnyRows => piece!("matmul/layout_rows"),
+    }
+}
+
+/// The loads of 16 bytes of weights.
+pub(crate) fn weights(problem: &Specialization) -> Piece {
+    match problem.layout {
+        Layout::Packed | Layout::Rows => piece!("matmul/weights"),
+        Layout::AnyRows => piece!("matmul/weights_rows"),
+    }
+}
+
+/// What joins the two products of a row.
+pub(crate) fn activation(problem: &Specialization) -> Piece {
+    match problem.activation {
+        None => piece!("matmul/activate_none"),
+        Some(Activation::Silu) => piece!("matmul/activate_silu"),
+        Some(Activation::Gelu) => piece!("matmul/activate_gelu"),
+    }
+}
+
+/// Four values of a row of x, for the kernels of GPUs.
+pub(crate) fn x(problem: &Specialization) -> Piece {
+    if problem.depth_lanes.is_multiple_of(4) {
+        piece!("matmul/x_vec4")
+    } else {
+        piece!("matmul/x_scalar")
+    }
+}
+
+/// Eight values of a row of x, for the register kernel; by 64-bit loads where `wide`.
+pub(crate) fn eight(problem: &Specialization, wide: bool) -> Piece {
+    match problem.depth_lanes {
+        _ if wide => piece!("matmul/register/eight_wide"),
+        4 | 8 => piece!("matmul/register/eight_vec4"),
+        _ => piece!("matmul/register/eight_scalar"),
+    }
+}
+
+/// Eight values of two neighbouring columns, for the register kernel.
+pub(crate) fn pair(problem: &Specialization) -> Piece {
+    match (problem.layout, problem.weight_type.lanes()) {
+        (Layout::AnyRows, _) => piece!("matmul/register/pair_rows"),
+        (_, 4) => piece!("matmul/register/pair_f32"),
+        _ => piece!("matmul/register/pair_halves"),
+    }
+}

@@ -1,0 +1,467 @@
+//! How much device memory a layer's experts need when blocks elect a few of them: the same denoising steps with all experts
+//! on the device, and with a cache that holds a share of them.
+//!
+//! Draws blocks of hidden states whose router logits are `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3`, Z standard
+//! normal; from one denoising step to the next, a token's own part keeps the correlation `--agreement` (a first-order
+//! autoregression), the block's part stays. Nothing published says how far consecutive steps agree: the default is an
+//! assumption, and the share of experts that they have in common is printed. Every step runs on both layers, and the outputs must
+//! have the same bits: exits with 1 where they do not. `cargo run --release -p studies --bin expert_memory -- --help`.
+use clap::Parser;
+use plotters::prelude as plot;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand_distr::StandardNormal;
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+use testkit::layer::{router, upload};
+use testkit::program::{self, Found, Progress};
+use testkit::synthetic::{self, Pool, RHO, shrink};
+use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
+use wgmoe::routing::{BlockRule, Routing, TokenChoice};
+use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
+
+/// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all of them there.
+#[derive(Parser)]
+struct Options {
+    /// Device memory for experts: a share of what all of them take, or bytes
+    #[arg(long, default_value = "20%", value_name = "SHARE%|BYTES", value_parser = budget)]
+    budget: Budget,
+    /// Blocks of 32 tokens, denoised one after the other
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    blocks: u32,
+    /// Denoising steps of each block
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    steps: u32,
+    /// Routed experts, at most 256; with fewer, counts of experts in rules shrink alike
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
+    experts: u32,
+    /// Correlation of a token's own part of its router logits from one step to the next
+    #[arg(long, default_value_t = 0.9)]
+    agreement: f32,
+    /// Adapter, by a part of its name or by index
+    #[arg(long, value_name = "NAME|INDEX")]
+    adapter: Option<String>,
+    /// Seed of router, weights and hidden states
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Also draw the bytes moved over the steps of a block
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy)]
+enum Budget {
+    Share(f64),
+    Bytes(u64),
+}
+
+fn budget(text: &str) -> Result<Budget, String> {
+    match text.strip_suffix('%') {
+        Some(share) => match share.trim().parse::<f64>() {
+            Ok(share) if share > 0.0 && share.is_finite() => Ok(Budget::Share(share / 100.0)),
+            _ => Err("a share above 0 %".into()),
+        },
+        None => text.parse().map(Budget::Bytes).map_err(|_| "a share (20%) or bytes".into()),
+    }
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    adapter: String,
+    driver: String,
+    backend: String,
+    experts: u32,
+    blocks: u32,
+    steps: u32,
+    agreement: f32,
+    /// Of one expert on the device.
+    expert_bytes: u64,
+    /// Of all experts on the device.
+    resident_bytes: u64,
+    budget_bytes: u64,
+    /// That the cache takes of the budget.
+    cache_bytes: u64,
+    rules: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    rule: &'static str,
+    /// Routed experts that a step's tokens use; means over the steps.
+    experts_per_step: f64,
+    /// Routed experts that some step of a block uses; mean over the blocks.
+    experts_per_block: f64,
+    /// Share of a step's experts that the step before used, first steps of blocks left out.
+    shared_with_step_before: f64,
+    peak_device_bytes: u64,
+    bytes_per_step: f64,
+    hit_rate: f64,
+    prefetched: u64,
+    rounds_per_step: f64,
+    ms_per_step: f64,
+    resident_ms_per_step: f64,
+    /// Bytes moved in each step of a block; means over the blocks.
+    bytes_of_step: Vec<f64>,
+    ok: bool,
+}
+
+/// Tokens that LLaDA2.x decodes together.
+const BLOCK: u32 = 32;
+
+/// The rules compared.
+fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
+    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
+    let Routing::TokenChoice(own) = mini.routing else {
+        return Err("llada2-mini does not route by token choice".into());
+    };
+    let elect = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..own });
+    let rules = [
+        ("original", mini.routing),
+        ("DES-V, vote(38)", elect(BlockRule::Vote(38))),
+        ("dMoE, mass(0.6, 8)", elect(BlockRule::Mass { p: 0.6, floor: 8 })),
+        ("LLaDA2.2, capacity(48)", trained),
+    ];
+    rules
+        .into_iter()
+        .map(|(name, routing)| {
+            let routing = shrink(routing, mini.experts, experts);
+            routing.check(experts).map_err(|e| format!("--experts {experts}: {name}: {e}"))?;
+            Ok((name, routing))
+        })
+        .collect()
+}
+
+/// Hidden states `[BLOCK, D]` of every step of every block.
+fn hidden_states(options: &Options, hidden: u32, rng: &mut StdRng) -> Vec<Vec<Vec<f32>>> {
+    let mut normal = |n: u32| -> Vec<f32> { (0..n).map(|_| rng.sample(StandardNormal)).collect() };
+    let (keep, fresh) = (options.agreement, (1.0 - options.agreement.powi(2)).sqrt());
+    (0..options.blocks)
+        .map(|_| {
+            let of_block = normal(hidden);
+            let mut own = normal(BLOCK * hidden);
+            (0..options.steps)
+                .map(|step| {
+                    if step > 0 {
+                        let news = normal(BLOCK * hidden);
+                        own.iter_mut().zip(news).for_each(|(z, new)| *z = keep * *z + fresh * new);
+                    }
+                    let width = hidden as usize;
+                    let mixed = own
+                        .iter()
+                        .enumerate()
+                        .map(|(i, z)| RHO.sqrt() * of_block[i % width] + (1.0 - RHO).sqrt() * z);
+                    let mut x: Vec<f32> = mixed.collect();
+                    x.iter_mut().step_by(width).for_each(|x| *x = 1.0);
+                    x
+                })
+                .collect()
+        })
+        .collect()
+}
+
+/// Both layers, and the buffers they share.
+struct Bench<'a> {
+    gpu: &'a Gpu,
+    ctx: &'a Context,
+    settings: LayerConfig,
+    router: Router,
+    source: Arc<Pool>,
+    resident: MoeLayer,
+    hidden: wgpu::Buffer,
+    /// Of the layer with all experts, and of the one with some.
+    outs: [wgpu::Buffer; 2],
+}
+
+impl<'a> Bench<'a> {
+    fn new(
+        gpu: &'a Gpu,
+        ctx: &'a Context,
+        settings: LayerConfig,
+        rng: &mut StdRng,
+    ) -> Result<Self, Error> {
+        let router = router(ctx, &synthetic::router(rng, &settings), None)?;
+        let source = Arc::new(Pool::new(rng, &settings, WeightType::Bf16));
+        let shape = settings.expert_shape(WeightType::Bf16);
+        let weights = upload(gpu, ctx, shape, &|e, p| source.matrix(e, p))?;
+        let resident = MoeLayer::new(ctx, settings, router.clone(), weights)?;
+        let values = vec![f32::NAN; (BLOCK * settings.hidden) as usize];
+        let [hidden, all, some] = [0; 3].map(|_| gpu.upload(&values));
+        Ok(Self { gpu, ctx, settings, router, source, resident, hidden, outs: [all, some] })
+    }
+
+    fn batch(&self, out: usize) -> Batch<'_> {
+        Batch::new((&self.hidden).into(), (&self.outs[out]).into(), BLOCK)
+    }
+
+    /// Runs every step of every block under a rule, on both layers.
+    fn run(
+        &self,
+        (name, routing): (&'static str, Routing),
+        options: CacheOptions,
+        blocks: &[Vec<Vec<f32>>],
+        progress: &Progress,
+    ) -> Result<(Row, u64), Error> {
+        let Self { gpu, ctx, .. } = self;
+        let resident = self.resident.with_routing(routing)?.bind(&self.batch(0))?;
+        let settings = LayerConfig { routing, ..self.settings };
+        let (router, source) = (self.router.clone(), self.source.clone());
+        let mut layer = CachedLayer::new(ctx, &gpu.queue, settings, router, source, options)?;
+        let mut step = layer.bind(&self.batch(1))?;
+        // Kernels are compiled, perhaps, at their first run.
+        gpu.queue.write_buffer(&self.hidden, 0, bytemuck::cast_slice(&blocks[0][0]));
+        self.time_resident(&resident)?;
+
+        let steps = blocks[0].len();
+        let mut row = Row {
+            rule: name,
+            experts_per_step: 0.0,
+            experts_per_block: 0.0,
+            shared_with_step_before: 0.0,
+            peak_device_bytes: 0,
+            bytes_per_step: 0.0,
+            hit_rate: 0.0,
+            prefetched: 0,
+            rounds_per_step: 0.0,
+            ms_per_step: 0.0,
+            resident_ms_per_step: 0.0,
+            bytes_of_step: vec![0.0; steps],
+            ok: true,
+        };
+        let mut moved = 0;
+        for (b, block) in blocks.iter().enumerate() {
+            let mut touched = vec![false; self.settings.experts as usize];
+            let mut before: Vec<u32> = vec![];
+            for (i, x) in block.iter().enumerate() {
+                progress.say(format!(
+                    "{name}: block {} of {}, step {} of {steps}",
+                    b + 1,
+                    blocks.len(),
+                    i + 1
+                ));
+                gpu.queue.write_buffer(&self.hidden, 0, bytemuck::cast_slice(x));
+                row.resident_ms_per_step += self.time_resident(&resident)?;
+                row.ms_per_step += self.time_cached(&mut layer, &mut step)?;
+                let [want, got] = [0, 1].map(|out| gpu.download::<u32>(&self.outs[out]));
+                let (want, got) = (want?, got?);
+                if let Some(at) = want.iter().zip(&got).position(|(w, g)| w != g) {
+                    row.ok = false;
+                    progress.note(&format!(
+                        "{name}, block {b}, step {i}: output {at} differs: {} with all experts, {} with some",
+                        f32::from_bits(want[at]),
+                        f32::from_bits(got[at])
+                    ));
+                }
+                let union = step.union();
+                row.experts_per_step += union.len() as f64;
+                union.iter().for_each(|&e| touched[e as usize] = true);
+                if i > 0 {
+                    let shared = union.iter().filter(|&e| before.contains(e)).count();
+                    row.shared_with_step_before += shared as f64 / union.len() as f64;
+                }
+                before = union.to_vec();
+                let bytes = layer.cache().stats().bytes();
+                row.bytes_of_step[i] += (bytes - moved) as f64 / blocks.len() as f64;
+                moved = bytes;
+            }
+            row.experts_per_block += touched.iter().filter(|t| **t).count() as f64;
+        }
+        let stats = layer.cache().stats();
+        let all = (blocks.len() * steps) as f64;
+        row.experts_per_step /= all;
+        row.experts_per_block /= blocks.len() as f64;
+        row.shared_with_step_before /= (all - blocks.len() as f64).max(1.0);
+        row.peak_device_bytes = stats.peak_bytes;
+        row.bytes_per_step = stats.bytes() as f64 / all;
+        row.hit_rate = stats.hit_rate();
+        row.prefetched = stats.prefetched;
+        row.rounds_per_step = stats.rounds as f64 / all;
+        row.ms_per_step /= all;
+        row.resident_ms_per_step /= all;
+        Ok((row, layer.cache().device_bytes()))
+    }
+
+    /// Milliseconds of recording, submitting and awaiting a step.
+    fn time_resident(&self, step: &BoundLayer) -> Result<f64, Error> {
+        let start = Instant::now();
+        self.gpu.run_layer(step)?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+
+    fn time_cached(&self, layer: &mut CachedLayer, step: &mut BoundCached) -> Result<f64, Error> {
+        let start = Instant::now();
+        layer.run(&self.gpu.queue, step)?;
+        self.gpu.wait()?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
+    }
+}
+
+fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
+    if !(0.0..=1.0).contains(&options.agreement) {
+        return Err("--agreement must lie in 0..=1".into());
+    }
+    let rules = rules(options.experts)?;
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
+    let settings = LayerConfig { experts: options.experts, routing: rules[0].1, ..mini };
+    let shape = settings.expert_shape(WeightType::Bf16);
+    let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
+    let budget_bytes = match options.budget {
+        Budget::Share(share) => (share * resident_bytes as f64) as u64,
+        Budget::Bytes(bytes) => bytes,
+    };
+    progress.say("opening the device");
+    let gpu = pollster::block_on(Gpu::open(options.adapter.as_deref())).map_err(|e| e.to_string());
+    let gpu = gpu.map_err(|e| match &options.adapter {
+        Some(_) => format!("--adapter: {e}"),
+        None => e,
+    })?;
+    let say = |e: Error| e.to_string();
+    let ctx = Context::new(&gpu.device).map_err(say)?;
+    progress.say(format!("making and packing {} MB of expert weights", resident_bytes / 1_000_000));
+    let mut rng = StdRng::seed_from_u64(options.seed);
+    let bench = Bench::new(&gpu, &ctx, settings, &mut rng).map_err(say)?;
+    let blocks = hidden_states(options, settings.hidden, &mut rng);
+    let mut rows = vec![];
+    let mut cache_bytes = 0;
+    for rule in rules {
+        let (row, bytes) = bench
+            .run(rule, CacheOptions::new(budget_bytes), &blocks, progress)
+            .map_err(|e| format!("{}: {e}", rule.0))?;
+        rows.push(row);
+        cache_bytes = bytes;
+    }
+    Ok(Report {
+        adapter: gpu.info.name.clone(),
+        driver: format!("{} {}", gpu.info.driver, gpu.info.driver_info),
+        backend: gpu.info.backend.to_string(),
+        experts: options.experts,
+        blocks: options.blocks,
+        steps: options.steps,
+        agreement: options.agreement,
+        expert_bytes: shape.device_bytes(),
+        resident_bytes,
+        budget_bytes,
+        cache_bytes,
+        rules: rows,
+    })
+}
+
+/// The report as text.
+fn table(report: &Report) -> String {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    let mut text = format!(
+        "{} of a layer of LLaDA2.0-mini in bf16, {} experts of {:.1} MB and a shared one, synthetic weights; {} blocks of {BLOCK} tokens, {} steps each\n\
+         router scores are synthetic: correlation {RHO} within a block, {} of a token's own part from step to step\n\
+         all experts: {:.1} MB on the device; budget {:.1} MB ({:.1} %), of which the cache takes {:.1}\n\
+         adapter: {}, {}, {}\n\n",
+        "Denoising steps",
+        report.experts,
+        mb(report.expert_bytes),
+        report.blocks,
+        report.steps,
+        report.agreement,
+        mb(report.resident_bytes),
+        mb(report.budget_bytes),
+        100.0 * report.budget_bytes as f64 / report.resident_bytes as f64,
+        mb(report.cache_bytes),
+        report.adapter,
+        report.driver,
+        report.backend,
+    );
+    let _ = writeln!(
+        text,
+        "{:<22} {:>12} {:>13} {:>12} {:>8} {:>8} {:>6} {:>7} {:>8} {:>8} {:>8}  bits",
+        "rule",
+        "experts/step",
+        "experts/block",
+        "step before",
+        "peak MB",
+        "MB/step",
+        "hits",
+        "rounds",
+        "ms/step",
+        "all: ms",
+        "ratio"
+    );
+    for r in &report.rules {
+        let _ = writeln!(
+            text,
+            "{:<22} {:>12.1} {:>13.1} {:>10.1} % {:>8.1} {:>8.1} {:>4.0} % {:>7.1} {:>8.1} {:>8.1} {:>8.2}  {}",
+            r.rule,
+            r.experts_per_step,
+            r.experts_per_block,
+            100.0 * r.shared_with_step_before,
+            mb(r.peak_device_bytes),
+            r.bytes_per_step / 1e6,
+            100.0 * r.hit_rate,
+            r.rounds_per_step,
+            r.ms_per_step,
+            r.resident_ms_per_step,
+            r.ms_per_step / r.resident_ms_per_step,
+            if r.ok { "same" } else { "DIFFER" }
+        );
+    }
+    text += "\nstep before: share of a step's experts that the step before used. all: ms: a step with all experts on the device.\n\
+             bits: whether the outputs of all steps equal those with all experts on the device.\n";
+    text
+}
+
+/// Bytes moved over the steps of a block, a line a rule.
+fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
+    use plot::{ChartBuilder, Color, IntoDrawingArea, LineSeries, PathElement, SVGBackend};
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, (960, 460)).into_drawing_area();
+        root.fill(&plot::WHITE)?;
+        let values = report.rules.iter().flat_map(|r| &r.bytes_of_step);
+        let most = values.fold(1.0, |most: f64, bytes| most.max(bytes / 1e6));
+        let title = format!(
+            "MB moved in each step of a block, budget {:.0} of {:.0} MB",
+            report.budget_bytes as f64 / 1e6,
+            report.resident_bytes as f64 / 1e6
+        );
+        let mut chart = ChartBuilder::on(&root)
+            .caption(title, ("sans-serif", 18))
+            .margin(10)
+            .margin_right(240)
+            .x_label_area_size(40)
+            .y_label_area_size(50)
+            .build_cartesian_2d(0.5..f64::from(report.steps) + 0.5, 0.0..1.1 * most)?;
+        chart
+            .configure_mesh()
+            .x_desc("step")
+            .x_label_formatter(&|x| format!("{x:.0}"))
+            .light_line_style(plot::WHITE)
+            .draw()?;
+        for (i, rule) in report.rules.iter().enumerate() {
+            let place = i as f64 / report.rules.len() as f64;
+            let colour = plot::HSLColor(place, 0.9, 0.4);
+            let bytes = rule.bytes_of_step.iter().enumerate();
+            let points = bytes.map(|(x, bytes)| (x as f64 + 1.0, bytes / 1e6));
+            chart.draw_series(LineSeries::new(points, colour.stroke_width(2)))?;
+            let y = 40 + 20 * i as i32;
+            root.draw(&PathElement::new([(735, y + 5), (755, y + 5)], colour.stroke_width(2)))?;
+            root.draw(&plot::Text::new(rule.rule, (760, y), ("sans-serif", 13)))?;
+        }
+        root.present()?;
+    }
+    Ok(svg)
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    program::run("expert_memory", |progress| {
+        let report = run(&options, progress)?;
+        program::save(options.svg.as_deref(), || draw(&report).map_err(|e| e.to_string()))?;
+        let text = program::text_of(&report, options.json, table)?;
+        Ok(Found { text, ok: report.rules.iter().all(|r| r.ok) })
+    })
+}

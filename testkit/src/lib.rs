@@ -1,0 +1,20 @@
+//! What the tests, the benches, the studies and the bench program share, once: seeded data and layers, comparisons, the
+//! GPU of a test run, golden files, the table of rules, works that are timed. It is not published.
+pub mod cases;
+pub mod checkpoint_writer;
+pub mod compare;
+pub mod device;
+pub mod golden_layer;
+pub mod layer;
+pub mod program;
+pub mod rules;
+pub mod statistics;
+pub mod synthetic;
+pub mod works;
+
+/// What nearly every test of a kernel needs.
+pub mod prelude {
+    pub use crate::cases::random;
+    pub use crate::compare::{assert_close, assert_same, exact, mismatch};
+    pub use crate::device::{Output, contexts, gpu, own_contexts, run, variant_name};
+}

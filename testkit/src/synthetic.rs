@@ -1,0 +1,139 @@
+//! Layers of a model's size without a model: weights that are cheap to make, routers whose scores look like a model's, rules
+//! for fewer experts.
+use half::{bf16, f16};
+use rand::{Rng, rngs::StdRng};
+use rand_distr::StandardNormal;
+use wgmoe::layer::cached::ExpertSource;
+use wgmoe::routing::{BlockRule, Groups, Routing, SequenceTop, TokenChoice};
+use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::{Error, LayerConfig, WeightType};
+
+/// Share of a block's own part in the variance of its tokens' router logits: the one thing fitted, to 69.5 experts a block.
+pub const RHO: f32 = 0.6;
+
+/// Values `[tokens, width]` of blocks: a normal vector of the block and one of each token, mixed, of variance 1.
+pub fn mixture(rng: &mut StdRng, tokens: u32, block: u32, width: u32) -> Vec<f32> {
+    let (shared, own) = (RHO.sqrt(), (1.0 - RHO).sqrt());
+    let mut values = Vec::with_capacity(tokens as usize * width as usize);
+    let mut of_block = vec![0f32; width as usize];
+    for t in 0..tokens {
+        if t % block == 0 {
+            of_block.fill_with(|| rng.sample(StandardNormal));
+        }
+        let own_part = |z: &f32| shared * z + own * rng.sample::<f32, _>(StandardNormal);
+        values.extend(of_block.iter().map(own_part));
+    }
+    values
+}
+
+/// Hidden states `[tokens, D]` of such blocks. Value 0 is 1: it carries what the router adds to every logit.
+pub fn hidden_states(rng: &mut StdRng, tokens: u32, block: u32, hidden: u32) -> Vec<f32> {
+    let mut x = mixture(rng, tokens, block, hidden);
+    x.iter_mut().step_by(hidden as usize).for_each(|x| *x = 1.0);
+    x
+}
+
+/// A router `[E, D]` that makes of hidden states of which value 0 is 1 and the others are standard normal the logits
+/// `2 z - 3`, z standard normal and correlated as the hidden states are.
+pub fn router(rng: &mut StdRng, settings: &LayerConfig) -> Vec<f32> {
+    let (d, experts) = (settings.hidden as usize, settings.experts as usize);
+    let deviation = 2.0 / (d as f32).sqrt();
+    let mut router: Vec<f32> =
+        (0..experts * d).map(|_| deviation * rng.sample::<f32, _>(StandardNormal)).collect();
+    router.iter_mut().step_by(d).for_each(|w| *w = -3.0);
+    router
+}
+
+/// Numbers in a storage type.
+enum Values {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Values {
+    fn new(weight_type: WeightType, values: impl Iterator<Item = f32>) -> Self {
+        match weight_type {
+            WeightType::F32 => Self::F32(values.collect()),
+            WeightType::F16 => Self::F16(values.map(f16::from_f32).collect()),
+            WeightType::Bf16 => Self::Bf16(values.map(bf16::from_f32).collect()),
+        }
+    }
+
+    fn window(&self, at: usize, count: usize) -> HostWeights<'_> {
+        match self {
+            Self::F32(v) => HostWeights::F32(&v[at..][..count]),
+            Self::F16(v) => HostWeights::F16(&v[at..][..count]),
+            Self::Bf16(v) => HostWeights::Bf16(&v[at..][..count]),
+        }
+    }
+}
+
+/// Expert weights from two pools of uniform numbers: each matrix is a window at a place of its own, so that a layer of
+/// gigabytes takes megabytes and no time to make. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
+pub struct Pool {
+    count: usize,
+    /// Of gate and up, and of down.
+    inner: Values,
+    outer: Values,
+}
+
+/// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
+const STRIDE: usize = 1009;
+
+impl Pool {
+    pub fn new(rng: &mut StdRng, settings: &LayerConfig, weight_type: WeightType) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
+        let count = hidden as usize * intermediate as usize;
+        let all = count + 3 * (experts + shared_experts) as usize * STRIDE;
+        let mut pool = |width: u32| {
+            let most = (3.0 / width as f32).sqrt();
+            Values::new(weight_type, (0..all).map(|_| rng.random_range(-most..most)))
+        };
+        let (inner, outer) = (pool(hidden), pool(intermediate));
+        Self { count, inner, outer }
+    }
+
+    pub fn matrix(&self, expert: u32, projection: Projection) -> HostWeights<'_> {
+        let (pool, place) = match projection {
+            Projection::Gate => (&self.inner, 0),
+            Projection::Up => (&self.inner, 1),
+            Projection::Down => (&self.outer, 2),
+        };
+        pool.window((3 * expert as usize + place) * STRIDE, self.count)
+    }
+}
+
+impl ExpertSource for Pool {
+    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>, Error> {
+        Ok(Self::matrix(self, expert, projection))
+    }
+}
+
+/// A rule for fewer experts: counts of experts shrink in proportion, groups keep their size; where those no longer divide
+/// the experts, there are none.
+pub fn shrink(routing: Routing, from: u32, to: u32) -> Routing {
+    let part = |n: u32| (n * to / from).max(1);
+    match routing {
+        Routing::TokenChoice(rule) => Routing::TokenChoice(TokenChoice {
+            top: rule.top.min(to),
+            groups: rule.groups.and_then(|Groups { count, top }| {
+                let size = from / count;
+                let groups = to / size;
+                let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
+                (to.is_multiple_of(size) && top <= groups).then_some(Groups { count: groups, top })
+            }),
+            coreset: rule.coreset.map(|block| match block {
+                BlockRule::Mass { p, floor } => BlockRule::Mass { p, floor: part(floor) },
+                BlockRule::Capacity(n) => BlockRule::Capacity(part(n)),
+                BlockRule::Vote(n) => BlockRule::Vote(part(n)),
+                BlockRule::Union(n) => BlockRule::Union(n.min(to)),
+            }),
+            ..rule
+        }),
+        Routing::SequenceTop(rule) => {
+            Routing::SequenceTop(SequenceTop { top: rule.top.min(to), ..rule })
+        }
+        other => other,
+    }
+}
