@@ -5,7 +5,7 @@
 //   by_count [experts + 1] f32 where has_by_count; by_expert [experts] f32 where has_by_expert
 //   offsets [range_count] u32, of which those that decrease or exceed the tokens are counted
 //   gates [tokens, experts] f32, written at assigned pairs alone
-//   plan u32, stats [8 + experts] u32, written whole
+//   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
 // Grid: one group; LANES lanes a token.
 // Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
 //   plan/fill.
@@ -14,7 +14,9 @@ struct Params {
   tokens: u32,
   experts: u32,
   shared_experts: u32,
-  slots: u32,
+  slots: u32,        // bound, shared experts' included
+  routed_slots: u32, // bound
+  add_stats: u32,    // 1: to what stats holds
   rule: u32,
   has_by_count: u32,
   has_by_expert: u32,

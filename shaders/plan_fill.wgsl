@@ -1,7 +1,7 @@
 // Last part of a plan: token_of[s] and gate_of[s] of each slot s, slot_of[token_offsets[t] + i] of each token
 // t, i over its experts, then over shared experts; both in order, from offsets and ranks.
 //   assigned [experts, columns] bit set; gates [tokens, experts] f32; plan: in: offsets, ranks; out: these
-//     lists
+//     lists, and token_offsets where slots are cut: those are in no list
 // Grid: ceil(tokens / 32) groups, LANES lanes a token.
 // Pieces: common/grid, plan/column, plan/fill.
 
@@ -9,7 +9,8 @@ struct Params {
   tokens: u32,
   experts: u32,
   shared_experts: u32,
-  slots: u32,
+  slots: u32,        // bound, shared experts' included
+  routed_slots: u32, // bound
   expert_offsets: u32, // sections of the plan
   token_offsets: u32,
   ranks: u32,

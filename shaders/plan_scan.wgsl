@@ -1,13 +1,13 @@
 // Second part of a plan: offsets[i] = sum of counts[0..i], for experts and for tokens; active experts, items,
 // statistics.
-//   plan: in: counts where the offsets will stand; out: head, both offsets, active experts, items of the two
-//     row classes
+//   plan: in: counts where the offsets will stand; out: head, both offsets (of tokens: only where nothing is
+//     cut), active experts, items of the two row classes
 //   lost [dropped experts + ignored words] u32, added up
 //   offsets [ranges + 1] u32, of which those that decrease or exceed the tokens are counted
-//   stats [8 + experts] u32: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, 0,
-//     0; tokens of each expert
-// Shared experts follow the routed ones and hold every token. Slots past `slots` are cut off and counted as
-// ignored.
+//   stats [8 + experts] u32: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, cut
+//     slots, 0; slots of each expert; written, or added to what is there where add_stats
+// Shared experts follow the routed ones and hold every token. Routed slots past `routed_slots` are cut: of
+// the last experts, an expert's last tokens first. Shared experts' slots follow those that are left.
 // Items: an expert with n rows gets n / tile_rows whole tiles. What is left becomes one skinny item where it
 // is at most skinny_rows rows, else one more tile.
 // Grid: one group.
@@ -17,7 +17,8 @@ struct Params {
   tokens: u32,
   experts: u32,
   shared_experts: u32,
-  slots: u32,
+  routed_slots: u32, // bound
+  add_stats: u32,    // 1: to what stats holds
   drop_count: u32,
   ignore_count: u32,
   range_count: u32,

@@ -56,6 +56,7 @@ impl Planning {
                     offsets: args.offsets,
                     plan: args.plan.slice(),
                     stats: args.stats.slice(),
+                    add_stats: false,
                 };
                 Ok(vec![self.block.bind(args.shape, args_of_block)?])
             }
@@ -105,7 +106,7 @@ impl Planning {
     /// Offsets, items, statistics and lists, from counts.
     fn lists(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<[BoundOp; 2]> {
         let (plan, stats) = (args.plan.slice(), args.stats.slice());
-        let scan = plan_scan::Args { lost, offsets: args.offsets, plan, stats };
+        let scan = plan_scan::Args { lost, offsets: args.offsets, plan, stats, add_stats: false };
         let (assigned, gates) = (args.assigned.slice(), args.gate_values.slice());
         Ok([
             self.scan.bind(args.shape, scan)?,

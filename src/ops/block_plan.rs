@@ -27,7 +27,7 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, shared_experts: u32, slots: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
     drop_count: u32, ignore_count: u32, range_count: u32, tile_rows: u32, skinny_rows: u32, expert_offsets: u32,
     token_offsets: u32, active_experts: u32, skinny_offsets: u32, skinny_items: u32, tile_offsets: u32, tile_items: u32,
     ranks: u32, token_of: u32, gate_of: u32, slot_of: u32,
@@ -63,8 +63,11 @@ pub struct Args<'a> {
     pub offsets: Option<Slice<'a>>,
     /// A plan of the shape, written whole.
     pub plan: Slice<'a>,
-    /// `[8 + experts]` u32, written whole: see [`Stats`](plan_scan::Stats).
+    /// `[8 + experts]` u32, written whole: see [`Stats`](crate::plan::Stats).
     pub stats: Slice<'a>,
+    /// Whether the statistics are added to what `stats` holds, as for
+    /// [`plan_scan`](super::plan_scan::Args::add_stats).
+    pub add_stats: bool,
 }
 
 /// The GPU kernel.
@@ -109,6 +112,8 @@ impl BlockPlan {
             experts,
             shared_experts,
             slots: shape.slots()?,
+            routed_slots: shape.routed_slots,
+            add_stats: args.add_stats.into(),
             rule: args.gates.rule.number(),
             has_by_count: scales.by_count.is_some().into(),
             has_by_expert: scales.by_expert.is_some().into(),

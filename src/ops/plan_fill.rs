@@ -19,7 +19,7 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, shared_experts: u32, slots: u32, expert_offsets: u32, token_offsets: u32, ranks: u32,
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, expert_offsets: u32, token_offsets: u32, ranks: u32,
     token_of: u32, gate_of: u32, slot_of: u32,
 }
 
@@ -78,6 +78,7 @@ impl PlanFill {
             experts,
             shared_experts,
             slots: shape.slots()?,
+            routed_slots: shape.routed_slots,
             expert_offsets: at.expert_offsets,
             token_offsets: at.token_offsets,
             ranks: at.ranks,

@@ -20,7 +20,7 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, shared_experts: u32, slots: u32, drop_count: u32, ignore_count: u32, range_count: u32,
+    tokens: u32, experts: u32, shared_experts: u32, routed_slots: u32, add_stats: u32, drop_count: u32, ignore_count: u32, range_count: u32,
     tile_rows: u32, skinny_rows: u32, expert_offsets: u32, token_offsets: u32, active_experts: u32, skinny_offsets: u32,
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
@@ -53,8 +53,11 @@ pub struct Args<'a> {
     pub offsets: Option<Slice<'a>>,
     /// A plan of the shape that holds counts, read and written.
     pub plan: Slice<'a>,
-    /// `[8 + experts]` u32, written whole: see [`Stats`].
+    /// `[8 + experts]` u32, written whole: see [`Stats`](crate::plan::Stats).
     pub stats: Slice<'a>,
+    /// Whether the statistics are added to what `stats` holds (zeros to begin with) rather than
+    /// replacing it: sums over the steps and layers that share a buffer.
+    pub add_stats: bool,
 }
 
 /// The GPU kernel.
@@ -89,6 +92,7 @@ impl PlanScan {
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`]).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
+        shape.slots()?;
         args.plan.expect("plan", &[at.words.into()], 4)?;
         args.stats.expect("stats", &[8 + u64::from(shape.experts)], 4)?;
         if let Some(l) = args.lost {
@@ -98,7 +102,8 @@ impl PlanScan {
             tokens: shape.tokens,
             experts: shape.experts,
             shared_experts: shape.shared_experts,
-            slots: shape.slots()?,
+            routed_slots: shape.routed_slots,
+            add_stats: args.add_stats.into(),
             drop_count: args.lost.map_or(0, |l| l.dropped),
             ignore_count: args.lost.map_or(0, |l| l.ignored),
             range_count: args.offsets.map_or(0, |o| (o.size / 4) as u32),

@@ -2,15 +2,33 @@
 //!
 //! | section | words | what |
 //! |---|---|---|
-//! | head | 8 | slots, active experts, tiles, skinny items, 0... |
+//! | head | 8 | slots, active experts, tiles, skinny items, slots cut, ... |
 //! | `expert_offsets` | X + 1 | first slot of each expert, exclusive; X = experts + shared experts |
 //! | `token_offsets` | T + 1 | first entry of each token in `slot_of` |
-//! | `active` | E | routed experts that have a token, ascending |
+//! | `active` | E | routed experts that have a slot, ascending |
 //! | `skinny_offsets`, `tile_offsets` | X + 1 each | first item of each expert |
 //! | `skinny_items`, `tile_items` | 2 each | (expert, first slot) of each item |
 //! | `ranks` | E x ceil(T / 32) | slots of an expert below each word of its bits |
 //! | `token_of`, `gate_of` | S each | token, gate (f32 bits) of each slot |
-//! | `slot_of` | S | slots of each token: routed experts ascending, then shared; `u32::MAX`: cut off |
+//! | `slot_of` | S | slots of each token: routed experts ascending, then shared |
+//!
+//! # Slots
+//!
+//! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones: each
+//! takes every token.
+//!
+//! A plan has room for [`PlanShape::routed_slots`] routed slots. Where more pairs are assigned, the
+//! last ones in that order are cut: the highest experts lose their tokens first, and of the one expert
+//! that keeps some the last tokens go. What is cut is in no list, is not computed, and adds nothing to
+//! `out`; [`Stats::cut`] counts it. Shared experts' slots are reserved, and never cut.
+//!
+//! # Items
+//!
+//! An item is what one workgroup of a matmul computes: an expert, and its first slot. An expert with n
+//! slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than `tile_rows`, is one
+//! item of the skinny kernel where it is at most [`PlanShape::skinny_rows`] slots, and else one more
+//! item of the tile kernel. The three kernels that make items, the matmuls that read them and
+//! [`HostPlan::cpu`] all follow this rule.
 pub mod bits;
 mod host;
 mod stats;
@@ -31,7 +49,7 @@ pub struct PlanShape {
     pub experts: u32,
     /// Shared experts: each takes every token with gate 1.
     pub shared_experts: u32,
-    /// Bound of the routed slots; work past it is cut off and counted as ignored.
+    /// Bound of the routed slots; those past it are cut, and counted ([`Stats::cut`]).
     pub routed_slots: u32,
     /// Rows of an item of the tile kernel.
     pub tile_rows: u32,

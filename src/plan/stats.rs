@@ -1,22 +1,35 @@
 //! What a step did, as the device counts it.
 use crate::{Error, Result};
 
-/// What one step did, as [`PlanScan`] writes it: `[8 + experts]` u32.
+/// What one step did, as the plan's kernels write it: `[8 + experts]` u32.
+///
+/// What adds up, of (token, expert) pairs of the routed experts:
+///
+/// - `slots` is the sum of `tokens_per_expert`: what the experts compute.
+/// - `slots + cut` is what was chosen, and left by the capacity factor.
+/// - `slots + cut + dropped` is what was chosen. Of another router's ids, `ignored` come on top.
+///
+/// Added up over steps ([`plan_scan::Args::add_stats`](crate::ops::plan_scan::Args::add_stats)), each
+/// is a sum, `unique_experts` included. A sum stays at `u32::MAX` rather than passing it: 2^32 slots
+/// are 32,768 layers of 16,384 tokens with 8 experts each, so read and clear it before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// (token, expert) pairs, shared experts apart.
+    /// (token, expert) pairs that the plan holds, shared experts apart.
     pub slots: u32,
-    /// Experts that some token uses.
+    /// Experts that hold a slot.
     pub unique_experts: u32,
     /// Pairs dropped by the capacity factor.
     pub dropped: u32,
-    /// Ids of another router that were out of range or repeated, and slots past the plan's bound.
+    /// Ids of another router that were out of range or repeated.
     pub ignored: u32,
-    /// Tokens that no expert took.
+    /// Tokens that no expert took. A token whose slots are all cut was taken.
     pub untouched: u32,
-    /// Offsets of blocks or sequences that decrease or exceed the tokens.
+    /// Offsets of blocks or sequences that exceed the tokens or are below the offset just before, as
+    /// the caller gave them: after 0, 40, 30, 35 only the 30 counts, though 35 is clamped to 40 too.
     pub clamped: u32,
-    /// Tokens of each expert.
+    /// Pairs past the plan's bound ([`PlanShape::routed_slots`](crate::PlanShape::routed_slots)).
+    pub cut: u32,
+    /// Slots of each expert.
     pub tokens_per_expert: Vec<u32>,
 }
 
@@ -33,7 +46,7 @@ impl Stats {
     /// [`Error::Size`] for fewer than 8.
     pub fn from_words(words: &[u32]) -> Result<Self> {
         match words {
-            [slots, unique_experts, dropped, ignored, untouched, clamped, _, _, rest @ ..] => {
+            [slots, unique_experts, dropped, ignored, untouched, clamped, cut, _, rest @ ..] => {
                 Ok(Self {
                     slots: *slots,
                     unique_experts: *unique_experts,
@@ -41,6 +54,7 @@ impl Stats {
                     ignored: *ignored,
                     untouched: *untouched,
                     clamped: *clamped,
+                    cut: *cut,
                     tokens_per_expert: rest.to_vec(),
                 })
             }

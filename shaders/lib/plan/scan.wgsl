@@ -9,6 +9,20 @@ fn items_of(rows: u32) -> vec2<u32> {
   return vec2(rows / params.tile_rows + u32(rest > 0u) - skinny, skinny);
 }
 
+// The first slot of what comes after `before` slots, of which `cut` routed ones are not there.
+fn first_slot(before: u32, cut: u32) -> u32 {
+  return max(min(before, params.routed_slots), max(before, cut) - cut);
+}
+
+// A statistic, or what is added to one: a sum that leaves 32 bits stays at their end.
+fn report(i: u32, n: u32) {
+  var sum = n;
+  if params.add_stats == 1u {
+    sum += stats[i];
+  }
+  stats[i] = select(sum, 0xffffffffu, sum < n);
+}
+
 fn scan_counts(lane: Lane) {
   let index = lane.index;
   let all = params.experts + params.shared_experts;
@@ -17,49 +31,53 @@ fn scan_counts(lane: Lane) {
   let stretch = (all + WG - 1u) / WG;
   let low = min(index * stretch, all);
   let high = min(low + stretch, all);
-  var rows = vec2<u32>(); // (all, active routed experts)
+  var rows = 0u;
   for (var e = low; e < high; e++) {
     var n = params.tokens;
     if e < params.experts {
       n = plan[params.expert_offsets + e];
-      stats[8u + e] = n;
-      rows.y += u32(n > 0u);
     }
-    rows.x += n;
+    rows += n;
   }
-  let scan = team_scan(lane, vec4(rows, 0u, 0u));
+  let scan = team_scan(lane, vec4(rows, 0u, 0u, 0u));
+  // Shared experts' slots are there whatever is cut.
+  let routed = scan.total.x - params.shared_experts * params.tokens;
+  let cut = routed - min(routed, params.routed_slots);
   var offset = scan.before.x;
-  var alive = scan.before.y;
-  var items = vec2<u32>(); // (tiles, skinny)
+  var items = vec3<u32>(); // (tiles, skinny, active routed experts)
   for (var e = low; e < high; e++) {
     var n = params.tokens;
     if e < params.experts {
       n = plan[params.expert_offsets + e];
-      if n > 0u {
-        plan[params.active_experts + alive] = e;
-        alive++;
-      }
     }
-    let begin = min(offset, params.slots);
+    let begin = first_slot(offset, cut);
     plan[params.expert_offsets + e] = begin;
     offset += n;
-    items += items_of(min(offset, params.slots) - begin);
+    n = first_slot(offset, cut) - begin;
+    items += vec3(items_of(n), u32(e < params.experts && n > 0u));
+    if e < params.experts {
+      report(8u + e, n);
+    }
   }
-  let total = min(scan.total.x, params.slots);
+  let total = scan.total.x - cut;
   if index == 0u {
     plan[params.expert_offsets + all] = total;
   }
-  let item_scan = team_scan(lane, vec4(items, 0u, 0u));
-  items = item_scan.before.xy;
-  offset = min(scan.before.x, params.slots);
+  let item_scan = team_scan(lane, vec4(items, 0u));
+  items = item_scan.before.xyz;
+  offset = first_slot(scan.before.x, cut);
   for (var e = low; e < high; e++) {
     var end = total;
     if e + 1u < high {
       end = plan[params.expert_offsets + e + 1u];
     } else {
-      end = min(scan.before.x + rows.x, params.slots);
+      end = first_slot(scan.before.x + rows, cut);
     }
     let own = items_of(end - offset);
+    let active = e < params.experts && end > offset;
+    if active {
+      plan[params.active_experts + items.z] = e;
+    }
     plan[params.tile_offsets + e] = items.x;
     plan[params.skinny_offsets + e] = items.y;
     for (var i = 0u; i < own.x; i++) {
@@ -70,11 +88,11 @@ fn scan_counts(lane: Lane) {
       plan[params.skinny_items + 2u * items.y] = e;
       plan[params.skinny_items + 2u * items.y + 1u] = offset + own.x * params.tile_rows;
     }
-    items += own;
+    items += vec3(own, u32(active));
     offset = end;
   }
 
-  // Tokens.
+  // Tokens. Where slots are cut, the lists of tokens are shorter: plan/fill finds them.
   let token_stretch = (params.tokens + WG - 1u) / WG;
   let token_low = min(index * token_stretch, params.tokens);
   let token_high = min(token_low + token_stretch, params.tokens);
@@ -87,7 +105,7 @@ fn scan_counts(lane: Lane) {
   offset = token_scan.before.x;
   for (var t = token_low; t < token_high; t++) {
     let n = plan[params.token_offsets + t] + params.shared_experts;
-    plan[params.token_offsets + t] = min(offset, params.slots);
+    plan[params.token_offsets + t] = offset;
     offset += n;
   }
 
@@ -105,21 +123,21 @@ fn scan_counts(lane: Lane) {
   let losses_scan = team_scan(lane, vec4(lost, 0u));
 
   if index == 0u {
-    plan[params.token_offsets + params.tokens] = min(token_scan.total.x, params.slots);
+    plan[params.token_offsets + params.tokens] = token_scan.total.x - cut;
     plan[params.tile_offsets + all] = item_scan.total.x;
     plan[params.skinny_offsets + all] = item_scan.total.y;
     plan[0] = total;
-    plan[1] = scan.total.y;
+    plan[1] = item_scan.total.z;
     plan[2] = item_scan.total.x;
     plan[3] = item_scan.total.y;
-    let cut = scan.total.x - total;
-    stats[0] = min(token_scan.total.x - params.shared_experts * params.tokens, params.slots);
-    stats[1] = scan.total.y;
-    stats[2] = losses_scan.total.x;
-    stats[3] = losses_scan.total.y + cut;
-    stats[4] = token_scan.total.y;
-    stats[5] = losses_scan.total.z;
-    stats[6] = 0u;
-    stats[7] = 0u;
+    plan[4] = cut;
+    report(0u, routed - cut);
+    report(1u, item_scan.total.z);
+    report(2u, losses_scan.total.x);
+    report(3u, losses_scan.total.y);
+    report(4u, token_scan.total.y);
+    report(5u, losses_scan.total.z);
+    report(6u, cut);
+    report(7u, 0u);
   }
 }
