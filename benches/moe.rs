@@ -78,8 +78,7 @@ impl Bench {
             let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
             let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
             if !contexts.iter().any(|(n, _)| *n == name) {
-                contexts
-                    .push((name, Context::with_variant(&gpu.device, v, None).expect("a context")));
+                contexts.push((name, Context::with_variant(&gpu.device, v).expect("a context")));
             }
         }
         Some(Self { gpu, contexts, full })
@@ -97,7 +96,7 @@ impl Bench {
             Ready::BoundOp(step) => {
                 step.record(&mut encoder.begin_compute_pass(&Default::default()))
             }
-            Ready::Layer(bound) => bound.step.record(&mut encoder),
+            Ready::Layer(bound) => bound.step.encode(&mut encoder),
         }
         self.gpu.queue.submit([encoder.finish()]);
         self.gpu.device.poll(wgpu::PollType::wait_indefinitely()).expect("the device");
@@ -232,11 +231,12 @@ fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let args = scores::Args {
                 logits: (&logits_in).into(),
                 bias: Some((&bias_in).into()),
-                s: (&s).into(),
-                r: (&r).into(),
+                scores: (&s).into(),
+                values: (&r).into(),
             };
             let op = scores::Scores::new(ctx).unwrap();
-            let step = op.bind(&scores::Dims { tokens, experts }, score, false, args).unwrap();
+            let step =
+                op.bind(&scores::Dims { tokens, experts, score, by_logits: false }, args).unwrap();
             gpu.run(&step).unwrap();
             let want = scores::cpu(&logits, experts as usize, score, false, Some(&bias));
             close(&bench.download(&s), &want.0, 1e-30, 1e-5, &format!("{what}: s")).unwrap();
@@ -292,9 +292,9 @@ fn token_choice_step(
     let r_in = gpu.upload(&r);
     let assigned = bench.poisoned(experts * columns(tokens));
     let args =
-        token_choice::Args { r: (&r_in).into(), coresets: None, assigned: (&assigned).into() };
+        token_choice::Args { values: (&r_in).into(), coresets: None, assigned: (&assigned).into() };
     let op = token_choice::TokenChoice::new(ctx, experts, top, groups).unwrap();
-    let step = op.bind(tokens, args).unwrap();
+    let step = op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap();
     gpu.run(&step).unwrap();
     let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
     same(&bench.download(&assigned), &want, what).unwrap();
@@ -346,8 +346,8 @@ fn bench_coreset(bench: &Bench, c: &mut Criterion) {
             let (members, block_of) =
                 (bench.poisoned(blocks * EXPERTS / 32), bench.poisoned(tokens));
             let args = coreset::Args {
-                r: (&r_in).into(),
-                own: rule.own_top(8).map(|_| (&own_in).into()),
+                values: (&r_in).into(),
+                own_choice: rule.own_top(8).map(|_| (&own_in).into()),
                 offsets: (&offsets_in).into(),
                 voters: None,
                 members: (&members).into(),
@@ -375,7 +375,7 @@ fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
             let (r_in, offsets) = (gpu.upload(&r), gpu.upload(&[0, tokens]));
             let assigned = bench.poisoned(experts * columns(tokens));
             let args = sequence_top::Args {
-                r: (&r_in).into(),
+                values: (&r_in).into(),
                 offsets: (&offsets).into(),
                 assigned: (&assigned).into(),
             };
@@ -600,6 +600,7 @@ fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
                 members: (&members).into(),
                 counts: (&counts).into(),
                 bytes: (&bytes).into(),
+                totals: None,
             };
             let dims = expert_union::Dims { tokens, experts, blocks, expert_bytes };
             let step = expert_union::ExpertUnion::new(ctx).unwrap().bind(&dims, args).unwrap();
@@ -700,7 +701,7 @@ fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
         work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
     });
     let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
-    let (settings, unique) = (layer.settings(), choice.unique_experts());
+    let (settings, unique) = (layer.config(), choice.unique_experts());
     let loads = choice.loads();
     eprintln!(
         "{what}: {} slots, {unique} of {} routed experts used, at most {} slots each, weights of {:.1} MB read",

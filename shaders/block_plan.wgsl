@@ -2,7 +2,7 @@
 // one after the other; see there for the formulas. tokens <= 32; no capacity drops anything.
 //   assigned [experts] words of the bit set
 //   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
-//   by_count [experts + 1] f32 where has_by_count; by_expert [experts] f32 where has_by_expert
+//   scale_by_count [experts + 1] f32 where has_scale_by_count; scale_by_expert [experts] f32 where has_scale_by_expert
 //   offsets [range_count] u32, of which those that decrease or exceed the tokens are counted
 //   gates [tokens, experts] f32, written at assigned pairs alone
 //   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
@@ -18,8 +18,8 @@ struct Params {
   routed_slots: u32, // bound
   add_stats: u32,    // 1: to what stats holds
   rule: u32,
-  has_by_count: u32,
-  has_by_expert: u32,
+  has_scale_by_count: u32,
+  has_scale_by_expert: u32,
   scale: f32,
   drop_count: u32,   // 0
   ignore_count: u32, // 0
@@ -42,8 +42,8 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> assigned: array<u32>;
 @group(0) @binding(2) var<storage, read> source: array<u32>;
-@group(0) @binding(3) var<storage, read> by_count: array<f32>;
-@group(0) @binding(4) var<storage, read> by_expert: array<f32>;
+@group(0) @binding(3) var<storage, read> scale_by_count: array<f32>;
+@group(0) @binding(4) var<storage, read> scale_by_expert: array<f32>;
 @group(0) @binding(5) var<storage, read> offsets: array<u32>;
 @group(0) @binding(6) var<storage, read_write> gates: array<f32>;
 @group(0) @binding(7) var<storage, read_write> plan: array<u32>;

@@ -290,8 +290,8 @@ impl Input {
         let (bytes, flops) = match part {
             // Logits; the scores where there are any; the bits and the coresets.
             Part::Routing => {
-                let same =
-                    self.bound.step.selection().is_some_and(|[g, s, _]| g.buffer == s.buffer);
+                let same = testkit::layer::selection(&self.bound.step)
+                    .is_some_and(|[g, s, _]| g.buffer == s.buffer);
                 let scores = if same { 0.0 } else { t * e };
                 (4.0 * (t * e + scores + choice.coreset_words as f64) + bits, 0.0)
             }

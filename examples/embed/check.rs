@@ -37,7 +37,8 @@ pub(crate) fn blocks(settings: &LayerConfig, x: &[f32]) -> Result<(), Box<dyn st
         };
         let hidden: Vec<f32> = pair[0].chunks(HIDDEN as usize).flat_map(norm).collect();
         let weight = router(settings, block);
-        let router = HostRouter { weight: &weight, bias: None, by_count: None, by_expert: None };
+        let router =
+            HostRouter { weight: &weight, bias: None, scale_by_count: None, scale_by_expert: None };
         let matrices: Vec<_> = (0..settings.experts + settings.shared_experts)
             .map(|e| Projection::ALL.map(|p| matrix(settings, block, e, p)))
             .collect();

@@ -2,7 +2,7 @@
 //! activations lie in, one encoder. Each of its blocks is a kernel of the engine's (`engine.wgsl`), a layer of ours, and
 //! another kernel of the engine's; all are one submission, and each is compared with the CPU (`check.rs`).
 use std::{cell::Cell, time::Instant};
-use wgmoe::layer::{Batch, LayerConfig, MoeLayer, Router, Scratch, Tensor};
+use wgmoe::layer::{Batch, MoeLayer, Router, Scratch, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
 use wgmoe::wgpu::{self, BufferUsages as Usage, ComputePass, ComputePipeline};
 use wgmoe::{Context, Slice, models};
@@ -61,10 +61,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Our layers: one context, one scratch, and for each block a layer, bound once.
     let settings = models::find("llada2-mini").ok_or("no such model")?.settings;
-    let settings = LayerConfig { hidden: HIDDEN, intermediate: 32, experts: 64, ..settings };
-    let (ctx, scratch, mut steps) = (Context::new(&device)?, Scratch::new(), vec![]);
+    let settings = {
+        let mut config = settings;
+        config.hidden = HIDDEN;
+        config.intermediate = 32;
+        config.experts = 64;
+        config
+    };
+    let ctx = Context::new(&device)?;
+    let (scratch, mut steps) = (Scratch::new(&ctx), vec![]);
     for block in 0..BLOCKS {
-        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16), None)?;
+        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16))?;
         for expert in 0..weights.shape().experts {
             for p in Projection::ALL {
                 let values = check::matrix(&settings, block, expert, p);
@@ -72,11 +79,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         let weight = Tensor::new(&ctx, "router", &check::router(&settings, block))?;
-        let router = Router { weight, bias: None, by_count: None, by_expert: None };
+        let router = Router::new(weight);
         let start = Instant::now();
         let layer = MoeLayer::new(&ctx, settings, router, weights)?;
         println!("layer {block}: {:.1?}, {} pipelines so far", start.elapsed(), ctx.pipelines());
-        let batch = Batch { scratch: Some(&scratch), ..Batch::new(hidden, out, TOKENS) };
+        let batch = Batch::new(hidden, TOKENS).into_out(out).with_scratch(&scratch);
         steps.push(layer.bind(&batch)?);
     }
     println!("scratch: {} bytes, shared by all layers", scratch.bytes());
@@ -86,7 +93,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut pass = encoder.begin_compute_pass(&Default::default());
     for (step, x) in steps.iter().zip(x.windows(2)) {
         run(&mut pass, &norm, &[x[0], hidden], TOKENS);
-        step.record_in(&mut pass);
+        step.record(&mut pass);
         run(&mut pass, &add, &[x[0], out, x[1]], TOKENS * HIDDEN);
     }
     drop(pass);

@@ -325,7 +325,7 @@ const SCORES: f32 = 1e-5;
 fn wall(gpu: &Gpu, step: &wgmoe::layer::BoundLayer) -> Result<f64, Error> {
     let start = Instant::now();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
-    step.record(&mut encoder);
+    step.encode(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
     let waited = gpu.device.poll(wgpu::PollType::wait_indefinitely());
     waited.map_err(|e| Error::Device(e.to_string()))?;
@@ -366,17 +366,14 @@ impl OnGpu<'_> {
         let (gpu, data, progress) = (self.gpu, self.data, self.progress);
         progress.say(format!("{}: first run, which compiles the kernels", rule.name));
         let layer = self.layer.with_routing(rule.routing)?;
-        let settings = *layer.settings();
+        let settings = *layer.config();
         let (tokens, d) = (data.tokens(), settings.hidden as usize);
         let out = gpu.upload(&vec![f32::NAN; tokens * d]);
-        let mut batch = Batch::new((&self.hidden).into(), (&out).into(), tokens as u32);
+        let mut batch = Batch::new(&self.hidden, tokens as u32).into_out(&out);
         let capacity = data.capacity(rule.routing);
         let buffers = capacity.as_ref().map(|c| (gpu.upload(&data.offsets), gpu.upload(c)));
-        batch.sequences = buffers.as_ref().map(|(offsets, capacity)| Sequences {
-            count: data.lengths.len() as u32,
-            offsets: offsets.into(),
-            lengths: None,
-            capacity: capacity.into(),
+        batch.sequences = buffers.as_ref().map(|(offsets, capacity)| {
+            Sequences::new(data.lengths.len() as u32, offsets).with_capacity(capacity)
         });
         let step = layer.bind(&batch)?;
         gpu.run_layer(&step)?;
@@ -435,7 +432,7 @@ impl OnGpu<'_> {
         let (gpu, data) = (self.gpu, self.data);
         let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
         let none = || Error::Device("an empty step".into());
-        let [logits, s, r] = step.selection().ok_or_else(none)?;
+        let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
         let [logits, s, r]: [Vec<f32>; 3] =
             [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
         let gates: Vec<f32> = gpu.download(step.gates().ok_or_else(none)?)?;
@@ -445,7 +442,7 @@ impl OnGpu<'_> {
         let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
-            let want = grouped_matmul::cpu_logits(data.row(t), &data.router, d);
+            let want = wgmoe::ops::logits::cpu(data.row(t), &data.router, d);
             checks.close(&format!("token {t}: logits"), &row(&logits), &want, LOGITS, 1e-5);
             if s == logits {
                 continue; // a rule that needs no scores
@@ -542,6 +539,7 @@ impl OnGpu<'_> {
             members: (&members).into(),
             counts: (&counts).into(),
             bytes: (&bytes).into(),
+            totals: None,
         };
         gpu.run(&expert_union::ExpertUnion::new(self.ctx)?.bind(&dims, args)?)?;
         let counts: Vec<u32> = gpu.download(&counts)?;
@@ -598,11 +596,7 @@ fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> S
             let _ = write!(line, " from {top} of {count} groups");
         }
     }
-    let weights = match weights {
-        WeightType::Bf16 => "bf16",
-        WeightType::F16 => "f16",
-        WeightType::F32 => "f32",
-    };
+    let weights = weights.dtype().to_lowercase();
     let from = if subject.stored.is_some() { "from the checkpoint" } else { "synthetic" };
     line + &format!("; {weights} weights, {from}")
 }
@@ -765,11 +759,12 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
     // A stored layer is as wide as it is.
     let narrow = match subject.stored {
         Some(_) => settings,
-        None => LayerConfig {
-            hidden: settings.hidden.min(128),
-            intermediate: settings.intermediate.min(32),
-            ..settings
-        },
+        None => {
+            let mut config = settings;
+            config.hidden = settings.hidden.min(128);
+            config.intermediate = settings.intermediate.min(32);
+            config
+        }
     };
     let tokens = options.tokens.min(if subject.stored.is_some() { 8 } else { 128 });
     let data = Data::new(narrow, tokens, subject.source(options.weights), options.seed);
@@ -799,7 +794,7 @@ fn on_cpu(options: &Options, subject: &Subject, progress: &Progress) -> Result<R
 }
 
 fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<RuleReport, Error> {
-    let settings = LayerConfig { routing: rule.routing, ..data.settings };
+    let settings = data.settings.with_routing(rule.routing);
     let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
     let mut checks = Checks::new(rule.name, progress);
     let mut kernels = vec![];
@@ -810,7 +805,7 @@ fn rule_on_cpu(data: &Data<'_>, rule: &Rule, progress: &Progress) -> Result<Rule
         last = now;
     };
     let (score, from_logits) = (rule.routing.score(), rule.routing.by_logits());
-    let logits = grouped_matmul::cpu_logits(&data.x, &data.router, d);
+    let logits = wgmoe::ops::logits::cpu(&data.x, &data.router, d);
     lap("logits");
     let (s, r) = scores::cpu(&logits, e, score, from_logits, data.bias.as_deref());
     lap("scores");
@@ -1004,7 +999,7 @@ fn tables(report: &Report) -> String {
 fn subject(options: &Options) -> Result<Subject, String> {
     if let Some(dir) = &options.checkpoint {
         let stored = StoredLayer::open(dir, options.layer)?;
-        let settings = *stored.settings();
+        let settings = *stored.config();
         let name = format!("{}, layer {}", dir.display(), stored.number());
         return Ok(Subject { name, settings, of: settings.experts, stored: Some(stored) });
     }

@@ -26,8 +26,8 @@ impl StoredLayer {
         self.number
     }
 
-    pub(crate) fn settings(&self) -> &LayerConfig {
-        self.checkpoint.settings()
+    pub(crate) fn config(&self) -> &LayerConfig {
+        self.checkpoint.layer_config()
     }
 
     /// The router's weights and bias, in f32.

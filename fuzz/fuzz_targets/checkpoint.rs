@@ -44,7 +44,7 @@ fuzz_target!(|input: &[u8]| {
         std::fs::remove_file(list).expect("removed");
     }
     let Ok(checkpoint) = opened else { return };
-    let settings = *checkpoint.settings();
+    let settings = *checkpoint.config();
     let layers = checkpoint.config().layers;
     let Some(layer) = (0..layers).find(|&layer| !checkpoint.config().is_dense(layer)) else {
         return;

@@ -142,7 +142,7 @@ impl Checkpoint {
     }
 
     /// Shape and routing of an MoE layer.
-    pub fn settings(&self) -> &LayerConfig {
+    pub fn layer_config(&self) -> &LayerConfig {
         &self.config.settings
     }
 

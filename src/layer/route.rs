@@ -117,8 +117,8 @@ impl MoeRouting {
             source: source.slice(),
             scale: routing.scale(),
             scales: Scales {
-                by_count: self.router.scale_by_count.as_ref().map(Tensor::slice),
-                by_expert: self.router.scale_by_expert.as_ref().map(Tensor::slice),
+                scale_by_count: self.router.scale_by_count.as_ref().map(Tensor::slice),
+                scale_by_expert: self.router.scale_by_expert.as_ref().map(Tensor::slice),
             },
             gates: tensors.gates.slice(),
         };

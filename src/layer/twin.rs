@@ -114,7 +114,8 @@ pub fn cpu_routing(
         }
     };
     let source = if routing.gate() == GateRule::Softmax { logits } else { s };
-    let scales = Scales { by_count: router.scale_by_count, by_expert: router.scale_by_expert };
+    let scales =
+        Scales { scale_by_count: router.scale_by_count, scale_by_expert: router.scale_by_expert };
     let mut gates =
         plan_count::cpu(&assigned, source, experts, routing.gate(), routing.scale(), scales);
     let capacity = match routing {

@@ -16,8 +16,8 @@ pub const SPEC: Spec = Spec {
     bindings: &[
         read("assigned", 4),
         read("source", 4),
-        read("by_count", 4),
-        read("by_expert", 4),
+        read("scale_by_count", 4),
+        read("scale_by_expert", 4),
         read("offsets", 4),
         write("gates", 4),
         write("plan", 4),
@@ -27,7 +27,7 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, has_scale_by_count: u32, has_scale_by_expert: u32, scale: f32,
     drop_count: u32, ignore_count: u32, range_count: u32, tile_rows: u32, skinny_rows: u32, expert_offsets: u32,
     token_offsets: u32, active_experts: u32, skinny_offsets: u32, skinny_items: u32, tile_offsets: u32, tile_items: u32,
     ranks: u32, token_of: u32, gate_of: u32, slot_of: u32,
@@ -115,8 +115,8 @@ impl BlockPlan {
             routed_slots: shape.routed_slots,
             add_stats: args.add_stats.into(),
             rule: args.gates.rule.number(),
-            has_by_count: scales.by_count.is_some().into(),
-            has_by_expert: scales.by_expert.is_some().into(),
+            has_scale_by_count: scales.scale_by_count.is_some().into(),
+            has_scale_by_expert: scales.scale_by_expert.is_some().into(),
             scale: args.gates.scale,
             drop_count: 0,
             ignore_count: 0,
@@ -135,14 +135,15 @@ impl BlockPlan {
             gate_of: at.gate_of,
             slot_of: at.slot_of,
         };
-        let [by_count, by_expert, offsets] =
-            [scales.by_count, scales.by_expert, args.offsets].map(|s| or_nothing(&self.ctx, s));
+        let [scale_by_count, scale_by_expert, offsets] =
+            [scales.scale_by_count, scales.scale_by_expert, args.offsets]
+                .map(|s| or_nothing(&self.ctx, s));
         let gates = args.gates;
         let slices = [
             args.assigned,
             gates.source,
-            by_count,
-            by_expert,
+            scale_by_count,
+            scale_by_expert,
             offsets,
             gates.gates,
             args.plan,

@@ -51,7 +51,6 @@ pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) 
         for h in 0..hidden {
             let sum: f64 = slots
                 .iter()
-                .filter(|&&s| s != u32::MAX)
                 .map(|&s| {
                     f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h])
                 })

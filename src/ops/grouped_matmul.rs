@@ -237,6 +237,20 @@ pub struct SlotRows<'a> {
     pub first: u32,
 }
 
+/// All slots.
+impl<'a> From<Slice<'a>> for SlotRows<'a> {
+    fn from(rows: Slice<'a>) -> Self {
+        Self { rows, first: 0 }
+    }
+}
+
+/// All slots.
+impl<'a> From<&'a wgpu::Buffer> for SlotRows<'a> {
+    fn from(rows: &'a wgpu::Buffer) -> Self {
+        Slice::from(rows).into()
+    }
+}
+
 /// Where a matmul's input rows are.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {

@@ -23,8 +23,8 @@ pub const SPEC: Spec = Spec {
     bindings: &[
         read("assigned", 4),
         read("source", 4),
-        read("by_count", 4),
-        read("by_expert", 4),
+        read("scale_by_count", 4),
+        read("scale_by_expert", 4),
         write("gates", 4),
         write("plan", 4),
     ],
@@ -36,7 +36,7 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, rule: u32, has_by_count: u32, has_by_expert: u32, scale: f32,
+    tokens: u32, experts: u32, rule: u32, has_scale_by_count: u32, has_scale_by_expert: u32, scale: f32,
     expert_offsets: u32, token_offsets: u32, ranks: u32,
 }
 
@@ -64,9 +64,9 @@ fn prelude(variant: Variant) -> Prelude {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Scales<T> {
     /// `[experts + 1]` f32: a factor for tokens that n experts took (EC-DLM's scaling table).
-    pub by_count: Option<T>,
+    pub scale_by_count: Option<T>,
     /// `[experts]` f32: a factor of each expert (DiffusionGemma).
-    pub by_expert: Option<T>,
+    pub scale_by_expert: Option<T>,
 }
 
 /// The CPU twin: gates `[tokens, experts]`, 0 at pairs that are not assigned. `source` is
@@ -76,8 +76,8 @@ pub struct Scales<T> {
 /// # Panics
 ///
 /// If `experts` is 0, if `source` is not whole rows of `experts`, if `assigned` is not
-/// `experts * ceil(tokens / 32)` long, `by_count` not `experts + 1` or `by_expert` not `experts`;
-/// the message names the argument.
+/// `experts * ceil(tokens / 32)` long, `scale_by_count` not
+/// `experts + 1` or `scale_by_expert` not `experts`; the message names the argument.
 pub fn cpu(
     assigned: &[u32],
     source: &[f32],
@@ -88,11 +88,11 @@ pub fn cpu(
 ) -> Vec<f32> {
     let tokens = expect_rows("source", source.len(), "experts", experts);
     expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
-    if let Some(by_count) = scales.by_count {
-        expect_len("by_count", by_count.len(), experts + 1);
+    if let Some(factors) = scales.scale_by_count {
+        expect_len("scale_by_count", factors.len(), experts + 1);
     }
-    if let Some(by_expert) = scales.by_expert {
-        expect_len("by_expert", by_expert.len(), experts);
+    if let Some(factors) = scales.scale_by_expert {
+        expect_len("scale_by_expert", factors.len(), experts);
     }
     let mut gates = vec![0.0; source.len()];
     for t in 0..tokens {
@@ -113,10 +113,11 @@ pub fn cpu(
         let sum: f64 = mine.iter().map(|&e| term(e)).sum();
         for &e in &mine {
             let gate = if rule == GateRule::Plain { term(e) } else { term(e) / (sum + 1e-20) };
-            let by_count = scales.by_count.map_or(1.0, |s| s[mine.len()]);
-            let by_expert = scales.by_expert.map_or(1.0, |s| s[e]);
+            let scale_by_count = scales.scale_by_count.map_or(1.0, |s| s[mine.len()]);
+            let scale_by_expert = scales.scale_by_expert.map_or(1.0, |s| s[e]);
             gates[t * experts + e] =
-                (gate * f64::from(scale) * f64::from(by_count) * f64::from(by_expert)) as f32;
+                (gate * f64::from(scale) * f64::from(scale_by_count) * f64::from(scale_by_expert))
+                    as f32;
         }
     }
     gates
@@ -144,11 +145,11 @@ impl Gates<'_> {
         let pairs = [tokens.into(), experts.into()];
         self.source.expect("source", &pairs, 4)?;
         self.gates.expect("gates", &pairs, 4)?;
-        if let Some(s) = self.scales.by_count {
-            s.expect("by_count", &[u64::from(experts) + 1], 4)?;
+        if let Some(s) = self.scales.scale_by_count {
+            s.expect("scale_by_count", &[u64::from(experts) + 1], 4)?;
         }
-        if let Some(s) = self.scales.by_expert {
-            s.expect("by_expert", &[experts.into()], 4)?;
+        if let Some(s) = self.scales.scale_by_expert {
+            s.expect("scale_by_expert", &[experts.into()], 4)?;
         }
         Ok(())
     }
@@ -215,20 +216,21 @@ impl PlanCount {
             ranks: at.ranks,
             ..Params::default()
         };
-        let [mut source, mut by_count, mut by_expert] = [None; 3];
+        let [mut source, mut scale_by_count, mut scale_by_expert] = [None; 3];
         let mut gates = Slice::from(&nothing);
         if let Some(g) = args.gates {
             g.check(shape)?;
             params.rule = g.rule.number();
-            params.has_by_count = g.scales.by_count.is_some().into();
-            params.has_by_expert = g.scales.by_expert.is_some().into();
+            params.has_scale_by_count = g.scales.scale_by_count.is_some().into();
+            params.has_scale_by_expert = g.scales.scale_by_expert.is_some().into();
             params.scale = g.scale;
-            (source, by_count, by_expert) = (Some(g.source), g.scales.by_count, g.scales.by_expert);
+            (source, scale_by_count, scale_by_expert) =
+                (Some(g.source), g.scales.scale_by_count, g.scales.scale_by_expert);
             gates = g.gates;
         }
-        let [source, by_count, by_expert] =
-            [source, by_count, by_expert].map(|s| or_nothing(&self.ctx, s));
-        let slices = [args.assigned, source, by_count, by_expert, gates, args.plan];
+        let [source, scale_by_count, scale_by_expert] =
+            [source, scale_by_count, scale_by_expert].map(|s| or_nothing(&self.ctx, s));
+        let slices = [args.assigned, source, scale_by_count, scale_by_expert, gates, args.plan];
         let [lanes, expert_lanes] = lanes(self.ctx.variant().for_tokens(tokens).target);
         let groups = columns + u64::from(experts.div_ceil(32 * lanes / expert_lanes));
         Ok(self.kernel(tokens)?.dispatch(&self.ctx, &params, &slices, groups)?.into())

@@ -78,6 +78,35 @@ impl WeightType {
         Self::ALL.iter().copied().find(|t| t.dtype() == name)
     }
 
+    /// A value as it is stored, rounded to nearest, and widened again.
+    ///
+    /// ```
+    /// assert_eq!(wgmoe::WeightType::Bf16.round(1.001), 1.0);
+    /// ```
+    pub fn round(self, value: f32) -> f32 {
+        struct Round(f32);
+        impl ForValue for Round {
+            type Output = f32;
+            fn run<V: Value>(self) -> f32 {
+                V::widen(V::narrow(self.0))
+            }
+        }
+        self.run(Round(value))
+    }
+
+    /// Values as they are stored, rounded to nearest, little endian.
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
+        struct Encode<'a>(&'a [f32]);
+        impl ForValue for Encode<'_> {
+            type Output = Vec<u8>;
+            fn run<V: Value>(self) -> Vec<u8> {
+                let narrow = self.0.iter().map(|&v| V::narrow(v));
+                bytemuck::pod_collect_to_vec(&narrow.collect::<Vec<V::Bytes>>())
+            }
+        }
+        self.run(Encode(values))
+    }
+
     /// Values in 16 bytes.
     pub(crate) const fn lanes(self) -> u32 {
         (16 / self.bytes()) as u32

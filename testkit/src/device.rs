@@ -27,7 +27,7 @@ pub fn contexts(gpu: &Gpu) -> Vec<Context> {
 
 /// The same, made anew: for tests that count pipelines, which other tests would add to.
 pub fn own_contexts(gpu: &Gpu) -> Vec<Context> {
-    let context = |v| Context::with_variant(&gpu.device, v, None).expect("a context");
+    let context = |v| Context::with_variant(&gpu.device, v).expect("a context");
     Variant::all(&gpu.device).into_iter().map(context).collect()
 }
 

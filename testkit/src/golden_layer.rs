@@ -4,11 +4,11 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::path::PathBuf;
 use wgmoe::layer::{HostBatch, HostBlocks, HostRouter, LayerConfig, cpu_routing, cpu_token};
-use wgmoe::ops::{grouped_matmul, scores};
+use wgmoe::ops::{logits, scores};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::Groups;
-use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, MoeLayer, WeightType, layer};
 
@@ -145,13 +145,11 @@ impl Layer {
             "softmax" => Score::Softmax,
             other => return Err(format!("score `{other}`")),
         };
-        let settings = LayerConfig {
-            hidden: d,
-            intermediate: f,
-            experts: e,
-            shared_experts: shared,
-            activation: Activation::Silu,
-            routing: Routing::TokenChoice(TokenChoice {
+        let settings = LayerConfig::new(
+            d,
+            f,
+            e,
+            Routing::TokenChoice(TokenChoice {
                 score,
                 gate: GateRule::Normalised,
                 top: case.experts_per_token,
@@ -160,7 +158,8 @@ impl Layer {
                 capacity_factor: None,
                 coreset,
             }),
-        };
+        )
+        .with_shared_experts(shared);
         settings.routing.check(e).map_err(|e| e.to_string())?;
         let defined = match tensors.tensor("token_is_defined") {
             Err(_) => vec![true; tokens as usize],
@@ -187,13 +186,13 @@ impl Layer {
         let LayerConfig { hidden, experts, .. } = self.settings;
         let Routing::TokenChoice(rule) = self.settings.routing else { unreachable!("as read") };
         let (d, e, tokens) = (hidden as usize, experts as usize, self.tokens as usize);
-        let logits = grouped_matmul::cpu_logits(&self.x, &self.router_weight, d);
+        let logits = logits::cpu(&self.x, &self.router_weight, d);
         let (s, r) = scores::cpu(&logits, e, rule.score, false, Some(&self.bias));
         let router = HostRouter {
             weight: &self.router_weight,
             bias: Some(&self.bias),
-            by_count: None,
-            by_expert: None,
+            scale_by_count: None,
+            scale_by_expert: None,
         };
         let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, voters: None });
         let batch = HostBatch { sequences: None, blocks };
@@ -212,28 +211,22 @@ impl Layer {
 
     /// The output on the GPU, weights in f32.
     pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
-        let weights = ExpertWeights::new(ctx, self.settings.expert_shape(WeightType::F32), None)?;
+        let weights = ExpertWeights::new(ctx, self.settings.expert_shape(WeightType::F32))?;
         for (e, matrices) in (0..).zip(&self.experts) {
             for p in Projection::ALL {
                 weights.write(&gpu.queue, e, p, HostWeights::F32(&matrices[index(p)]))?;
             }
         }
-        let router = layer::Router {
-            weight: layer::Tensor::new(ctx, "router", &self.router_weight)?,
-            bias: Some(layer::Tensor::new(ctx, "bias", &self.bias)?),
-            by_count: None,
-            by_expert: None,
-        };
+        let router = layer::Router::new(layer::Tensor::new(ctx, "router", &self.router_weight)?)
+            .with_bias(layer::Tensor::new(ctx, "bias", &self.bias)?);
         let layer = MoeLayer::new(ctx, self.settings, router, weights)?;
         let hidden = gpu.upload(&self.x);
         let out = gpu.upload(&vec![f32::NAN; self.y.len()]);
-        let mut batch = layer::Batch::new((&hidden).into(), (&out).into(), self.tokens);
+        let mut batch = layer::Batch::new(&hidden, self.tokens).into_out(&out);
         let offsets = self.blocks.as_ref().map(|blocks| gpu.upload(blocks));
-        batch.blocks = offsets.as_ref().map(|offsets| layer::Blocks {
-            count: (offsets.size() / 4 - 1) as u32,
-            offsets: offsets.into(),
-            voters: None,
-        });
+        batch.blocks = offsets
+            .as_ref()
+            .map(|offsets| layer::Blocks::new((offsets.size() / 4 - 1) as u32, offsets));
         gpu.run_layer(&layer.bind(&batch)?)?;
         gpu.download(&out)
     }

@@ -16,17 +16,16 @@ pub type Matrices<'a> = dyn Fn(u32, Projection) -> HostWeights<'a> + Sync + 'a;
 
 /// A router without tables: weights `[E, D]`, perhaps a bias `[E]`.
 pub fn router(ctx: &Context, weight: &[f32], bias: Option<&[f32]>) -> Result<Router> {
-    Ok(Router {
-        weight: Tensor::new(ctx, "router", weight)?,
-        bias: bias.map(|bias| Tensor::new(ctx, "bias", bias)).transpose()?,
-        by_count: None,
-        by_expert: None,
+    Ok({
+        let mut router = Router::new(Tensor::new(ctx, "router", weight)?);
+        router.bias = bias.map(|bias| Tensor::new(ctx, "bias", bias)).transpose()?;
+        router
     })
 }
 
 /// The same for the twins.
 pub fn host_router<'a>(weight: &'a [f32], bias: Option<&'a [f32]>) -> HostRouter<'a> {
-    HostRouter { weight, bias, by_count: None, by_expert: None }
+    HostRouter { weight, bias, scale_by_count: None, scale_by_expert: None }
 }
 
 /// Writes every matrix into new weights, sixteen experts at a time, so that little memory carries them.
@@ -36,7 +35,7 @@ pub fn upload(
     shape: ExpertShape,
     matrices: &Matrices<'_>,
 ) -> Result<ExpertWeights> {
-    let weights = ExpertWeights::new(ctx, shape, None)?;
+    let weights = ExpertWeights::new(ctx, shape)?;
     for e in 0..shape.experts {
         for p in Projection::ALL {
             weights.write(&gpu.queue, e, p, matrices(e, p))?;
@@ -185,7 +184,11 @@ impl HostLayer {
         weight_type: WeightType,
         page_limit: Option<u64>,
     ) -> Result<ExpertWeights> {
-        let weights = ExpertWeights::new(ctx, self.settings.expert_shape(weight_type), page_limit)?;
+        let weights = ExpertWeights::with_page_limit(
+            ctx,
+            self.settings.expert_shape(weight_type),
+            page_limit.unwrap_or(u64::MAX),
+        )?;
         self.write(queue, &weights)?;
         Ok(weights)
     }
@@ -229,4 +232,11 @@ impl ExpertSource for HostLayer {
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
         Ok(self.matrix(expert, projection))
     }
+}
+
+/// Logits, scores and selection values of a bound layer: the logits where a rule needs no scores.
+pub fn selection(bound: &wgmoe::layer::BoundLayer) -> Option<[wgmoe::Slice<'_>; 3]> {
+    let logits = bound.logits()?;
+    let scores = bound.scores().unwrap_or(logits);
+    Some([logits, scores, bound.selection_values().unwrap_or(logits)])
 }

@@ -1,11 +1,11 @@
 //! Layers of a model's size without a model: weights that are cheap to make, routers whose scores look like a model's, rules
 //! for fewer experts.
-use half::{bf16, f16};
+
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use wgmoe::layer::cached::ExpertSource;
 use wgmoe::routing::{BlockRule, Groups, Routing, SequenceTop, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
+use wgmoe::weights::{HostWeights, MatrixView, Projection};
 use wgmoe::{Error, LayerConfig, WeightType};
 
 /// Share of a block's own part in the variance of its tokens' router logits: the one thing fitted, to 69.5 experts a block.
@@ -44,38 +44,14 @@ pub fn router(rng: &mut StdRng, settings: &LayerConfig) -> Vec<f32> {
     router
 }
 
-/// Numbers in a storage type.
-enum Values {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-}
-
-impl Values {
-    fn new(weight_type: WeightType, values: impl Iterator<Item = f32>) -> Self {
-        match weight_type {
-            WeightType::F32 => Self::F32(values.collect()),
-            WeightType::F16 => Self::F16(values.map(f16::from_f32).collect()),
-            WeightType::Bf16 => Self::Bf16(values.map(bf16::from_f32).collect()),
-        }
-    }
-
-    fn window(&self, at: usize, count: usize) -> HostWeights<'_> {
-        match self {
-            Self::F32(v) => HostWeights::F32(&v[at..][..count]),
-            Self::F16(v) => HostWeights::F16(&v[at..][..count]),
-            Self::Bf16(v) => HostWeights::Bf16(&v[at..][..count]),
-        }
-    }
-}
-
 /// Expert weights from two pools of uniform numbers: each matrix is a window at a place of its own, so that a layer of
 /// gigabytes takes megabytes and no time to make. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
 pub struct Pool {
-    count: usize,
-    /// Of gate and up, and of down.
-    inner: Values,
-    outer: Values,
+    weight_type: WeightType,
+    /// `[F, D]` of gate and up, `[D, F]` of down.
+    shapes: [[u32; 2]; 2],
+    /// Values of gate and up, and of down, as they are stored.
+    pools: [Vec<u8>; 2],
 }
 
 /// From one matrix's window to the next; prime, so that no row of one is a row of another nearby.
@@ -88,19 +64,25 @@ impl Pool {
         let all = count + 3 * (experts + shared_experts) as usize * STRIDE;
         let mut pool = |width: u32| {
             let most = (3.0 / width as f32).sqrt();
-            Values::new(weight_type, (0..all).map(|_| rng.random_range(-most..most)))
+            let values: Vec<f32> = (0..all).map(|_| rng.random_range(-most..most)).collect();
+            weight_type.encode(&values)
         };
-        let (inner, outer) = (pool(hidden), pool(intermediate));
-        Self { count, inner, outer }
+        let pools = [pool(hidden), pool(intermediate)];
+        let shapes = [[intermediate, hidden], [hidden, intermediate]];
+        Self { weight_type, shapes, pools }
     }
 
     pub fn matrix(&self, expert: u32, projection: Projection) -> HostWeights<'_> {
         let (pool, place) = match projection {
-            Projection::Gate => (&self.inner, 0),
-            Projection::Up => (&self.inner, 1),
-            Projection::Down => (&self.outer, 2),
+            Projection::Gate => (0, 0),
+            Projection::Up => (0, 1),
+            Projection::Down => (1, 2),
         };
-        pool.window((3 * expert as usize + place) * STRIDE, self.count)
+        let at = (3 * expert as usize + place) * STRIDE * self.weight_type.bytes() as usize;
+        let shape = self.shapes[pool];
+        let bytes = &self.pools[pool][at..];
+        let view = MatrixView::new(bytes, self.weight_type, shape, [shape[1].into(), 1]);
+        HostWeights::View(view.expect("a window inside the pool"))
     }
 }
 

@@ -14,9 +14,7 @@ use wgmoe::routing::Groups;
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
-use wgmoe::{
-    Activation, Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, wgpu,
-};
+use wgmoe::{Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, wgpu};
 
 /// Contexts that differ for kernels without subgroup operations.
 fn targets(gpu: &Gpu) -> Vec<Context> {
@@ -83,7 +81,7 @@ impl Case<'_> {
             let assigned = Output::u32s(gpu, experts);
             let members = Output::u32s(gpu, blocks * experts.div_ceil(32));
             let args = block_choice::Args {
-                r: (&r).into(),
+                values: (&r).into(),
                 offsets: (&at).into(),
                 voters: marked.as_ref().map(Into::into),
                 assigned: assigned.slice(),
@@ -188,7 +186,8 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
         let mut source = random(5, t * e);
         source[0] = f32::NAN;
         source[t * e / 2] = f32::INFINITY;
-        let [by_count, by_expert] = [gpu.upload(&random(6, e + 1)), gpu.upload(&random(7, e))];
+        let [scale_by_count, scale_by_expert] =
+            [gpu.upload(&random(6, e + 1)), gpu.upload(&random(7, e))];
         let [bits, source] = [gpu.upload(&assigned), gpu.upload(&source)];
         let offsets = gpu.upload(&[0u32, 9, 4, 99, tokens]);
         let count: u32 = assigned.iter().map(|w| w.count_ones()).sum();
@@ -220,8 +219,8 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     source: (&source).into(),
                     scale: 2.5,
                     scales: Scales {
-                        by_count: scaled.then(|| (&by_count).into()),
-                        by_expert: scaled.then(|| (&by_expert).into()),
+                        scale_by_count: scaled.then(|| (&scale_by_count).into()),
+                        scale_by_expert: scaled.then(|| (&scale_by_expert).into()),
                     },
                     gates,
                 };
@@ -237,6 +236,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     offsets,
                     plan: a[0].slice(),
                     stats: a[1].slice(),
+                    add_stats: false,
                 };
                 let fill = plan_fill::Args { assigned, gates: a[2].slice(), plan: a[0].slice() };
                 let steps = PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap();
@@ -250,6 +250,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     offsets,
                     plan: b[0].slice(),
                     stats: b[1].slice(),
+                    add_stats: false,
                 };
                 let op = block_plan::BlockPlan::new(&ctx).unwrap();
                 let step = op.bind(&shape, args).unwrap();
@@ -273,31 +274,22 @@ fn between(
     blocks: Option<u32>,
     routing: Routing,
 ) -> Vec<&'static str> {
-    let settings = LayerConfig {
-        hidden: 4,
-        intermediate: 4,
-        experts,
-        shared_experts: 1,
-        activation: Activation::Silu,
-        routing,
-    };
-    let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32), None).unwrap();
+    let settings = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
+    let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32)).unwrap();
     let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
-    let router = Router {
-        weight: tensor(4 * experts),
-        bias: Some(tensor(experts)),
-        by_count: None,
-        by_expert: None,
-    };
+    let router = Router::new(tensor(4 * experts)).with_bias(tensor(experts));
     let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
     let [hidden, out, offsets] = [tensor(4 * tokens), tensor(4 * tokens), tensor(65)];
-    let blocks = blocks.map(|count| Blocks {
-        count,
-        offsets: wgmoe::Slice { size: 4 * (u64::from(count) + 1), ..offsets.slice() },
-        voters: None,
+    let blocks = blocks.map(|count| {
+        Blocks::new(count, wgmoe::Slice { size: 4 * (u64::from(count) + 1), ..offsets.slice() })
     });
-    let step =
-        layer.bind(&Batch { blocks, ..Batch::new(hidden.slice(), out.slice(), tokens) }).unwrap();
+    let step = layer
+        .bind(&{
+            let mut batch = Batch::new(hidden.slice(), tokens).into_out(out.slice());
+            batch.blocks = blocks;
+            batch
+        })
+        .unwrap();
     let names: Vec<_> = step.dispatches().map(wgmoe::Dispatch::name).collect();
     let matmuls: Vec<usize> =
         (0..names.len()).filter(|&i| names[i].starts_with("matmul")).collect();
@@ -312,7 +304,7 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
     });
     for target in [Target::Wide, Target::Serial] {
         let variant = Variant { target, subgroups: false };
-        let ctx = Context::with_variant(&device, variant, None).unwrap();
+        let ctx = Context::with_variant(&device, variant).unwrap();
         let rule = TokenChoice {
             score: Score::Sigmoid,
             gate: GateRule::Normalised,
@@ -367,7 +359,7 @@ fn what_does_not_fit_is_an_error() {
     let tensor = |n: usize| Tensor::new(&ctx, "zeros", &vec![0u32; n]).unwrap();
     let [r, offsets, assigned, members] = [32 * 64, 2, 64, 2].map(tensor);
     let args = block_choice::Args {
-        r: r.slice(),
+        values: r.slice(),
         offsets: offsets.slice(),
         voters: None,
         assigned: assigned.slice(),

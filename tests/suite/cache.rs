@@ -8,20 +8,13 @@ use wgmoe::layer::{Batch, LayerConfig};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
+use wgmoe::{Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
 
 const E: u32 = 20;
 const D: usize = 64;
 
 fn settings(routing: Routing) -> LayerConfig {
-    LayerConfig {
-        hidden: D as u32,
-        intermediate: 40,
-        experts: E,
-        shared_experts: 1,
-        activation: Activation::Silu,
-        routing,
-    }
+    LayerConfig::new(D as u32, 40, E, routing).with_shared_experts(1)
 }
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice {
@@ -53,16 +46,15 @@ fn equal_bits_whatever_the_budget() {
     let x: Vec<Vec<f32>> = (0..3).map(|i| random(60 + i, tokens * D)).collect();
     let mass = Some(BlockRule::Mass { p: 0.5, floor: 4 });
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
-        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        let ctx = Context::with_variant(&gpu.device, variant).unwrap();
         for coreset in [None, mass, Some(BlockRule::Capacity(6))] {
             let routing = Routing::TokenChoice(TokenChoice { coreset, ..TOKEN_CHOICE });
             let host = Arc::new(HostLayer::new(settings(routing)));
             let hidden = Output::f32s(&gpu, tokens * D);
             let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
             let out = Output::f32s(&gpu, tokens * D);
-            let step = resident
-                .bind(&Batch { add: true, ..Batch::new(hidden.slice(), out.slice(), 40) })
-                .unwrap();
+            let step =
+                resident.bind(&Batch::new(hidden.slice(), 40).added_to(out.slice())).unwrap();
             let put = |slice: Slice<'_>, values: &[f32]| {
                 gpu.queue.write_buffer(slice.buffer, 0, bytemuck::cast_slice(values));
             };
@@ -82,9 +74,8 @@ fn equal_bits_whatever_the_budget() {
                 let mut layer = cached(&gpu, &ctx, &host, options);
                 assert_eq!(layer.cache().capacity(), experts as usize, "{what}");
                 let out = Output::f32s(&gpu, tokens * D);
-                let mut step = layer
-                    .bind(&Batch { add: true, ..Batch::new(hidden.slice(), out.slice(), 40) })
-                    .unwrap();
+                let mut step =
+                    layer.bind(&Batch::new(hidden.slice(), 40).added_to(out.slice())).unwrap();
                 for (x, want) in x.iter().zip(&want) {
                     put(hidden.slice(), x);
                     put(out.slice(), x);
@@ -132,7 +123,7 @@ impl Scripted {
     }
 
     fn bind(&self) -> BoundCached {
-        self.layer.bind(&Batch::new(self.hidden.slice(), self.out.slice(), 2)).unwrap()
+        self.layer.bind(&Batch::new(self.hidden.slice(), 2).into_out(self.out.slice())).unwrap()
     }
 
     /// Runs a step whose two tokens take these experts; what it did.
@@ -162,7 +153,7 @@ fn statistics_and_order_of_a_script() {
     let ctx = Context::new(&gpu.device).unwrap();
     let mut script = Scripted::new(&gpu, &ctx, 4);
     let each = script.layer.cache().expert_bytes();
-    let fixed = budget(script.layer.settings(), 0);
+    let fixed = budget(script.layer.config(), 0);
     let counts = |s: CacheStats| {
         assert_eq!((s.miss_bytes, s.prefetch_bytes), (s.misses * each, s.prefetched * each));
         assert_eq!(s.steps, 1);
@@ -220,10 +211,10 @@ fn an_encoder_of_ones_own() {
     let x = random(8, 7 * D);
     let (source, hidden) = (gpu.upload(&x), Output::f32s(&gpu, x.len()));
     let outs = [0; 2].map(|_| Output::f32s(&gpu, x.len()));
-    let mut step = layer.bind(&Batch::new(hidden.slice(), outs[0].slice(), 7)).unwrap();
+    let mut step = layer.bind(&Batch::new(hidden.slice(), 7).into_out(outs[0].slice())).unwrap();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     encoder.copy_buffer_to_buffer(&source, 0, hidden.slice().buffer, 0, 4 * x.len() as u64);
-    step.record_routing(&mut encoder);
+    step.encode_routing(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
     // Somebody else polls.
     let stop = AtomicBool::new(false);
@@ -239,13 +230,13 @@ fn an_encoder_of_ones_own() {
         run.unwrap();
     });
     let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
-    let want = resident.bind(&Batch::new(hidden.slice(), outs[1].slice(), 7)).unwrap();
+    let want = resident.bind(&Batch::new(hidden.slice(), 7).into_out(outs[1].slice())).unwrap();
     gpu.run_layer(&want).unwrap();
     assert_same(&outs[0].get::<u32>(&gpu), &outs[1].get::<u32>(&gpu), "out");
 
     // No tokens, no work.
     let nothing = Slice::new(hidden.slice().buffer, 0, 0);
-    let mut empty = layer.bind(&Batch::new(nothing, nothing, 0)).unwrap();
+    let mut empty = layer.bind(&Batch::new(nothing, 0).into_out(nothing)).unwrap();
     let before = layer.cache().stats();
     layer.run(&gpu.queue, &mut empty).unwrap();
     assert_eq!(layer.cache().stats(), before);
@@ -287,7 +278,7 @@ fn errors() {
 
     let x = gpu.upload(&random(1, 3 * D));
     let out = Output::f32s(&gpu, 3 * D);
-    let batch = Batch::new((&x).into(), out.slice(), 3);
+    let batch = Batch::new(&x, 3).into_out(out.slice());
     let mut other = new(least).unwrap().bind(&batch).unwrap();
     let error = layer.run(&gpu.queue, &mut other).unwrap_err().to_string();
     assert_eq!(error, "`step`: bound to another layer");

@@ -315,7 +315,7 @@ fn ragged_expert_choice_follows_the_ratios() {
     let schedule = Schedule::new(ScheduleKind::LinearReverse, 0, 64);
     let steps_of_denoising = [[1.0, f32::NAN, 0.9, 0.35, 0.5], [0.0, 1.5, 0.1, 0.9, 0.2]];
     for variant in Variant::all(&gpu.device) {
-        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        let ctx = Context::with_variant(&gpu.device, variant).unwrap();
         let steps = gpu.upload(&schedule.staircase().unwrap().words());
         let [ratios, later] = steps_of_denoising.map(|ratios| gpu.upload(&ratios));
         let [offset_buffer, length_buffer] = [gpu.upload(&offsets), gpu.upload(&lengths)];
@@ -334,7 +334,7 @@ fn ragged_expert_choice_follows_the_ratios() {
             k_of: k.slice(),
         };
         let choose = expert_choice::Args {
-            r: (&r_buffer).into(),
+            values: (&r_buffer).into(),
             offsets: (&offset_buffer).into(),
             lengths: Some((&length_buffer).into()),
             capacity: capacity.slice(),
@@ -442,10 +442,15 @@ fn recorded_capacities_per_sequence() {
             let assigned = Output::u32s(&gpu, want_bits.len());
             let plan = Output::u32s(&gpu, shape.bytes().unwrap() as usize / 4);
             let score = if softmax { Score::Softmax } else { Score::Sigmoid };
-            let args =
-                scores::Args { logits: (&logits).into(), bias: None, s: s.slice(), r: r.slice() };
+            let args = scores::Args {
+                logits: (&logits).into(),
+                bias: None,
+                scores: s.slice(),
+                values: r.slice(),
+            };
             let step = scores::Scores::new(&ctx).unwrap();
-            let step = step.bind(&scores::Dims { tokens, experts }, score, true, args).unwrap();
+            let step =
+                step.bind(&scores::Dims { tokens, experts, score, by_logits: true }, args).unwrap();
             let args = Args {
                 source: Source::ExpertsPerToken((&k).into()),
                 offsets: (&offsets).into(),
@@ -456,7 +461,7 @@ fn recorded_capacities_per_sequence() {
             let dims = Dims { tokens, experts, sequences };
             let step = step.then(Capacity::new(&ctx).unwrap().bind(&dims, args).unwrap());
             let args = expert_choice::Args {
-                r: r.slice(),
+                values: r.slice(),
                 offsets: (&offsets).into(),
                 lengths: None,
                 capacity: capacity.slice(),
@@ -473,7 +478,7 @@ fn recorded_capacities_per_sequence() {
                 },
                 source: if softmax { (&logits).into() } else { s.slice() },
                 scale: 1.0,
-                scales: plan_count::Scales { by_count: None, by_expert: None },
+                scales: plan_count::Scales { scale_by_count: None, scale_by_expert: None },
                 gates: gates.slice(),
             };
             let args = plan_count::Args {

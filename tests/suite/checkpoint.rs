@@ -13,7 +13,7 @@ use wgmoe::layer::{Batch, HostBatch, HostRouter, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
 use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
-use wgmoe::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, LayerConfig, MoeLayer, WeightType};
 
@@ -25,18 +25,17 @@ pub(crate) fn small() -> LayerConfig {
     else {
         unreachable!("token choice")
     };
-    LayerConfig {
-        hidden: 70,
-        intermediate: 33,
-        experts: 10,
-        shared_experts: 2,
-        activation: Activation::Silu,
-        routing: Routing::TokenChoice(TokenChoice {
+    LayerConfig::new(
+        70,
+        33,
+        10,
+        Routing::TokenChoice(TokenChoice {
             top: 3,
             groups: Some(Groups { count: 5, top: 3 }),
             ..mini
         }),
-    }
+    )
+    .with_shared_experts(2)
 }
 
 pub(crate) fn plan(layout: Layout, shards: usize) -> Plan {
@@ -84,7 +83,7 @@ fn values(matrix: HostWeights<'_>) -> Vec<f32> {
 
 /// Gate, up and down of each expert, and of the shared FFN as it is in the file.
 fn ffns(checkpoint: &Checkpoint, layer: u32) -> Vec<[Vec<f32>; 3]> {
-    let LayerConfig { experts, shared_experts, .. } = *checkpoint.settings();
+    let LayerConfig { experts, shared_experts, .. } = *checkpoint.layer_config();
     let of = |e| Projection::ALL.map(|p| values(checkpoint.expert(layer, e, p).expect("a matrix")));
     (0..experts + shared_experts).map(of).collect()
 }
@@ -173,8 +172,9 @@ fn every_layout_gives_the_same_pages() {
     let each = Checkpoint::open(dir.path()).expect("opened");
     let want = pages(&gpu, load(&gpu, &ctx, dir.path(), 2, None).weights());
     // By hand, from values.
-    let by_hand = ExpertWeights::new(&ctx, small().expert_shape(WeightType::Bf16), Some(40_000))
-        .expect("pages");
+    let by_hand =
+        ExpertWeights::with_page_limit(&ctx, small().expert_shape(WeightType::Bf16), 40_000)
+            .expect("pages");
     assert!(by_hand.page_counts()[0] > 2, "several pages");
     for (e, matrices) in (0..).zip(ffns(&each, 2)) {
         for (p, matrix) in Projection::ALL.into_iter().zip(&matrices) {
@@ -201,7 +201,11 @@ fn every_layout_gives_the_same_pages() {
         );
     }
     // Fused and transposed, [E, D, 2F] and [E, F, D]; and both shapes of which one alone would not tell: 2F = D.
-    for settings in [small(), LayerConfig { hidden: 66, ..small() }] {
+    for settings in [small(), {
+        let mut config = small();
+        config.hidden = 66;
+        config
+    }] {
         let plan = Plan { settings, ..plan(Layout::Each, 1) };
         let dir = written(&plan);
         let each = Checkpoint::open(dir.path()).expect("opened");
@@ -281,17 +285,10 @@ fn every_type_converts() {
             let layer = load(&gpu, &ctx, dir.path(), 1, to);
             let shape = layer.weights().shape();
             assert_eq!(shape.weight_type, to.unwrap_or(of_file));
-            let want = ExpertWeights::new(&ctx, shape, Some(40_000)).expect("pages");
+            let want = ExpertWeights::with_page_limit(&ctx, shape, 40_000).expect("pages");
             for (e, matrices) in (0..).zip(ffns(&checkpoint, 1)) {
                 for (p, matrix) in Projection::ALL.into_iter().zip(&matrices) {
-                    let as_f16: Vec<f16> = matrix.iter().map(|&v| f16::from_f32(v)).collect();
-                    let as_bf16: Vec<bf16> = matrix.iter().map(|&v| bf16::from_f32(v)).collect();
-                    let host = match shape.weight_type {
-                        WeightType::F32 => HostWeights::F32(matrix),
-                        WeightType::F16 => HostWeights::F16(&as_f16),
-                        WeightType::Bf16 => HostWeights::Bf16(&as_bf16),
-                    };
-                    want.write(&gpu.queue, e, p, host).expect("written");
+                    want.write(&gpu.queue, e, p, HostWeights::F32(matrix)).expect("written");
                 }
             }
             assert_eq!(pages(&gpu, layer.weights()), pages(&gpu, &want), "{dtype:?} to {to:?}");
@@ -327,25 +324,27 @@ fn a_loaded_layer_runs() {
     let (tokens, d, e) = (45usize, settings.hidden as usize, settings.experts as usize);
     let x = random(3, tokens * d);
     for (index, layer) in (1..).zip(&layers) {
-        assert_eq!(layer.settings(), &settings);
+        assert_eq!(layer.config(), &settings);
         let hidden = gpu.upload(&x);
         let out = gpu.upload(&vec![f32::NAN; x.len()]);
-        let step =
-            layer.bind(&Batch::new((&hidden).into(), (&out).into(), tokens as u32)).expect("bound");
+        let step = layer.bind(&Batch::new(&hidden, tokens as u32).into_out(&out)).expect("bound");
         gpu.run_layer(&step).expect("run");
-        let [logits, s, r] = step
-            .selection()
+        let [logits, s, r] = testkit::layer::selection(&step)
             .expect("tokens")
             .map(|slice| gpu.download::<f32>(slice).expect("read back"));
         let assigned: Vec<u32> = gpu.download(step.assigned().expect("tokens")).expect("read back");
         let weight = values(checkpoint.router(index).expect("a router"));
         let bias = values(checkpoint.bias(index).expect("a bias").expect("sigmoid has one"));
-        let logits_want = wgmoe::ops::grouped_matmul::cpu_logits(&x, &weight, d);
+        let logits_want = wgmoe::ops::logits::cpu(&x, &weight, d);
         assert_close(&logits, &logits_want, 1e-4, 1e-4, "logits");
         let (_, r_want) = wgmoe::ops::scores::cpu(&logits, e, Score::Sigmoid, false, Some(&bias));
         assert_close(&r, &r_want, 1e-5, 1e-5, "selection");
-        let router =
-            HostRouter { weight: &weight, bias: Some(&bias), by_count: None, by_expert: None };
+        let router = HostRouter {
+            weight: &weight,
+            bias: Some(&bias),
+            scale_by_count: None,
+            scale_by_expert: None,
+        };
         let routed = cpu_routing(&settings, &router, HostBatch::default(), [&logits, &s, &r]);
         assert_same(&assigned, &routed.assigned, "assigned");
         let got: Vec<f32> = gpu.download(&out).expect("read back");

@@ -36,8 +36,8 @@ impl Case<'_> {
         let members = Output::u32s(gpu, blocks * self.experts.div_ceil(32));
         let block_of = Output::holding(gpu, &vec![77u32; tokens]);
         let args = coreset::Args {
-            r: (&r).into(),
-            own: own.as_ref().map(Into::into),
+            values: (&r).into(),
+            own_choice: own.as_ref().map(Into::into),
             offsets: (&offsets).into(),
             voters: voters.as_ref().map(Into::into),
             members: members.slice(),
@@ -288,7 +288,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
                 let assigned = Output::u32s(&gpu, experts * bits::columns(tokens));
                 let [rs, ms, bs] = [gpu.upload(r), gpu.upload(&members), gpu.upload(&block_of)];
                 let args = token_choice::Args {
-                    r: (&rs).into(),
+                    values: (&rs).into(),
                     coresets: Some(token_choice::Coresets {
                         blocks: offsets.len() as u32 - 1,
                         coreset: (&ms).into(),
@@ -298,7 +298,10 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
                 };
                 let op = token_choice::TokenChoice::new(&ctx, experts as u32, 6, groups)
                     .expect("a choice");
-                run(&gpu, &op.bind(tokens as u32, args).expect("bind"));
+                run(
+                    &gpu,
+                    &op.bind(&token_choice::Dims { tokens: tokens as u32 }, args).expect("bind"),
+                );
                 let assigned: Vec<u32> = assigned.get(&gpu);
                 (0..tokens).map(|t| bits::experts_of(&assigned, tokens, t)).collect()
             };
@@ -407,8 +410,8 @@ fn wrong_rules_and_slices_are_errors() {
     let op = coreset::Coreset::new(ctx, 8, BlockRule::Vote(2)).expect("a rule");
     let buffers: Vec<_> = [32 * 8, 2, 8, 1, 32].map(|n| Output::u32s(&gpu, n)).into();
     let args = coreset::Args {
-        r: buffers[0].slice(),
-        own: Some(buffers[2].slice()),
+        values: buffers[0].slice(),
+        own_choice: Some(buffers[2].slice()),
         offsets: buffers[1].slice(),
         voters: None,
         members: buffers[3].slice(),
@@ -416,7 +419,7 @@ fn wrong_rules_and_slices_are_errors() {
     };
     let dims = coreset::Dims { tokens: 32, blocks: 1 };
     assert!(op.bind(&dims, args).is_ok());
-    assert!(op.bind(&dims, coreset::Args { own: None, ..args }).is_err());
+    assert!(op.bind(&dims, coreset::Args { own_choice: None, ..args }).is_err());
     assert!(op.bind(&dims, coreset::Args { voters: Some(buffers[1].slice()), ..args }).is_err());
     assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 0 }, args).is_err());
     assert!(op.bind(&coreset::Dims { tokens: 32, blocks: 2 }, args).is_err());

@@ -10,7 +10,13 @@ use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, models};
 
 fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    {
+        let mut config = settings;
+        config.hidden = 64;
+        config.intermediate = 32;
+        config.experts = 32;
+        config
+    }
 }
 
 #[test]
@@ -19,7 +25,7 @@ fn public_types_cross_threads() {
     crosses::<(Context, wgmoe::Dispatch, wgmoe::BoundOp, wgmoe::Variant, wgmoe::Target)>();
     crosses::<(Gpu, Slice<'_>, wgmoe::Error)>();
     crosses::<(MoeLayer, MoeRouting, MoeExperts, BoundLayer, Scratch)>();
-    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, RoutingBatch<'_>, ExpertBatch<'_>)>();
+    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, Batch<'_>, Batch<'_>)>();
     crosses::<(Assignments<'_>, Sequences<'_>, Blocks<'_>)>();
     crosses::<(HostRouter<'_>, HostSequences<'_>, HostBlocks<'_>, HostBatch<'_>, HostRouting)>();
     crosses::<HostExperts<'_>>();
@@ -35,21 +41,21 @@ fn public_types_cross_threads() {
     crosses::<(assign::Assign, assign_lists::AssignLists, block_choice::BlockChoice)>();
     crosses::<(block_plan::BlockPlan, capacity::Capacity, combine::Combine, coreset::Coreset)>();
     crosses::<(expert_choice::ExpertChoice, expert_union::ExpertUnion, gather::Gather)>();
-    crosses::<(grouped_matmul::GroupedMatmul, grouped_matmul::Logits, plan_count::PlanCount)>();
+    crosses::<(grouped_matmul::GroupedMatmul, logits::Logits, plan_count::PlanCount)>();
     crosses::<(plan_fill::PlanFill, plan_scan::PlanScan, scores::Scores)>();
     crosses::<(sequence_top::SequenceTop, token_choice::TokenChoice, wgmoe::plan::Stats)>();
 }
 
 /// The layer's output for these hidden states, which lie in one buffer with it; submitted and read back here.
-fn output(gpu: &Gpu, layer: &MoeLayer, scratch: &Scratch, x: &[f32]) -> Vec<f32> {
+fn output(gpu: &Gpu, layer: &MoeLayer, x: &[f32]) -> Vec<f32> {
     let size = x.len() as u64 * 4;
     let both = gpu.upload(&[x, &vec![f32::NAN; x.len()]].concat());
     let [hidden, out] = [0, size].map(|at| Slice::new(&both, at, size));
-    let tokens = x.len() as u32 / layer.settings().hidden;
-    let batch = Batch { scratch: Some(scratch), ..Batch::new(hidden, out, tokens) };
+    let tokens = x.len() as u32 / layer.config().hidden;
+    let batch = Batch::new(hidden, tokens).into_out(out);
     let step = layer.bind(&batch).unwrap();
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
-    step.record(&mut encoder);
+    step.encode(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
     gpu.download(out).unwrap()
 }
@@ -64,7 +70,7 @@ fn threads_share_a_device() {
     let (sample, ctx) = (HostLayer::new(settings()), contexts(&gpu)[0].clone());
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let inputs: Vec<Vec<f32>> = (0..6).map(|i| random(10 + i, 64 * (20 + i as usize))).collect();
-    let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, &Scratch::new(), x)).collect();
+    let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, x)).collect();
     assert_close(&alone[0], &sample.twin(&inputs[0]), 1e-4, 1e-4, "alone");
     std::thread::scope(|threads| {
         for (x, want) in inputs.iter().zip(&alone) {
@@ -73,11 +79,7 @@ fn threads_share_a_device() {
                 // A layer of everybody's, and one made here at the same time as elsewhere.
                 let own = sample.layer(ctx, &gpu.queue).unwrap();
                 for layer in [layer, &own, layer] {
-                    assert_same(
-                        &bits(&output(gpu, layer, &Scratch::new(), x)),
-                        &bits(want),
-                        "in a thread",
-                    );
+                    assert_same(&bits(&output(gpu, layer, x)), &bits(want), "in a thread");
                 }
             });
         }
@@ -98,9 +100,15 @@ fn two_devices_in_one_process() {
         let layer = sample.layer(&ctx, &gpu.queue).unwrap();
         (gpu, layer)
     });
-    // One scratch for both: each gets buffers of its own device.
-    let scratch = Scratch::new();
-    let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &scratch, &x));
+    // Scratch is of one context: that of the other device is refused.
+    let foreign = Scratch::new(outputs[0].1.context());
+    let there = outputs[1].0.upload(&vec![0f32; 2 * x.len()]);
+    let size = x.len() as u64 * 4;
+    let [hidden, out] = [0, size].map(|at| Slice::new(&there, at, size));
+    let batch = Batch::new(hidden, 33).into_out(out).with_scratch(&foreign);
+    let refused = outputs[1].1.bind(&batch).unwrap_err();
+    assert_eq!(refused.to_string(), "`scratch`: made for another context");
+    let outputs = outputs.map(|(gpu, layer)| output(&gpu, &layer, &x));
     assert_close(&outputs[0], &sample.twin(&x), 1e-4, 1e-4, "a device");
     assert_same(&bits(&outputs[1]), &bits(&outputs[0]), "another device");
 }
@@ -133,11 +141,20 @@ fn a_layer_makes_all_its_pipelines() {
         (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 5),
     ] {
         let shared_experts = u32::from(experts > 5);
-        let base = LayerConfig { hidden: 4, intermediate: 4, shared_experts, ..base };
-        let settings = LayerConfig { experts, routing, ..base };
+        let base = {
+            let mut config = base.with_shared_experts(shared_experts);
+            config.hidden = 4;
+            config.intermediate = 4;
+            config
+        };
+        let settings = {
+            let mut config = base.with_routing(routing);
+            config.experts = experts;
+            config
+        };
         for target in [Target::Wide, Target::Serial] {
             let variant = Variant { target, subgroups: false };
-            let made = Context::with_variant(&device, variant, None).unwrap();
+            let made = Context::with_variant(&device, variant).unwrap();
             let layer = HostLayer::new(settings).layer(&made, &queue).unwrap();
             let pipelines = made.pipelines();
             // Past 32, 4,096, and 2^18 tokens other kernels do the work. One buffer holds both slices.
@@ -154,9 +171,9 @@ fn a_layer_makes_all_its_pipelines() {
                 });
                 let [hidden, out] =
                     [0, size.next_multiple_of(256)].map(|at| Slice::new(&both, at, size));
-                let step = layer.bind(&Batch::new(hidden, out, tokens)).unwrap();
+                let step = layer.bind(&Batch::new(hidden, tokens).into_out(out)).unwrap();
                 let mut encoder = device.create_command_encoder(&Default::default());
-                step.record(&mut encoder);
+                step.encode(&mut encoder);
                 let what = format!("{target:?} {routing:?} T {tokens}");
                 assert_eq!(made.pipelines(), pipelines, "{what}");
             }
@@ -169,7 +186,7 @@ fn twenty_layers_of_one_model() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     let sample = HostLayer::new(settings());
-    let scratch = Scratch::new();
+    let scratch = Scratch::new(&ctx);
     let x = random(3, 64 * 40);
     let hidden = gpu.upload(&x);
     let out = Output::f32s(&gpu, x.len());
@@ -181,8 +198,8 @@ fn twenty_layers_of_one_model() {
         let start = Instant::now();
         let layer = MoeLayer::new(&ctx, sample.settings, router, weights.clone()).unwrap();
         times.push(start.elapsed());
-        let batch = Batch::new((&hidden).into(), out.slice(), 40);
-        layer.bind(&Batch { scratch: Some(&scratch), ..batch }).unwrap();
+        let batch = Batch::new(&hidden, 40).into_out(out.slice());
+        layer.bind(&batch.with_scratch(&scratch)).unwrap();
         made.push((ctx.pipelines(), scratch.bytes()));
     }
     let (pipelines, bytes) = made[0];
@@ -221,18 +238,12 @@ fn the_callers_pipeline_cache() {
     let (device, queue) = &devices[0];
     let layer = |cache: &wgpu::PipelineCache| {
         let variant = Variant::best(device);
-        let ctx = Context::with_variant(device, variant, Some(cache.clone()))?;
+        let ctx = Context::with_cache(device, variant, cache.clone())?;
         sample.layer(&ctx, queue)
     };
     let x = random(3, 64 * 33);
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: adapters[0].get_info() };
-    assert_close(
-        &output(&gpu, &layer(&caches[0]).unwrap(), &Scratch::new(), &x),
-        &sample.twin(&x),
-        1e-4,
-        1e-4,
-        "y",
-    );
+    assert_close(&output(&gpu, &layer(&caches[0]).unwrap(), &x), &sample.twin(&x), 1e-4, 1e-4, "y");
     // It is handed over indeed: wgpu refuses that of another device.
     let refused = layer(&caches[1]).unwrap_err().to_string();
     assert!(refused.contains("evice"), "{refused}");

@@ -91,14 +91,11 @@ fn slices_that_overlap() {
         message(bind(&ctx, x, (&of).into(), Slice::new(&all, 0, 64))),
         "`out` is written and overlaps `x`"
     );
-    let dims = scores::Dims { tokens: 4, experts: 8 };
+    let dims = scores::Dims { tokens: 4, experts: 8, score: Score::Softmax, by_logits: true };
     let logits = f32s(&gpu, 32);
-    let args = scores::Args { logits: (&logits).into(), bias: None, s: x, r: x };
+    let args = scores::Args { logits: (&logits).into(), bias: None, scores: x, values: x };
     let op = Scores::new(&ctx).unwrap();
-    assert_eq!(
-        message(op.bind(&dims, Score::Softmax, true, args)),
-        "`s` is written and overlaps `r`"
-    );
+    assert_eq!(message(op.bind(&dims, args)), "`s` is written and overlaps `r`");
 }
 
 #[test]
@@ -133,23 +130,23 @@ fn slices_of_one_buffer() {
         let args = scores::Args {
             logits: args.x,
             bias: None,
-            s: Slice::new(&whole, 8192, 1680),
-            r: Slice::new(&whole, 12_288, 1680),
+            scores: Slice::new(&whole, 8192, 1680),
+            values: Slice::new(&whole, 12_288, 1680),
         };
-        let dims = scores::Dims { tokens: 70, experts: 6 };
+        let dims = scores::Dims { tokens: 70, experts: 6, score: Score::Softmax, by_logits: true };
         let op = Scores::new(&ctx).unwrap();
-        run(&gpu, &op.bind(&dims, Score::Softmax, true, args).unwrap());
+        run(&gpu, &op.bind(&dims, args).unwrap());
         let (s, r) = scores::cpu(&x, 6, Score::Softmax, true, None);
-        assert_close(&floats(read(args.s)), &s, 2e-38, 2e-6, "scores");
-        assert_same(&floats(read(args.r)), &r, "scores");
+        assert_close(&floats(read(args.scores)), &s, 2e-38, 2e-6, "scores");
+        assert_same(&floats(read(args.values)), &r, "scores");
 
         let args = token_choice::Args {
-            r: args.r,
+            values: args.values,
             coresets: None,
             assigned: Slice::new(&whole, 16_384, 72),
         };
         let op = TokenChoice::new(&ctx, 6, 2, None).unwrap();
-        run(&gpu, &op.bind(70, args).unwrap());
+        run(&gpu, &op.bind(&token_choice::Dims { tokens: 70 }, args).unwrap());
         assert_same(
             &read(args.assigned),
             &token_choice::cpu(&x, 6, 2, None, &|_, _| true),
@@ -157,7 +154,7 @@ fn slices_of_one_buffer() {
         );
 
         let args = expert_choice::Args {
-            r: args.r,
+            values: args.values,
             offsets: put(20_480, bytemuck::cast_slice(&[0u32, 33, 70])),
             lengths: None,
             capacity: put(24_576, bytemuck::cast_slice(&[5u32, 7])),
@@ -211,14 +208,16 @@ fn dimensions_that_make_no_sense() {
     assert_eq!(new(8, 2, groups(0, 1)), "`group count`: must not be 0");
     assert_eq!(new(8, 2, groups(4, 0)), "`group top`: must not be 0");
 
-    let args = scores::Args { logits: all, bias: None, s: all, r: all };
-    let dims = scores::Dims { tokens: 1, experts: 0 };
-    assert_eq!(
-        message(Scores::new(&ctx).unwrap().bind(&dims, Score::Softmax, true, args)),
-        "`experts`: must not be 0"
-    );
-    let args =
-        expert_choice::Args { r: all, offsets: all, lengths: None, capacity: all, assigned: all };
+    let args = scores::Args { logits: all, bias: None, scores: all, values: all };
+    let dims = scores::Dims { tokens: 1, experts: 0, score: Score::Softmax, by_logits: true };
+    assert_eq!(message(Scores::new(&ctx).unwrap().bind(&dims, args)), "`experts`: must not be 0");
+    let args = expert_choice::Args {
+        values: all,
+        offsets: all,
+        lengths: None,
+        capacity: all,
+        assigned: all,
+    };
     let op = ExpertChoice::new(&ctx).unwrap();
     let dims = |experts, sequences| expert_choice::Dims { tokens: 1, experts, sequences };
     assert_eq!(message(op.bind(&dims(0, 1), args)), "`experts`: must not be 0");
@@ -234,8 +233,14 @@ fn dimensions_that_make_no_sense() {
         message(assign::Assign::new(&ctx).unwrap().bind(&dims, args)),
         "`top`: must not be 0"
     );
-    let args =
-        expert_union::Args { assigned: all, offsets: all, members: all, counts: all, bytes: all };
+    let args = expert_union::Args {
+        assigned: all,
+        offsets: all,
+        members: all,
+        counts: all,
+        bytes: all,
+        totals: None,
+    };
     let dims = expert_union::Dims { tokens: 1, experts: 2000, blocks: 1, expert_bytes: 1 };
     let op = expert_union::ExpertUnion::new(&ctx).unwrap();
     assert_eq!(message(op.bind(&dims, args)), "`experts`: 2000, at most 1024");
@@ -269,7 +274,7 @@ fn sizes_at_the_end_of_32_bits() {
     let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
     let settings = models::find("llada2-mini").unwrap().settings;
-    let many = wgmoe::LayerConfig { shared_experts: u32::MAX, ..settings };
+    let many = settings.with_shared_experts(u32::MAX);
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }
 
@@ -331,7 +336,7 @@ fn more_than_the_device_binds() {
 fn a_feature_that_the_device_lacks() {
     let (device, _) = wgpu::Device::noop(&Default::default());
     let variant = Variant { subgroups: true, ..Variant::PORTABLE };
-    let error = Context::with_variant(&device, variant, None).unwrap_err();
+    let error = Context::with_variant(&device, variant).unwrap_err();
     assert_eq!(error, Error::Feature { missing: wgpu::Features::SUBGROUP });
     assert!(error.to_string().starts_with("the device lacks"), "{error}");
     assert!(error.to_string().contains("SUBGROUP"), "{error}");

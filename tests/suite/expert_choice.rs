@@ -1,5 +1,7 @@
 use testkit::{cases, prelude::*};
-use wgmoe::ops::expert_choice::{Args, Dims, DropArgs, ExpertChoice, cpu, cpu_drop, ranges};
+use wgmoe::ops::expert_choice::{
+    Args, Dims, DropArgs, DropDims, ExpertChoice, cpu, cpu_drop, ranges,
+};
 use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu, Target};
 
@@ -26,7 +28,7 @@ impl Choice<'_> {
             (gpu.upload(self.r), gpu.upload(self.offsets), gpu.upload(self.capacity));
         let lengths = self.lengths.map(|l| gpu.upload(l));
         let args = Args {
-            r: (&r).into(),
+            values: (&r).into(),
             offsets: (&offsets).into(),
             lengths: lengths.as_ref().map(Into::into),
             capacity: (&capacity).into(),
@@ -424,7 +426,14 @@ fn drops_the_lowest_gates() {
                         assigned: assigned.slice(),
                         dropped: dropped.slice(),
                     };
-                    run(&gpu, &op.bind_drop(tokens as u32, experts as u32, args).unwrap());
+                    run(
+                        &gpu,
+                        &op.bind_drop(
+                            &DropDims { tokens: tokens as u32, experts: experts as u32 },
+                            args,
+                        )
+                        .unwrap(),
+                    );
                     let what = format!(
                         "{} {kind} T {tokens} E {experts} C {capacity}",
                         variant_name(&ctx)
@@ -460,7 +469,11 @@ fn drops_in_a_long_batch() {
             dropped: dropped.slice(),
         };
         let op = ExpertChoice::new(&ctx).unwrap();
-        run(&gpu, &op.bind_drop(tokens as u32, experts as u32, args).unwrap());
+        run(
+            &gpu,
+            &op.bind_drop(&DropDims { tokens: tokens as u32, experts: experts as u32 }, args)
+                .unwrap(),
+        );
         assert_same(&assigned.get::<u32>(&gpu), &kept, &variant_name(&ctx));
         assert_same(&dropped.get::<u32>(&gpu), &lost, &variant_name(&ctx));
     }

@@ -22,6 +22,7 @@ fn check(
         members: members.slice(),
         counts: counts.slice(),
         bytes: bytes.slice(),
+        totals: None,
     };
     let dims = Dims {
         tokens: tokens as u32,

@@ -10,7 +10,13 @@ use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
 
 fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
-    LayerConfig { hidden: 64, intermediate: 32, experts: 32, ..settings }
+    {
+        let mut config = settings;
+        config.hidden = 64;
+        config.intermediate = 32;
+        config.experts = 32;
+        config
+    }
 }
 
 /// A device of its own whose uncaptured-error handler is a failure, with limits changed.
@@ -31,7 +37,7 @@ fn layer(gpu: &Gpu) -> Result<MoeLayer, Error> {
 
 /// 33 tokens of a layer in two buffers.
 fn bind(layer: &MoeLayer, hidden: &wgpu::Buffer, out: &wgpu::Buffer) -> Result<(), String> {
-    let batch = Batch::new(Slice::new(hidden, 0, BYTES), Slice::new(out, 0, BYTES), 33);
+    let batch = Batch::new(Slice::new(hidden, 0, BYTES), 33).into_out(Slice::new(out, 0, BYTES));
     layer.bind(&batch).map(|_| ()).map_err(|e| e.to_string())
 }
 
@@ -76,7 +82,7 @@ fn limits_too_small() {
     bind(&layer, &hidden, &out).unwrap();
     let long = gpu.upload(&vec![0f32; 2048 * 64]);
     let batch = |at| Slice::new(&long, at, 1024 * 64 * 4);
-    let error = layer.bind(&Batch::new(batch(0), batch(1024 * 64 * 4), 1024)).unwrap_err();
+    let error = layer.bind(&Batch::new(batch(0), 1024).into_out(batch(1024 * 64 * 4))).unwrap_err();
     assert!(
         matches!(error, Error::Limit { limit: "max_storage_buffer_binding_size", .. }),
         "{error}"
@@ -84,7 +90,7 @@ fn limits_too_small() {
     // A page that cannot hold one panel of columns.
     let gpu = device(|l| l.max_storage_buffer_binding_size = 4 << 10).unwrap();
     let ctx = Context::new(&gpu.device).unwrap();
-    let error = ExpertWeights::new(&ctx, settings().expert_shape(WeightType::F32), None);
+    let error = ExpertWeights::new(&ctx, settings().expert_shape(WeightType::F32));
     let error = error.unwrap_err().to_string();
     assert_eq!(error, "`weights`: 8192 needed, page size of this device is 4096");
 }
@@ -122,13 +128,13 @@ fn a_device_that_is_lost() {
     let ctx = Context::new(&gpu.device).unwrap();
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let [hidden, out] = [(); 2].map(|()| buffer(&gpu, BufferUsages::STORAGE));
-    let batch = Batch::new((&hidden).into(), (&out).into(), 33);
+    let batch = Batch::new(&hidden, 33).into_out(&out);
     let step = layer.bind(&batch).unwrap();
     gpu.device.destroy();
     let lost = gpu.upload(&[1u32]);
     let texts = [
         Context::new(&gpu.device).map(|_| ()),
-        ExpertWeights::new(&ctx, layer.weights().shape(), None).map(|_| ()),
+        ExpertWeights::new(&ctx, layer.weights().shape()).map(|_| ()),
         sample.router(&ctx).map(|_| ()),
         layer.with_routing(models::find("ec-dlm").unwrap().settings.routing).map(|_| ()),
         layer.bind(&batch).map(|_| ()),

@@ -234,7 +234,7 @@ struct Routing<'a> {
     rule: Rule<'a>,
     gates: GateRule,
     scale: f32,
-    by_count: Option<&'a [f32]>,
+    scale_by_count: Option<&'a [f32]>,
     /// Most tokens of an expert, dropping the lowest gates.
     drop: Option<u32>,
 }
@@ -265,7 +265,7 @@ impl Routing<'_> {
             }
         };
         let source = if self.gates == GateRule::Softmax { self.logits } else { &s };
-        let scales = Scales { by_count: self.by_count, by_expert: None };
+        let scales = Scales { scale_by_count: self.scale_by_count, scale_by_expert: None };
         let gates = plan_count::cpu(&first, source, experts, self.gates, self.scale, scales);
         let assigned = match self.drop {
             Some(capacity) => expert_choice::cpu_drop(&gates, experts, &first, capacity).0,
@@ -283,19 +283,17 @@ impl Routing<'_> {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: bias.as_ref().map(Into::into),
-            s: s.slice(),
-            r: r.slice(),
+            scores: s.slice(),
+            values: r.slice(),
         };
-        let dims = scores::Dims { tokens: t, experts: e };
-        run(
-            gpu,
-            &Scores::new(ctx).unwrap().bind(&dims, self.score, self.from_logits, args).unwrap(),
-        );
+        let dims =
+            scores::Dims { tokens: t, experts: e, score: self.score, by_logits: self.from_logits };
+        run(gpu, &Scores::new(ctx).unwrap().bind(&dims, args).unwrap());
         match self.rule {
             Rule::Experts { offsets, capacity } => {
                 let (o, c) = (gpu.upload(offsets), gpu.upload(capacity));
                 let args = expert_choice::Args {
-                    r: r.slice(),
+                    values: r.slice(),
                     offsets: (&o).into(),
                     lengths: None,
                     capacity: (&c).into(),
@@ -306,10 +304,13 @@ impl Routing<'_> {
                 run(gpu, &ExpertChoice::new(ctx).unwrap().bind(&dims, args).unwrap());
             }
             Rule::Tokens { top, groups } => {
-                let args =
-                    token_choice::Args { r: r.slice(), coresets: None, assigned: assigned.slice() };
+                let args = token_choice::Args {
+                    values: r.slice(),
+                    coresets: None,
+                    assigned: assigned.slice(),
+                };
                 let op = TokenChoice::new(ctx, e, top as u32, groups).unwrap();
-                run(gpu, &op.bind(t, args).unwrap());
+                run(gpu, &op.bind(&token_choice::Dims { tokens: t }, args).unwrap());
             }
         }
         let first: Vec<u32> = assigned.get(gpu);
@@ -322,14 +323,17 @@ impl Routing<'_> {
             skinny_rows: 0,
         };
         let plan = Output::u32s(gpu, shape.bytes().unwrap() as usize / 4);
-        let by_count = self.by_count.map(|b| gpu.upload(b));
+        let scale_by_count = self.scale_by_count.map(|b| gpu.upload(b));
         let args = plan_count::Args {
             assigned: assigned.slice(),
             gates: Some(plan_count::Gates {
                 rule: self.gates,
                 source: if self.gates == GateRule::Softmax { (&logits).into() } else { s.slice() },
                 scale: self.scale,
-                scales: Scales { by_count: by_count.as_ref().map(Into::into), by_expert: None },
+                scales: Scales {
+                    scale_by_count: scale_by_count.as_ref().map(Into::into),
+                    scale_by_expert: None,
+                },
                 gates: gates.slice(),
             }),
             plan: plan.slice(),
@@ -345,7 +349,13 @@ impl Routing<'_> {
                 assigned: assigned.slice(),
                 dropped: dropped.slice(),
             };
-            run(gpu, &ExpertChoice::new(ctx).unwrap().bind_drop(t, e, args).unwrap());
+            run(
+                gpu,
+                &ExpertChoice::new(ctx)
+                    .unwrap()
+                    .bind_drop(&expert_choice::DropDims { tokens: t, experts: e }, args)
+                    .unwrap(),
+            );
         }
         Routed { first, r: r.get(gpu), assigned: assigned.get(gpu), gates: gates.get(gpu) }
     }
@@ -373,14 +383,14 @@ impl Routing<'_> {
         };
         self.everywhere(file, gpu, |what, got| {
             let mask = dense(&got.assigned, tokens, experts);
-            let by_expert = |i: usize| (i % experts) * (tokens + 1) + sequence(i / experts);
+            let scale_by_expert = |i: usize| (i % experts) * (tokens + 1) + sequence(i / experts);
             match self.rule {
                 // An expert's list in a sequence; a drop is a list of an expert over the batch, compared by gates.
                 Rule::Experts { .. } => {
-                    compare_choice(what, (&mask, &want), by_expert, &got.r, 8.0, report);
+                    compare_choice(what, (&mask, &want), scale_by_expert, &got.r, 8.0, report);
                 }
                 Rule::Tokens { .. } if self.drop.is_some() => {
-                    compare_choice(what, (&mask, &want), by_expert, &got.gates, 16.0, report);
+                    compare_choice(what, (&mask, &want), scale_by_expert, &got.gates, 16.0, report);
                 }
                 Rule::Tokens { .. } => {
                     compare_choice(what, (&mask, &want), |i| i / experts, &got.r, 8.0, report);
@@ -419,7 +429,7 @@ fn expert_choice(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
         }
         other => panic!("scope {other:?}"),
     };
-    let by_count = file.f32s("scaling_factors");
+    let scale_by_count = file.f32s("scaling_factors");
     let gates = match (case.after(), case.score()) {
         (false, _) => GateRule::Plain,
         (true, Score::Softmax) => GateRule::Softmax,
@@ -435,7 +445,7 @@ fn expert_choice(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
         rule: Rule::Experts { offsets: &offsets, capacity: &capacity },
         gates,
         scale: 1.0,
-        by_count: by_count.as_deref(),
+        scale_by_count: scale_by_count.as_deref(),
         drop: None,
     };
     routing.compare_dense(file, gpu, report);
@@ -465,7 +475,7 @@ fn token_choice(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
         rule: Rule::Tokens { top, groups: None },
         gates,
         scale: 1.0,
-        by_count: None,
+        scale_by_count: None,
         drop,
     };
     routing.compare_dense(file, gpu, report);
@@ -492,7 +502,7 @@ fn group_limited(file: &File, gpu: Option<&Gpu>, report: &mut Report) {
         rule: Rule::Tokens { top, groups: Some(groups) },
         gates: GateRule::Normalised,
         scale: case.routed_scaling_factor.expect("routed_scaling_factor"),
-        by_count: None,
+        scale_by_count: None,
         drop: None,
     };
     // The reference's lists `[tokens, top]`, in an order of its own.

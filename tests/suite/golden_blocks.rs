@@ -242,17 +242,17 @@ impl Routing {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: bias.as_ref().map(Into::into),
-            s: s.slice(),
-            r: r.slice(),
+            scores: s.slice(),
+            values: r.slice(),
         };
-        let dims = scores::Dims { tokens, experts };
-        let mut step = Scores::new(ctx).unwrap().bind(&dims, self.score, false, args).unwrap();
+        let dims = scores::Dims { tokens, experts, score: self.score, by_logits: false };
+        let mut step = Scores::new(ctx).unwrap().bind(&dims, args).unwrap();
         match self.rule {
             None => {
                 let dims =
                     sequence_top::Dims { tokens, experts, sequences: blocks, top: self.top as u32 };
                 let args = sequence_top::Args {
-                    r: r.slice(),
+                    values: r.slice(),
                     offsets: (&offsets).into(),
                     assigned: assigned.slice(),
                 };
@@ -261,14 +261,18 @@ impl Routing {
             Some(rule) => {
                 let k = rule.own_top(self.top as u32);
                 if let Some(k) = k {
-                    let args =
-                        token_choice::Args { r: r.slice(), coresets: None, assigned: own.slice() };
+                    let args = token_choice::Args {
+                        values: r.slice(),
+                        coresets: None,
+                        assigned: own.slice(),
+                    };
                     let op = TokenChoice::new(ctx, experts, k, None).unwrap();
-                    step = step.then(op.bind(tokens, args).unwrap());
+                    step =
+                        step.then(op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
                 }
                 let args = coreset::Args {
-                    r: r.slice(),
-                    own: k.map(|_| own.slice()),
+                    values: r.slice(),
+                    own_choice: k.map(|_| own.slice()),
                     offsets: (&offsets).into(),
                     voters: None,
                     members: members.slice(),
@@ -282,12 +286,12 @@ impl Routing {
                     block_of: block_of.slice(),
                 };
                 let args = token_choice::Args {
-                    r: r.slice(),
+                    values: r.slice(),
                     coresets: Some(coresets),
                     assigned: assigned.slice(),
                 };
                 let op = TokenChoice::new(ctx, experts, self.top as u32, self.groups).unwrap();
-                step = step.then(op.bind(tokens, args).unwrap());
+                step = step.then(op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
             }
         }
         let shape = PlanShape {
@@ -305,7 +309,7 @@ impl Routing {
                 rule: self.gates,
                 source: s.slice(),
                 scale: self.scale,
-                scales: Scales { by_count: None, by_expert: None },
+                scales: Scales { scale_by_count: None, scale_by_expert: None },
                 gates: gates.slice(),
             }),
             plan: plan.slice(),

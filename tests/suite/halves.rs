@@ -2,10 +2,7 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use testkit::layer::HostLayer;
 use testkit::{cases, prelude::*};
-use wgmoe::layer::{
-    Assignments, BoundLayer, ExpertBatch, LayerConfig, MoeExperts, MoeRouting, RoutingBatch,
-    Scratch,
-};
+use wgmoe::layer::{Assignments, Batch, BoundLayer, LayerConfig, MoeExperts, MoeRouting, Scratch};
 use wgmoe::ops::combine::{self, Combine};
 use wgmoe::ops::{assign, assign_lists};
 use wgmoe::plan::HostPlan;
@@ -19,12 +16,18 @@ fn settings() -> LayerConfig {
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
     let rule = TokenChoice { top: 3, groups: None, ..rule };
     let routing = Routing::TokenChoice(rule);
-    LayerConfig { hidden: 40, intermediate: 24, experts: 12, routing, ..settings }
+    {
+        let mut config = settings.with_routing(routing);
+        config.hidden = 40;
+        config.intermediate = 24;
+        config.experts = 12;
+        config
+    }
 }
 
 fn submit(gpu: &Gpu, step: &BoundLayer) {
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
-    step.record(&mut encoder);
+    step.encode(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
 }
 
@@ -51,20 +54,16 @@ fn experts_of_another_router() {
         let weights = sample.weights(&ctx, &gpu.queue).unwrap();
         let LayerConfig { activation, shared_experts, .. } = sample.settings;
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
-        let scratch = Scratch::new();
+        let scratch = Scratch::new(&ctx);
         for tokens in [1, 33, 70] {
             let what = format!("{} T {tokens}", variant_name(&ctx));
             let x = random(3, tokens * d);
             let hidden = gpu.upload(&x);
             let run = |assignments, out: &Output| {
-                let batch = ExpertBatch {
-                    hidden: (&hidden).into(),
-                    out: out.slice(),
-                    tokens: tokens as u32,
-                    add: false,
-                    assignments,
-                    scratch: Some(&scratch),
-                };
+                let batch = Batch::new(&hidden, tokens as u32)
+                    .into_out(out.slice())
+                    .with_assignments(assignments)
+                    .with_scratch(&scratch);
                 let made = ctx.pipelines();
                 let step = experts.bind(&batch).unwrap();
                 assert_eq!(ctx.pipelines(), made, "{what}: pipelines made while binding");
@@ -83,8 +82,11 @@ fn experts_of_another_router() {
             let gates = cases::values("random", 2, ids.len());
             let (want, want_gates, ignored) = assign::cpu(&ids, &gates, top, e);
             let (i, g) = (gpu.upload(&ids), gpu.upload(&gates));
-            let of_tokens =
-                Assignments::OfTokens { top: top as u32, ids: (&i).into(), gates: (&g).into() };
+            let of_tokens = Assignments::OfTokens {
+                experts_per_token: top as u32,
+                ids: (&i).into(),
+                gates: (&g).into(),
+            };
             let out = Output::f32s(&gpu, tokens * d);
             let stats = run(of_tokens, &out);
             assert_eq!(stats.ignored, ignored.iter().sum::<u32>(), "{what}: ids ignored");
@@ -160,14 +162,14 @@ fn experts_of_another_engine() {
     for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
             let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
-            let sample = HostLayer::new(LayerConfig { routing, shared_experts: 0, ..base });
+            let sample = HostLayer::new(base.with_routing(routing).with_shared_experts(0));
             let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
             let router = sample.router(&ctx).unwrap();
             let first = MoeRouting::new(&ctx, sample.settings, router).unwrap();
             let x = random(3, tokens * d);
             let hidden = gpu.upload(&x);
             let made = ctx.pipelines();
-            let step = first.bind(&RoutingBatch::new((&hidden).into(), tokens as u32)).unwrap();
+            let step = first.bind(&Batch::new(&hidden, tokens as u32)).unwrap();
             assert_eq!(ctx.pipelines(), made, "{what}: pipelines made while binding");
             let (shape, plan) = step.plan().unwrap();
             let (at, slots) = (shape.sections().unwrap(), shape.slots().unwrap());
@@ -221,7 +223,7 @@ fn experts_of_another_engine() {
 
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             let mut pass = encoder.begin_compute_pass(&Default::default());
-            step.record_in(&mut pass);
+            step.record(&mut pass);
             pass.set_pipeline(&own);
             pass.set_bind_group(0, &group, &[]);
             pass.dispatch_workgroups(slots, 1, 1);
@@ -264,10 +266,14 @@ fn assignments_that_do_not_fit() {
     let bind = |tokens, assignments| {
         let size = u64::from(tokens) * 160;
         let [hidden, out] = [&x, &out].map(|b| wgmoe::Slice::new(b, 0, size));
-        let batch = ExpertBatch { hidden, out, tokens, add: false, assignments, scratch: None };
+        let batch = Batch::new(hidden, tokens).into_out(out).with_assignments(assignments);
         experts.bind(&batch).map(|_| ()).map_err(|e| e.to_string())
     };
-    let of_tokens = |top, ids| Assignments::OfTokens { top, ids: words(ids), gates: words(ids) };
+    let of_tokens = |top, ids| Assignments::OfTokens {
+        experts_per_token: top,
+        ids: words(ids),
+        gates: words(ids),
+    };
     let of_experts = |entries, offsets, list| Assignments::OfExperts {
         entries,
         offsets: words(offsets),

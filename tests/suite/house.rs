@@ -165,7 +165,8 @@ fn files_and_functions_are_short() {
         let dir = root.join(folder);
         for path in if dir.is_dir() { sources(&dir) } else { vec![] } {
             let text = std::fs::read_to_string(&path).expect("a source");
-            let reason = text.lines().take_while(|l| l.starts_with("//")).any(|l| l.contains("Long:"));
+            let reason =
+                text.lines().take_while(|l| l.starts_with("//")).any(|l| l.contains("Long:"));
             let name = path.strip_prefix(root).expect("inside").display().to_string();
             if text.lines().count() > FILE && !reason {
                 long.push(format!("{name}: {} lines", text.lines().count()));
@@ -183,6 +184,7 @@ fn files_and_functions_are_short() {
 #[test]
 fn long_functions_are_seen() {
     let body = "        let x = 1;\n".repeat(120);
-    let code = format!("impl A {{\n    pub fn long(&self) {{\n{body}    }}\n}}\nfn short() {{\n}}\n");
+    let code =
+        format!("impl A {{\n    pub fn long(&self) {{\n{body}    }}\n}}\nfn short() {{\n}}\n");
     assert_eq!(functions(&code), [("long".to_string(), 122), ("short".to_string(), 2)]);
 }

@@ -1,5 +1,4 @@
 //! The whole layer against the CPU twins.
-use half::{bf16, f16};
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
 use wgmoe::layer::{
     Batch, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Tensor, cpu_routing, cpu_token,
@@ -39,14 +38,7 @@ fn settings(
     shared_experts: u32,
     routing: Routing,
 ) -> LayerConfig {
-    LayerConfig {
-        hidden,
-        intermediate,
-        experts,
-        shared_experts,
-        activation: Activation::Silu,
-        routing,
-    }
+    LayerConfig::new(hidden, intermediate, experts, routing).with_shared_experts(shared_experts)
 }
 
 /// Host weights of every expert, of the type they are stored as.
@@ -58,11 +50,7 @@ struct Experts {
 impl Experts {
     fn new(settings: &LayerConfig, weight_type: WeightType) -> Self {
         let size = (settings.hidden * settings.intermediate) as usize;
-        let round = |v: &f32| match weight_type {
-            WeightType::F32 => *v,
-            WeightType::F16 => f16::from_f32(*v).to_f32(),
-            WeightType::Bf16 => bf16::from_f32(*v).to_f32(),
-        };
+        let round = |v: &f32| weight_type.round(*v);
         let all = settings.experts + settings.shared_experts;
         let values: Vec<[Vec<f32>; 3]> = (0..all)
             .map(|e| {
@@ -111,25 +99,28 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
     let (d, e) = (settings.hidden as usize, settings.experts as usize);
     let what = format!("{:?} {settings:?} T {tokens} {:?}", ctx.variant(), case.weight_type);
     let experts = Experts::new(&settings, case.weight_type);
-    let weights =
-        ExpertWeights::new(ctx, settings.expert_shape(case.weight_type), case.page_limit).unwrap();
+    let weights = ExpertWeights::with_page_limit(
+        ctx,
+        settings.expert_shape(case.weight_type),
+        case.page_limit.unwrap_or(u64::MAX),
+    )
+    .unwrap();
     experts.upload(gpu, &weights);
     let router_weight = random(1, e * d);
     let bias: Vec<f32> = random(2, e).iter().map(|v| v * 0.1).collect();
-    let router = Router {
-        weight: Tensor::new(ctx, "router", &router_weight).unwrap(),
-        bias: case.bias.then(|| Tensor::new(ctx, "bias", &bias).unwrap()),
-        by_count: None,
-        by_expert: None,
+    let router = {
+        let mut router = Router::new(Tensor::new(ctx, "router", &router_weight).unwrap());
+        router.bias = case.bias.then(|| Tensor::new(ctx, "bias", &bias).unwrap());
+        router
     };
     let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
     let x = random(3, tokens as usize * d);
     let hidden = gpu.upload(&x);
     let out = Output::f32s(gpu, tokens as usize * d);
-    let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), tokens)).unwrap();
+    let step = layer.bind(&Batch::new(&hidden, tokens).into_out(out.slice())).unwrap();
     let run = || {
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
-        step.record(&mut encoder);
+        step.encode(&mut encoder);
         gpu.queue.submit([encoder.finish()]);
         out.get::<f32>(gpu)
     };
@@ -140,17 +131,16 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
         "{what}: twice"
     );
 
-    let [logits, s, r] = step
-        .selection()
+    let [logits, s, r] = testkit::layer::selection(&step)
         .unwrap()
         .map(|t| gpu.download::<f32>(t.buffer).unwrap()[..tokens as usize * e].to_vec());
-    let want_logits = wgmoe::ops::grouped_matmul::cpu_logits(&x, &router_weight, d);
+    let want_logits = wgmoe::ops::logits::cpu(&x, &router_weight, d);
     assert_close(&logits, &want_logits, 1e-5 * (d as f32).sqrt(), 1e-5, &format!("{what}: logits"));
     let host = HostRouter {
         weight: &router_weight,
         bias: case.bias.then_some(&bias),
-        by_count: None,
-        by_expert: None,
+        scale_by_count: None,
+        scale_by_expert: None,
     };
     let want = cpu_routing(&settings, &host, HostBatch::default(), [&logits, &s, &r]);
     let assigned: Vec<u32> = gpu.download(step.assigned().unwrap().buffer).unwrap();
@@ -251,7 +241,7 @@ fn gelu_and_page_sizes() {
     for ctx in contexts(&gpu) {
         for weight_type in [WeightType::F32, WeightType::Bf16] {
             let base = settings(72, 96, 6, 1, Routing::TokenChoice(TOKEN_CHOICE));
-            let settings = LayerConfig { activation: Activation::Gelu, ..base };
+            let settings = base.with_activation(Activation::Gelu);
             let run = |page_limit| {
                 check(
                     &gpu,

@@ -6,7 +6,7 @@ use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, wgpu};
+use wgmoe::{Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, wgpu};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice {
     score: Score::Sigmoid,
@@ -27,14 +27,7 @@ const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
 });
 
 fn settings(hidden: u32, routing: Routing) -> LayerConfig {
-    LayerConfig {
-        hidden,
-        intermediate: 40,
-        experts: 12,
-        shared_experts: 1,
-        activation: Activation::Silu,
-        routing,
-    }
+    LayerConfig::new(hidden, 40, 12, routing).with_shared_experts(1)
 }
 
 /// A device of the same adapter whose storage bindings hold no more than `bytes`.
@@ -58,7 +51,7 @@ fn run(gpu: &Gpu, layer: &MoeLayer, x: &[f32], tokens: u32) -> (Vec<u32>, usize)
     let residual: Vec<f32> = x.iter().map(|v| 1.0 - v).collect();
     let hidden = gpu.upload(x);
     let out = Output::holding(gpu, &residual);
-    let batch = Batch { add: true, ..Batch::new((&hidden).into(), out.slice(), tokens) };
+    let batch = Batch::new(&hidden, tokens).added_to(out.slice());
     let step = layer.bind(&batch).unwrap();
     gpu.run_layer(&step).unwrap();
     (out.get(gpu), step.dispatches().count())
@@ -77,8 +70,8 @@ fn tensors_larger_than_a_binding() {
     let rules = [(512, token_choice(None)), (512, EXPERT_CHOICE), (512, mass), (odd, mass)];
     // A software driver takes seconds to compile a matmul; subgroups change none of the kernels that this is about.
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
-        let devices = [&small, &gpu]
-            .map(|gpu| (gpu, Context::with_variant(&gpu.device, variant, None).unwrap()));
+        let devices =
+            [&small, &gpu].map(|gpu| (gpu, Context::with_variant(&gpu.device, variant).unwrap()));
         let rules = if variant.target == Target::Wide { &rules[..2] } else { &rules[..] };
         for &(hidden, routing) in rules {
             let what = format!("{variant:?} D {hidden} {routing:?}");
@@ -110,7 +103,7 @@ fn what_does_not_fit_is_an_error() {
         let b = small.upload(&vec![0f32; 2 * 64 * tokens as usize]);
         let bytes = 256 * u64::from(tokens);
         let [hidden, out] = [0, bytes].map(|at| wgmoe::Slice::new(&b, at, bytes));
-        match layer.bind(&Batch::new(hidden, out, tokens)) {
+        match layer.bind(&Batch::new(hidden, tokens).into_out(out)) {
             Err(Error::Limit { name, .. }) => assert_eq!(name, argument, "{tokens} tokens"),
             other => panic!("{tokens} tokens: {other:?}"),
         }
@@ -122,11 +115,12 @@ fn page_limits_give_equal_bits() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     // 2.6 MB a matrix in f32: columns of one expert in a page, several experts, all of them.
-    let settings = LayerConfig {
-        hidden: 1024,
-        intermediate: 640,
-        experts: 9,
-        ..settings(1024, Routing::TokenChoice(TOKEN_CHOICE))
+    let settings = {
+        let mut config = settings(1024, Routing::TokenChoice(TOKEN_CHOICE));
+        config.hidden = 1024;
+        config.intermediate = 640;
+        config.experts = 9;
+        config
     };
     let host = HostLayer::new(settings);
     let tokens = 33;
@@ -165,7 +159,7 @@ fn full_size() {
         HostWeights::Bf16(&pool[place * 1009..][..size])
     };
     let start = std::time::Instant::now();
-    let weights = ExpertWeights::new(&ctx, shape, limit).unwrap();
+    let weights = ExpertWeights::with_page_limit(&ctx, shape, limit.unwrap_or(u64::MAX)).unwrap();
     for e in 0..shape.experts {
         for p in Projection::ALL {
             weights.write(&gpu.queue, e, p, matrix(e, p)).unwrap();
@@ -179,12 +173,18 @@ fn full_size() {
         weights.page_counts(),
         start.elapsed()
     );
-    let router = HostLayer::new(LayerConfig { intermediate: 1, ..settings }).router(&ctx).unwrap();
+    let router = HostLayer::new({
+        let mut config = settings;
+        config.intermediate = 1;
+        config
+    })
+    .router(&ctx)
+    .unwrap();
     let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
     for tokens in [32, 512, 4096] {
         let x = random(u64::from(tokens), tokens as usize * d);
         let (hidden, out) = (gpu.upload(&x), Output::f32s(&gpu, x.len()));
-        let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), tokens)).unwrap();
+        let step = layer.bind(&Batch::new(&hidden, tokens).into_out(out.slice())).unwrap();
         let start = std::time::Instant::now();
         gpu.run_layer(&step).unwrap();
         let (elapsed, count) = (start.elapsed(), step.dispatches().count());

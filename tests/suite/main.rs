@@ -19,6 +19,7 @@ mod golden;
 mod golden_blocks;
 mod golden_layers;
 mod halves;
+mod house;
 mod layer;
 mod limits;
 mod noop;

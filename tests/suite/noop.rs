@@ -1,5 +1,5 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
-use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer, Router, Tensor};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, Tensor};
 use wgmoe::models::find;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
@@ -41,20 +41,18 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
     let bits = |i: usize| words(&b[i], columns * e);
     Ok(vec![
         scores::Scores::new(ctx)?.bind(
-            scores::Dims { tokens, experts },
-            Score::Softmax,
-            false,
+            &scores::Dims { tokens, experts, score: Score::Softmax, by_logits: false },
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
-                s: pairs(2),
-                r: pairs(3),
+                scores: pairs(2),
+                values: pairs(3),
             },
         )?,
         expert_choice::ExpertChoice::new(ctx)?.bind(
-            expert_choice::Dims { tokens, experts, sequences: 2 },
+            &expert_choice::Dims { tokens, experts, sequences: 2 },
             expert_choice::Args {
-                r: pairs(0),
+                values: pairs(0),
                 offsets: words(&b[1], 3),
                 lengths: None,
                 capacity: words(&b[2], 2),
@@ -62,8 +60,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         expert_choice::ExpertChoice::new(ctx)?.bind_drop(
-            tokens,
-            experts,
+            &expert_choice::DropDims { tokens, experts },
             expert_choice::DropArgs {
                 gates: pairs(0),
                 offsets: words(&b[1], 2),
@@ -72,8 +69,10 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 dropped: words(&b[4], e),
             },
         )?,
-        token_choice::TokenChoice::new(ctx, experts, 4, None)?
-            .bind(tokens, token_choice::Args { r: pairs(0), coresets: None, assigned: bits(1) })?,
+        token_choice::TokenChoice::new(ctx, experts, 4, None)?.bind(
+            &token_choice::Dims { tokens },
+            token_choice::Args { values: pairs(0), coresets: None, assigned: bits(1) },
+        )?,
         token_choice::TokenChoice::new(
             ctx,
             experts,
@@ -81,9 +80,9 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             Some(wgmoe::routing::Groups { count: 8, top: 4 }),
         )?
         .bind(
-            tokens,
+            &token_choice::Dims { tokens },
             token_choice::Args {
-                r: pairs(0),
+                values: pairs(0),
                 coresets: Some(token_choice::Coresets {
                     blocks: 3,
                     coreset: words(&b[1], 3 * e.div_ceil(32)),
@@ -93,7 +92,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         assign::Assign::new(ctx)?.bind(
-            assign::Dims { tokens, experts, top: 4 },
+            &assign::Dims { tokens, experts, top: 4 },
             assign::Args {
                 ids: words(&b[0], 4 * t),
                 weights: words(&b[1], 4 * t),
@@ -103,7 +102,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         assign_lists::AssignLists::new(ctx)?.bind(
-            assign_lists::Dims { tokens, experts, entries: 3 * tokens },
+            &assign_lists::Dims { tokens, experts, entries: 3 * tokens },
             assign_lists::Args {
                 offsets: words(&b[0], e + 1),
                 list: words(&b[1], 3 * t),
@@ -121,7 +120,10 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                     rule: wgmoe::routing::GateRule::Softmax,
                     source: pairs(1),
                     scale: 1.0,
-                    scales: plan_count::Scales { by_count: None, by_expert: Some(words(&b[2], e)) },
+                    scales: plan_count::Scales {
+                        scale_by_count: None,
+                        scale_by_expert: Some(words(&b[2], e)),
+                    },
                     gates: pairs(3),
                 }),
                 plan,
@@ -131,14 +133,20 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             .bind(&shape, plan_count::Args { assigned: bits(0), gates: None, plan })?,
         plan_scan::PlanScan::new(ctx)?.bind(
             &shape,
-            plan_scan::Args { lost: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
+            plan_scan::Args {
+                lost: None,
+                offsets: None,
+                plan,
+                stats: words(&b[1], 8 + e),
+                add_stats: false,
+            },
         )?,
         plan_fill::PlanFill::new(ctx)?
             .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
         block_choice::BlockChoice::new(ctx, experts, BlockRule::Vote(4), 4, None)?.bind(
-            block_choice::Dims { tokens: few.tokens, blocks: 2 },
+            &block_choice::Dims { tokens: few.tokens, blocks: 2 },
             block_choice::Args {
-                r: few_pairs(0),
+                values: few_pairs(0),
                 offsets: words(&b[1], 3),
                 voters: Some(words(&b[2], few.tokens.into())),
                 assigned: words(&b[3], e),
@@ -153,16 +161,17 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                     rule: wgmoe::routing::GateRule::Normalised,
                     source: few_pairs(1),
                     scale: 1.0,
-                    scales: plan_count::Scales { by_count: None, by_expert: None },
+                    scales: plan_count::Scales { scale_by_count: None, scale_by_expert: None },
                     gates: few_pairs(2),
                 },
                 offsets: None,
                 plan: words(&b[7], u64::from(few.sections()?.words)),
                 stats: words(&b[3], 8 + e),
+                add_stats: false,
             },
         )?,
         gather::Gather::new(ctx)?.bind(
-            gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
+            &gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
             gather::Args {
                 x: words(&b[0], 6 * t),
                 token_of: words(&b[1], 2 * t),
@@ -181,7 +190,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         capacity::Capacity::new(ctx)?.bind(
-            capacity::Dims { tokens, experts, sequences: 2 },
+            &capacity::Dims { tokens, experts, sequences: 2 },
             capacity::Args {
                 source: capacity::Source::Ratios {
                     ratios: words(&b[0], 2),
@@ -194,13 +203,14 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         expert_union::ExpertUnion::new(ctx)?.bind(
-            expert_union::Dims { tokens, experts, blocks: 5, expert_bytes: 1 << 33 },
+            &expert_union::Dims { tokens, experts, blocks: 5, expert_bytes: 1 << 33 },
             expert_union::Args {
                 assigned: bits(0),
                 offsets: words(&b[1], 6),
                 members: words(&b[2], 5 * e.div_ceil(32)),
                 counts: words(&b[3], 5),
                 bytes: words(&b[4], 10),
+                totals: None,
             },
         )?,
     ])
@@ -229,14 +239,19 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
     rules
         .into_iter()
         .map(|routing| {
-            let settings =
-                LayerConfig { hidden: 64, intermediate: 32, experts: 64, routing, ..settings };
-            let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), None)?;
+            let settings = {
+                let mut config = settings.with_routing(routing);
+                config.hidden = 64;
+                config.intermediate = 32;
+                config.experts = 64;
+                config
+            };
+            let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16))?;
             let weight = Tensor::new(ctx, "router", &vec![0f32; 64 * 64])?;
-            let router = Router { weight, bias: None, by_count: None, by_expert: None };
+            let router = Router::new(weight);
             let layer = MoeLayer::new(ctx, settings, router, weights)?;
             let n = 64 * u64::from(tokens);
-            layer.bind(&Batch::new(words(&x, n), words(&out, n), tokens))
+            layer.bind(&Batch::new(words(&x, n), tokens).into_out(words(&out, n)))
         })
         .collect()
 }
@@ -251,7 +266,7 @@ fn every_op_records_under_default_limits() {
     let mut recorded: Vec<&str> = vec![];
     for target in [Target::Wide, Target::Serial] {
         let variant = Variant { target, subgroups: false };
-        let ctx = Context::with_variant(&device, variant, None).unwrap();
+        let ctx = Context::with_variant(&device, variant).unwrap();
         // 70,000 tokens: more groups than a dimension of the grid holds.
         for (tokens, experts) in [(33, 40), (70_000, 16)] {
             let steps = steps(&ctx, tokens, experts).unwrap();
@@ -272,7 +287,7 @@ fn every_op_records_under_default_limits() {
             for step in layers(&ctx, tokens).unwrap() {
                 let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
                 let mut encoder = device.create_command_encoder(&Default::default());
-                step.record(&mut encoder);
+                step.encode(&mut encoder);
                 queue.submit([encoder.finish()]);
                 assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
                 recorded.extend(step.dispatches().map(wgmoe::Dispatch::name));
@@ -294,24 +309,29 @@ fn windows_of_tensors_are_aligned() {
         required_limits: limits,
         ..Default::default()
     });
-    let ctx = Context::with_variant(&device, Variant::PORTABLE, None).unwrap();
+    let ctx = Context::with_variant(&device, Variant::PORTABLE).unwrap();
     let base = find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let routing = Routing::TokenChoice(TokenChoice { groups: None, top: 3, ..rule });
     for hidden in [504, 508, 512] {
-        let settings = LayerConfig { hidden, intermediate: 40, experts: 12, routing, ..base };
-        let weights =
-            ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16), None).unwrap();
+        let settings = {
+            let mut config = base.with_routing(routing);
+            config.hidden = hidden;
+            config.intermediate = 40;
+            config.experts = 12;
+            config
+        };
+        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16)).unwrap();
         let weight = Tensor::new(&ctx, "router", &vec![0f32; 12 * hidden as usize]).unwrap();
-        let router = Router { weight, bias: None, by_count: None, by_expert: None };
+        let router = Router::new(weight);
         let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
         let tokens = 90;
         let [x, out] = [0; 2].map(|_| buffer(&device, 64 + 90 * u64::from(hidden)));
         let slice = |b| Slice::new(b, 256, 4 * 90 * u64::from(hidden));
-        let step = layer.bind(&Batch::new(slice(&x), slice(&out), tokens)).unwrap();
+        let step = layer.bind(&Batch::new(slice(&x), tokens).into_out(slice(&out))).unwrap();
         let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let mut encoder = device.create_command_encoder(&Default::default());
-        step.record(&mut encoder);
+        step.encode(&mut encoder);
         queue.submit([encoder.finish()]);
         assert_eq!(pollster::block_on(scope.pop()).map(|e| e.to_string()), None);
         let count = |name| step.dispatches().filter(|d| d.name() == name).count();
@@ -327,19 +347,19 @@ fn no_tokens_are_no_work() {
     let ctx = Context::new(&device).unwrap();
     let b = buffer(&device, 64);
     let nothing = words(&b, 0);
-    let dims = scores::Dims { tokens: 0, experts: 4 };
-    let args = scores::Args { logits: nothing, bias: None, s: nothing, r: nothing };
-    let step = scores::Scores::new(&ctx).unwrap().bind(&dims, Score::Sigmoid, true, args).unwrap();
+    let dims = scores::Dims { tokens: 0, experts: 4, score: Score::Sigmoid, by_logits: true };
+    let args = scores::Args { logits: nothing, bias: None, scores: nothing, values: nothing };
+    let step = scores::Scores::new(&ctx).unwrap().bind(&dims, args).unwrap();
     assert!(step.dispatches().is_empty());
-    let args = token_choice::Args { r: nothing, coresets: None, assigned: nothing };
+    let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
-    assert!(op.bind(0, args).unwrap().dispatches().is_empty());
+    assert!(op.bind(&token_choice::Dims { tokens: 0 }, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
     assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());
     let dims = expert_choice::Dims { tokens: 0, experts: 4, sequences: 1 };
     let args = expert_choice::Args {
-        r: nothing,
+        values: nothing,
         offsets: words(&b, 2),
         lengths: None,
         capacity: words(&b, 1),

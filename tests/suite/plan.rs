@@ -1,5 +1,6 @@
 //! The three plan kernels together.
 use testkit::{cases, prelude::*};
+use wgmoe::ops::block_plan;
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, Lost, PlanScan};
@@ -33,8 +34,8 @@ fn make(
     let stats = Output::u32s(gpu, 8 + shape.experts as usize);
     let gates = Output::f32s(gpu, source.len());
     let (a, s) = (gpu.upload(assigned), gpu.upload(source));
-    let by_count = scales.by_count.map(|s| gpu.upload(s));
-    let by_expert = scales.by_expert.map(|s| gpu.upload(s));
+    let scale_by_count = scales.scale_by_count.map(|s| gpu.upload(s));
+    let scale_by_expert = scales.scale_by_expert.map(|s| gpu.upload(s));
     let counts = lost.map(|(l, dropped)| (gpu.upload(l), dropped, l.len() as u32 - dropped));
     let ranges = offsets.map(|o| gpu.upload(o));
     let gate_args = Gates {
@@ -42,8 +43,8 @@ fn make(
         source: (&s).into(),
         scale,
         scales: Scales {
-            by_count: by_count.as_ref().map(Into::into),
-            by_expert: by_expert.as_ref().map(Into::into),
+            scale_by_count: scale_by_count.as_ref().map(Into::into),
+            scale_by_expert: scale_by_expert.as_ref().map(Into::into),
         },
         gates: gates.slice(),
     };
@@ -58,6 +59,7 @@ fn make(
         offsets: ranges.as_ref().map(Into::into),
         plan: plan.slice(),
         stats: stats.slice(),
+        add_stats: false,
     };
     let fill = plan_fill::Args { assigned: (&a).into(), gates: gates.slice(), plan: plan.slice() };
     let step = PlanCount::new(ctx).unwrap().bind(shape, count).unwrap();
@@ -67,7 +69,7 @@ fn make(
     Made { plan: plan.get(gpu), gates: gates.get(gpu), stats }
 }
 
-const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
+const PLAIN: Scales<&[f32]> = Scales { scale_by_count: None, scale_by_expert: None };
 
 /// Makes the plan and compares it with the twin's, whole; the words no section's list fills keep their poison.
 fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &str) {
@@ -104,16 +106,20 @@ fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &s
     }
 
     let tokens_per_expert: Vec<u32> =
-        (0..experts).map(|e| bits::tokens_of(assigned, tokens, e).len() as u32).collect();
+        want.expert_offsets[..experts + 1].windows(2).map(|w| w[1] - w[0]).collect();
+    let chosen = ones(assigned, tokens, experts);
     let routed: u32 = tokens_per_expert.iter().sum();
+    assert_eq!(routed, chosen.min(shape.routed_slots), "{what}: the twin");
+    assert_eq!(slots, routed + shape.shared_experts * shape.tokens, "{what}: the twin");
     let stats = Stats {
-        slots: routed.min(shape.slots().unwrap()),
+        slots: routed,
         unique_experts: want.active.len() as u32,
         dropped: 0,
-        ignored: (routed + shape.shared_experts * shape.tokens) - slots,
+        ignored: 0,
         untouched: (0..tokens).filter(|&t| bits::experts_of(assigned, tokens, t).is_empty()).count()
             as u32,
         clamped: 0,
+        cut: chosen - routed,
         tokens_per_expert,
     };
     assert_eq!(made.stats, stats, "{what}");
@@ -196,6 +202,60 @@ fn slots_past_the_bound_are_cut_off() {
 }
 
 #[test]
+fn a_cut_leaves_every_token_what_is_there() {
+    // Two experts that all 5 tokens chose, room for 7: the second expert keeps tokens 0 and 1.
+    let shape = PlanShape {
+        tokens: 5,
+        experts: 2,
+        shared_experts: 1,
+        routed_slots: 7,
+        tile_rows: 4,
+        skinny_rows: 0,
+    };
+    let assigned = [0b11111, 0b11111];
+    let gates: Vec<f32> = (0..10).map(|i| i as f32).collect();
+    let want = HostPlan::cpu(&shape, &assigned, &gates);
+    assert_eq!(want.expert_offsets, [0, 5, 7, 12]);
+    assert_eq!(want.token_of, [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]);
+    assert_eq!(want.gate_of, [0.0, 2.0, 4.0, 6.0, 8.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
+    assert_eq!(want.token_offsets, [0, 3, 6, 8, 10, 12]);
+    assert_eq!(want.slot_of, [0, 5, 7, 1, 6, 8, 2, 9, 3, 10, 4, 11]);
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        check(&gpu, &ctx, &shape, &assigned, "cut");
+        let how = (GateRule::Plain, &gates[..], 1.0, PLAIN);
+        let stats = make(&gpu, &ctx, &shape, &assigned, how, (None, None)).stats;
+        assert_eq!((stats.slots, stats.cut, stats.ignored), (7, 3, 0));
+        assert_eq!(stats.tokens_per_expert, [5, 2]);
+        assert_eq!(stats.untouched, 0);
+    }
+}
+
+#[test]
+fn cuts_of_long_batches() {
+    let Some(gpu) = gpu() else { return };
+    for (tokens, experts, probability, shared_experts) in
+        [(65_537, 16, 0.5, 1), (4000, 1024, 0.03, 2), (300_000, 3, 0.7, 1)]
+    {
+        let assigned = cases::assignment(5, tokens, experts, probability);
+        let all = ones(&assigned, tokens, experts);
+        for routed_slots in [all / 3, all - all / 50] {
+            let shape = PlanShape {
+                tokens: tokens as u32,
+                experts: experts as u32,
+                shared_experts,
+                routed_slots,
+                tile_rows: 32,
+                skinny_rows: 8,
+            };
+            for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+                check(&gpu, &ctx, &shape, &assigned, "cut");
+            }
+        }
+    }
+}
+
+#[test]
 fn bits_past_the_last_token_are_ignored() {
     let Some(gpu) = gpu() else { return };
     let (tokens, experts) = (70, 40);
@@ -253,8 +313,8 @@ fn gates_equal_twin() {
                 tile_rows: 16,
                 skinny_rows: 4,
             };
-            let by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
-            let by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
+            let scale_by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
+            let scale_by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
             for (seed, kind) in cases::KINDS.iter().enumerate() {
                 for rule in [GateRule::Softmax, GateRule::Normalised, GateRule::Plain] {
                     let mut source = cases::values(kind, seed as u64, tokens * experts);
@@ -266,13 +326,25 @@ fn gates_equal_twin() {
                     }
                     for (scale, scales) in [
                         (1.0, PLAIN),
-                        (2.5, Scales { by_count: Some(&by_count[..]), by_expert: None }),
-                        (1.0, Scales { by_count: None, by_expert: Some(&by_expert[..]) }),
+                        (
+                            2.5,
+                            Scales {
+                                scale_by_count: Some(&scale_by_count[..]),
+                                scale_by_expert: None,
+                            },
+                        ),
+                        (
+                            1.0,
+                            Scales {
+                                scale_by_count: None,
+                                scale_by_expert: Some(&scale_by_expert[..]),
+                            },
+                        ),
                         (
                             0.5,
                             Scales {
-                                by_count: Some(&by_count[..]),
-                                by_expert: Some(&by_expert[..]),
+                                scale_by_count: Some(&scale_by_count[..]),
+                                scale_by_expert: Some(&scale_by_expert[..]),
                             },
                         ),
                     ] {
@@ -344,7 +416,7 @@ fn infinite_logits_share_the_gates() {
         let made = make(&gpu, &ctx, &shape, &assigned, how, (None, None));
         let want = plan_count::cpu(&assigned, &source, 3, GateRule::Softmax, 1.0, PLAIN);
         for (t, (_, gates)) in rows.iter().enumerate() {
-            assert_same(&made.gates[3 * t..][..2], gates, &format!("{} {t}", cases::name(&ctx)));
+            assert_same(&made.gates[3 * t..][..2], gates, &format!("{} {t}", variant_name(&ctx)));
             assert_same(&want[3 * t..][..2], gates, "the twin");
         }
     }
@@ -375,11 +447,11 @@ fn gates_of_mixed_sign_keep_the_bound_of_their_sum() {
             let bound = (experts + 6) as f64 * 2f64.powi(-24) * (all / sum.abs());
             for i in t * experts..(t + 1) * experts {
                 let off = ((f64::from(got[i]) - f64::from(want[i])) / f64::from(want[i])).abs();
-                assert!(off <= bound, "{} at {i}: off by {off:e} of {bound:e}", cases::name(&ctx));
+                assert!(off <= bound, "{} at {i}: off by {off:e} of {bound:e}", variant_name(&ctx));
                 worst = worst.max(off);
             }
         }
-        println!("{}: at most {worst:e}", cases::name(&ctx));
+        println!("{}: at most {worst:e}", variant_name(&ctx));
     }
 }
 
@@ -402,8 +474,13 @@ fn a_plan_of_given_gates() {
         let stats = Output::u32s(&gpu, 8 + experts);
         let (a, g) = (gpu.upload(&assigned), gpu.upload(&gates));
         let count = plan_count::Args { assigned: (&a).into(), gates: None, plan: plan.slice() };
-        let scan =
-            plan_scan::Args { lost: None, offsets: None, plan: plan.slice(), stats: stats.slice() };
+        let scan = plan_scan::Args {
+            lost: None,
+            offsets: None,
+            plan: plan.slice(),
+            stats: stats.slice(),
+            add_stats: false,
+        };
         let fill =
             plan_fill::Args { assigned: (&a).into(), gates: (&g).into(), plan: plan.slice() };
         let step = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();
@@ -440,6 +517,73 @@ fn statistics_add_up_what_was_lost() {
         assert_eq!(stats.clamped, 4);
         let twice = make(&gpu, &ctx, &shape, &assigned, how, reports).stats;
         assert_eq!(stats, twice);
+    }
+}
+
+#[test]
+fn statistics_are_added_to_what_is_there() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (32, 300);
+    let assigned = cases::assignment(2, tokens, experts, 0.04);
+    let source = cases::values("random", 1, tokens * experts);
+    let chosen = ones(&assigned, tokens, experts);
+    let shape = PlanShape {
+        tokens: 32,
+        experts: 300,
+        shared_experts: 1,
+        routed_slots: chosen - 9,
+        tile_rows: 16,
+        skinny_rows: 4,
+    };
+    let (a, s) = (gpu.upload(&assigned), gpu.upload(&source));
+    let offsets = gpu.upload(&[0u32, 20, 10, 32]);
+    for ctx in contexts(&gpu) {
+        for block in [false, true] {
+            let what = format!("{} block {block}", variant_name(&ctx));
+            let plan = Output::u32s(&gpu, shape.bytes().unwrap() as usize / 4);
+            let gates = Output::f32s(&gpu, source.len());
+            // What is there: a little, a sum about to pass 32 bits, a sum at their end.
+            let mut before = vec![3; 8 + experts];
+            before[0] = u32::MAX - 2;
+            before[8] = u32::MAX;
+            let sums = Output::holding(&gpu, &before);
+            let own = Output::u32s(&gpu, 8 + experts);
+            let gate_args = Gates {
+                rule: GateRule::Plain,
+                source: (&s).into(),
+                scale: 1.0,
+                scales: Scales { scale_by_count: None, scale_by_expert: None },
+                gates: gates.slice(),
+            };
+            let bind = |stats: &Output, add_stats| {
+                let (assigned, plan) = ((&a).into(), plan.slice());
+                let (stats, offsets) = (stats.slice(), Some((&offsets).into()));
+                if block {
+                    let args = block_plan::Args {
+                        assigned,
+                        gates: gate_args,
+                        offsets,
+                        plan,
+                        stats,
+                        add_stats,
+                    };
+                    return block_plan::BlockPlan::new(&ctx).unwrap().bind(&shape, args).unwrap();
+                }
+                let count = plan_count::Args { assigned, gates: Some(gate_args), plan };
+                let scan = plan_scan::Args { lost: None, offsets, plan, stats, add_stats };
+                let count = PlanCount::new(&ctx).unwrap().bind(&shape, count).unwrap();
+                count.then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap())
+            };
+            run(&gpu, &bind(&own, false));
+            let adding = bind(&sums, true);
+            run(&gpu, &adding);
+            run(&gpu, &adding);
+            let own = own.get::<u32>(&gpu);
+            assert_eq!((own[0], own[5], own[6], own[7]), (chosen - 9, 1, 9, 0), "{what}");
+            let want: Vec<u32> =
+                before.iter().zip(&own).map(|(b, n)| b.saturating_add(2 * n)).collect();
+            assert_same(&sums.get::<u32>(&gpu), &want, &what);
+        }
     }
 }
 

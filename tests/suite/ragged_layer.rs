@@ -13,7 +13,7 @@ use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{capacity, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, ExpertWeights, Gpu, Slice, Variant, WeightType, wgpu};
+use wgmoe::{Context, ExpertWeights, Gpu, Slice, Variant, WeightType, wgpu};
 
 const D: usize = 32;
 const F: usize = 16;
@@ -72,28 +72,17 @@ struct Case {
 
 impl Case {
     fn new(gpu: &Gpu, ctx: &Context, shared_experts: u32, routing: Routing) -> Self {
-        let settings = LayerConfig {
-            hidden: D as u32,
-            intermediate: F as u32,
-            experts: E as u32,
-            shared_experts,
-            activation: Activation::Silu,
-            routing,
-        };
+        let settings = LayerConfig::new(D as u32, F as u32, E as u32, routing)
+            .with_shared_experts(shared_experts);
         let shape = settings.expert_shape(WeightType::F32);
         // Two experts a page.
         let limit = 2 * (F.next_multiple_of(32) * D * 4) as u64;
-        let weights = ExpertWeights::new(ctx, shape, Some(limit)).unwrap();
+        let weights = ExpertWeights::with_page_limit(ctx, shape, limit).unwrap();
         let experts: Vec<[Vec<f32>; 3]> = (0..u64::from(shape.experts))
             .map(|e| [0, 1, 2].map(|p| random(500 + 3 * e + p, D * F)))
             .collect();
         let router = random(11, E * D);
-        let tensors = Router {
-            weight: Tensor::new(ctx, "router", &router).unwrap(),
-            bias: None,
-            by_count: None,
-            by_expert: None,
-        };
+        let tensors = Router::new(Tensor::new(ctx, "router", &router).unwrap());
         let layer = MoeLayer::new(ctx, settings, tensors, weights).unwrap();
         let case = Self { layer, router, experts };
         case.upload(gpu);
@@ -116,8 +105,12 @@ impl Case {
         selection: [&[f32]; 3],
         sequences: Option<HostSequences<'_>>,
     ) -> (Vec<u32>, Vec<f32>) {
-        let router =
-            HostRouter { weight: &self.router, bias: None, by_count: None, by_expert: None };
+        let router = HostRouter {
+            weight: &self.router,
+            bias: None,
+            scale_by_count: None,
+            scale_by_expert: None,
+        };
         let batch = HostBatch { sequences, ..HostBatch::default() };
         let want = cpu_routing(settings, &router, batch, selection);
         let expert = |e: u32, p: Projection| {
@@ -164,7 +157,7 @@ fn objects(gpu: &Gpu) -> [isize; 4] {
 
 fn run(gpu: &Gpu, step: &BoundLayer) {
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
-    step.record(&mut encoder);
+    step.encode(&mut encoder);
     gpu.queue.submit([encoder.finish()]);
     gpu.wait().unwrap();
 }
@@ -179,7 +172,7 @@ fn capacities_change_between_records_of_one_step() {
     let n = tokens as usize;
     let x = random(3, n * D);
     for variant in Variant::all(&gpu.device) {
-        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        let ctx = Context::with_variant(&gpu.device, variant).unwrap();
         for shared in [1, 0] {
             let case = Case::new(&gpu, &ctx, shared, EXPERT_CHOICE);
             let hidden = gpu.upload(&x);
@@ -187,13 +180,12 @@ fn capacities_change_between_records_of_one_step() {
             let capacity = Output::u32s(&gpu, SPANS.len());
             let lengths = gpu.upload(&LENGTHS);
             let offset_buffer = gpu.upload(&offsets);
-            let mut batch = Batch::new((&hidden).into(), out.slice(), tokens);
-            batch.sequences = Some(Sequences {
-                count: SPANS.len() as u32,
-                offsets: (&offset_buffer).into(),
-                lengths: Some((&lengths).into()),
-                capacity: capacity.slice(),
-            });
+            let mut batch = Batch::new(&hidden, tokens).into_out(out.slice());
+            batch.sequences = Some(
+                Sequences::new(SPANS.len() as u32, &offset_buffer)
+                    .with_lengths(&lengths)
+                    .with_capacity(capacity.slice()),
+            );
             batch.routed_slots = Some(slot_bound(LENGTHS, E as u32, K_MAX).unwrap());
             let step = case.layer.bind(&batch).unwrap();
             let given = K.map(|k| gpu.upload(&capacities(k)));
@@ -206,7 +198,7 @@ fn capacities_change_between_records_of_one_step() {
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             for (given, [out_log, bit_log, stat_log]) in given.iter().zip(&log) {
                 copy(&mut encoder, given.into(), capacity.slice());
-                step.record(&mut encoder);
+                step.encode(&mut encoder);
                 copy(&mut encoder, out.slice(), out_log.slice());
                 copy(&mut encoder, step.assigned().unwrap(), bit_log.slice());
                 copy(&mut encoder, step.stats(), stat_log.slice());
@@ -216,7 +208,8 @@ fn capacities_change_between_records_of_one_step() {
             gpu.queue.submit([encoder.finish()]);
             gpu.wait().unwrap();
 
-            let [logits, s, r] = step.selection().unwrap().map(|t| get::<f32>(&gpu, t));
+            let [logits, s, r] =
+                testkit::layer::selection(&step).unwrap().map(|t| get::<f32>(&gpu, t));
             let mut results = vec![];
             for (k, [out_log, bit_log, stat_log]) in K.into_iter().zip(&log) {
                 let what = format!("{variant:?}, {shared} shared, k {k:?}");
@@ -226,7 +219,7 @@ fn capacities_change_between_records_of_one_step() {
                     lengths: Some(&LENGTHS),
                     capacity: &capacity,
                 };
-                let settings = case.layer.settings();
+                let settings = case.layer.config();
                 let (want_bits, want) = case.twin(settings, &x, [&logits, &s, &r], Some(sequences));
                 let got_bits: Vec<u32> = bit_log.get(&gpu);
                 let got: Vec<f32> = out_log.get(&gpu);
@@ -265,7 +258,7 @@ fn another_rule_shares_the_pages() {
     let n = 70;
     let x = random(4, n * D);
     for variant in Variant::all(&gpu.device) {
-        let ctx = Context::with_variant(&gpu.device, variant, None).unwrap();
+        let ctx = Context::with_variant(&gpu.device, variant).unwrap();
         let mut case = Case::new(&gpu, &ctx, 1, TOKEN_CHOICE);
         // Staging buffers, and those that only probe the device, go when it has nothing left to do.
         let counters = || {
@@ -281,10 +274,7 @@ fn another_rule_shares_the_pages() {
         assert_eq!(after.buffer_memory.read(), before.buffer_memory.read());
         assert_eq!(retrofit.weights().bytes(), case.layer.weights().bytes());
         assert_eq!(retrofit.weights().page_counts(), case.layer.weights().page_counts());
-        assert_eq!(
-            retrofit.settings(),
-            &LayerConfig { routing: EXPERT_CHOICE, ..*case.layer.settings() }
-        );
+        assert_eq!(retrofit.config(), &case.layer.config().with_routing(EXPERT_CHOICE));
 
         // What is written through the one, the other reads.
         for (e, matrices) in case.experts.iter_mut().enumerate() {
@@ -293,12 +283,13 @@ fn another_rule_shares_the_pages() {
         case.upload(&gpu);
         let hidden = gpu.upload(&x);
         for layer in [&case.layer, &retrofit] {
-            let what = format!("{variant:?}, {:?}", layer.settings().routing);
+            let what = format!("{variant:?}, {:?}", layer.config().routing);
             let out = Output::f32s(&gpu, n * D);
-            let step = layer.bind(&Batch::new((&hidden).into(), out.slice(), n as u32)).unwrap();
+            let step = layer.bind(&Batch::new(&hidden, n as u32).into_out(out.slice())).unwrap();
             run(&gpu, &step);
-            let [logits, s, r] = step.selection().unwrap().map(|t| get::<f32>(&gpu, t));
-            let (want_bits, want) = case.twin(layer.settings(), &x, [&logits, &s, &r], None);
+            let [logits, s, r] =
+                testkit::layer::selection(&step).unwrap().map(|t| get::<f32>(&gpu, t));
+            let (want_bits, want) = case.twin(layer.config(), &x, [&logits, &s, &r], None);
             let got: Vec<u32> = get(&gpu, step.assigned().unwrap());
             assert_same(&got, &want_bits, &what);
             let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));

@@ -153,7 +153,7 @@ fn senseless_schedules_are_errors() {
     for sigma in [0.0, -0.2, f64::NAN, f64::INFINITY, 1e-9, 100.0] {
         assert_eq!(name(Schedule { sigma, ..new(ScheduleKind::Gaussian, 1, 8) }), "sigma");
         assert_eq!(name(Schedule { sigma, ..new(ScheduleKind::GaussianReverse, 1, 8) }), "sigma");
-        assert!(Schedule { sigma, ..new(ScheduleKind::Bell, 1, 8) }.steps().is_ok());
+        assert!(Schedule { sigma, ..new(ScheduleKind::Bell, 1, 8) }.staircase().is_ok());
         // Total all the same.
         let k = Schedule { sigma, ..new(ScheduleKind::Gaussian, 1, 8) }.k(0.5);
         assert!((1..=8).contains(&k));

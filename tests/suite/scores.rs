@@ -14,10 +14,19 @@ fn scores(
 ) -> (Vec<f32>, Vec<f32>) {
     let (g, b) = (gpu.upload(logits), bias.map(|b| gpu.upload(b)));
     let [s, r] = [(); 2].map(|()| Output::f32s(gpu, logits.len()));
-    let args =
-        Args { logits: (&g).into(), bias: b.as_ref().map(Into::into), s: s.slice(), r: r.slice() };
-    let dims = Dims { tokens: (logits.len() / experts) as u32, experts: experts as u32 };
-    run(gpu, &Scores::new(ctx).unwrap().bind(&dims, score, from_logits, args).unwrap());
+    let args = Args {
+        logits: (&g).into(),
+        bias: b.as_ref().map(Into::into),
+        scores: s.slice(),
+        values: r.slice(),
+    };
+    let dims = Dims {
+        tokens: (logits.len() / experts) as u32,
+        experts: experts as u32,
+        score,
+        by_logits: from_logits,
+    };
+    run(gpu, &Scores::new(ctx).unwrap().bind(&dims, args).unwrap());
     (s.get(gpu), r.get(gpu))
 }
 
@@ -141,7 +150,7 @@ fn infinite_logits_share_one_and_nan_has_none() {
             (Score::Sigmoid, rows.iter().flat_map(|row| row.2).collect()),
         ] {
             for from_logits in [false, true] {
-                let what = format!("{} {score:?} from_logits {from_logits}", cases::name(&ctx));
+                let what = format!("{} {score:?} from_logits {from_logits}", variant_name(&ctx));
                 let (s, r) = scores(&gpu, &ctx, &logits, 4, score, from_logits, Some(&bias));
                 assert_same(&s, &want, &what);
                 assert_same(&cpu(&logits, 4, score, from_logits, None).0, &want, &what);

@@ -21,7 +21,7 @@ fn on(
         sequences: offsets.len() as u32 - 1,
         top: top as u32,
     };
-    let args = Args { r: (&rs).into(), offsets: (&os).into(), assigned: assigned.slice() };
+    let args = Args { values: (&rs).into(), offsets: (&os).into(), assigned: assigned.slice() };
     run(gpu, &SequenceTop::new(ctx).expect("a kernel").bind(&dims, args).expect("bind"));
     assigned.get(gpu)
 }
@@ -109,7 +109,7 @@ fn wrong_numbers_are_errors() {
     let ctx = &contexts(&gpu)[0];
     let op = SequenceTop::new(ctx).expect("a kernel");
     let [r, offsets, assigned] = [32 * 8, 2, 8].map(|n| Output::u32s(&gpu, n));
-    let args = Args { r: r.slice(), offsets: offsets.slice(), assigned: assigned.slice() };
+    let args = Args { values: r.slice(), offsets: offsets.slice(), assigned: assigned.slice() };
     let dims = Dims { tokens: 32, experts: 8, sequences: 1, top: 2 };
     assert_eq!(op.bind(&dims, args).expect("bind").dispatches().len(), 5);
     for wrong in [
@@ -120,7 +120,7 @@ fn wrong_numbers_are_errors() {
         Dims { top: 9, ..dims },
         Dims { tokens: 33, ..dims },
     ] {
-        assert!(op.bind(wrong, args).is_err(), "{wrong:?}");
+        assert!(op.bind(&wrong, args).is_err(), "{wrong:?}");
     }
     assert!(op.bind(&Dims { tokens: 0, ..dims }, args).expect("no work").dispatches().is_empty());
 }

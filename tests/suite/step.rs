@@ -5,9 +5,7 @@ use wgmoe::measure::tune::tune;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{
-    Activation, BlockRule, Context, ExpertWeights, Gpu, LayerConfig, Routing, Variant, WeightType,
-};
+use wgmoe::{BlockRule, Context, ExpertWeights, Gpu, LayerConfig, Routing, Variant, WeightType};
 
 const HIDDEN: u32 = 64;
 const EXPERTS: u32 = 40;
@@ -35,28 +33,22 @@ fn block(rule: BlockRule) -> Routing {
 }
 
 fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
-    let settings = LayerConfig {
-        hidden: HIDDEN,
-        intermediate: 64,
-        experts: EXPERTS,
-        shared_experts: 1,
-        activation: Activation::Silu,
-        routing,
-    };
-    let weights =
-        ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16), page_limit).unwrap();
+    let settings = LayerConfig::new(HIDDEN, 64, EXPERTS, routing).with_shared_experts(1);
+    let weights = ExpertWeights::with_page_limit(
+        ctx,
+        settings.expert_shape(WeightType::Bf16),
+        page_limit.unwrap_or(u64::MAX),
+    )
+    .unwrap();
     for e in 0..=EXPERTS {
         for p in Projection::ALL {
             let values = random(u64::from(3 * e) + p as u64, 64 * HIDDEN as usize);
             weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
         }
     }
-    let router = Router {
-        weight: Tensor::new(ctx, "router", &random(1, (EXPERTS * HIDDEN) as usize)).unwrap(),
-        bias: Some(Tensor::new(ctx, "bias", &random(2, EXPERTS as usize)).unwrap()),
-        by_count: None,
-        by_expert: None,
-    };
+    let router =
+        Router::new(Tensor::new(ctx, "router", &random(1, (EXPERTS * HIDDEN) as usize)).unwrap())
+            .with_bias(Tensor::new(ctx, "bias", &random(2, EXPERTS as usize)).unwrap());
     MoeLayer::new(ctx, settings, router, weights).unwrap()
 }
 
@@ -80,7 +72,7 @@ fn dispatches_are_few() {
                 for tokens in [1, 8, 32, 33, 500] {
                     let [x, out] =
                         [0, 1].map(|_| gpu.upload(&vec![0f32; (tokens * HIDDEN) as usize]));
-                    let batch = Batch::new((&x).into(), (&out).into(), tokens);
+                    let batch = Batch::new(&x, tokens).into_out(&out);
                     let step = layer.bind(&batch).unwrap();
                     // Both matmuls, once for each page and shape of kernel: skinny items alone up to 8 tokens.
                     let shapes = if tokens <= 8 { 1 } else { 2 };
@@ -109,7 +101,7 @@ fn recording_makes_nothing() {
         let layer = layer(&gpu, &ctx, routing, None);
         let tokens = 40;
         let [x, out] = [0, 1].map(|_| gpu.upload(&vec![0f32; (tokens * HIDDEN) as usize]));
-        let step = layer.bind(&Batch::new((&x).into(), (&out).into(), tokens)).unwrap();
+        let step = layer.bind(&Batch::new(&x, tokens).into_out(&out)).unwrap();
         let made = || {
             let hal = gpu.device.get_internal_counters().hal;
             [
@@ -124,7 +116,7 @@ fn recording_makes_nothing() {
         assert!(before.iter().all(|&n| n > 0), "the counters count: {before:?}");
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
         for _ in 0..3 {
-            step.record(&mut encoder);
+            step.encode(&mut encoder);
         }
         assert_eq!(made(), before, "{routing:?}");
     }
@@ -138,7 +130,7 @@ fn the_device_chooses_among_equals() {
     let tokens = 33;
     let values = random(5, (tokens * HIDDEN) as usize);
     let (x, out) = (gpu.upload(&values), gpu.upload(&vec![7f32; values.len()]));
-    let batch = Batch::new((&x).into(), (&out).into(), tokens);
+    let batch = Batch::new(&x, tokens).into_out(&out);
     let tuning = tune(&layer, &gpu.queue, &batch).unwrap();
 
     let mut found: Vec<Variant> = tuning.candidates.iter().map(|c| c.variant).collect();
@@ -156,7 +148,7 @@ fn the_device_chooses_among_equals() {
     let kept = serde_json::to_string(&tuning.variant).unwrap();
     let variant: Variant = serde_json::from_str(&kept).unwrap();
     assert_eq!(variant, tuning.variant);
-    let tuned = Context::with_variant(&gpu.device, variant, None).unwrap();
+    let tuned = Context::with_variant(&gpu.device, variant).unwrap();
     let run = |layer: &MoeLayer| {
         gpu.run_layer(&layer.bind(&batch).unwrap()).unwrap();
         gpu.download::<f32>(&out).unwrap()
@@ -165,6 +157,10 @@ fn the_device_chooses_among_equals() {
     let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
     assert_close(&run(&layer.with_context(&tuned).unwrap()), &want, 1e-4 * largest, 0.0, &kept);
 
-    let none = Batch { tokens: 0, ..batch };
+    let none = {
+        let mut batch = batch;
+        batch.tokens = 0;
+        batch
+    };
     assert!(tune(&layer, &gpu.queue, &none).unwrap_err().to_string().contains("tokens"));
 }

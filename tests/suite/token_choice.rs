@@ -1,5 +1,5 @@
 use testkit::{cases, prelude::*};
-use wgmoe::ops::token_choice::{Args, Coresets, TokenChoice, cpu};
+use wgmoe::ops::token_choice::{Args, Coresets, Dims, TokenChoice, cpu};
 use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::{Context, Gpu, Target};
@@ -26,8 +26,8 @@ impl Choice<'_> {
             block_of: block_of.into(),
         });
         let op = TokenChoice::new(ctx, self.experts as u32, self.top as u32, self.groups).unwrap();
-        let args = Args { r: (&r).into(), coresets, assigned: assigned.slice() };
-        run(gpu, &op.bind(tokens as u32, args).unwrap());
+        let args = Args { values: (&r).into(), coresets, assigned: assigned.slice() };
+        run(gpu, &op.bind(&Dims { tokens: tokens as u32 }, args).unwrap());
         assigned.get(gpu)
     }
 
@@ -106,7 +106,7 @@ fn a_group_of_one_is_valued_by_its_expert() {
         let want = cpu(&r, 4, 2, None, &|_, _| true);
         for ctx in contexts(&gpu) {
             let choice = Choice { r: &r, experts: 4, top: 2, groups, coresets: None };
-            assert_same(&choice.run(&gpu, &ctx), &want, &format!("{} {kind}", cases::name(&ctx)));
+            assert_same(&choice.run(&gpu, &ctx), &want, &format!("{} {kind}", variant_name(&ctx)));
         }
     }
     // Larger groups still need two: of the first only one expert is eligible.
@@ -115,7 +115,7 @@ fn a_group_of_one_is_valued_by_its_expert() {
     let coresets = Some((&[0b1101][..], &[0][..]));
     for ctx in contexts(&gpu) {
         let choice = Choice { r: &r, experts: 4, top: 1, groups, coresets };
-        assert_same(&choice.run(&gpu, &ctx), &[0, 0, 1, 0], &cases::name(&ctx));
+        assert_same(&choice.run(&gpu, &ctx), &[0, 0, 1, 0], &variant_name(&ctx));
     }
 }
 

@@ -14,7 +14,7 @@ use wgmoe::routing::{BlockRule, GateRule, Groups, Score};
 
 const R6: [f32; 6] = [0.5; 6];
 const R10: [f32; 10] = [0.5; 10];
-const PLAIN: Scales<&[f32]> = Scales { by_count: None, by_expert: None };
+const PLAIN: Scales<&[f32]> = Scales { scale_by_count: None, scale_by_expert: None };
 
 fn all(_: usize, _: usize) -> bool {
     true
@@ -98,8 +98,8 @@ const CASES: &[Case] = &[
     ("plan_count", || count(&[0; 3], &R10, 3, PLAIN), "`source`: expected rows of 3 values, got 10"),
     ("plan_count", || count(&[], &R10, 0, PLAIN), "`experts`: expected 1 or more, got 0"),
     ("plan_count", || count(&[], &R10, 2, PLAIN), "`assigned`: expected 2 values, got 0"),
-    ("plan_count", || count(&[0; 2], &R10, 2, Scales { by_count: Some(&R6), by_expert: None }), "`by_count`: expected 3 values, got 6"),
-    ("plan_count", || count(&[0; 2], &R10, 2, Scales { by_count: None, by_expert: Some(&R6) }), "`by_expert`: expected 2 values, got 6"),
+    ("plan_count", || count(&[0; 2], &R10, 2, Scales { scale_by_count: Some(&R6), scale_by_expert: None }), "`scale_by_count`: expected 3 values, got 6"),
+    ("plan_count", || count(&[0; 2], &R10, 2, Scales { scale_by_count: None, scale_by_expert: Some(&R6) }), "`scale_by_expert`: expected 2 values, got 6"),
     ("HostPlan", || { plan(8, &[0; 4], &R6); }, "`assigned`: expected 3 values, got 4"),
     ("HostPlan", || { plan(8, &[0; 3], &R10[..5]); }, "`gates`: expected 6 values, got 5"),
     ("HostPlan", || { plan(0, &[3; 3], &R6); }, "`tile_rows`: expected 1 or more, got 0"),

@@ -37,8 +37,9 @@ fn layers_and_steps_add_up_exactly() {
                 members: members.slice(),
                 counts: counts.slice(),
                 bytes: bytes.slice(),
+                totals: Some(totals.slice()),
             };
-            let step = op.bind_mean(&dims, args, totals.slice()).expect("bind");
+            let step = op.bind(&dims, args).expect("bind");
             let of = expert_union::cpu(&assigned, tokens, experts, &offsets, 6 << 20).1;
             for _ in 0..2 {
                 gpu.run(&step).expect("run");
@@ -46,22 +47,22 @@ fn layers_and_steps_add_up_exactly() {
             }
             assert_eq!(counts.get::<u32>(&gpu), of);
             // Without totals, they stay.
-            gpu.run(&op.bind(&dims, args).expect("bind")).expect("run");
+            gpu.run(&op.bind(&dims, Args { totals: None, ..args }).expect("bind")).expect("run");
         }
         let got = Totals::from_words(&totals.get::<u32>(&gpu)).expect("4 words");
         assert_eq!(got, want, "{:?}", ctx.variant());
         assert!(got.experts > u64::from(u32::MAX), "the carry was not tested");
         assert!(
-            op.bind_mean(
-                Dims { tokens: 1, experts: 1, blocks: 1, expert_bytes: 1 },
+            op.bind(
+                &Dims { tokens: 1, experts: 1, blocks: 1, expert_bytes: 1 },
                 Args {
                     assigned: totals.slice(),
                     offsets: totals.slice(),
                     members: totals.slice(),
                     counts: totals.slice(),
                     bytes: totals.slice(),
+                    totals: Some((&os).into()),
                 },
-                (&os).into(),
             )
             .is_err()
         );

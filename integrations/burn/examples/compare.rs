@@ -11,13 +11,7 @@ use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};
 const TOKENS: usize = 64;
 const ROUNDS: usize = 7;
 const TOP: u32 = 8;
-const SETTINGS: LayerConfig = LayerConfig {
-    hidden: 512,
-    intermediate: 256,
-    experts: 64,
-    shared_experts: 1,
-    activation: Activation::Silu,
-    routing: Routing::TokenChoice(TokenChoice {
+const SETTINGS: LayerConfig = LayerConfig::new(512, 256, 64, Routing::TokenChoice(TokenChoice {
         score: Score::Softmax,
         gate: GateRule::Normalised,
         top: TOP,
@@ -25,8 +19,7 @@ const SETTINGS: LayerConfig = LayerConfig {
         scale: 1.0,
         capacity_factor: None,
         coreset: None,
-    }),
-};
+    })).with_shared_experts(1);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = MoeDevice::open()?;
@@ -54,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let ways: [(&str, &dyn Fn(Tensor<2>) -> Tensor<2>); 3] = [
         ("wgmoe", &|t| ffn.forward(t)),
         ("Burn, every expert on every token", &|t| reference.dense(t)),
-        ("Burn, each expert on its tokens", &|t| reference.by_expert(t)),
+        ("Burn, each expert on its tokens", &|t| reference.scale_by_expert(t)),
     ];
     // The first run of each compiles, and tunes Burn's kernels.
     let mut outputs = vec![];

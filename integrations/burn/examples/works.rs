@@ -92,7 +92,7 @@ impl Both {
                 Ours::BoundOp(step) => {
                     step.record(&mut encoder.begin_compute_pass(&Default::default()))
                 }
-                Ours::Layer(step) => step.record(&mut encoder),
+                Ours::Layer(step) => step.encode(&mut encoder),
             }
             self.gpu.queue.submit([encoder.finish()]);
             Ok(self.gpu.wait()?)

@@ -46,7 +46,7 @@ impl MoeFfn {
         tensors: MoeTensors,
     ) -> Result<Self> {
         let ctx = device.context();
-        let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type), None)?;
+        let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type))?;
         let stacks = [("gate", tensors.gate), ("up", tensors.up), ("down", tensors.down)];
         for (projection, (name, stack)) in Projection::ALL.into_iter().zip(stacks) {
             let [rows, columns] = weights.shape().matrix(projection).map(|n| n as usize);
@@ -66,12 +66,7 @@ impl MoeFfn {
             device.moved(values.len() as u64 * 4);
             layer::Tensor::new(ctx, name, &values)
         };
-        let router = Router {
-            weight: upload("router", device.read(tensors.router))?,
-            bias: tensors.bias.map(|b| upload("bias", device.read(b))).transpose()?,
-            by_count: None,
-            by_expert: None,
-        };
+        let router = { let mut router = Router::new(upload("router", device.read(tensors.router))?); router.bias = tensors.bias.map(|b| upload("bias", device.read(b))).transpose()?; router };
         Ok(Self::from_layer(device, MoeLayer::new(ctx, settings, router, weights)?))
     }
 
@@ -88,7 +83,7 @@ impl MoeFfn {
     /// Where the tensor is of another shape or type. Where wgpu refuses the work, or the tensor lies on another device, Burn
     /// reports it as a failure of its own operations, when the result is read.
     pub fn forward(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let width = self.layer.layer.settings().hidden as usize;
+        let width = self.layer.layer.config().hidden as usize;
         assert_eq!(hidden.dims()[1], width, "hidden states are [tokens, {width}]");
         assert_eq!(hidden.dtype(), DType::F32, "hidden states are f32");
         let out = <Dispatch as MoeOps>::moe_ffn(hidden.into_dispatch(), self.layer.clone());
@@ -142,8 +137,8 @@ impl Layer {
             bound.push(found);
         } else {
             let [hidden, out] = places.each_ref().map(Place::slice);
-            let batch = Batch::new(hidden, out, tokens);
-            let step = self.layer.bind(&Batch { scratch: Some(self.device.scratch()), ..batch })?;
+            let batch = Batch::new(hidden, tokens).into_out(out);
+            let step = self.layer.bind(&batch.with_scratch(self.device.scratch()))?;
             if bound.len() == KEPT {
                 bound.remove(0);
             }
@@ -152,7 +147,7 @@ impl Layer {
         let mut encoder =
             self.device.context().device().create_command_encoder(&Default::default());
         if let Some(last) = bound.last() {
-            last.step.record(&mut encoder);
+            last.step.encode(&mut encoder);
         }
         // What Burn submits later comes behind it, on the same queue.
         self.device.queue().submit([encoder.finish()]);

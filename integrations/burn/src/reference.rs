@@ -53,7 +53,7 @@ impl Reference {
     }
 
     /// Each expert on its own tokens: the choice is read back.
-    pub fn by_expert(&self, x: Tensor<2>) -> Tensor<2> {
+    pub fn scale_by_expert(&self, x: Tensor<2>) -> Tensor<2> {
         let [tokens, width] = x.dims();
         let (all, routed) = (self.gate.dims()[0], self.router.dims()[1]);
         let (gates, ids) = self.choose(&x);

@@ -18,14 +18,7 @@ const RULE: TokenChoice = TokenChoice {
     coreset: None,
 };
 
-const SETTINGS: LayerConfig = LayerConfig {
-    hidden: 64,
-    intermediate: 32,
-    experts: 8,
-    shared_experts: 1,
-    activation: Activation::Silu,
-    routing: Routing::TokenChoice(RULE),
-};
+const SETTINGS: LayerConfig = LayerConfig::new(64, 32, 8, Routing::TokenChoice(RULE)).with_shared_experts(1);
 
 /// One device serves all tests: Burn makes it once.
 fn device() -> MoeDevice {
@@ -69,7 +62,7 @@ fn assert_close(got: &[f32], want: &[f32], what: &str) {
 /// The CPU twin for weights of Burn tensors.
 fn cpu(settings: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
     let router = host(&tensors.router);
-    let router = HostRouter { weight: &router, bias: None, by_count: None, by_expert: None };
+    let router = HostRouter { weight: &router, bias: None, scale_by_count: None, scale_by_expert: None };
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
     let size = (settings.hidden * settings.intermediate) as usize;
     let matrix =
@@ -87,7 +80,7 @@ fn equals_the_twin_under_every_kind_of_rule() {
         Routing::TokenChoice(block),
         models::find("ec-dlm").expect("a model").settings.routing,
     ] {
-        let settings = LayerConfig { routing, ..SETTINGS };
+        let settings = SETTINGS.with_routing(routing);
         let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();
         for tokens in [1, 33, 70] {
             let x = random([tokens, 64], 1.0);
@@ -110,7 +103,7 @@ fn equals_burns_own_operations() {
     let x = random([40, 64], 1.0);
     let got = host(&ffn.forward(x.clone()));
     assert_close(&got, &host(&reference.dense(x.clone())), "dense");
-    assert_close(&got, &host(&reference.by_expert(x)), "by expert");
+    assert_close(&got, &host(&reference.scale_by_expert(x)), "by expert");
 }
 
 #[test]
@@ -118,7 +111,7 @@ fn takes_a_layer_made_elsewhere() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ctx = device.context();
-    let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32), None).unwrap();
+    let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32)).unwrap();
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
     for (p, stack) in Projection::ALL.into_iter().zip(&stacks) {
         for (e, matrix) in (0..).zip(stack.chunks(64 * 32)) {
@@ -126,7 +119,7 @@ fn takes_a_layer_made_elsewhere() {
         }
     }
     let weight = layer::Tensor::new(ctx, "router", &host(&tensors.router)).unwrap();
-    let router = Router { weight, bias: None, by_count: None, by_expert: None };
+    let router = Router::new(weight);
     let made = MoeLayer::new(ctx, SETTINGS, router, weights).unwrap();
     let x = random([40, 64], 1.0);
     let of_layer = MoeFfn::from_layer(&device, made).forward(x.clone());

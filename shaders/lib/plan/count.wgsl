@@ -64,8 +64,8 @@ fn count_column(index: u32, column: u32) {
     }
   }
   var scale = params.scale;
-  if params.has_by_count == 1u {
-    scale *= by_count[min(count, params.experts)];
+  if params.has_scale_by_count == 1u {
+    scale *= scale_by_count[min(count, params.experts)];
   }
   for (var c = first; c < chunks; c += LANES) {
     var word = row_words[slot * chunks + c];
@@ -81,8 +81,8 @@ fn count_column(index: u32, column: u32) {
       } else {
         gate = bitcast<f32>(s);
       }
-      if params.has_by_expert == 1u {
-        gate *= by_expert[e];
+      if params.has_scale_by_expert == 1u {
+        gate *= scale_by_expert[e];
       }
       gates[t * params.experts + e] = gate * scale;
     }

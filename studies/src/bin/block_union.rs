@@ -227,7 +227,7 @@ struct Routed {
 impl Routed {
     /// The CPU twin, from these scores.
     fn twin(settings: &LayerConfig, rule: &Rule, draw: &Draw, s: &[f32], r: &[f32]) -> Self {
-        let settings = LayerConfig { routing: rule.routing, ..*settings };
+        let settings = settings.with_routing(rule.routing);
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
@@ -296,10 +296,19 @@ impl<'a> Scored<'a> {
             gpu.upload(&vec![f32::NAN; draw.logits.len()]),
             gpu.upload(&vec![f32::NAN; draw.logits.len()]),
         ];
-        let args =
-            scores::Args { logits: (&logits).into(), bias: None, s: (&s).into(), r: (&r).into() };
-        let dims = scores::Dims { tokens: draw.tokens, experts: draw.experts };
-        let step = scores::Scores::new(ctx)?.bind(&dims, Score::Sigmoid, false, args)?;
+        let args = scores::Args {
+            logits: (&logits).into(),
+            bias: None,
+            scores: (&s).into(),
+            values: (&r).into(),
+        };
+        let dims = scores::Dims {
+            tokens: draw.tokens,
+            experts: draw.experts,
+            score: Score::Sigmoid,
+            by_logits: false,
+        };
+        let step = scores::Scores::new(ctx)?.bind(&dims, args)?;
         gpu.run(&step)?;
         let (offsets, voters) = (gpu.upload(&draw.offsets), gpu.upload(&draw.voters));
         Ok(Self { gpu, ctx, draw, offsets, voters, s, r })
@@ -320,7 +329,7 @@ impl<'a> Scored<'a> {
                 let dims =
                     sequence_top::Dims { tokens, experts, sequences: blocks, top: pairs.top };
                 let args = sequence_top::Args {
-                    r: (&self.r).into(),
+                    values: (&self.r).into(),
                     offsets: (&self.offsets).into(),
                     assigned: (&assigned).into(),
                 };
@@ -335,17 +344,18 @@ impl<'a> Scored<'a> {
                     let own = block.own_top(inside.top);
                     if let Some(top) = own {
                         let args = token_choice::Args {
-                            r: (&self.r).into(),
+                            values: (&self.r).into(),
                             coresets: None,
                             assigned: (&assigned).into(),
                         };
-                        step = step.then(choice(top, None)?.bind(tokens, args)?);
+                        step = step
+                            .then(choice(top, None)?.bind(&token_choice::Dims { tokens }, args)?);
                     }
                     let members = self.poisoned(blocks as usize * experts.div_ceil(32) as usize);
                     let block_of = self.poisoned(tokens as usize);
                     let args = coreset::Args {
-                        r: (&self.r).into(),
-                        own: own.map(|_| (&assigned).into()),
+                        values: (&self.r).into(),
+                        own_choice: own.map(|_| (&assigned).into()),
                         offsets: (&self.offsets).into(),
                         voters: rule.marked.then(|| (&self.voters).into()),
                         members: (&members).into(),
@@ -362,11 +372,14 @@ impl<'a> Scored<'a> {
                     block_of: block_of.into(),
                 });
                 let args = token_choice::Args {
-                    r: (&self.r).into(),
+                    values: (&self.r).into(),
                     coresets,
                     assigned: (&assigned).into(),
                 };
-                step = step.then(choice(inside.top, inside.groups)?.bind(tokens, args)?);
+                step = step.then(
+                    choice(inside.top, inside.groups)?
+                        .bind(&token_choice::Dims { tokens }, args)?,
+                );
                 Ok(Chosen { step, coreset: elected.map(|(members, _)| members), assigned })
             }
             other => Err(Error::Invalid { name: "rule", reason: format!("{other:?}") }),
@@ -399,8 +412,9 @@ impl Scored<'_> {
             members: (&members).into(),
             counts: (&counts).into(),
             bytes: (&bytes).into(),
+            totals: Some((&totals).into()),
         };
-        let union = ExpertUnion::new(self.ctx)?.bind_mean(&dims, args, (&totals).into())?;
+        let union = ExpertUnion::new(self.ctx)?.bind(&dims, args)?;
         gpu.run(&chosen.step.then(union))?;
         let got = Routed {
             coreset: chosen.coreset.map(|c| gpu.download(&c)).transpose()?,
@@ -540,17 +554,21 @@ fn check_layer(
     let [hidden, out] = [gpu.upload(&data.x), gpu.upload(&vec![f32::NAN; data.x.len()])];
     let offsets = [0, BLOCK];
     let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
-    let mut batch = Batch::new((&hidden).into(), (&out).into(), BLOCK);
+    let mut batch = Batch::new(&hidden, BLOCK).into_out(&out);
     let marked = rule.marked.then(|| (&voters).into());
-    batch.blocks = Some(Blocks { count: 1, offsets: (&ends).into(), voters: marked });
+    batch.blocks = Some({
+        let mut blocks = Blocks::new(1, &ends);
+        blocks.voters = marked;
+        blocks
+    });
     let step = layer.bind(&batch)?;
     wall(gpu, step.dispatches())?;
     let got: Vec<f32> = gpu.download(&out)?;
 
-    let settings = layer.settings();
+    let settings = layer.config();
     let (tokens, e, d) = (BLOCK as usize, settings.experts as usize, settings.hidden as usize);
     let none = || Error::Device("an empty step".into());
-    let [logits, s, r] = step.selection().ok_or_else(none)?;
+    let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
     let router = host_router(&data.router, None);
     let voters = rule.marked.then_some(&data.voters[..]);
@@ -614,8 +632,11 @@ fn time_rules(
 ) -> Result<String, Error> {
     let from = settings.experts;
     let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
-    let settings =
-        LayerConfig { experts: options.experts, routing: routing(&rules[0]), ..*settings };
+    let settings = {
+        let mut config = settings.with_routing(routing(&rules[0]));
+        config.experts = options.experts;
+        config
+    };
     let shape = settings.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));

@@ -27,14 +27,14 @@ use wgmoe::layer::{
     Sequences, cpu_routing,
 };
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
-use wgmoe::ops::{expert_choice, grouped_matmul};
+use wgmoe::ops::expert_choice;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::{Activation, BoundOp, Context, Error, Gpu, Slice, WeightType, wgpu};
+use wgmoe::{BoundOp, Context, Error, Gpu, Slice, WeightType, wgpu};
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.
@@ -377,14 +377,7 @@ impl Weights {
     /// Logits have deviation 2; `--skew` apart, all experts are equally popular.
     fn new(options: &Options, routing: Routing, rng: &mut StdRng) -> Self {
         let Options { hidden, intermediate, experts, .. } = *options;
-        let settings = LayerConfig {
-            hidden,
-            intermediate,
-            experts,
-            shared_experts: 0,
-            activation: Activation::Silu,
-            routing,
-        };
+        let settings = LayerConfig::new(hidden, intermediate, experts, routing);
         let d = hidden as usize;
         let deviation = 2.0 / (d as f32).sqrt();
         let mut normal = |deviation: f32| deviation * rng.sample::<f32, _>(StandardNormal);
@@ -476,7 +469,7 @@ fn twin(
     capacity: Option<&[u32]>,
     selection: [&[f32]; 3],
 ) -> HostRouting {
-    let settings = LayerConfig { routing, ..weights.settings };
+    let settings = weights.settings.with_routing(routing);
     let router = host_router(&weights.router, None);
     let sequences =
         capacity.map(|capacity| HostSequences { offsets: &run.offsets, lengths: None, capacity });
@@ -537,7 +530,7 @@ impl OnGpu<'_> {
         let sequences = run.lengths.len() as u32;
         // The router and the experts are the same; so are the pages that they lie in.
         let layer = self.layer.with_routing(rule.routing)?;
-        let mut batch = Batch::new((&self.hidden).into(), (&self.out).into(), tokens);
+        let mut batch = Batch::new(&self.hidden, tokens).into_out(&self.out);
         batch.scratch = Some(&self.scratch);
         let mut capacities = BoundOp::default();
         if let Some(schedule) = &rule.schedule {
@@ -551,12 +544,8 @@ impl OnGpu<'_> {
             };
             let dims = capacity::Dims { tokens, experts, sequences };
             capacities = Capacity::new(self.ctx)?.bind(&dims, args)?;
-            batch.sequences = Some(Sequences {
-                count: sequences,
-                offsets: (&self.offsets).into(),
-                lengths: None,
-                capacity: (&self.capacity).into(),
-            });
+            batch.sequences =
+                Some(Sequences::new(sequences, &self.offsets).with_capacity(&self.capacity));
             let lengths = run.lengths.iter().copied();
             batch.routed_slots = Some(slot_bound(lengths, experts, schedule.k_max)?);
         }
@@ -569,7 +558,7 @@ impl OnGpu<'_> {
 
     fn watched<'s>(&'s self, step: &'s BoundLayer) -> Result<[Slice<'s>; 9], Error> {
         let none = || Error::Device("an empty step".into());
-        let [logits, s, r] = step.selection().ok_or_else(none)?;
+        let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
         let gates = step.gates().ok_or_else(none)?;
         let assigned = step.assigned().ok_or_else(none)?;
         let [capacity, k, out] = [&self.capacity, &self.k, &self.out].map(Slice::from);
@@ -589,7 +578,7 @@ impl OnGpu<'_> {
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             let mut pass = encoder.begin_compute_pass(&Default::default());
             bound.capacities.record(&mut pass);
-            bound.step.record_in(&mut pass);
+            bound.step.record(&mut pass);
             drop(pass);
             gpu.queue.submit([encoder.finish()]);
             gpu.wait()?;
@@ -634,7 +623,7 @@ impl OnGpu<'_> {
         let d = run.shape.hidden as usize;
         for t in spread(tokens, 4) {
             let x = &step.hidden[t * d..][..d];
-            let want = grouped_matmul::cpu_logits(x, &weights.router, d);
+            let want = wgmoe::ops::logits::cpu(x, &weights.router, d);
             let got = &logits[t * experts..][..experts];
             near(checks, &format!("step {i}: logits of token {t}"), got, &want, 1e-5);
         }
@@ -712,7 +701,7 @@ fn on_gpu(
         weights,
         run,
         progress,
-        scratch: Scratch::new(),
+        scratch: Scratch::new(&ctx),
         offsets: gpu.upload(&run.offsets),
         hidden: gpu.upload(&run.steps[0].hidden),
         masked,
@@ -735,11 +724,8 @@ fn on_cpu(weights: &Weights, run: &Run, rules: &[Rule], progress: &Progress) -> 
     let (tokens, experts) = (run.tokens() as usize, run.shape.experts as usize);
     let d = run.shape.hidden as usize;
     progress.say("logits on the CPU");
-    let logits: Vec<Vec<f32>> = run
-        .steps
-        .iter()
-        .map(|s| grouped_matmul::cpu_logits(&s.hidden, &weights.router, d))
-        .collect();
+    let logits: Vec<Vec<f32>> =
+        run.steps.iter().map(|s| wgmoe::ops::logits::cpu(&s.hidden, &weights.router, d)).collect();
     let mut reports = vec![];
     for rule in rules {
         progress.say(&rule.name);

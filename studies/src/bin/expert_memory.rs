@@ -199,7 +199,7 @@ impl<'a> Bench<'a> {
     }
 
     fn batch(&self, out: usize) -> Batch<'_> {
-        Batch::new((&self.hidden).into(), (&self.outs[out]).into(), BLOCK)
+        Batch::new(&self.hidden, BLOCK).into_out(&self.outs[out])
     }
 
     /// Runs every step of every block under a rule, on both layers.
@@ -212,7 +212,7 @@ impl<'a> Bench<'a> {
     ) -> Result<(Row, u64), Error> {
         let Self { gpu, ctx, .. } = self;
         let resident = self.resident.with_routing(routing)?.bind(&self.batch(0))?;
-        let settings = LayerConfig { routing, ..self.settings };
+        let settings = self.settings.with_routing(routing);
         let (router, source) = (self.router.clone(), self.source.clone());
         let mut layer = CachedLayer::new(ctx, &gpu.queue, settings, router, source, options)?;
         let mut step = layer.bind(&self.batch(1))?;
@@ -310,7 +310,11 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     }
     let rules = rules(options.experts)?;
     let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
-    let settings = LayerConfig { experts: options.experts, routing: rules[0].1, ..mini };
+    let settings = {
+        let mut config = mini.with_routing(rules[0].1);
+        config.experts = options.experts;
+        config
+    };
     let shape = settings.expert_shape(WeightType::Bf16);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
     let budget_bytes = match options.budget {

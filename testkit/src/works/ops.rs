@@ -5,7 +5,7 @@ use super::plan::plan;
 use super::work::round;
 use crate::compare::{close, same};
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
-use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, ItemKind, Stage, cpu_row};
+use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, SlotRows, Stage, cpu_row};
 use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{BoundOp, Context, ExpertWeights, Gpu, WeightType};
@@ -21,7 +21,7 @@ pub fn choice(
     let (r_in, offsets, take) = (gpu.upload(&r), gpu.upload(&[0, tokens]), gpu.upload(&[capacity]));
     let assigned = gpu.upload(&vec![u32::MAX; (experts * tokens.div_ceil(32)) as usize]);
     let args = expert_choice::Args {
-        r: (&r_in).into(),
+        values: (&r_in).into(),
         offsets: (&offsets).into(),
         lengths: None,
         capacity: (&take).into(),
@@ -55,31 +55,23 @@ pub fn grouped_matmul(
         plan(gpu, ctx, [tokens, experts], &fill(SCORES, tokens * experts, 1.0), &assigned)?;
     let (x, w) = (fill(X, tokens * depth, 1.0), fill(GATE, experts * columns * depth, 1.0));
     let shape = ExpertShape { experts, hidden: columns, intermediate: depth, weight_type };
-    let weights = ExpertWeights::new(ctx, shape, None).map_err(say)?;
+    let weights = ExpertWeights::new(ctx, shape).map_err(say)?;
     for (e, w) in (0..).zip(w.chunks_exact((columns * depth) as usize)) {
         weights.write(&gpu.queue, e, Projection::Down, HostWeights::F32(w)).map_err(say)?;
     }
     let x_in = gpu.upload(&x);
     let out = gpu.upload(&vec![f32::NAN; (tokens * columns) as usize]);
-    let op = GroupedMatmul::new(ctx, &shape, Stage::Down, ItemKind::Tile).map_err(say)?;
-    let mut step = BoundOp::default();
-    for page in 0..weights.page_counts()[1] {
-        let args = Args {
-            x: (&x_in).into(),
-            gather: false,
-            shape: &planned.shape,
-            plan: (&planned.plan).into(),
-            weights: &weights,
-            page,
-            places: None,
-            out: (&out).into(),
-            slots: 0..tokens,
-            columns: 0..columns,
-            x_slot: 0,
-            out_slot: 0,
-        };
-        step = step.then(op.bind(args).map_err(say)?);
-    }
+    let op = GroupedMatmul::new(ctx, &shape, Stage::Down).map_err(say)?;
+    let args = Args {
+        x: Rows::Slots(SlotRows::from(&x_in)),
+        plan: (&planned.plan).into(),
+        weights: &weights,
+        places: None,
+        out: (&out).into(),
+        slots: 0..tokens,
+        columns: 0..columns,
+    };
+    let step = op.bind(&planned.shape, args).map_err(say)?;
     gpu.run(&step).map_err(say)?;
     let got: Vec<f32> = gpu.download(&out).map_err(say)?;
     for slot in (0..tokens as usize).step_by(131) {

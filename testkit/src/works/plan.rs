@@ -39,12 +39,12 @@ pub fn plan(
     let gates = gpu.upload(&vec![0f32; logits.len()]);
     let plan = gpu.upload(&vec![u32::MAX; (shape.bytes().map_err(say)? / 4) as usize]);
     let stats = gpu.upload(&vec![u32::MAX; 8 + experts as usize]);
-    let scales = Scales { by_count: None, by_expert: None };
+    let scales = Scales { scale_by_count: None, scale_by_expert: None };
     let how = Gates {
         rule: GateRule::Softmax,
         source: (&logits_in).into(),
         scale: 1.0,
-        scales: Scales { by_count: None, by_expert: None },
+        scales: Scales { scale_by_count: None, scale_by_expert: None },
         gates: (&gates).into(),
     };
     let count = plan_count::Args {
@@ -52,8 +52,13 @@ pub fn plan(
         gates: Some(how),
         plan: (&plan).into(),
     };
-    let scan =
-        plan_scan::Args { lost: None, offsets: None, plan: (&plan).into(), stats: (&stats).into() };
+    let scan = plan_scan::Args {
+        lost: None,
+        offsets: None,
+        plan: (&plan).into(),
+        stats: (&stats).into(),
+        add_stats: false,
+    };
     let fill = plan_fill::Args {
         assigned: (&assigned_in).into(),
         gates: (&gates).into(),

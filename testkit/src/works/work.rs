@@ -1,21 +1,22 @@
 //! A layer and its input, on the device and for the CPU twins.
 use super::numbers::{BIAS, BLOCK, DOWN, GATE, ROUTER, UP, X, fill, stretch, uniform};
 use crate::compare::{close, largest, same};
+use crate::layer::selection;
 use crate::statistics::{on_every_core, spread, threads};
-use half::{bf16, f16};
+use half::bf16;
 use std::collections::HashMap;
 use std::sync::Arc;
 use wgmoe::layer::{
     Batch, BoundLayer, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Scratch, Tensor,
     cpu_routing, cpu_token,
 };
-use wgmoe::ops::grouped_matmul::cpu_logits;
+use wgmoe::ops::logits::cpu as logits_twin;
 use wgmoe::ops::scores;
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
-use wgmoe::routing::{Activation, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
 
@@ -85,14 +86,7 @@ impl Work {
             capacity_factor: None,
             coreset: None,
         });
-        let settings = LayerConfig {
-            hidden: 2048,
-            intermediate: 512,
-            experts: 32,
-            shared_experts: 0,
-            activation: Activation::Silu,
-            routing,
-        };
+        let settings = LayerConfig::new(2048, 512, 32, routing);
         Self::new(settings, 32)
     }
 
@@ -106,9 +100,14 @@ impl Work {
             experts_per_token: 8,
             max_experts_per_token: 8,
         });
-        let settings =
-            LayerConfig { hidden: 512, intermediate: 384, experts: 64, ..Self::w1().settings };
-        Self::new(LayerConfig { routing, ..settings }, tokens)
+        let settings = {
+            let mut config = Self::w1().settings;
+            config.hidden = 512;
+            config.intermediate = 384;
+            config.experts = 64;
+            config
+        };
+        Self::new(settings.with_routing(routing), tokens)
     }
 
     /// The same with some experts more popular than others: to logits of variance 1, one of variance 1 is added that is each
@@ -204,7 +203,7 @@ impl Work {
         weight_type: WeightType,
     ) -> wgmoe::Result<ExpertWeights> {
         let shape = self.settings.expert_shape(weight_type);
-        let weights = ExpertWeights::new(ctx, shape, None)?;
+        let weights = ExpertWeights::new(ctx, shape)?;
         let write = |e| {
             PROJECTIONS
                 .iter()
@@ -225,11 +224,10 @@ impl Work {
 
     /// The layer over these weights.
     pub fn layer(&self, ctx: &Context, weights: ExpertWeights) -> wgmoe::Result<MoeLayer> {
-        let router = Router {
-            weight: Tensor::new(ctx, "router", &self.router)?,
-            bias: self.bias.as_ref().map(|b| Tensor::new(ctx, "bias", b)).transpose()?,
-            by_count: None,
-            by_expert: None,
+        let router = {
+            let mut router = Router::new(Tensor::new(ctx, "router", &self.router)?);
+            router.bias = self.bias.as_ref().map(|b| Tensor::new(ctx, "bias", b)).transpose()?;
+            router
         };
         MoeLayer::new(ctx, self.settings, router, weights)
     }
@@ -243,10 +241,10 @@ impl Work {
     ) -> wgmoe::Result<Bound> {
         let hidden = gpu.upload(&self.x);
         let out = gpu.upload(&vec![f32::NAN; self.x.len()]);
-        let mut batch = Batch::new((&hidden).into(), (&out).into(), self.tokens);
+        let mut batch = Batch::new(&hidden, self.tokens).into_out(&out);
         batch.scratch = scratch;
         let step = layer.bind(&batch)?;
-        Ok(Bound { settings: *layer.settings(), step, hidden, out })
+        Ok(Bound { settings: *layer.config(), step, hidden, out })
     }
 
     /// What the twins make of the logits and scores that the device computed, compared with what it chose: logits (whole, or
@@ -255,12 +253,12 @@ impl Work {
         let settings = bound.settings;
         let (d, e, t) = (settings.hidden as usize, settings.experts as usize, self.tokens as usize);
         let read = |slice: Slice<'_>| gpu.download::<f32>(slice).map_err(|e| e.to_string());
-        let [logits, s, r] = bound.step.selection().ok_or("no tokens")?;
+        let [logits, s, r] = selection(&bound.step).ok_or("no tokens")?;
         let [logits, s, r] = [read(logits)?, read(s)?, read(r)?];
         let eight = spread(t, 8);
         let whole: Vec<usize> = (0..t).collect();
         for &t in if t * e * d <= WHOLE_LOGITS { &whole } else { &eight } {
-            let want = cpu_logits(&self.x[t * d..][..d], &self.router, d);
+            let want = logits_twin(&self.x[t * d..][..d], &self.router, d);
             let (got, atol) = (&logits[t * e..][..e], 2e-5 * (d as f32).sqrt());
             close(got, &want, atol, 2e-5, &format!("token {t}: logits"))?;
         }
@@ -278,8 +276,8 @@ impl Work {
         let router = HostRouter {
             weight: &self.router,
             bias: self.bias.as_deref(),
-            by_count: None,
-            by_expert: None,
+            scale_by_count: None,
+            scale_by_expert: None,
         };
         let want = cpu_routing(&settings, &router, HostBatch::default(), [&logits, &s, &r]);
         let words = |slice: Slice<'_>| gpu.download::<u32>(slice).map_err(|e| e.to_string());
@@ -474,9 +472,5 @@ impl Choice {
 
 /// A weight as it is stored.
 pub fn round(v: f32, weight_type: WeightType) -> f32 {
-    match weight_type {
-        WeightType::F32 => v,
-        WeightType::F16 => f16::from_f32(v).to_f32(),
-        WeightType::Bf16 => bf16::from_f32(v).to_f32(),
-    }
+    weight_type.round(v)
 }
