@@ -14,6 +14,7 @@ pub mod capacity;
 pub mod combine;
 pub mod coreset;
 pub mod expert_choice;
+pub mod expert_lists;
 pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
@@ -52,6 +53,7 @@ pub const SPECS: &[&Spec] = &[
     &matmul_skinny::SPEC,
     &combine::SPEC,
     &expert_union::SPEC,
+    &expert_lists::SPEC,
 ];
 
 /// Optional input: the slice, or the context's stand-in.
