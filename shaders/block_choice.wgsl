@@ -33,6 +33,11 @@ fn own_word(e: u32, w: u32) -> u32 {
   return atomicLoad(&words[e]);
 }
 
+// No token is padding.
+fn row_word(w: u32) -> u32 {
+  return 0xffffffffu;
+}
+
 // Of the block that has just elected.
 fn coreset_word(at: u32) -> u32 {
   return elected[at];

@@ -12,6 +12,8 @@
 //   offsets [blocks + 1] u32, clamped
 //   voters [tokens] u32 where has_voters: tokens with 0 have no say; a block where none has one elects every
 //     expert
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others are as if
+//     they were not there
 //   members [blocks, ceil(experts / 32)] bit set, written whole; a block without tokens elects none
 //   block_of [tokens] u32, written whole: block of a token, or 0xffffffff
 // Grid: blocks groups; a lane owns experts index, index + WG, ...
@@ -25,6 +27,7 @@ struct Params {
   count: u32,
   mass: u32,
   has_voters: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -32,11 +35,19 @@ struct Params {
 @group(0) @binding(2) var<storage, read> own_choice: array<u32>;
 @group(0) @binding(3) var<storage, read> offsets: array<u32>;
 @group(0) @binding(4) var<storage, read> voters: array<u32>;
-@group(0) @binding(5) var<storage, read_write> members: array<u32>;
-@group(0) @binding(6) var<storage, read_write> block_of: array<u32>;
+@group(0) @binding(5) var<storage, read> rows: array<u32>;
+@group(0) @binding(6) var<storage, read_write> members: array<u32>;
+@group(0) @binding(7) var<storage, read_write> block_of: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
   return own_choice[e * ((params.tokens + 31u) / 32u) + w];
+}
+
+fn row_word(w: u32) -> u32 {
+  if params.has_rows == 1u {
+    return rows[w];
+  }
+  return 0xffffffffu;
 }
 
 @compute @workgroup_size(WG)

@@ -240,6 +240,10 @@ fn expert_choice(
 
   let range = token_range(index, b, params.tokens);
   let start = range.x;
+  // With SHORT not 0, expert_choice_serial.wgsl takes the others.
+  if SHORT > 0u && range.y - start <= SHORT {
+    return;
+  }
   if index == 0u {
     range_end = range.y;
     if params.has_lengths == 1u {

@@ -289,6 +289,10 @@ fn expert_choice_serial(
     return;
   }
   let range = token_range(lane, s, params.tokens);
+  // Longer ones are left to expert_choice.wgsl.
+  if range.y - range.x > SHORT {
+    return;
+  }
   let e = ((id % tiles) * WG + lane) * 2u;
   if e >= params.experts {
     return;

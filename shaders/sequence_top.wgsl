@@ -2,6 +2,7 @@
 // lower t * experts + e
 //   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32, clamped
+//   lengths [sequences] u32 where has_lengths: the rest of a sequence is padding, never chosen
 //   counts [4 rounds, tiles + sequences, 256] u32: keys of a piece by 8 bits, among those that agree with the
 //     bits found before
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
@@ -20,13 +21,15 @@ struct Params {
   tile: u32,
   tiles: u32,
   round: u32,
+  has_lengths: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
-@group(0) @binding(3) var<storage, read_write> counts: array<u32>;
-@group(0) @binding(4) var<storage, read_write> assigned: array<atomic<u32>>;
+@group(0) @binding(3) var<storage, read> lengths: array<u32>;
+@group(0) @binding(4) var<storage, read_write> counts: array<u32>;
+@group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
 
 const BINS: u32 = 256u;
 
@@ -107,6 +110,9 @@ fn sequence_top(
   }
   let border = min((start / params.tile + 1u) * params.tile, columns * 32u);
   let to = select(min(end, border), border, end >= end_of_all);
+  if params.has_lengths == 1u {
+    sequence.y = sequence.x + min(sequence.y - sequence.x, lengths[b]);
+  }
   end = min(min(end, border), max(sequence.y, start));
 
   // The digits of the last key that is taken, as far as they were counted.

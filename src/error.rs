@@ -6,7 +6,7 @@
 #[non_exhaustive]
 pub enum Error {
     /// A slice's length does not match the dimensions it is used with.
-    #[error("`{name}`: expected {expected} bytes, got {got}")]
+    #[error("`{name}`: expected {expected} bytes{}, got {got}", of_shape(.shape.as_deref()))]
     Size {
         /// Argument.
         name: &'static str,
@@ -14,6 +14,8 @@ pub enum Error {
         expected: u64,
         /// Bytes in the slice.
         got: u64,
+        /// What it must hold, where that is a tensor: `[8, 4] u32`.
+        shape: Option<String>,
     },
     /// A slice does not lie inside its buffer.
     #[error("`{name}`: bytes {offset}..{end} of a buffer of {size}")]
@@ -38,7 +40,7 @@ pub enum Error {
         alignment: u64,
     },
     /// A buffer was made without a usage that is needed.
-    #[error("`{name}`: the buffer lacks {missing:?}")]
+    #[error("`{name}`: the buffer lacks {}", usages_of(*.missing))]
     Usage {
         /// Argument.
         name: &'static str,
@@ -74,7 +76,7 @@ pub enum Error {
         have: u64,
     },
     /// A variant was asked for that needs a feature the device was made without.
-    #[error("the device lacks {missing:?}")]
+    #[error("the device lacks {}", names_of(*.missing))]
     Feature {
         /// Features to ask for when making the device.
         missing: wgpu::Features,
@@ -105,9 +107,28 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// Bytes of another number, where the shape says nothing more.
+    pub(crate) fn size(name: &'static str, expected: u64, got: u64) -> Self {
+        Self::Size { name, expected, got, shape: None }
+    }
+
     pub(crate) fn invalid(name: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { name, reason: reason.into() }
     }
+}
+
+fn of_shape(shape: Option<&str>) -> String {
+    shape.map_or(String::new(), |shape| format!(", {shape}"))
+}
+
+/// The names of features, as wgpu's documentation has them.
+fn names_of(features: wgpu::Features) -> String {
+    features.iter_names().map(|(name, _)| name).collect::<Vec<_>>().join(" and ")
+}
+
+/// The names of usages, as wgpu's documentation has them.
+fn usages_of(usages: wgpu::BufferUsages) -> String {
+    usages.iter_names().map(|(name, _)| name).collect::<Vec<_>>().join(" and ")
 }
 
 /// The product of a shape in bytes, or an error naming the argument where it overflows.

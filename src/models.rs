@@ -1,69 +1,79 @@
-//! Shapes and routing of the models that use these layers.
+//! Shapes and routing of the models that use these layers, and the block rules that papers put into them.
+//!
+//! [`find`] gives a model by its name:
+//!
+//! | name | model | D | F | E | K | rule | layers (dense first) |
+//! |---|---|---|---|---|---|---|---|
+//! | `llada2-mini` | LLaDA2.0-mini | 2048 | 512 | 256 | 8 | sigmoid, 4 of 8 groups, times 2.5 | 20 (1) |
+//! | `llada2-flash` | LLaDA2.0-flash | 4096 | 1024 | 256 | 8 | as mini | 32 (1) |
+//! | `llada2.1-mini` | LLaDA2.1-mini | 2048 | 512 | 256 | 8 | as LLaDA2.0 | 20 (1) |
+//! | `llada2.1-flash` | LLaDA2.1-flash | 4096 | 1024 | 256 | 8 | as LLaDA2.0 | 32 (1) |
+//! | `llada2.2-mini` | LLaDA2.2-mini | 2048 | 512 | 256 | 8 | as LLaDA2.0, coreset of 48 in place of groups | 20 (1) |
+//! | `llada2.2-flash` | LLaDA2.2-flash | 4096 | 1024 | 256 | 8 | as mini | 32 (1) |
+//! | `llada-moe` | LLaDA-MoE-7B-A1B | 2048 | 1024 | 64 | 8 | softmax, not normalised | 16 (0) |
+//! | `sdar-30b` | SDAR-30B-A3B | 2048 | 768 | 128 | 8 | softmax, normalised | 48 (0) |
+//! | `ec-dlm` | EC-DLM | 512 | 384 | 512 | 20 | expert choice, up to 32 | 16 (0) |
+//! | `diffusion-gemma` | DiffusionGemma-26B-A4B | 2816 | 704 | 128 | 8 | softmax, normalised; GELU | 30 (0) |
+//!
+//! D is the hidden size, F the intermediate size of an expert, E the routed experts, K the experts of a token.
+//! [`Model::source`] says where each line's numbers are from.
+//!
+//! A model of another name runs all the same: write its [`LayerConfig`], or read them from its `config.json` (feature
+//! `checkpoint`).
+//!
+//! ```
+//! use wgmoe::{models, routing::Routing};
+//!
+//! let mini = models::find("llada2-mini").expect("a model of the table").settings;
+//! assert_eq!((mini.hidden, mini.experts), (2048, 256));
+//! // The same model as dMoE decodes it: blocks of tokens elect the experts that they share.
+//! let Routing::TokenChoice(rule) = mini.routing else { unreachable!("LLaDA2 routes tokens") };
+//! let shared = wgmoe::LayerConfig { routing: rule.with_coreset(models::dmoe_v2()).into(), ..mini };
+//! assert!(shared.routing.check(shared.experts).is_ok());
+//! ```
 use crate::layer::LayerConfig;
-use crate::routing::GateRule;
-use crate::routing::Groups;
-use crate::routing::{
-    Activation, BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice,
-};
+use crate::routing::{Activation, BlockRule, ExpertChoice, GateRule, Routing, Score, TokenChoice};
 
 /// A model whose layers this crate runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Model {
     /// Name, in lower case with dashes.
     pub name: &'static str,
     /// One MoE layer of it.
     pub settings: LayerConfig,
-    /// Layers in all, and how many of the first are dense.
-    pub layers: [u32; 2],
+    /// Layers in all.
+    pub layers: u32,
+    /// How many of the first layers are dense.
+    pub dense_layers: u32,
+    /// Where the numbers are from.
+    pub source: &'static str,
 }
 
 impl Model {
-    /// A layer of the model with fewer experts, for machines that cannot hold all. Groups keep their size, and the share of
-    /// them that a token may use (at least one, and enough for its K experts); where groups no longer divide the experts,
-    /// there are none. K and k are cut to the experts there are; a block elects its share of them, at least K.
+    /// A layer of the model with fewer experts, for machines that cannot hold all:
+    /// [`Routing::with_fewer_experts`]. As many experts as the model has, or more, give the model's own layer.
     pub fn with_experts(&self, experts: u32) -> LayerConfig {
-        let mut settings = LayerConfig { experts, ..self.settings };
-        match &mut settings.routing {
-            Routing::TokenChoice(rule) => {
-                rule.top = rule.top.min(experts);
-                rule.groups = rule.groups.and_then(|Groups { count, top }| {
-                    let size = self.settings.experts / count;
-                    let groups = experts / size;
-                    let fits = experts.is_multiple_of(size);
-                    let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
-                    (fits && top <= groups).then_some(Groups { count: groups, top })
-                });
-                let share = |count: u32| {
-                    (count * experts / self.settings.experts).max(rule.top).min(experts)
-                };
-                rule.coreset = rule.coreset.map(|coreset| match coreset {
-                    BlockRule::Mass { p, floor } => {
-                        BlockRule::Mass { p, floor: floor.min(experts) }
-                    }
-                    BlockRule::Capacity(count) => BlockRule::Capacity(share(count)),
-                    BlockRule::Vote(count) => BlockRule::Vote(share(count)),
-                    BlockRule::Union(count) => BlockRule::Union(count.min(experts)),
-                });
-            }
-            Routing::ExpertChoice(rule) => {
-                rule.experts_per_token = rule.experts_per_token.min(experts);
-                rule.max_experts_per_token = rule.max_experts_per_token.min(experts);
-            }
-            Routing::SequenceTop(rule) => rule.top = rule.top.min(experts),
-        }
-        settings
+        let own = self.settings.experts;
+        let routing = self.settings.routing.with_fewer_experts(own, experts);
+        LayerConfig { experts: experts.min(own), routing, ..self.settings }
     }
 }
 
-const LLADA2: TokenChoice = TokenChoice {
-    score: Score::Sigmoid,
-    gate: GateRule::Normalised,
-    top: 8,
-    groups: Some(Groups { count: 8, top: 4 }),
-    scale: 2.5,
-    capacity_factor: None,
-    coreset: None,
-};
+/// dMoE's coreset as of the first version of its paper (arXiv 2605.30876v1): a mass of 0.6, at least 12 experts. Its figures
+/// for LLaDA2.0-mini: 69.5 to 14.6 experts a block of 32 tokens, 99.11 % of the accuracy kept.
+pub const fn dmoe_v1() -> BlockRule {
+    BlockRule::mass(0.6).with_floor(12)
+}
+
+/// dMoE's coreset as of the second version of its paper (arXiv 2605.30876v2) and of its released code: a mass of 0.6, at
+/// least 16 experts. Its figures for LLaDA2.0-mini: 69.5 to 16.5 experts a block of 32 tokens, 99.55 % of the accuracy kept.
+pub const fn dmoe_v2() -> BlockRule {
+    BlockRule::mass(0.6).with_floor(16)
+}
+
+const LLADA2: TokenChoice =
+    TokenChoice::new(8).with_score(Score::Sigmoid).with_groups(8, 4).with_scale(2.5);
 
 const LLADA2_MINI: LayerConfig = LayerConfig {
     hidden: 2048,
@@ -76,11 +86,7 @@ const LLADA2_MINI: LayerConfig = LayerConfig {
 
 /// Trained with a coreset of 48 experts a block of 32 tokens, without groups: its outputs are wrong without it.
 const LLADA22_MINI: LayerConfig = LayerConfig {
-    routing: Routing::TokenChoice(TokenChoice {
-        groups: None,
-        coreset: Some(BlockRule::Capacity(48)),
-        ..LLADA2
-    }),
+    routing: Routing::TokenChoice(LLADA2.without_groups().with_coreset(BlockRule::capacity(48))),
     ..LLADA2_MINI
 };
 
@@ -88,73 +94,85 @@ const fn flash(mini: LayerConfig) -> LayerConfig {
     LayerConfig { hidden: 4096, intermediate: 1024, ..mini }
 }
 
-const SOFTMAX_8: TokenChoice = TokenChoice {
-    score: Score::Softmax,
-    gate: GateRule::Normalised,
-    groups: None,
-    scale: 1.0,
-    ..LLADA2
-};
+const fn model(
+    name: &'static str,
+    settings: LayerConfig,
+    layers: u32,
+    dense_layers: u32,
+    source: &'static str,
+) -> Model {
+    Model { name, settings, layers, dense_layers, source }
+}
+
+const LLADA20: &str = "config.json of the released LLaDA2.0 checkpoints; arXiv 2512.15745";
+const LLADA21: &str = "the report of LLaDA2.1 (2026) and its model cards, which keep LLaDA2.0's layers and parameters; routing \
+                       is taken to be LLaDA2.0's, and a checkpoint's own config.json decides";
+const LLADA22: &str =
+    "config.json of the released LLaDA2.2 checkpoints (expert_capacity 48, block_size 32)";
 
 /// Every model.
 pub const MODELS: &[Model] = &[
-    Model { name: "llada2-mini", settings: LLADA2_MINI, layers: [20, 1] },
-    Model { name: "llada2-flash", settings: flash(LLADA2_MINI), layers: [32, 1] },
-    Model { name: "llada2.2-mini", settings: LLADA22_MINI, layers: [20, 1] },
-    Model { name: "llada2.2-flash", settings: flash(LLADA22_MINI), layers: [32, 1] },
-    Model {
-        name: "llada-moe",
-        settings: LayerConfig {
+    model("llada2-mini", LLADA2_MINI, 20, 1, LLADA20),
+    model("llada2-flash", flash(LLADA2_MINI), 32, 1, LLADA20),
+    model("llada2.1-mini", LLADA2_MINI, 20, 1, LLADA21),
+    model("llada2.1-flash", flash(LLADA2_MINI), 32, 1, LLADA21),
+    model("llada2.2-mini", LLADA22_MINI, 20, 1, LLADA22),
+    model("llada2.2-flash", flash(LLADA22_MINI), 32, 1, LLADA22),
+    model(
+        "llada-moe",
+        LayerConfig {
             intermediate: 1024,
             experts: 64,
             shared_experts: 0,
-            routing: Routing::TokenChoice(TokenChoice { gate: GateRule::Plain, ..SOFTMAX_8 }),
+            routing: Routing::TokenChoice(TokenChoice::new(8).with_gate(GateRule::Unnormalised)),
             ..LLADA2_MINI
         },
-        layers: [16, 0],
-    },
-    Model {
-        name: "sdar-30b",
-        settings: LayerConfig {
+        16,
+        0,
+        "config.json of LLaDA-MoE-7B-A1B; arXiv 2509.24389",
+    ),
+    model(
+        "sdar-30b",
+        LayerConfig {
             intermediate: 768,
             experts: 128,
             shared_experts: 0,
-            routing: Routing::TokenChoice(SOFTMAX_8),
+            routing: Routing::TokenChoice(TokenChoice::new(8)),
             ..LLADA2_MINI
         },
-        layers: [48, 0],
-    },
-    Model {
-        name: "ec-dlm",
-        settings: LayerConfig {
+        48,
+        0,
+        "config.json of SDAR-30B-A3B (Qwen3-MoE's layers); arXiv 2510.06303",
+    ),
+    model(
+        "ec-dlm",
+        LayerConfig {
             hidden: 512,
             intermediate: 384,
             experts: 512,
             shared_experts: 2,
             activation: Activation::Silu,
-            routing: Routing::ExpertChoice(ExpertChoice {
-                score: Score::Softmax,
-                normalise: Normalise::AfterSelection,
-                scope: Scope::Sequence,
-                experts_per_token: 20,
-                max_experts_per_token: 32,
-            }),
+            routing: Routing::ExpertChoice(ExpertChoice::new(20).with_max(32)),
         },
-        layers: [16, 0],
-    },
-    Model {
-        name: "diffusion-gemma",
-        settings: LayerConfig {
+        16,
+        0,
+        "arXiv 2604.01622, its smallest configuration",
+    ),
+    model(
+        "diffusion-gemma",
+        LayerConfig {
             hidden: 2816,
             intermediate: 704,
             experts: 128,
             // The dense 2112 beside the experts is three of them.
             shared_experts: 3,
             activation: Activation::Gelu,
-            routing: Routing::TokenChoice(SOFTMAX_8),
+            routing: Routing::TokenChoice(TokenChoice::new(8)),
         },
-        layers: [30, 0],
-    },
+        30,
+        0,
+        "config.json of DiffusionGemma-26B-A4B",
+    ),
 ];
 
 /// The model of this name.
@@ -165,20 +183,74 @@ pub fn find(name: &str) -> Option<Model> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing::Groups;
+
+    fn tokens(settings: LayerConfig) -> TokenChoice {
+        match settings.routing {
+            Routing::TokenChoice(rule) => rule,
+            other => panic!("{other:?} routes no tokens"),
+        }
+    }
 
     #[test]
     fn fewer_experts_make_a_rule_that_holds() {
         for model in MODELS {
-            assert_eq!(model.with_experts(model.settings.experts), model.settings);
+            let own = model.settings.experts;
+            for all in [own, own + 1, u32::MAX] {
+                assert_eq!(model.with_experts(all), model.settings);
+            }
             for experts in [1, 7, 20, 32, 64] {
                 let settings = model.with_experts(experts);
+                assert_eq!(settings.experts, experts);
                 assert_eq!(settings.routing.check(experts), Ok(()), "{} of {experts}", model.name);
             }
+            assert!(model.with_experts(0).routing.check(0).is_err());
         }
-        let Routing::TokenChoice(rule) = find("llada2-mini").unwrap().with_experts(64).routing
-        else {
-            panic!("LLaDA2 routes tokens")
+        let mini = find("llada2-mini").unwrap();
+        let rule = tokens(mini.with_experts(64));
+        assert_eq!(rule.groups, Some(Groups::new(2, 1)));
+    }
+
+    #[test]
+    fn a_floor_is_a_share_but_never_below_k() {
+        let fewer = |rule, to| {
+            let rule = tokens(find("llada2-mini").unwrap().settings).with_coreset(rule);
+            match Routing::from(rule).with_fewer_experts(256, to) {
+                Routing::TokenChoice(rule) => rule.coreset.unwrap(),
+                other => panic!("{other:?}"),
+            }
         };
-        assert_eq!(rule.groups, Some(Groups { count: 2, top: 1 }));
+        assert_eq!(fewer(dmoe_v2(), 256), dmoe_v2());
+        assert_eq!(fewer(dmoe_v2().with_floor(64), 64), dmoe_v2().with_floor(16));
+        assert_eq!(fewer(dmoe_v2(), 64), dmoe_v2().with_floor(8));
+        assert_eq!(fewer(dmoe_v2(), 4), dmoe_v2().with_floor(4));
+        // Never more than it was.
+        assert_eq!(fewer(dmoe_v2().with_floor(1), 128), dmoe_v2().with_floor(1));
+        assert_eq!(fewer(BlockRule::capacity(48), 128), BlockRule::capacity(24));
+        assert_eq!(fewer(BlockRule::union(2), 1), BlockRule::union(1));
+    }
+
+    /// The table of this module's documentation has a line for each model, with its numbers.
+    #[test]
+    fn the_table_is_true() {
+        let lines: Vec<Vec<&str>> = include_str!("models.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("//! | `"))
+            .map(|line| line.trim_end_matches(" |").split(" | ").collect())
+            .collect();
+        let names: Vec<&str> = lines.iter().map(|l| l[0].trim_end_matches('`')).collect();
+        assert_eq!(names, MODELS.iter().map(|m| m.name).collect::<Vec<_>>());
+        for (line, model) in lines.iter().zip(MODELS) {
+            let LayerConfig { hidden, intermediate, experts, routing, .. } = model.settings;
+            let k = match routing {
+                Routing::TokenChoice(rule) => rule.experts_per_token,
+                Routing::ExpertChoice(rule) => rule.experts_per_token,
+                Routing::SequenceTop(rule) => rule.experts_per_token,
+            };
+            let numbers = [hidden, intermediate, experts, k].map(|n| n.to_string());
+            assert_eq!(line[2..6], numbers, "{}", model.name);
+            assert_eq!(line[7], format!("{} ({})", model.layers, model.dense_layers));
+            assert!(!model.source.is_empty());
+        }
     }
 }

@@ -11,29 +11,7 @@
 //! assert_eq!(report.devices, [(2, 1.5), (4, 2.0)]);
 //! ```
 //!
-//! # What one device shows, and what needs many
-//!
-//! EC-DLM gives 52.1 TFLOP/s per GPU for expert choice on 8 H200, against 24.9 for dropless token choice: 2.1 times
-//! (35.4, 27.0 and 25.9 for token choice with capacity factors of 1.0, 1.25 and 1.5). Two things make up such a difference.
-//!
-//! On one device:
-//! - No padding. Where experts are one batched matmul with as many rows for each, token choice computes experts times the
-//!   capacity, or times the largest load where nothing may be dropped. Expert choice computes its slots and nothing else.
-//!   This crate's matmuls take the rows of each expert from a plan and pad no rule's; what is left of the difference is the
-//!   last tile of each expert, full or not.
-//! - No drops. At a capacity factor of 1 token choice has no more rows than expert choice, and loses [`Report::dropped`]
-//!   pairs for it.
-//! - Equal loads: [`Load::imbalance`] is 1, and the slots are known from lengths and capacities before anything runs, so
-//!   nothing is read back to size a buffer.
-//!
-//! Only with many devices:
-//! - Each holds some of the experts, and all wait in every layer for the one with the most slots. [`slowest_device`] says how
-//!   long, relative to the mean: 1 for expert choice, and for token choice no less with twice the devices, as each has fewer
-//!   experts to average over. That factor bounds what balance alone gains. The exchange of tokens between devices comes on
-//!   top; this crate does none.
-//!
-//! So no single device reproduces the 2.1. The example `denoise` prints time, slots, padded rows and drops as they are on one
-//! device, and the slowest device's share for 2, 4, 8 and 16, of the same run.
+//! What of EC-DLM's figures for eight GPUs one device can show, and what it cannot, is in `docs/balance.md`.
 use crate::plan::Stats;
 use crate::{Error, Result};
 

@@ -1,5 +1,5 @@
-//! What a device can do at best, measured before the cases: rates of memory and arithmetic, and what a dispatch and a
-//! submission cost.
+//! What a device can do at best, measured before the cases: rates of memory and arithmetic, and
+//! what a dispatch and a submission cost.
 use crate::file::{Bound, BoundBy, Ceilings, Work};
 use crate::timing::{Stop, Timer, Timing};
 use wgmoe::{Gpu, wgpu};
@@ -86,7 +86,8 @@ impl Bench<'_> {
     }
 }
 
-/// Measures the ceilings, about `seconds` each; what fails leaves a note. `Err` where the run is interrupted.
+/// Measures the ceilings, about `seconds` each; what fails leaves a note. `Err` where the run is
+/// interrupted.
 pub(crate) fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings, Stop> {
     let gpu = timer.gpu();
     let device = &gpu.device;
@@ -231,7 +232,8 @@ fn memory(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
     Ok((read, rate(2 * size, best)))
 }
 
-/// Microseconds of one more dispatch that waits for the one before, and of one dispatch from encoding to the end.
+/// Microseconds of one more dispatch that waits for the one before, and of one dispatch from
+/// encoding to the end.
 fn overheads(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
     let gpu = bench.gpu();
     let (data, out) = (gpu.upload(&[0f32; 4]), gpu.upload(&[0f32; 4]));
@@ -257,7 +259,8 @@ pub(crate) fn bandwidth(ceilings: &Ceilings) -> Option<f64> {
     ceilings.read_gb_s.into_iter().chain(ceilings.copy_gb_s).max_by(f64::total_cmp)
 }
 
-/// The ceiling that the work meets first, and how near `median_ms` comes to it. None where no ceiling was measured.
+/// The ceiling that the work meets first, and how near `median_ms` comes to it. None where no
+/// ceiling was measured.
 pub(crate) fn bound(ceilings: &Ceilings, work: &Work, median_ms: f64) -> Option<Bound> {
     let over = |amount: f64, giga: Option<f64>| giga.map(|giga| amount / giga / 1e6);
     let least = [

@@ -49,6 +49,11 @@ impl Device {
     }
 }
 
+/// What is said where there is nothing to measure.
+pub(crate) const NO_ADAPTERS: &str = "no adapters: wgpu found no driver of Vulkan, Metal, DX12 or \
+    OpenGL. On Linux, `scripts/with-vulkan` in wgmoe's repository installs a software driver and \
+    then runs a command: scripts/with-vulkan cargo run --release -p wgmoe-bench -- run --quick";
+
 /// The adapters of all backends.
 pub(crate) fn adapters() -> Vec<wgpu::Adapter> {
     let all = pollster::block_on(Gpu::adapters());
@@ -142,7 +147,7 @@ pub(crate) fn describe(adapter: &wgpu::Adapter) -> file::Adapter {
 /// All adapters in words.
 pub(crate) fn list(adapters: &[wgpu::Adapter]) -> String {
     if adapters.is_empty() {
-        return "no adapters\n".into();
+        return format!("{NO_ADAPTERS}\n");
     }
     let mut text = String::new();
     for (i, adapter) in adapters.iter().enumerate() {

@@ -158,7 +158,8 @@ pub(crate) struct Measured {
     /// Whether times had settled before the first sample that counts.
     pub(crate) settled: bool,
     pub(crate) work: Work,
-    /// What bounds the case, least time by that ceiling, and that over the median measured (GPU times where there are any).
+    /// What bounds the case, the least time by that ceiling, and that over the median (of the
+    /// GPU's times where there are any).
     pub(crate) bound: Option<Bound>,
     /// How it was compared with the CPU twin.
     pub(crate) check: String,
@@ -176,7 +177,8 @@ pub(crate) struct Times {
     pub(crate) count: u32,
 }
 
-/// What a case must do: its inputs read once and its outputs written once, whatever its kernels pass between them.
+/// What a case must do: its inputs read once and its outputs written once, whatever its kernels
+/// pass between them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Work {
     pub(crate) bytes: f64,
@@ -265,12 +267,14 @@ impl Report {
             Some(VERSION) => {}
             Some(v) if v > VERSION => {
                 return Err(format!(
-                    "version {v}, and this wgmoe-bench reads version {VERSION}: use a newer wgmoe-bench"
+                    "version {v}, and this wgmoe-bench reads version {VERSION}: use a newer \
+                     wgmoe-bench"
                 ));
             }
             Some(v) => {
                 return Err(format!(
-                    "version {v}, older than the version {VERSION} that this wgmoe-bench reads: measure again, or make the page with the wgmoe-bench that wrote it"
+                    "version {v}, older than the version {VERSION} that this wgmoe-bench reads: \
+                     measure again, or make the page with the wgmoe-bench that wrote it"
                 ));
             }
             None => return Err("`version` is not a whole number".into()),
@@ -340,17 +344,14 @@ impl Part {
 }
 
 impl CaseId {
-    /// The tokens in words.
-    pub(crate) fn load_name(&self) -> String {
-        match self.load {
-            Load::Block => format!("decoding a block of {} tokens", self.tokens),
-            Load::Batch => format!("decoding {} blocks, {} tokens", self.tokens / 32, self.tokens),
-            Load::Prefill => format!("prefill of {} tokens", self.tokens),
-        }
+    /// Whether it is what a device is judged by first: a whole layer under the model's own rule.
+    pub(crate) fn is_headline(&self) -> bool {
+        self.own_rule && self.part == Part::Layer
     }
 }
 
-/// Puts `bytes` in the place of `path` in one step, so that a crash leaves the old file or the new one.
+/// Puts `bytes` in the place of `path` in one step, so that a crash leaves the old file or the new
+/// one.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
     let say = |e: std::io::Error| format!("{}: {e}", path.display());
     let mut beside = path.as_os_str().to_owned();

@@ -1,5 +1,5 @@
-//! How a GPU does on mixture-of-experts work: measures every part of the layers of known models on this machine's adapters,
-//! writes a file, and makes a page that compares files.
+//! How fast a GPU is at mixture-of-experts work: measures every part of the layers of known models
+//! on this machine's adapters, writes a file, and makes a page that compares files.
 mod ceilings;
 mod device;
 mod file;
@@ -40,10 +40,12 @@ enum What {
 
 #[derive(clap::Args)]
 struct RunOptions {
-    /// Two models with 32 or 64 of their experts, decoding: under two minutes an adapter on a software driver
+    /// Two models with 32 or 64 of their experts, decoding: under two minutes an adapter, also on
+    /// a software driver
     #[arg(long)]
     quick: bool,
-    /// Adapter, by its index in `devices` or a part of its name; a GPU before a software driver where absent
+    /// Adapter, by its index in `devices` or a part of its name [default: a GPU before a software
+    /// driver]
     #[arg(long, value_name = "NAME|INDEX", conflicts_with = "all")]
     adapter: Option<String>,
     /// Every adapter, one after another
@@ -52,7 +54,8 @@ struct RunOptions {
     /// Minutes for each adapter, at most; what does not fit is skipped and marked
     #[arg(long, value_parser = minutes, allow_negative_numbers = true)]
     minutes: Option<f64>,
-    /// GiB for a layer's weights, at most [default: 8 on a discrete GPU, 1 on a software driver, else 4]
+    /// GiB for a layer's weights, at most [default: 8 on a discrete GPU, 1 on a software driver,
+    /// else 4]
     #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1024))]
     memory: Option<u64>,
     /// The file of results; replaced
@@ -89,11 +92,11 @@ fn run(options: &RunOptions) -> Result<ExitCode, String> {
     if !options.all {
         let index = match &options.adapter {
             Some(want) => device::find(&adapters, want)?,
-            None => device::first(&adapters).ok_or("no adapters")?,
+            None => device::first(&adapters).ok_or(device::NO_ADAPTERS)?,
         };
         adapters = vec![adapters.swap_remove(index)];
     } else if adapters.is_empty() {
-        return Err("no adapters".into());
+        return Err(device::NO_ADAPTERS.into());
     }
     let minutes = options.minutes.unwrap_or(if options.quick { QUICK_MINUTES } else { MINUTES });
     let plan = run::Plan {

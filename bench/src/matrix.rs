@@ -34,7 +34,8 @@ const LOADS: [(Load, u32); 5] = [
     (Load::Prefill, 4096),
 ];
 
-/// A quick run: models, experts at most, and how many of the loads, so few that a software driver is done in time.
+/// A quick run: models, experts at most, and how many of the loads, so few that a software driver
+/// is done in time.
 const QUICK: [(&str, u32, usize); 2] = [("llada2-mini", 32, 1), ("ec-dlm", 64, 2)];
 
 /// The layers of a run, whole.
@@ -65,8 +66,8 @@ impl Layer {
 
     /// Its groups, load by load, the model's own rule first.
     ///
-    /// Every part under the model's own rule; under the others, what differs: the routing, and in decoding, where the choice
-    /// decides which weights are read, the layer.
+    /// Every part under the model's own rule; under the others, what differs: the routing, and in
+    /// decoding, where the choice decides which weights are read, the layer.
     pub(crate) fn groups(&self) -> Vec<Group> {
         let own = self.settings.routing;
         let mut all = rules(own, self.settings.experts);

@@ -1,7 +1,7 @@
 //! A run: adapters, layers and cases in order, within a time, kept as they come.
 use crate::ceilings;
 use crate::device::{self, Device};
-use crate::file::{Adapter, Case, Ceilings, Measured, Outcome, Report};
+use crate::file::{Adapter, Case, Ceilings, Measured, Outcome, Part, Report};
 use crate::matrix::{Group, Layer, layers};
 use crate::subject::{Effort, Loaded, Subject, load};
 use crate::timing::{Stop, Timer};
@@ -60,6 +60,15 @@ fn message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
     format!("a panic of the driver or of wgpu: {text}")
+}
+
+/// Where cases are measured: a device, and what was made of it.
+#[derive(Clone, Copy)]
+struct Site<'a> {
+    device: &'a Device,
+    ctx: &'a Context,
+    timer: &'a Timer<'a>,
+    ceilings: &'a Ceilings,
 }
 
 /// The last adapter of a report, being measured.
@@ -121,20 +130,16 @@ impl<'a> Measuring<'a> {
         let ceilings = ceilings::measure(&timer, if self.plan.quick { 0.3 } else { 1.0 })?;
         self.entry().ceilings = Some(ceilings.clone());
         self.save()?;
+        let site = Site { device: &device, ctx: &ctx, timer: &timer, ceilings: &ceilings };
         let layers = layers(self.plan.quick);
         self.left = layers.iter().map(cases).sum();
         self.bar.set_length(self.left as u64);
-        let memory = self.plan.memory.unwrap_or(match device.gpu.info.device_type {
-            wgpu::DeviceType::DiscreteGpu => 8 << 30,
-            wgpu::DeviceType::Cpu => 1 << 30,
-            _ => 4 << 30,
-        });
         let count = layers.len();
         for (i, layer) in layers.into_iter().enumerate() {
             // What one layer leaves of its time goes to the next.
             let now = Instant::now();
             let end = now + self.end.saturating_duration_since(now) / (count - i) as u32;
-            self.layer(&device, &ctx, &timer, &ceilings, layer, memory, end)?;
+            self.layer(site, layer, end)?;
             self.save()?;
             if let Some(why) = device.lost() {
                 return Err(Stop::Failed(why));
@@ -143,52 +148,53 @@ impl<'a> Measuring<'a> {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "each is needed, and none goes with another")]
-    fn layer(
-        &mut self,
-        device: &Device,
-        ctx: &Context,
-        timer: &Timer<'_>,
-        ceilings: &Ceilings,
-        layer: Layer,
-        memory: u64,
-        end: Instant,
-    ) -> Result<(), Stop> {
+    /// Bytes of a layer's weights, at most.
+    fn memory(&self, device: &Device) -> u64 {
+        self.plan.memory.unwrap_or(match device.gpu.info.device_type {
+            wgpu::DeviceType::DiscreteGpu => 8 << 30,
+            wgpu::DeviceType::Cpu => 1 << 30,
+            _ => 4 << 30,
+        })
+    }
+
+    /// Measures a layer's groups until `end`.
+    fn layer(&mut self, site: Site<'_>, layer: Layer, end: Instant) -> Result<(), Stop> {
         if end <= Instant::now() {
             self.skip_layer(&layer, &self.out_of_time());
             return Ok(());
         }
-        let inputs = effort(self.plan.quick, 0).inputs;
+        let (device, quick) = (site.device, self.plan.quick);
         self.say(&format!("weights of {}", layer.model.name));
-        let loaded = match load(device, ctx, layer.clone(), memory, inputs) {
+        let inputs = effort(quick, 0).inputs;
+        let loaded = match load(device, site.ctx, layer.clone(), self.memory(device), inputs) {
             Ok(loaded) => loaded,
             Err(e) => {
                 self.skip_layer(&layer, &e);
                 return Ok(());
             }
         };
-        let layer = loaded.layer.clone();
+        let layer = &loaded.layer;
         let groups = layer.groups();
         let mut left: usize = groups.iter().map(|g| g.parts.len()).sum();
         for group in &groups {
             let seconds = end.saturating_duration_since(Instant::now()).as_secs_f64();
-            let effort = effort(self.plan.quick, group.tokens);
-            let expected = expected_seconds(&layer, group, effort, ceilings);
+            let effort = effort(quick, group.tokens);
+            let expected = expected_seconds(layer, group, effort, site.ceilings);
             if seconds <= 0.0 {
-                self.skip(&layer, group, &self.out_of_time());
+                self.skip(layer, group, &self.out_of_time());
             } else if expected > seconds {
                 let why = format!(
-                    "would take about {expected:.0} s, {seconds:.0} s of this layer's share are left"
+                    "would take about {expected:.0} s, and {seconds:.0} s of this layer's share \
+                     are left"
                 );
-                self.skip(&layer, group, &why);
+                self.skip(layer, group, &why);
             } else {
                 self.say(&format!("{}, {}", layer.model.name, group.rule));
                 let each = (seconds / left as f64 / 2.0).clamp(CASE_SECONDS[0], CASE_SECONDS[1]);
-                let turn =
-                    || self.group(device, ctx, timer, ceilings, &loaded, group, effort, each);
+                let turn = || self.group(site, &loaded, group, effort, each);
                 match catch_unwind(AssertUnwindSafe(turn)) {
                     Ok(result) => result?,
-                    Err(panic) => self.fail(&layer, group, &message(&*panic)),
+                    Err(panic) => self.fail(layer, group, &message(&*panic)),
                 }
                 self.save()?;
             }
@@ -200,19 +206,16 @@ impl<'a> Measuring<'a> {
         Ok(())
     }
 
-    /// Prepares, checks and times the cases of a group.
-    #[expect(clippy::too_many_arguments, reason = "each is needed, and none goes with another")]
+    /// Prepares, checks and times the cases of a group, about `seconds` each.
     fn group(
         &mut self,
-        device: &Device,
-        ctx: &Context,
-        timer: &Timer<'_>,
-        ceilings: &Ceilings,
+        site: Site<'_>,
         loaded: &Loaded,
         group: &Group,
         effort: Effort,
         seconds: f64,
     ) -> Result<(), Stop> {
+        let Site { device, ctx, timer, ceilings } = site;
         if timer.stopped() {
             return Err(Stop::Interrupted);
         }
@@ -228,8 +231,7 @@ impl<'a> Measuring<'a> {
                 return Ok(());
             }
         };
-        for outcome in measure(timer, ceilings, &subject, group, seconds)? {
-            let (part, outcome) = outcome;
+        for (part, outcome) in measure(timer, ceilings, &subject, group, seconds)? {
             if let Outcome::Failed { reason } = &outcome {
                 let name = &loaded.layer.model.name;
                 self.note(&format!("{name}, {}, {}: {reason}", group.rule, part.name()));
@@ -239,7 +241,7 @@ impl<'a> Measuring<'a> {
         Ok(())
     }
 
-    fn push(&mut self, layer: &Layer, group: &Group, part: crate::file::Part, outcome: Outcome) {
+    fn push(&mut self, layer: &Layer, group: &Group, part: Part, outcome: Outcome) {
         let (id, reduced) = (layer.case(group, part), layer.reduced.clone());
         self.entry().cases.push(Case { id, reduced, outcome });
         self.left = self.left.saturating_sub(1);
@@ -283,21 +285,19 @@ fn effort(quick: bool, tokens: u32) -> Effort {
     }
 }
 
-/// What a group takes at half the device's ceilings: every input once, and each part that runs the experts six times.
+/// What a group takes at half the device's ceilings: every input once, and each part that runs the
+/// experts six times.
 fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Ceilings) -> f64 {
     let settings = &layer.settings;
-    let heavy = group
-        .parts
-        .iter()
-        .filter(|p| matches!(p, crate::file::Part::Experts | crate::file::Part::Layer));
+    let heavy = group.parts.iter().filter(|p| matches!(p, Part::Experts | Part::Layer));
     let heavy = heavy.count();
     if heavy == 0 {
         return 0.0;
     }
     let top = match group.routing {
         wgmoe::Routing::ExpertChoice(rule) => rule.experts_per_token,
-        wgmoe::Routing::TokenChoice(rule) => rule.top,
-        wgmoe::Routing::SequenceTop(rule) => rule.top,
+        wgmoe::Routing::TokenChoice(rule) => rule.experts_per_token,
+        wgmoe::Routing::SequenceTop(rule) => rule.experts_per_token,
         _ => settings.experts,
     };
     let tokens = f64::from(group.tokens);
@@ -318,7 +318,7 @@ pub(crate) fn measure(
     subject: &Subject,
     group: &Group,
     seconds: f64,
-) -> Result<Vec<(crate::file::Part, Outcome)>, Stop> {
+) -> Result<Vec<(Part, Outcome)>, Stop> {
     let mut outcomes = vec![];
     for &part in &group.parts {
         let outcome = match subject.time(timer, part, seconds) {

@@ -1,11 +1,12 @@
-//! A layer on the device under one rule and one load: weights and inputs that take turns, checked against the CPU twins, and
-//! the parts of it that are timed.
+//! A layer on the device under one rule and one load: weights and inputs that take turns, the
+//! comparison with the CPU twins, and the parts that are timed.
 use crate::device::Device;
 use crate::file::{self, Part};
 use crate::matrix::{Group, Layer};
 use crate::timing::{Stop, Timer, Timing};
-use testkit::works::{self, Bound, Choice, Part as Stage, Work};
-use wgmoe::{Context, Dispatch, Error, MoeLayer, WeightType, wgpu};
+use testkit::works::{self as cases, Bound, Choice, Part as Stage, Work};
+use wgmoe::plan::HostPlan;
+use wgmoe::{Context, Dispatch, Error, Gpu, MoeLayer, WeightType, wgpu};
 
 /// Copies of weights, all together, that no cache holds.
 const BEYOND_CACHES: u64 = 512 << 20;
@@ -105,8 +106,8 @@ struct Input {
 }
 
 impl Loaded {
-    /// Binds a group's inputs, runs what its parts need, and compares it. `Err` is of the device; what differs from the twin is
-    /// kept for its parts.
+    /// Binds a group's inputs, runs what its parts need, and compares it. `Err` is of the device;
+    /// what differs from the twin is kept for its parts.
     pub(crate) fn prepare(
         &self,
         device: &Device,
@@ -150,40 +151,22 @@ impl Subject {
         let bound = work.bind(gpu, layer, None)?;
         let whole = group.parts.iter().any(|&p| p != Part::Routing);
         bound.run(gpu, if whole { &Stage::ALL } else { &[Stage::Router, Stage::Routing] })?;
-        let settings = bound.settings;
         let mut input = Input { bound, choice: None, gather: vec![], gathered: 0, rows_read: 0 };
-        match work.check_choice(gpu, &input.bound) {
-            Err(e) => keep(&mut self.routing, e),
-            Ok(choice) if whole => {
-                match work.check_plan(gpu, &input.bound, &choice) {
-                    Err(e) => keep(&mut self.plan, e),
-                    Ok(plan) if group.parts.contains(&Part::Gather) => {
-                        // As many of the plan's rows as one binding holds.
-                        let row = 4 * u64::from(settings.hidden);
-                        let limits = gpu.device.limits();
-                        let most =
-                            limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-                        let rows = plan.token_of.len().min((most / row) as usize);
-                        let x = (&input.bound.hidden, &work.x[..]);
-                        let rows = &plan.token_of[..rows];
-                        match works::gather(gpu, ctx, x, settings.hidden, rows) {
-                            Err(e) => keep(&mut self.gather, e),
-                            Ok(step) => {
-                                input.gather = step.dispatches().to_vec();
-                                input.gathered = rows.len() as u32;
-                                input.rows_read = distinct(rows);
-                            }
-                        }
-                    }
-                    Ok(_) => {}
+        let choice = work.check_choice(gpu, &input.bound);
+        if let Some(choice) = keep(&mut self.routing, choice) {
+            if whole {
+                let plan = work.check_plan(gpu, &input.bound, &choice);
+                if let Some(plan) = keep(&mut self.plan, plan)
+                    && group.parts.contains(&Part::Gather)
+                {
+                    let gather = input.bind_gather(gpu, ctx, work, &plan);
+                    keep(&mut self.gather, gather);
                 }
                 let rows = self.effort.rows;
-                if let Err(e) = work.check_output(gpu, layer, &input.bound, &choice, rows) {
-                    keep(&mut self.experts, e);
-                }
-                input.choice = Some(choice);
+                let output = work.check_output(gpu, layer, &input.bound, &choice, rows);
+                keep(&mut self.experts, output);
             }
-            Ok(choice) => input.choice = Some(choice),
+            input.choice = Some(choice);
         }
         self.inputs.push(input);
         Ok(())
@@ -264,6 +247,26 @@ impl Subject {
 }
 
 impl Input {
+    /// Binds and compares a gather of the plan's rows, as many as one binding holds.
+    fn bind_gather(
+        &mut self,
+        gpu: &Gpu,
+        ctx: &Context,
+        work: &Work,
+        plan: &HostPlan,
+    ) -> Result<(), String> {
+        let hidden = self.bound.settings.hidden;
+        let limits = gpu.device.limits();
+        let most = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let rows = plan.token_of.len().min((most / (4 * u64::from(hidden))) as usize);
+        let rows = &plan.token_of[..rows];
+        let step = cases::gather(gpu, ctx, (&self.bound.hidden, &work.x[..]), hidden, rows)?;
+        self.gather = step.dispatches().to_vec();
+        self.gathered = rows.len() as u32;
+        self.rows_read = distinct(rows);
+        Ok(())
+    }
+
     fn dispatches(&self, part: Part) -> Vec<Dispatch> {
         match part {
             Part::Routing => self.bound.part(Stage::Routing),
@@ -290,9 +293,7 @@ impl Input {
         let (bytes, flops) = match part {
             // Logits; the scores where there are any; the bits and the coresets.
             Part::Routing => {
-                let same = testkit::layer::selection(&self.bound.step)
-                    .is_some_and(|[g, s, _]| g.buffer == s.buffer);
-                let scores = if same { 0.0 } else { t * e };
+                let scores = if self.bound.step.scores().is_some() { t * e } else { 0.0 };
                 (4.0 * (t * e + scores + choice.coreset_words as f64) + bits, 0.0)
             }
             // The bits, a score for each pair; for each slot its token, its gate and its place.
@@ -316,10 +317,8 @@ impl Input {
 }
 
 /// Keeps the first of several errors.
-fn keep(result: &mut Result<(), String>, e: String) {
-    if result.is_ok() {
-        *result = Err(e);
-    }
+fn keep<T>(kept: &mut Result<(), String>, result: Result<T, String>) -> Option<T> {
+    result.map_err(|e| *kept = kept.clone().and(Err(e))).ok()
 }
 
 fn distinct(tokens: &[u32]) -> u32 {

@@ -1,4 +1,5 @@
-//! Times of work that is recorded again and again: warmed up until they settle, on the host's clock and between GPU timestamps.
+//! Times of work that is recorded again and again: warmed up until they settle, on the host's clock
+//! and between GPU timestamps.
 use crate::device::Device;
 use crate::file::Times;
 use std::cell::Cell;
@@ -99,11 +100,12 @@ impl<'a> Timer<'a> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Times work for about `seconds`, a third of it warming up at most; work that takes long may take three times that.
+    /// Times work for about `seconds`, a third of it warming up at most; work that takes long may
+    /// take three times that.
     pub(crate) fn time(&self, record: Record<'_>, seconds: f64) -> Result<Timing, Stop> {
         let start = Instant::now();
         let spent = || start.elapsed().as_secs_f64();
-        // The first run may make things that later ones find. Work that takes long is warm after it.
+        // The first run may make things that later ones find. Work that takes long is warm after.
         let mut once = self.sample(record, 1, 0)?;
         if once / 1e3 < seconds / 3.0 {
             once = self.sample(record, 1, 0)?;
@@ -141,7 +143,8 @@ impl<'a> Timer<'a> {
         Ok(Timing { wall, gpu, repeats, settled })
     }
 
-    /// Times what `record` puts into an encoder, alone in its submission, on the host's clock, for about `seconds`.
+    /// Times what `record` puts into an encoder, alone in its submission, on the host's clock, for
+    /// about `seconds`.
     pub(crate) fn submit(
         &self,
         record: &dyn Fn(&mut wgpu::CommandEncoder),
@@ -208,7 +211,8 @@ impl<'a> Timer<'a> {
     }
 }
 
-/// Milliseconds of pairs of timestamps, or why they cannot be true. `walls` are the host's, of the same work and more.
+/// Milliseconds of pairs of timestamps, or why they cannot be true. `walls` are the host's, of the
+/// same work and more.
 fn durations(ticks: &[u64], period: f32, walls: &[f64]) -> Result<Vec<f64>, String> {
     if !period.is_finite() || period <= 0.0 {
         return Err(format!("a tick of {period} ns"));

@@ -26,6 +26,24 @@ fn devices_are_listed() {
 }
 
 #[test]
+fn without_adapters_the_way_to_one_is_named() {
+    for args in [&["run", "--quick"][..], &["run", "--quick", "--all"], &["devices"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_wgmoe-bench"))
+            .args(args)
+            // A backend that does not exist here, and so no adapter.
+            .envs([("WGPU_BACKEND", "vulkan"), ("VK_DRIVER_FILES", "/nonexistent")])
+            .output()
+            .expect("it starts");
+        let said = text(&output.stdout) + &text(&output.stderr);
+        // Where Vulkan is built into the system, the variables hide nothing.
+        if cfg!(target_os = "linux") {
+            assert!(said.contains("scripts/with-vulkan"), "{args:?}: {said}");
+            assert_eq!(output.status.success(), args[0] == "devices", "{args:?}: {said}");
+        }
+    }
+}
+
+#[test]
 fn errors_are_said_and_nothing_is_written() {
     let folder = std::env::temp_dir().join(format!("wgmoe-bench-program-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();

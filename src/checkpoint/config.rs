@@ -1,15 +1,19 @@
 //! Shape and routing of a model from its `config.json`.
 use super::failed;
-use crate::routing::GateRule;
-use crate::routing::Groups;
-use crate::routing::MAX_EXPERTS;
-use crate::routing::{Activation, BlockRule, Routing, Score, TokenChoice};
+use crate::routing::{
+    Activation, BlockRule, GateRule, Groups, MAX_EXPERTS, Routing, Score, TokenChoice,
+};
 use crate::{LayerConfig, Result};
 use serde_json::Value;
 use std::path::Path;
 
 /// Largest hidden or intermediate size: a thousand times that of models of today would not fit a file.
 const MOST_SIZE: u32 = 1 << 20;
+/// What the `model_type` of models begins with whose routing and experts are as this module reads them. Others have fields of
+/// the same names and mean something else: Mixtral and others have no `norm_topk_prob` and normalise all the same, Qwen2-MoE
+/// weighs its shared experts by a gate, DeepSeek-V2 values groups by their highest expert.
+const KNOWN: [&str; 7] =
+    ["llada", "sdar", "qwen3_moe", "qwen3_vl_moe", "bailing_moe", "deepseek_v3", "diffusion_gemma"];
 /// Most layers.
 const MOST_LAYERS: u32 = 1 << 16;
 
@@ -39,13 +43,14 @@ impl Config {
     /// (`router_num_group`, `router_topk_group`), `routed_scaling_factor`, `norm_topk_prob`, `score_function`
     /// (`scoring_func`, `moe_router_score_function`), `moe_router_enable_expert_bias`, `first_k_dense_replace`,
     /// `mlp_only_layers`, `decoder_sparse_step`, `moe_layer_freq`, `num_hidden_layers`, `hidden_act`, and LLaDA2.2's
-    /// `expert_capacity` and `block_size`. `null` is as good as absent. Without a score function, LLaDA2.x and models with a
+    /// `expert_capacity` and `block_size`. A `model_type`, where there is one, must be of LLaDA, SDAR, Qwen3-MoE, Bailing,
+    /// DeepSeek-V3 or DiffusionGemma. `null` is as good as absent. Without a score function, LLaDA2.x and models with a
     /// router bias have sigmoid, others softmax; without `norm_topk_prob` gates of sigmoid scores are normalised, others are
     /// not: the defaults of their code.
     ///
     /// # Errors
     ///
-    /// [`crate::Error::Checkpoint`], naming the field: text that is no JSON object, a field that is missing, of another type
+    /// [`crate::Error::Checkpoint`], naming the field: text that is no JSON object, a `model_type` that is not known, a field that is missing, of another type
     /// or out of range, or settings that make no sense together ([`Routing::check`]).
     pub fn from_json(path: &Path, json: &[u8]) -> Result<Self> {
         let value: Value = serde_json::from_slice(json)
@@ -114,7 +119,23 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Whether the model's layers are of a kind that is read here.
+    fn known_model(&self) -> Result<()> {
+        match self.text(&["model_type"])? {
+            Some((key, other)) if !KNOWN.iter().any(|known| other.starts_with(known)) => {
+                let known = KNOWN.join(", ");
+                let reason = format!(
+                    "{other:?} is not known: expected one that begins with {known}, or no field where the layers are of \
+                     such a model"
+                );
+                self.fail(key, reason)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn config(&self) -> Result<Config> {
+        self.known_model()?;
         let hidden = self.needed(&["hidden_size"], MOST_SIZE)?;
         let intermediate =
             self.needed(&["moe_intermediate_size", "expert_intermediate_size"], MOST_SIZE)?;
@@ -139,8 +160,8 @@ impl<'a> Fields<'a> {
         };
         let rule = TokenChoice {
             score,
-            gate: if normalised { GateRule::Normalised } else { GateRule::Plain },
-            top: self.needed(&["num_experts_per_tok"], MAX_EXPERTS)?,
+            gate: if normalised { GateRule::Normalised } else { GateRule::Unnormalised },
+            experts_per_token: self.needed(&["num_experts_per_tok"], MAX_EXPERTS)?,
             // A model trained with a coreset of its blocks ignores groups.
             groups: if coreset.is_some() { None } else { groups },
             scale,
@@ -199,7 +220,7 @@ impl<'a> Fields<'a> {
         let top = self.number(top_keys, MAX_EXPERTS)?;
         match (count, top) {
             (0 | 1, _) => Ok(None),
-            (count, Some(top)) => Ok(Some(Groups { count, top })),
+            (count, Some(per_token)) => Ok(Some(Groups::new(count, per_token))),
             (_, None) => self.fail(top_keys[0], "is missing, with groups of experts"),
         }
     }

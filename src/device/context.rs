@@ -172,6 +172,13 @@ impl Context {
         if let Some(kernel) = kernels.get(&key) {
             return Ok(kernel.clone());
         }
+        // Here, where it costs once a kernel.
+        debug_assert!(
+            spec.lists(&key.1),
+            "{} ({}) is none of the kernel's variants",
+            spec.name,
+            key.1.label
+        );
         let missing = key.1.features.difference(self.device().features());
         if !missing.is_empty() {
             return Err(Error::Feature { missing });

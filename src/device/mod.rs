@@ -1,6 +1,7 @@
 //! The caller's device: contexts, slices of buffers, kernels and the work they record.
 mod context;
 pub(crate) mod guard;
+pub(crate) mod quirks;
 mod record;
 pub(crate) mod shader;
 mod slice;

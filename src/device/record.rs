@@ -118,7 +118,7 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<u32> {
             return Err(Error::OutOfBuffer { name, offset, end: s.end(), size });
         }
         if s.size < b.item {
-            return Err(Error::Size { name, expected: b.item, got: s.size });
+            return Err(Error::size(name, b.item, s.size));
         }
         if offset % alignment != 0 {
             return Err(Error::Alignment { name, offset, alignment });

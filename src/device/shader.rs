@@ -1,5 +1,7 @@
 //! What a kernel is before a device compiles it: its WGSL, its bindings, and the text in front of it.
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// Most workgroup memory of a kernel, in bytes: WebGPU's default limit.
 pub const WORKGROUP_BYTES: u64 = 16_384;
@@ -106,6 +108,12 @@ impl Prelude {
         }
     }
 
+    /// The variants that differ, each once.
+    pub(crate) fn distinct(all: impl IntoIterator<Item = Self>) -> Vec<Self> {
+        let mut seen = HashSet::new();
+        all.into_iter().filter(|prelude| seen.insert(prelude.clone())).collect()
+    }
+
     pub(crate) fn needs(mut self, features: wgpu::Features) -> Self {
         self.features |= features;
         self
@@ -136,6 +144,17 @@ macro_rules! piece {
 pub(crate) use piece;
 
 impl Spec {
+    /// Whether [`Spec::variants`] lists this variant, slices that share a buffer apart: so that the tests have seen all that
+    /// runs. The lists are made once.
+    pub(super) fn lists(&self, prelude: &Prelude) -> bool {
+        static LISTED: LazyLock<Mutex<HashMap<&str, HashSet<Prelude>>>> =
+            LazyLock::new(Mutex::default);
+        let mut listed = LISTED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all =
+            listed.entry(self.name).or_insert_with(|| (self.variants)().into_iter().collect());
+        all.contains(&Prelude { shared: 0, ..prelude.clone() })
+    }
+
     /// The WGSL handed to the driver.
     pub fn source(&self, prelude: &Prelude) -> String {
         // `enable` must come first. Browsers want `enable subgroups;`, naga 30 rejects it.
@@ -171,3 +190,20 @@ macro_rules! params {
     };
 }
 pub(crate) use params;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specs_list_their_variants_and_no_others() {
+        for spec in crate::ops::SPECS {
+            for prelude in (spec.variants)() {
+                let shared = Prelude { shared: 1, ..prelude.clone() };
+                let other = prelude.clone().constant("OTHER", 1);
+                assert!(spec.lists(&prelude) && spec.lists(&shared), "{}", spec.name);
+                assert!(!spec.lists(&other), "{}", spec.name);
+            }
+        }
+    }
+}

@@ -28,14 +28,27 @@ impl<'a> Slice<'a> {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size })
     }
 
-    /// Checks that the slice holds exactly `items` times `bytes`, in checked arithmetic.
-    pub(crate) fn expect(&self, name: &'static str, shape: &[u64], bytes: u64) -> Result<()> {
-        let expected = bytes_of(name, shape, bytes)?;
-        if self.size == expected {
-            Ok(())
-        } else {
-            Err(Error::Size { name, expected, got: self.size })
+    /// Checks that the slice holds exactly this shape of f32, in checked arithmetic.
+    pub(crate) fn f32s(&self, name: &'static str, shape: &[u64]) -> Result<()> {
+        self.holds(name, shape, "f32", 4)
+    }
+
+    /// Checks that the slice holds exactly this shape of u32, in checked arithmetic.
+    pub(crate) fn u32s(&self, name: &'static str, shape: &[u64]) -> Result<()> {
+        self.holds(name, shape, "u32", 4)
+    }
+
+    /// Checks that the slice holds exactly this shape of pairs of u32, in checked arithmetic.
+    pub(crate) fn pairs(&self, name: &'static str, shape: &[u64]) -> Result<()> {
+        self.holds(name, shape, "pairs of u32", 8)
+    }
+
+    fn holds(&self, name: &'static str, shape: &[u64], item: &str, bytes: u64) -> Result<()> {
+        let (expected, got) = (bytes_of(name, shape, bytes)?, self.size);
+        if got == expected {
+            return Ok(());
         }
+        Err(Error::Size { name, expected, got, shape: Some(format!("{shape:?} {item}")) })
     }
 
     /// Some rows of a tensor of rows of `width` f32.

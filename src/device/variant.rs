@@ -21,7 +21,19 @@ pub struct Variant {
     pub subgroups: bool,
 }
 
+impl Target {
+    pub(crate) const ALL: [Self; 2] = [Self::Wide, Self::Serial];
+}
+
 impl Variant {
+    /// Every variant there is, whatever the device.
+    pub(crate) const EVERY: [Self; 4] = [
+        Self { target: Target::Wide, subgroups: false },
+        Self { target: Target::Wide, subgroups: true },
+        Self { target: Target::Serial, subgroups: false },
+        Self { target: Target::Serial, subgroups: true },
+    ];
+
     /// The one that runs everywhere: no optional feature, within WebGPU's default limits.
     pub const PORTABLE: Self = Self { target: Target::Wide, subgroups: false };
 

@@ -1,8 +1,11 @@
 //! The kernels of a layer's routing rule: from selection values to the bit set.
 use super::batch::{BLOCK, Batch, Blocks, Sequences};
+use super::padding::Active;
 use super::scratch::Scratch;
 use crate::device::Tensor;
-use crate::ops::{block_choice, capacity, coreset, expert_choice, sequence_top, token_choice};
+use crate::ops::{
+    active_rows, block_choice, capacity, coreset, expert_choice, sequence_top, token_choice,
+};
 use crate::routing::{self, Routing};
 use crate::{BoundOp, Context, Error, Result, Slice};
 
@@ -21,6 +24,8 @@ pub(super) enum Choice {
         choice: token_choice::TokenChoice,
         coreset: Option<Box<Election>>,
         drop: Option<expert_choice::ExpertChoice>,
+        /// For batches with padding.
+        active: active_rows::ActiveRows,
     },
     /// The highest pairs of a sequence.
     Pairs { rule: routing::SequenceTop, choice: sequence_top::SequenceTop },
@@ -54,6 +59,8 @@ pub(super) struct Chosen<'a> {
     pub(super) coreset: Option<Tensor>,
     /// The caller's offsets, whose clamped ones are counted.
     pub(super) offsets: Option<Slice<'a>>,
+    /// `[1]` u32: most tokens of an expert under a capacity factor, where the device must tell.
+    pub(super) capacity: Option<Tensor>,
 }
 
 impl Choice {
@@ -67,7 +74,12 @@ impl Choice {
             },
             Routing::TokenChoice(rule) => Self::Tokens {
                 rule,
-                choice: token_choice::TokenChoice::new(ctx, experts, rule.top, rule.groups)?,
+                choice: token_choice::TokenChoice::new(
+                    ctx,
+                    experts,
+                    rule.experts_per_token,
+                    rule.groups,
+                )?,
                 coreset: match rule.coreset {
                     Some(_) => Some(Box::new(Election::new(ctx, experts, &rule)?)),
                     None => None,
@@ -76,6 +88,7 @@ impl Choice {
                     Some(_) => Some(expert_choice::ExpertChoice::new(ctx)?),
                     None => None,
                 },
+                active: active_rows::ActiveRows::new(ctx)?,
             },
             Routing::SequenceTop(rule) => {
                 Self::Pairs { rule, choice: sequence_top::SequenceTop::new(ctx)? }
@@ -111,31 +124,43 @@ impl Choice {
             Self::Experts { rule, choice, capacity } => {
                 bind_experts((rule, choice, capacity), ctx, scratch, batch, input)
             }
-            Self::Tokens { choice, coreset: None, .. } => {
-                let args = token_choice::Args {
-                    values: input.values.slice(),
-                    coresets: None,
-                    assigned: input.assigned.slice(),
+            Self::Tokens { rule, choice, coreset, active, .. } => {
+                let active = Active::bind(active, rule, ctx, scratch, batch, input)?;
+                let rows = active.as_ref().map(|active| active.rows.slice());
+                let mut chosen = match coreset {
+                    None => Chosen {
+                        parts: vec![choose(choice, input, None, rows)?],
+                        ..Chosen::default()
+                    },
+                    Some(election) => election.bind(choice, ctx, scratch, batch, input, rows)?,
                 };
-                let parts = vec![choice.bind(&token_choice::Dims { tokens: input.tokens }, args)?];
-                Ok(Chosen { parts, ..Chosen::default() })
-            }
-            Self::Tokens { choice, coreset: Some(election), .. } => {
-                election.bind(choice, ctx, scratch, batch, input)
+                if let Some(active) = active {
+                    chosen.parts.insert(0, active.part);
+                    chosen.capacity = active.capacity;
+                    chosen.offsets = chosen.offsets.or(batch.sequences.map(|s| s.offsets));
+                }
+                Ok(chosen)
             }
             Self::Pairs { rule, choice } => {
                 let whole = Tensor::new(ctx, "offsets", &[0, input.tokens])?;
                 let (sequences, offsets) =
                     batch.sequences.map_or((1, whole.slice()), |s| (s.count, s.offsets));
                 let ChoiceInput { tokens, experts, .. } = *input;
-                let dims = sequence_top::Dims { tokens, experts, sequences, top: rule.top };
+                let dims = sequence_top::Dims {
+                    tokens,
+                    experts,
+                    sequences,
+                    experts_per_token: rule.experts_per_token,
+                };
                 let args = sequence_top::Args {
                     values: input.values.slice(),
                     offsets,
                     assigned: input.assigned.slice(),
                 };
-                let parts = vec![choice.bind(&dims, args)?];
-                Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
+                let lengths = batch.sequences.and_then(|s| s.lengths);
+                let parts = vec![choice.bind_among(&dims, args, lengths)?];
+                let offsets = batch.sequences.map(|s| s.offsets);
+                Ok(Chosen { parts, offsets, ..Chosen::default() })
             }
         }
     }
@@ -149,8 +174,8 @@ impl Choice {
             u32::try_from(slots).map_err(|_| Error::invalid("tokens", many))
         };
         match self {
-            Self::Tokens { rule, .. } => each(rule.top),
-            Self::Pairs { rule, .. } => each(rule.top),
+            Self::Tokens { rule, .. } => each(rule.experts_per_token),
+            Self::Pairs { rule, .. } => each(rule.experts_per_token),
             Self::Experts { rule, .. } => {
                 let k = rule.max_experts_per_token;
                 match batch.sequences {
@@ -160,6 +185,18 @@ impl Choice {
             }
         }
     }
+}
+
+/// Token choice, of the tokens that are not padding.
+fn choose(
+    choice: &token_choice::TokenChoice,
+    input: &ChoiceInput<'_>,
+    coresets: Option<token_choice::Coresets<'_>>,
+    rows: Option<Slice<'_>>,
+) -> Result<BoundOp> {
+    let (values, assigned) = (input.values.slice(), input.assigned.slice());
+    let args = token_choice::Args { values, coresets, assigned };
+    choice.bind_among(&token_choice::Dims { tokens: input.tokens }, args, rows)
 }
 
 fn bind_experts<'a>(
@@ -212,21 +249,22 @@ fn bind_experts<'a>(
         assigned: input.assigned.slice(),
     };
     parts.push(choice.bind(&dims, args)?);
-    Ok(Chosen { parts, coreset: None, offsets: batch.sequences.map(|s| s.offsets) })
+    let offsets = batch.sequences.map(|s| s.offsets);
+    Ok(Chosen { parts, offsets, ..Chosen::default() })
 }
 
 impl Election {
     fn new(ctx: &Context, experts: u32, rule: &routing::TokenChoice) -> Result<Self> {
         let block = rule.coreset.ok_or_else(|| Error::invalid("coreset", "missing"))?;
         let fused = if experts <= block_choice::MAX_EXPERTS {
-            let (top, groups) = (rule.top, rule.groups);
+            let (top, groups) = (rule.experts_per_token, rule.groups);
             Some(block_choice::BlockChoice::new(ctx, experts, block, top, groups)?)
         } else {
             None
         };
         let own = |top| token_choice::TokenChoice::new(ctx, experts, top, None);
         Ok(Self {
-            own: block.own_top(rule.top).map(own).transpose()?,
+            own: block.own_top(rule.experts_per_token).map(own).transpose()?,
             coreset: coreset::Coreset::new(ctx, experts, block)?,
             fused,
         })
@@ -239,6 +277,7 @@ impl Election {
         scratch: &Scratch,
         batch: &Batch<'a>,
         input: &ChoiceInput<'_>,
+        rows: Option<Slice<'_>>,
     ) -> Result<Chosen<'a>> {
         let ChoiceInput { tokens, experts, .. } = *input;
         let (values, assigned) = (input.values.slice(), input.assigned.slice());
@@ -250,7 +289,9 @@ impl Election {
         let members = scratch.get("coreset", u64::from(blocks.count) * words * 4)?;
         let offsets = batch.blocks.map(|b| b.offsets);
         let dims = block_choice::Dims { tokens, blocks: blocks.count };
-        if let Some(fused) = self.fused.as_ref().filter(|_| block_choice::BlockChoice::fits(dims)) {
+        // The fused kernel knows nothing of padding.
+        let fits = rows.is_none() && block_choice::BlockChoice::fits(dims);
+        if let Some(fused) = self.fused.as_ref().filter(|_| fits) {
             let args = block_choice::Args {
                 values,
                 offsets: blocks.offsets,
@@ -259,16 +300,13 @@ impl Election {
                 members: members.slice(),
             };
             let parts = vec![fused.bind(&dims, args)?];
-            return Ok(Chosen { parts, coreset: Some(members), offsets });
+            return Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() });
         }
         let mut parts = vec![];
         let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
         // Each token's own choice stands where the final one will: it is read before that is written.
         if let Some(own) = &self.own {
-            parts.push(own.bind(
-                &token_choice::Dims { tokens },
-                token_choice::Args { values, coresets: None, assigned },
-            )?);
+            parts.push(choose(own, input, None, rows)?);
         }
         let args = coreset::Args {
             values,
@@ -278,14 +316,14 @@ impl Election {
             members: members.slice(),
             block_of: block_of.slice(),
         };
-        parts.push(self.coreset.bind(&coreset::Dims { tokens, blocks: blocks.count }, args)?);
+        let dims = coreset::Dims { tokens, blocks: blocks.count };
+        parts.push(self.coreset.bind_among(&dims, args, rows)?);
         let coresets = token_choice::Coresets {
             blocks: blocks.count,
             coreset: members.slice(),
             block_of: block_of.slice(),
         };
-        let args = token_choice::Args { values, coresets: Some(coresets), assigned };
-        parts.push(inside.bind(&token_choice::Dims { tokens }, args)?);
-        Ok(Chosen { parts, coreset: Some(members), offsets })
+        parts.push(choose(inside, input, Some(coresets), rows)?);
+        Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() })
     }
 }

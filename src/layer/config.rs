@@ -126,14 +126,14 @@ impl Router {
 
     /// Checks the sizes of the tensors.
     pub(crate) fn check(&self, hidden: u32, experts: u32) -> Result<()> {
-        self.weight.slice().expect("router weight", &[experts.into(), hidden.into()], 4)?;
+        self.weight.slice().f32s("router weight", &[experts.into(), hidden.into()])?;
         for (name, tensor, length) in [
             ("router bias", &self.bias, u64::from(experts)),
             ("scale_by_count", &self.scale_by_count, u64::from(experts) + 1),
             ("scale_by_expert", &self.scale_by_expert, experts.into()),
         ] {
             if let Some(tensor) = tensor {
-                tensor.slice().expect(name, &[length], 4)?;
+                tensor.slice().f32s(name, &[length])?;
             }
         }
         Ok(())

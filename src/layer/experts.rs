@@ -74,8 +74,8 @@ impl Experts {
         let Batch { hidden, out, tokens, add, .. } = *batch;
         let out = out.ok_or_else(|| Error::invalid("out", "missing: `Batch::into_out`"))?;
         let shape = [tokens.into(), self.weights.shape().hidden.into()];
-        hidden.expect("hidden", &shape, 4)?;
-        out.expect("out", &shape, 4)?;
+        hidden.f32s("hidden", &shape)?;
+        out.f32s("out", &shape)?;
         if hidden.overlaps(&out) {
             return Err(Error::Overlap { written: "out", other: "hidden" });
         }

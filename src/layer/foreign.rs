@@ -10,7 +10,7 @@ use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
 use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use crate::ops::plan_scan::Lost;
-use crate::routing::few_experts;
+use crate::routing::check;
 use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result};
 use std::sync::Arc;
 
@@ -45,12 +45,7 @@ impl MoeExperts {
         shared_experts: u32,
         weights: ExpertWeights,
     ) -> Result<Self> {
-        let all = weights.shape().experts;
-        if shared_experts >= all {
-            let reason = format!("{shared_experts} of {all} experts: none is left to route to");
-            return Err(Error::invalid("shared_experts", reason));
-        }
-        few_experts(all - shared_experts)?;
+        check::shared_of(weights.shape().experts, shared_experts)?;
         let kernels = Kernels {
             assign: Assign::new(ctx)?,
             lists: AssignLists::new(ctx)?,

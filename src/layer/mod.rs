@@ -18,6 +18,7 @@ mod choice;
 mod config;
 mod experts;
 mod foreign;
+mod padding;
 mod planning;
 mod route;
 mod scratch;

@@ -68,19 +68,18 @@ impl Planning {
         }
     }
 
-    /// The plan of a bit set of which each expert keeps at most `capacity` tokens, those with the
+    /// The plan of a bit set of which each expert keeps at most `capacity[0]` tokens, those with the
     /// highest gates. Gates are made before tokens are dropped, and counts anew after.
     pub(super) fn bind_dropping(
         &self,
         args: &PlanArgs<'_>,
         drop: &ExpertChoice,
-        capacity: u32,
+        capacity: &Tensor,
         scratch: &Scratch,
     ) -> Result<Vec<BoundOp>> {
         let PlanShape { tokens, experts, .. } = *args.shape;
         let dropped = scratch.get("dropped", u64::from(experts) * 4)?;
         let offsets = Tensor::new(&self.ctx, "offsets", &[0, tokens])?;
-        let capacity = Tensor::new(&self.ctx, "capacity", &[capacity])?;
         let drop_args = DropArgs {
             gates: args.gate_values.slice(),
             offsets: offsets.slice(),

@@ -85,7 +85,7 @@ impl MoeRouting {
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.config;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
-        batch.hidden.expect("hidden", &[tokens.into(), hidden.into()], 4)?;
+        batch.hidden.f32s("hidden", &[tokens.into(), hidden.into()])?;
         let chosen = batch.assignments.is_some();
         Batch::unused("assignments", chosen, "this router makes its own choice")?;
         kernels.choice.check(batch)?;
@@ -125,8 +125,14 @@ impl MoeRouting {
         let args = tensors.args(Some(gates), made.offsets);
         parts.extend(match &kernels.choice {
             Choice::Tokens { rule, drop: Some(drop), .. } => {
-                let capacity = rule.capacity(tokens, experts).unwrap_or(tokens);
-                kernels.planning.bind_dropping(&args, drop, capacity, &scratch)?
+                let capacity = match made.capacity {
+                    Some(capacity) => capacity,
+                    None => {
+                        let capacity = rule.capacity(tokens, experts).unwrap_or(tokens);
+                        Tensor::new(ctx, "capacity", &[capacity])?
+                    }
+                };
+                kernels.planning.bind_dropping(&args, drop, &capacity, &scratch)?
             }
             _ => kernels.planning.bind(&args, None)?,
         });

@@ -1,6 +1,7 @@
 //! The CPU twin of a layer: what each op's twin makes of the values before it.
 use super::batch::BLOCK;
 use super::config::LayerConfig;
+use crate::ops::expert_choice::ranges;
 use crate::ops::plan_count::{self, Scales};
 use crate::ops::{
     block_choice, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
@@ -44,7 +45,7 @@ pub struct HostBlocks<'a> {
 /// What a batch brings of its own, on the host; as in [`Batch`] where absent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostBatch<'a> {
-    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop).
+    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop); padding of any rule.
     pub sequences: Option<HostSequences<'a>>,
     /// Blocks of block-level rules.
     pub blocks: Option<HostBlocks<'a>>,
@@ -66,6 +67,9 @@ pub struct HostRouting {
 /// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]` (the device's own, for an
 /// exact comparison, or [`logits::cpu`] and [`scores::cpu`]).
 ///
+/// Where sequences have lengths, padding gets no expert and has no say: the others are routed as if
+/// they were alone.
+///
 /// # Panics
 ///
 /// If the lengths do not fit together.
@@ -78,6 +82,10 @@ pub fn cpu_routing(
     let experts = config.experts as usize;
     let tokens = (logits.len() / experts) as u32;
     let routing = config.routing;
+    if let Some(HostSequences { offsets, lengths: Some(lengths), capacity }) = batch.sequences {
+        let padded = Padded { offsets, lengths, capacity };
+        return padded.cpu_routing(config, router, batch.blocks, [logits, s, r]);
+    }
     let mut coreset = None;
     let assigned = match routing {
         Routing::ExpertChoice(rule) => {
@@ -86,12 +94,16 @@ pub fn cpu_routing(
             let HostSequences { offsets, lengths, capacity } = batch.sequences.unwrap_or(alone);
             expert_choice::cpu(r, experts, offsets, lengths, capacity)
         }
-        Routing::TokenChoice(TokenChoice { top, groups, coreset: None, .. }) => {
-            token_choice::cpu(r, experts, top as usize, groups, &|_, _| true)
-        }
-        Routing::TokenChoice(TokenChoice { top, groups, coreset: Some(rule), .. }) => {
-            let ends: Vec<u32> =
-                (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect();
+        Routing::TokenChoice(TokenChoice {
+            experts_per_token: top, groups, coreset: None, ..
+        }) => token_choice::cpu(r, experts, top as usize, groups, &|_, _| true),
+        Routing::TokenChoice(TokenChoice {
+            experts_per_token: top,
+            groups,
+            coreset: Some(rule),
+            ..
+        }) => {
+            let ends = default_blocks(tokens);
             let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
             let top = top as usize;
             let (assigned, members) =
@@ -102,7 +114,7 @@ pub fn cpu_routing(
         Routing::SequenceTop(rule) => {
             let whole = [0, tokens];
             let offsets = batch.sequences.map_or(&whole[..], |s| s.offsets);
-            sequence_top::cpu(r, experts, rule.top as usize, offsets)
+            sequence_top::cpu(r, experts, rule.experts_per_token as usize, offsets)
         }
     };
     let source = if routing.gate() == GateRule::Softmax { logits } else { s };
@@ -126,6 +138,74 @@ pub fn cpu_routing(
         }
     }
     HostRouting { coreset, assigned: kept, gates, dropped }
+}
+
+/// Sequences with padding.
+struct Padded<'a> {
+    offsets: &'a [u32],
+    lengths: &'a [u32],
+    capacity: &'a [u32],
+}
+
+impl Padded<'_> {
+    /// What [`cpu_routing`] makes of the tokens that are not padding, as a batch of their own, put back
+    /// where these tokens lie.
+    fn cpu_routing(
+        &self,
+        config: &LayerConfig,
+        router: &HostRouter<'_>,
+        blocks: Option<HostBlocks<'_>>,
+        selection: [&[f32]; 3],
+    ) -> HostRouting {
+        let experts = config.experts as usize;
+        let tokens = selection[0].len() / experts;
+        assert_eq!(self.offsets.len(), self.lengths.len() + 1, "`offsets` and `lengths`");
+        let mut kept: Vec<usize> = vec![];
+        let mut offsets = vec![0];
+        for (range, &length) in ranges(self.offsets, tokens).into_iter().zip(self.lengths) {
+            kept.extend(range.take(length as usize));
+            offsets.push(kept.len() as u32);
+        }
+        let rows_of = |values: &[f32]| -> Vec<f32> {
+            kept.iter().flat_map(|&t| &values[t * experts..][..experts]).copied().collect()
+        };
+        let [logits, s, r] = selection.map(rows_of);
+
+        // Blocks have the same numbers, those of padding alone as empty ones.
+        let stretches = default_blocks(tokens as u32);
+        let blocks = blocks.unwrap_or(HostBlocks { offsets: &stretches, voters: None });
+        let kept_before = |t: usize| kept.partition_point(|&k| k < t) as u32;
+        let block_ranges = ranges(blocks.offsets, tokens);
+        let first = block_ranges.first().map(|range| kept_before(range.start));
+        let ends = block_ranges.iter().map(|range| kept_before(range.end));
+        let block_offsets: Vec<u32> = first.into_iter().chain(ends).collect();
+        let voters: Option<Vec<u32>> =
+            blocks.voters.map(|voters| kept.iter().map(|&t| voters[t]).collect());
+
+        let batch = HostBatch {
+            sequences: Some(HostSequences {
+                offsets: &offsets,
+                lengths: None,
+                capacity: self.capacity,
+            }),
+            blocks: Some(HostBlocks { offsets: &block_offsets, voters: voters.as_deref() }),
+        };
+        let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
+        let mut assigned = bits::empty(tokens, experts);
+        let mut gates = vec![0.0; tokens * experts];
+        for (i, &t) in kept.iter().enumerate() {
+            for e in bits::experts_of(&alone.assigned, kept.len(), i) {
+                bits::set(&mut assigned, tokens, e, t);
+            }
+            gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
+        }
+        HostRouting { assigned, gates, ..alone }
+    }
+}
+
+/// Offsets of stretches of [`BLOCK`] tokens.
+fn default_blocks(tokens: u32) -> Vec<u32> {
+    (0..=tokens.div_ceil(BLOCK)).map(|i| (i * BLOCK).min(tokens)).collect()
 }
 
 /// An expert's matrix on the host, `[out, in]`; shared experts follow the routed ones.

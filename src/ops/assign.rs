@@ -1,6 +1,7 @@
 //! Assignments of somebody else's router, brought into the bit set.
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
+use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows, expect_some};
 use crate::plan::bits;
@@ -106,7 +107,7 @@ impl Assign {
     ///
     /// # Errors
     ///
-    /// Zero experts or places, too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero experts or places, too many experts, on a software driver too many places, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, top } = *dims;
         few_experts(experts)?;
@@ -114,12 +115,14 @@ impl Assign {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
+        // One lane reads a token's places, and of the experts its share, twice.
+        check_loops(&self.ctx, "top", top, u64::from(top) + 2 * u64::from(experts.div_ceil(32)))?;
         let columns = u64::from(tokens.div_ceil(32));
-        args.ids.expect("ids", &[tokens.into(), top.into()], 4)?;
-        args.weights.expect("weights", &[tokens.into(), top.into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.ignored.expect("ignored", &[columns], 4)?;
+        args.ids.u32s("ids", &[tokens.into(), top.into()])?;
+        args.weights.f32s("weights", &[tokens.into(), top.into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns])?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.ignored.u32s("ignored", &[columns])?;
         let slices = [args.ids, args.weights, args.assigned, args.gates, args.ignored];
         Ok(self
             .kernel

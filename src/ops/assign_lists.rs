@@ -1,6 +1,7 @@
 //! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
 use super::few_experts;
 use crate::device::Kernel;
+use crate::device::quirks::{check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
@@ -25,9 +26,11 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, experts: u32, entries: u32 }
 
+const LANES: u32 = 64;
+
 fn prelude() -> Prelude {
     Prelude::new("64 lanes an expert")
-        .constant("WG", 64)
+        .constant("WG", LANES)
         .piece(piece!("common/grid"))
         .piece(piece!("common/offsets"))
 }
@@ -113,19 +116,24 @@ impl AssignLists {
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero or too many experts, on a software driver too many tokens or entries, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
-        args.list.expect("list", &[entries.max(1).into()], 4)?;
-        args.weights.expect("weights", &[entries.max(1).into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.ignored.expect("ignored", &[experts.into()], 4)?;
+        // A lane's share of the columns, of the offsets, and of the entries, which may all be one expert's.
+        let share = |n: u32| u64::from(n.div_ceil(LANES));
+        let iterations = share(tokens.div_ceil(32)) + offset_iterations(experts, LANES);
+        check_loops(&self.ctx, "tokens", tokens, iterations)?;
+        check_loops(&self.ctx, "entries", entries, iterations + share(entries))?;
+        args.offsets.u32s("offsets", &[u64::from(experts) + 1])?;
+        args.list.u32s("list", &[entries.max(1).into()])?;
+        args.weights.f32s("weights", &[entries.max(1).into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.ignored.u32s("ignored", &[experts.into()])?;
         let Args { offsets, list, weights, assigned, gates, ignored } = args;
         let slices = [offsets, list, weights, assigned, gates, ignored];
         let params = Params { tokens, experts, entries };

@@ -2,11 +2,11 @@
 //! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::rule_number;
-use super::token_choice::{TokenChoice, list_of};
+use super::token_choice::{groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing, token_choice};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::routing::{BlockRule, Groups, MAX_GROUPS};
+use crate::routing::{BlockRule, Groups, check};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -24,11 +24,9 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         let mut all = vec![];
-        for target in [Target::Wide, Target::Serial] {
+        for target in Target::ALL {
             for rule in coreset::RULES {
-                for (list, groups) in [(4, 1), (8, 1), (8, 32), (16, 32)] {
-                    all.push(prelude(target, rule, list, groups));
-                }
+                all.extend(sizes().map(|[list, groups]| prelude(target, rule, list, groups)));
             }
         }
         all
@@ -44,7 +42,8 @@ params! {
 pub const MAX_TOKENS: u32 = 32;
 /// Most experts, by workgroup memory.
 pub const MAX_EXPERTS: u32 = 384;
-/// Most blocks: one lane's loops over all of them must stay within 65,535 rounds (lavapipe 22.3).
+/// Most blocks: the loops of one lane go over the experts and tokens of each in turn, and software drivers limit their iterations
+/// ([`LOOP_ITERATIONS`](crate::device::quirks::LOOP_ITERATIONS)).
 pub const MAX_BLOCKS: u32 = 8;
 
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
@@ -136,29 +135,29 @@ pub struct BlockChoice {
 }
 
 impl BlockChoice {
-    /// Compiles the kernel of a rule, for choices of `top` experts.
+    /// Compiles the kernel of a rule, for choices of `experts_per_token` experts.
     ///
     /// # Errors
     ///
-    /// As [`TokenChoice::new`] and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
+    /// As [`TokenChoice::new`](super::token_choice::TokenChoice::new) and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
     /// experts.
     pub fn new(
         ctx: &Context,
         experts: u32,
         rule: BlockRule,
-        top: u32,
+        experts_per_token: u32,
         groups: Option<Groups>,
     ) -> Result<Self> {
         if experts > MAX_EXPERTS {
             return Err(Error::invalid("experts", format!("{experts}, at most {MAX_EXPERTS}")));
         }
-        TokenChoice::check(experts, top, groups)?;
-        TokenChoice::check(experts, rule.own_top(top).unwrap_or(top), None)?;
+        check::token_choice(experts, experts_per_token, groups)?;
         rule.check(experts)?;
         let groups = groups.filter(|g| g.count > 1);
+        let top = experts_per_token;
         let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
         let target = ctx.variant().target;
-        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
+        let of_groups = groups_of(groups);
         let kernel =
             ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
         Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, kernel })
@@ -185,13 +184,13 @@ impl BlockChoice {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
         if let Some(voters) = args.voters {
-            voters.expect("voters", &[tokens.into()], 4)?;
+            voters.u32s("voters", &[tokens.into()])?;
         }
-        args.assigned.expect("assigned", &[experts.into()], 4)?;
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
+        args.assigned.u32s("assigned", &[experts.into()])?;
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
@@ -200,7 +199,7 @@ impl BlockChoice {
             own_top: self.rule.own_top(self.top).unwrap_or(0),
             top: self.top,
             group_count: self.groups.map_or(1, |g| g.count),
-            group_top: self.groups.map_or(1, |g| g.top),
+            group_top: self.groups.map_or(1, |g| g.per_token),
             count,
             mass,
             has_voters: args.voters.is_some().into(),

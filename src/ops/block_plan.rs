@@ -23,7 +23,7 @@ pub const SPEC: Spec = Spec {
         write("plan", 4),
         write("stats", 4),
     ],
-    variants: || [Target::Wide, Target::Serial].map(prelude).into(),
+    variants: || Target::ALL.map(prelude).into(),
 };
 
 params! {
@@ -102,9 +102,9 @@ impl BlockPlan {
         }
         few_experts(experts)?;
         let at = shape.sections()?;
-        args.assigned.expect("assigned", &[experts.into()], 4)?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        args.stats.expect("stats", &[8 + u64::from(experts)], 4)?;
+        args.assigned.u32s("assigned", &[experts.into()])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.stats.u32s("stats", &[8 + u64::from(experts)])?;
         args.gates.check(shape)?;
         let scales = args.gates.scales;
         let params = Params {

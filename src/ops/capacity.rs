@@ -2,6 +2,7 @@
 //! its ratios (EC-DLM, arXiv 2604.01622).
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::{check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_some};
 use crate::routing::schedule::{self, Schedule};
@@ -21,17 +22,22 @@ pub const SPEC: Spec = Spec {
         write("capacity_of", 4),
         write("k_of", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }
 
+fn lanes(target: Target) -> u32 {
+    if target == Target::Serial { 1 } else { 32 }
+}
+
+/// Iterations of one lane: the offsets, the bits of a quotient (32), the steps by halving (32).
+fn iterations(target: Target, sequences: u32) -> u64 {
+    offset_iterations(sequences, lanes(target)) + 64
+}
+
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Serial { 1 } else { 32 };
+    let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes a sequence"))
         .constant("WG", wg)
         .piece(piece!("common/grid"))
@@ -97,8 +103,9 @@ pub struct Dims {
     pub sequences: u32,
 }
 
-/// Where the experts per token of each sequence come from. Errors name what is given a sequence `mask`. `steps` is
-/// [`Staircase::words`](schedule::Staircase::words) on the device, or any such `[steps, 2]` u32: it may be rewritten between steps too.
+/// Where the experts per token of each sequence come from. `steps` is [`Staircase::words`](schedule::Staircase::words) on the device,
+/// or any such `[steps, 2]` u32: it may be rewritten between steps too. The kernel calls `ratios`, `masked` and the given
+/// experts per token `mask`, so errors about a buffer's usage, alignment or overlap do too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].
@@ -139,52 +146,76 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct Capacity {
     ctx: Context,
-    kernel: Arc<Kernel>,
 }
 
 impl Capacity {
-    /// Compiles the kernel.
+    /// Compiles the kernel, for few sequences and for many.
     ///
     /// # Errors
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        let op = Self { ctx: ctx.clone() };
+        for sequences in [1, u32::MAX] {
+            op.kernel(sequences)?;
+        }
+        Ok(op)
+    }
+
+    /// The kernel for this many sequences, and the iterations of its loops.
+    fn kernel(&self, sequences: u32) -> Result<(Arc<Kernel>, u64)> {
+        let few = self.ctx.variant();
+        let variant = few.within_loops(iterations(few.target, sequences));
+        let kernel = self.ctx.kernel(&SPEC, prelude(variant))?;
+        Ok((kernel, iterations(variant.target, sequences)))
     }
 
     /// Capacities of all sequences.
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, or a slice that does not fit ([`Error`]).
+    /// Zero or too many experts, on a software driver too many sequences, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
             return Ok(BoundOp::default());
         }
+        let (kernel, iterations) = self.kernel(sequences)?;
+        check_loops(&self.ctx, "sequences", sequences, iterations)?;
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.
         let nothing = self.ctx.scratch("no steps", 16)?;
         let (source, mask, steps) = match args.source {
-            Source::Ratios { ratios, steps } => (0, ratios, steps),
-            Source::Masked { masked, steps } => (1, masked, steps),
-            Source::ExpertsPerToken(k) => (2, k, Slice::from(&nothing)),
+            Source::Ratios { ratios, steps } => {
+                ratios.f32s("ratios", &n)?;
+                (0, ratios, steps)
+            }
+            Source::Masked { masked, steps } => {
+                masked.u32s("masked", &n)?;
+                (1, masked, steps)
+            }
+            Source::ExpertsPerToken(k) => {
+                k.u32s("experts_per_token", &n)?;
+                (2, k, Slice::from(&nothing))
+            }
         };
-        mask.expect("mask", &n, 4)?;
         if steps.size < 8 || steps.size % 8 != 0 {
+            // Down: the next multiple above may be none.
+            let pairs = (steps.size / 8).max(1);
             return Err(Error::Size {
                 name: "steps",
-                expected: steps.size.next_multiple_of(8).max(8),
+                expected: pairs * 8,
                 got: steps.size,
+                shape: Some(format!("[{pairs}, 2] u32")),
             });
         }
-        args.offsets.expect("offsets", &[n[0] + 1], 4)?;
+        args.offsets.u32s("offsets", &[n[0] + 1])?;
         if let Some(lengths) = args.lengths {
-            lengths.expect("lengths", &n, 4)?;
+            lengths.u32s("lengths", &n)?;
         }
-        args.capacity_of.expect("capacity_of", &n, 4)?;
-        args.k_of.expect("k_of", &n, 4)?;
+        args.capacity_of.u32s("capacity_of", &n)?;
+        args.k_of.u32s("k_of", &n)?;
         let params = Params {
             tokens,
             experts,
@@ -202,6 +233,6 @@ impl Capacity {
             args.capacity_of,
             args.k_of,
         ];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, n[0])?.into())
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, n[0])?.into())
     }
 }

@@ -121,9 +121,9 @@ impl Combine {
             return Err(Error::invalid("columns", format!("{start}..{end} of {hidden}")));
         }
         let columns = end - start;
-        args.y.expect("y", &[slots.into(), columns.into()], 4)?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        args.out.expect("out", &[tokens.into(), hidden.into()], 4)?;
+        args.y.f32s("y", &[slots.into(), columns.into()])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.out.f32s("out", &[tokens.into(), hidden.into()])?;
         let whole = [hidden, columns, start].iter().all(|n| n % 4 == 0);
         let (kernel, vector) = if whole { (&self.vector, 4) } else { (&self.scalar, 1) };
         let params = Params {

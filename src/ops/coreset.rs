@@ -2,11 +2,12 @@
 //! DES, arXiv 2602.00879; OEA, arXiv 2511.02237; TEAM, arXiv 2602.08404; LLaDA2.2).
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
-use crate::routing::{BlockRule, mass_units};
+use crate::routing::{BlockRule, MAX_EXPERTS, mass_units};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
 
@@ -20,33 +21,46 @@ pub const SPEC: Spec = Spec {
         read("own_choice", 4),
         read("offsets", 8),
         read("voters", 4),
+        read("rows", 4),
         write("members", 4),
         write("block_of", 4),
     ],
-    variants: || {
-        let mut all = vec![];
-        for lanes in [256, 32, 8] {
-            all.extend(RULES.map(|rule| prelude(lanes, rule)));
-        }
-        all
-    },
+    variants: || LANES.into_iter().flat_map(|n| RULES.map(|rule| prelude(n, rule))).collect(),
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32, has_rows: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
 
 pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 
-/// Lanes of a block. A software driver's barriers cost by the lane; but Mesa's (22.3) ends all loops of an invocation, without
-/// a word, once they have come round 65,535 times, and a lane owns experts of up to `MAX_BLOCK` votes each.
-pub(crate) fn lanes(target: Target, experts: u32) -> u32 {
-    match target {
-        Target::Wide => 256,
-        Target::Serial if experts > 256 => 32,
-        Target::Serial => 8,
-    }
+/// Lanes of a block: few, since a software driver's barriers cost by the lane, or more, to share out loops.
+const LANES: [u32; 3] = [8, 32, 256];
+
+/// Lanes for these sizes.
+fn lanes(target: Target, experts: u32, dims: Dims) -> u32 {
+    // The votes of a lane's experts may take half of the iterations that there are; 256 experts do with 8 lanes.
+    let votes = |lanes: &u32| u64::from(experts.div_ceil(*lanes) * MAX_BLOCK);
+    LANES
+        .into_iter()
+        .filter(|_| target == Target::Serial)
+        .filter(|lanes| 2 * votes(lanes) <= LOOP_ITERATIONS + 1)
+        .find(|&lanes| iterations(lanes, experts, dims) <= LOOP_ITERATIONS)
+        .unwrap_or(LANES[2])
+}
+
+/// Iterations of one lane: the offsets, the tokens that it says the block of, and the election.
+fn iterations(lanes: u32, experts: u32, dims: Dims) -> u64 {
+    let experts = u64::from(experts.div_ceil(lanes));
+    // The words of a block's tokens, and their votes.
+    let votes = experts * (1 + 33 + u64::from(MAX_BLOCK));
+    // The search for the last key: 64 bits, each with a look at the experts and a sum over lanes.
+    let search = 64 * (1 + experts + 32);
+    // The bits of the electors, if few lanes make them, and of the elected.
+    let bits = 33u64.div_ceil(lanes.into()) * 33 + 32u64.div_ceil(lanes.into()) * 97;
+    let tokens = u64::from(dims.tokens.div_ceil(lanes)) + 2;
+    offset_iterations(dims.blocks, lanes) + tokens + votes + search + bits
 }
 
 /// What a rule is called in labels.
@@ -67,7 +81,7 @@ pub(crate) fn rule_number(name: &str) -> u32 {
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
     Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
-        .constant("MOST", crate::routing::MAX_EXPERTS)
+        .constant("MOST", MAX_EXPERTS)
         .constant("RULE", rule_number(rule))
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
@@ -241,11 +255,11 @@ pub struct Coreset {
     ctx: Context,
     rule: BlockRule,
     experts: u32,
-    kernel: Arc<Kernel>,
 }
 
 impl Coreset {
-    /// Compiles the kernel of a rule.
+    /// Compiles the kernel of a rule; [`Coreset::bind`] compiles another one where a software driver needs it for very many
+    /// tokens.
     ///
     /// # Errors
     ///
@@ -253,9 +267,16 @@ impl Coreset {
     pub fn new(ctx: &Context, experts: u32, rule: BlockRule) -> Result<Self> {
         few_experts(experts)?;
         rule.check(experts)?;
-        let lanes = lanes(ctx.variant().target, experts);
-        let kernel = ctx.kernel(&SPEC, prelude(lanes, rule_name(rule)))?;
-        Ok(Self { ctx: ctx.clone(), rule, experts, kernel })
+        let op = Self { ctx: ctx.clone(), rule, experts };
+        op.kernel(Dims { tokens: 1, blocks: 1 })?;
+        Ok(op)
+    }
+
+    /// The kernel for these sizes, and the iterations of its loops.
+    fn kernel(&self, dims: Dims) -> Result<(Arc<Kernel>, u64)> {
+        let lanes = lanes(self.ctx.variant().target, self.experts, dims);
+        let kernel = self.ctx.kernel(&SPEC, prelude(lanes, rule_name(self.rule)))?;
+        Ok((kernel, iterations(lanes, self.experts, dims)))
     }
 
     /// Elects the coresets of blocks.
@@ -264,27 +285,52 @@ impl Coreset {
     ///
     /// Zero blocks, or a slice that is missing or does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`Coreset::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are padding, and have no say. A block of
+    /// padding alone is an empty one: it elects no expert.
+    ///
+    /// # Errors
+    ///
+    /// As [`Coreset::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
+        let (kernel, iterations) = self.kernel(*dims)?;
+        check_loops(&self.ctx, "tokens", tokens, iterations)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
         if let Some(own_choice) = args.own_choice {
-            own_choice.expect("own_choice", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+            own_choice.u32s("own_choice", &[experts.into(), tokens.div_ceil(32).into()])?;
         } else if self.rule.own_top(1).is_some() {
             return Err(Error::invalid(
                 "own_choice",
-                format!("{:?} needs each token's own_choice choice", self.rule),
+                format!("{:?} needs each token's own choice", self.rule),
             ));
         }
         if let Some(voters) = args.voters {
-            voters.expect("voters", &[tokens.into()], 4)?;
+            voters.u32s("voters", &[tokens.into()])?;
         }
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
-        args.block_of.expect("block_of", &[tokens.into()], 4)?;
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
+        }
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
+        args.block_of.u32s("block_of", &[tokens.into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
@@ -293,10 +339,13 @@ impl Coreset {
             count,
             mass,
             has_voters: args.voters.is_some().into(),
+            has_rows: rows.is_some().into(),
         };
         let own_choice = or_nothing(&self.ctx, args.own_choice);
         let voters = or_nothing(&self.ctx, args.voters);
-        let slices = [args.values, own_choice, args.offsets, voters, args.members, args.block_of];
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
+        let rows = or_nothing(&self.ctx, rows);
+        let slices =
+            [args.values, own_choice, args.offsets, voters, rows, args.members, args.block_of];
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -2,6 +2,7 @@
 //! and the same selection among bits already set: the capacity factor of token choice.
 use super::not_zero;
 use crate::device::Kernel;
+use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
@@ -22,7 +23,7 @@ pub const SPEC: Spec = Spec {
         write("assigned", 4),
         write("dropped", 4),
     ],
-    variants: || [false, true].map(prelude).into(),
+    variants: || [Take::All, Take::Long, Take::Masked].map(prelude).into(),
 };
 
 /// See `shaders/expert_choice_serial.wgsl`.
@@ -48,15 +49,49 @@ const EXPERTS: u32 = 8;
 const LANES: u32 = 32;
 /// Lanes of one workgroup of the serial layout, for two experts each.
 const SERIAL_LANES: u32 = 8;
-/// Most tokens of the serial layout. Its lanes loop over the words of 32 tokens in at most 17 passes, and some thousand times
-/// over candidates; lavapipe (Mesa 22.3) ends the loops of an invocation, without a word, after 65,535 iterations in all.
-const SERIAL_TOKENS: u32 = 100_000;
+/// Most tokens of a sequence of the serial layout. Its lanes go over the words of 32 tokens in at most 17 passes: 14 to narrow the
+/// bracket, an eighth thrice before, the eligible ones, the bits. The rest of the iterations that software drivers allow is for
+/// the candidates, some thousand, and for [`SERIAL_SEQUENCES`].
+const SERIAL_TOKENS: u32 = (LOOP_ITERATIONS as u32 - SERIAL_REST) / 17 * 32;
+const SERIAL_REST: u32 = 12_000;
+/// Most sequences of the serial layout: two thirds of the rest for its lanes' share of the offsets.
+const SERIAL_SEQUENCES: u32 = SERIAL_REST * 2 / 3 * SERIAL_LANES;
 
-fn prelude(masked: bool) -> Prelude {
-    Prelude::new(if masked { "among set bits" } else { "among all" })
+/// Iterations of one lane of the layout for GPUs, of a sequence of all tokens.
+fn iterations(dims: Dims) -> u64 {
+    // Words of 32 tokens of a lane.
+    let words = u64::from(dims.tokens.div_ceil(32).div_ceil(LANES));
+    // Those that are eligible; six passes to narrow the bracket (a wrong guess, then by 127 at least), each of eight fours of
+    // tokens; the bits of eight fours, and a look at all lanes' counts.
+    let passes = words * (1 + 6 * 9 + 9 + u64::from(LANES));
+    // Of nine passes, the sample's among them: the bins are cleared, a stretch of them is summed and searched.
+    let bins = 9 * u64::from(3 * 256 / LANES + LANES);
+    // Candidates and ties.
+    offset_iterations(dims.sequences, EXPERTS * LANES) + passes + bins + 1_000
+}
+
+/// Which sequences a dispatch of the layout for GPUs takes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Take {
+    All,
+    /// Those that are too long for the serial layout.
+    Long,
+    /// All, among bits already set.
+    Masked,
+}
+
+fn prelude(take: Take) -> Prelude {
+    let masked = take == Take::Masked;
+    let label = match take {
+        Take::All => "among all",
+        Take::Long => "among all, long sequences",
+        Take::Masked => "among set bits",
+    };
+    Prelude::new(label)
         .constant("EXPERTS", EXPERTS)
         .constant("LANES", LANES)
         .constant("WG", EXPERTS * LANES)
+        .constant("SHORT", if take == Take::Long { SERIAL_TOKENS } else { 0 })
         .flag("MASKED", masked)
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
@@ -73,6 +108,7 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
     }
     prelude
         .constant("WG", SERIAL_LANES)
+        .constant("SHORT", SERIAL_TOKENS)
         .flag("MASKED", masked)
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
@@ -224,21 +260,40 @@ impl ExpertChoice {
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
         for masked in [false, true] {
-            for (tokens, experts) in [(1, 1), (1, 2), (u32::MAX, 1)] {
-                op.kernel(tokens, experts, masked)?;
+            // Few and many tokens; one long sequence, and some that may be.
+            for (tokens, experts, sequences) in
+                [(1, 1, 1), (1, 2, 1), (SERIAL_TOKENS + 1, 1, 1), (SERIAL_TOKENS + 1, 1, 2)]
+            {
+                op.kernels(Dims { tokens, experts, sequences }, masked)?;
             }
         }
         Ok(op)
     }
 
-    /// The kernel for this many tokens and experts, and the experts of a workgroup.
-    fn kernel(&self, tokens: u32, experts: u32, masked: bool) -> Result<(Arc<Kernel>, u32)> {
-        if self.ctx.variant().target == Target::Wide || tokens > SERIAL_TOKENS {
-            return Ok((self.ctx.kernel(&SPEC, prelude(masked))?, EXPERTS));
+    /// The kernels for these sizes, one after the other, and the experts of a workgroup. With [`Target::Serial`] the serial layout
+    /// takes all sequences that are not too long for it, of which the host does not know whether there are any.
+    fn kernels(&self, dims: Dims, masked: bool) -> Result<Vec<(Arc<Kernel>, u32)>> {
+        let Dims { tokens, experts, sequences } = dims;
+        let serial = self.ctx.variant().target == Target::Serial && sequences <= SERIAL_SEQUENCES;
+        let all_short = serial && tokens <= SERIAL_TOKENS;
+        let some_short = serial && sequences > 1;
+        let mut kernels = vec![];
+        if all_short || some_short {
+            let features = self.ctx.device().features();
+            let wide = experts.is_multiple_of(2) && features.contains(wgpu::Features::SHADER_INT64);
+            let kernel = self.ctx.kernel(&SERIAL, serial_prelude(masked, wide))?;
+            kernels.push((kernel, 2 * SERIAL_LANES));
         }
-        let features = self.ctx.device().features();
-        let wide = experts.is_multiple_of(2) && features.contains(wgpu::Features::SHADER_INT64);
-        Ok((self.ctx.kernel(&SERIAL, serial_prelude(masked, wide))?, 2 * SERIAL_LANES))
+        if !all_short {
+            let take = match (masked, some_short) {
+                (true, _) => Take::Masked,
+                (false, true) => Take::Long,
+                (false, false) => Take::All,
+            };
+            check_loops(&self.ctx, "tokens", tokens, iterations(dims))?;
+            kernels.push((self.ctx.kernel(&SPEC, prelude(take))?, EXPERTS));
+        }
+        Ok(kernels)
     }
 
     /// Chooses `capacity[b]` tokens of each sequence for each expert.
@@ -253,22 +308,25 @@ impl ExpertChoice {
             return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(sequences) + 1], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[u64::from(sequences) + 1])?;
         if let Some(lengths) = args.lengths {
-            lengths.expect("lengths", &[sequences.into()], 4)?;
+            lengths.u32s("lengths", &[sequences.into()])?;
         }
-        args.capacity.expect("capacity", &[sequences.into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
+        args.capacity.u32s("capacity", &[sequences.into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
         let params =
             Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
         let lengths = args.lengths.unwrap_or(args.capacity);
         let slices =
             [args.values, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
-        let (kernel, tile) = self.kernel(tokens, experts, false)?;
-        let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let mut step = BoundOp::default();
+        for (kernel, tile) in self.kernels(*dims, false)? {
+            let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
+            step = step.then(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into());
+        }
+        Ok(step)
     }
 
     /// Drops the lowest gates of experts that hold more tokens than `capacity[0]`.
@@ -283,16 +341,19 @@ impl ExpertChoice {
             return Ok(BoundOp::default());
         }
         let columns = tokens.div_ceil(32);
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.offsets.expect("offsets", &[2], 4)?;
-        args.capacity.expect("capacity", &[1], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), columns.into()], 4)?;
-        args.dropped.expect("dropped", &[experts.into()], 4)?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.offsets.u32s("offsets", &[2])?;
+        args.capacity.u32s("capacity", &[1])?;
+        args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
+        args.dropped.u32s("dropped", &[experts.into()])?;
         let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
         let slices =
             [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
-        let (kernel, tile) = self.kernel(tokens, experts, true)?;
-        let groups = experts.div_ceil(tile).into();
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let mut step = BoundOp::default();
+        for (kernel, tile) in self.kernels(Dims { tokens, experts, sequences: 1 }, true)? {
+            let groups = experts.div_ceil(tile).into();
+            step = step.then(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into());
+        }
+        Ok(step)
     }
 }

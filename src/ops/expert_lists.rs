@@ -8,6 +8,7 @@
 //! [`assign_lists`](super::assign_lists).
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
+use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::expect_len;
 use crate::plan::bits;
@@ -40,12 +41,20 @@ const COUNT: u32 = 0;
 const JOIN: u32 = 1;
 const PAD: u32 = 2;
 
-/// Most tokens, and most places of a padded list: one lane's loops over its share of them must stay
-/// within 65,535 rounds in all (lavapipe 22.3).
-pub const MAX_TOKENS: u32 = 4_000_000;
+fn lanes(target: Target) -> u32 {
+    if target == Target::Serial { 32 } else { 256 }
+}
+
+/// Iterations of one lane, at most: the words of its stretch twice and all their bits, the counts of
+/// experts, and the places it pads.
+fn iterations(lanes: u32, dims: &Dims, places: u32) -> u64 {
+    let stretch = dims.tokens.div_ceil(32).div_ceil(lanes);
+    let once = |n: u32| u64::from(n.div_ceil(lanes));
+    34 * u64::from(stretch) + once(dims.experts) + once(places)
+}
 
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Serial { 32 } else { 256 };
+    let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes an expert"))
         .constant("WG", wg)
         .piece(piece!("common/grid"))
@@ -106,12 +115,12 @@ pub fn cpu_padded(
 /// Sizes of one op.
 #[derive(Clone, Copy, Debug)]
 pub struct Dims {
-    /// Tokens, at most [`MAX_TOKENS`]; 0 gives empty lists.
+    /// Tokens; 0 gives empty lists.
     pub tokens: u32,
     /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Places: of the one list ([`ExpertLists::bind`]), or of each expert
-    /// ([`ExpertLists::bind_padded`]). At most [`MAX_TOKENS`] an expert.
+    /// ([`ExpertLists::bind_padded`]).
     pub room: u32,
 }
 
@@ -155,29 +164,28 @@ impl ExpertLists {
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
-        for tokens in [1, u32::MAX] {
-            op.kernel(tokens)?;
+        for iterations in [0, u64::MAX] {
+            op.kernel(ctx.variant().within_loops(iterations))?;
         }
         Ok(op)
     }
 
-    /// The kernel for lists of this many tokens or places.
-    fn kernel(&self, places: u32) -> Result<Arc<Kernel>> {
-        self.ctx.kernel(&SPEC, prelude(self.ctx.variant().for_tokens(places)))
+    fn kernel(&self, variant: Variant) -> Result<Arc<Kernel>> {
+        self.ctx.kernel(&SPEC, prelude(variant))
     }
 
     /// Lists one after the other: two dispatches.
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, no or too much room, too many tokens, or a slice that does not fit
-    /// ([`Error`]).
+    /// Zero or too many experts, no room, 2^32 pairs or more, more tokens or room than a software
+    /// driver's loops can take, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { experts, room, .. } = *dims;
         few_experts(experts)?;
-        args.offsets.expect("offsets", &[u64::from(experts) + 1], 4)?;
-        args.list.expect("list", &[room.into()], 4)?;
-        args.lost.expect("lost", &[experts.into()], 4)?;
+        args.offsets.u32s("offsets", &[u64::from(experts) + 1])?;
+        args.list.u32s("list", &[room.into()])?;
+        args.lost.u32s("lost", &[experts.into()])?;
         let counts = self.ctx.scratch("counts", u64::from(experts) * 4)?;
         let slices = [(&counts).into(), args.offsets, args.list, args.lost];
         let places = room.div_ceil(experts);
@@ -193,9 +201,9 @@ impl ExpertLists {
     pub fn bind_padded(&self, dims: &Dims, args: PaddedArgs<'_>) -> Result<BoundOp> {
         let Dims { experts, room, .. } = *dims;
         few_experts(experts)?;
-        args.list.expect("list", &[experts.into(), room.into()], 4)?;
-        args.counts.expect("counts", &[experts.into()], 4)?;
-        args.lost.expect("lost", &[experts.into()], 4)?;
+        args.list.u32s("list", &[experts.into(), room.into()])?;
+        args.counts.u32s("counts", &[experts.into()])?;
+        args.lost.u32s("lost", &[experts.into()])?;
         let nothing = self.ctx.scratch("no offsets", 16)?;
         let slices = [args.counts, (&nothing).into(), args.list, args.lost];
         self.dispatch(dims, PAD, room, args.assigned, slices)
@@ -203,25 +211,31 @@ impl ExpertLists {
 
     fn dispatch(
         &self,
-        &Dims { tokens, experts, room }: &Dims,
+        dims: &Dims,
         round: u32,
         places: u32,
         assigned: Slice<'_>,
         [counts, offsets, list, lost]: [Slice<'_>; 4],
     ) -> Result<BoundOp> {
+        let Dims { tokens, experts, room } = *dims;
         not_zero(&[("room", room)])?;
-        for (name, n) in [("tokens", tokens), ("room", places)] {
-            if n > MAX_TOKENS {
-                let reason = format!("{n} an expert, at most {MAX_TOKENS}");
-                return Err(Error::invalid(name, reason));
-            }
+        if tokens.checked_mul(experts).is_none() {
+            return Err(Error::invalid(
+                "tokens",
+                format!("{tokens} of {experts} experts: 2^32 pairs or more"),
+            ));
         }
+        let fewest = iterations(lanes(Target::Wide), dims, places);
+        let (name, most) = if tokens > places { ("tokens", tokens) } else { ("room", room) };
+        check_loops(&self.ctx, name, most, fewest)?;
         let mut words = self.ctx.nothing();
         if tokens > 0 {
-            assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+            assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
             words = assigned;
         }
-        let kernel = self.kernel(tokens.max(places))?;
+        let variant = self.ctx.variant();
+        let kernel =
+            self.kernel(variant.within_loops(iterations(lanes(Target::Serial), dims, places)))?;
         let params = Params { tokens, experts, room, round };
         let slices = [words, counts, offsets, list, lost];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, experts.into())?.into())

@@ -1,6 +1,7 @@
 //! The experts that a block's tokens use together: the bytes that decoding the block must read.
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::{check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_offsets};
 use crate::plan::bits;
@@ -20,17 +21,24 @@ pub const SPEC: Spec = Spec {
         write("bytes", 8),
         write("totals", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32, has_totals: u32 }
 
+fn lanes(target: Target) -> u32 {
+    if target == Target::Serial { 8 } else { 256 }
+}
+
+/// Iterations of one lane: for each of its experts, all columns of a block, which may be all there are; its chunks, twice.
+fn iterations(target: Target, dims: Dims) -> u64 {
+    let experts = u64::from(dims.experts.div_ceil(lanes(target)));
+    let columns = u64::from(dims.tokens.div_ceil(32));
+    experts * (columns + 1) + 8 + offset_iterations(dims.blocks, lanes(target))
+}
+
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Serial { 8 } else { 256 };
+    let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes a block"))
         .constant("WG", wg)
         .piece(piece!("common/grid"))
@@ -92,11 +100,7 @@ impl Totals {
                 let wide = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
                 Ok(Self { experts: wide(a, b), blocks: wide(c, d) })
             }
-            _ => Err(Error::Size {
-                name: "words",
-                expected: Self::BYTES,
-                got: 4 * words.len() as u64,
-            }),
+            _ => Err(Error::size("words", Self::BYTES, 4 * words.len() as u64)),
         }
     }
 
@@ -165,24 +169,17 @@ impl ExpertUnion {
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
-        for columns in [1, u32::MAX] {
-            op.kernel(1, columns)?;
+        for tokens in [1, u32::MAX] {
+            op.kernel(Dims { tokens, experts: 1, blocks: 1, expert_bytes: 0 })?;
         }
         Ok(op)
     }
 
-    /// The kernel for these sizes. With few lanes a block of all tokens may take
-    /// more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
-    fn kernel(&self, experts: u32, columns: u32) -> Result<Arc<Kernel>> {
-        let variant = self.ctx.variant();
-        let long = u64::from(experts.div_ceil(8)) * u64::from(columns) > 32_768;
-        self.ctx.kernel(
-            &SPEC,
-            prelude(Variant {
-                target: if long { Target::Wide } else { variant.target },
-                ..variant
-            }),
-        )
+    /// The kernel for these sizes, and the iterations of its loops.
+    fn kernel(&self, dims: Dims) -> Result<(Arc<Kernel>, u64)> {
+        let few = self.ctx.variant();
+        let variant = few.within_loops(iterations(few.target, dims));
+        Ok((self.ctx.kernel(&SPEC, prelude(variant))?, iterations(variant.target, dims)))
     }
 
     /// Unions of blocks.
@@ -196,13 +193,15 @@ impl ExpertUnion {
         if blocks == 0 || tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
-        args.offsets.expect("offsets", &[u64::from(blocks) + 1], 4)?;
-        args.members.expect("members", &[blocks.into(), experts.div_ceil(32).into()], 4)?;
-        args.counts.expect("counts", &[blocks.into()], 4)?;
-        args.bytes.expect("bytes", &[blocks.into()], 8)?;
+        let (kernel, iterations) = self.kernel(*dims)?;
+        check_loops(&self.ctx, "tokens", tokens, iterations)?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
+        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
+        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
+        args.counts.u32s("counts", &[blocks.into()])?;
+        args.bytes.pairs("bytes", &[blocks.into()])?;
         if let Some(totals) = args.totals {
-            totals.expect("totals", &[4], 4)?;
+            totals.u32s("totals", &[4])?;
         }
         let params = Params {
             tokens,
@@ -214,7 +213,6 @@ impl ExpertUnion {
         };
         let totals = or_nothing(&self.ctx, args.totals);
         let slices = [args.assigned, args.offsets, args.members, args.counts, args.bytes, totals];
-        let kernel = self.kernel(experts, tokens.div_ceil(32))?;
         Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -16,7 +16,7 @@ pub const SPEC: Spec = Spec {
     params: Params::LAYOUT,
     bindings: &[read("x", 4), read("token_of", 4), write("out", 4)],
     variants: || {
-        let all = [Target::Wide, Target::Serial].into_iter();
+        let all = Target::ALL.into_iter();
         all.flat_map(|target| widths(target).iter().map(move |&w| prelude(target, w))).collect()
     },
 };
@@ -148,9 +148,9 @@ impl Gather {
         if slots == 0 {
             return Ok(BoundOp::default());
         }
-        args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        args.out.expect("out", &[slots.into(), hidden.into()], 4)?;
+        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.out.f32s("out", &[slots.into(), hidden.into()])?;
         let params =
             Params { tokens, slots, first_slot: at.token_of, planned: 1, ..Params::default() };
         self.dispatch(params, hidden, [args.x, args.plan, args.out])
@@ -167,9 +167,9 @@ impl Gather {
         if slots == 0 {
             return Ok(BoundOp::default());
         }
-        args.x.expect("x", &[tokens.into(), hidden.into()], 4)?;
-        args.token_of.expect("token_of", &[slots.into()], 4)?;
-        args.out.expect("out", &[slots.into(), hidden.into()], 4)?;
+        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.token_of.u32s("token_of", &[slots.into()])?;
+        args.out.f32s("out", &[slots.into(), hidden.into()])?;
         let params = Params { tokens, slots, ..Params::default() };
         self.dispatch(params, hidden, [args.x, args.token_of, args.out])
     }

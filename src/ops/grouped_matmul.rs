@@ -1,198 +1,20 @@
 //! Grouped expert matmuls: each row of a slot times the weights of the slot's expert. The gather of the rows
 //! is part of the first one's loads, the activation of its epilogue. Router logits are the same with one dense expert.
 //!
-//! Three kernels compute it: [`matmul_register`](super::matmul_register) on CPU-type devices,
-//! [`matmul_tile`](super::matmul_tile) and [`matmul_skinny`](super::matmul_skinny) on GPUs, by the rows of an item.
+//! The kernels that compute it are rows of a table, in `matmul_kernels.rs`: which one runs goes by the
+//! device and by the rows of an item.
+pub use super::matmul_kernels::{SKINNY_ROWS, tile_rows};
+
+use super::matmul_kernels::{ItemKind, Params, Specialization};
 use super::or_nothing;
 use crate::device::Kernel;
-use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write};
 use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
-use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
-use crate::{BoundOp, Context, Error, PlanShape, Result, Slice, Target};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection};
+use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
-
-params! {
-    columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
-    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32,
-    expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
-}
-
-impl Params {
-    pub(crate) const FIELDS: &[(&str, u32)] = Self::LAYOUT;
-}
-
-/// Bindings that all three kernels share.
-pub(crate) const BINDINGS: &[Binding] = &[
-    read("x", 4),
-    read_uniform("plan", 4),
-    read("weights", 4),
-    read("weights_up", 4),
-    read_uniform("places", 4),
-    write("out", 4),
-];
-
-/// How weights lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Layout {
-    /// As [`weights`](crate::weights) packs them.
-    Packed,
-    /// Row-major `[out, in]`, rows of whole 16-byte words.
-    Rows,
-    /// Row-major f32, rows of any length.
-    AnyRows,
-}
-
-/// Rows per item: which list of the plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum ItemKind {
-    /// Items of at most [`SKINNY_ROWS`] rows.
-    Skinny,
-    /// Items of up to [`tile_rows`] rows.
-    Tile,
-}
-
-impl ItemKind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Skinny => "skinny",
-            Self::Tile => "tile",
-        }
-    }
-}
-
-/// Most rows of a skinny item.
-pub const SKINNY_ROWS: u32 = 8;
-
-/// Most rows of a tile item on this context's device.
-pub fn tile_rows(ctx: &Context) -> u32 {
-    match ctx.variant().target {
-        Target::Serial => super::matmul_register::TILE_ROWS,
-        Target::Wide => super::matmul_tile::TILE_ROWS,
-    }
-}
-
-/// What is known of a matmul when its kernel is compiled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Specialization {
-    /// The activation that joins two matrices; none: one matrix.
-    pub(crate) activation: Option<Activation>,
-    /// Rows of `x` are tokens of the slots, not slots.
-    pub(crate) gather: bool,
-    /// One expert for all rows, no plan.
-    pub(crate) dense: bool,
-    pub(crate) weight_type: WeightType,
-    pub(crate) layout: Layout,
-    /// Largest of 8, 4, 1 that divides the rows of x and of the weights.
-    pub(crate) depth_lanes: u32,
-    /// Whether the columns are a multiple of 4, so that four of a row of `out` are one aligned store.
-    pub(crate) quad_columns: bool,
-    pub(crate) kind: ItemKind,
-}
-
-impl Specialization {
-    /// Every combination that some layer uses.
-    pub(crate) fn all() -> Vec<Self> {
-        let mut all = vec![];
-        for depth_lanes in [1, 4, 8] {
-            for kind in [ItemKind::Skinny, ItemKind::Tile] {
-                let quad_columns = depth_lanes != 1;
-                for &weight_type in WeightType::ALL {
-                    for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
-                        // The activation is a piece of its own: once is enough.
-                        if activation == Some(Activation::Gelu)
-                            && (depth_lanes, weight_type) != (8, WeightType::Bf16)
-                        {
-                            continue;
-                        }
-                        all.push(Self {
-                            activation,
-                            gather: activation.is_some(),
-                            dense: false,
-                            weight_type,
-                            layout: Layout::Packed,
-                            depth_lanes,
-                            quad_columns,
-                            kind,
-                        });
-                    }
-                }
-                all.push(Self {
-                    activation: None,
-                    gather: false,
-                    dense: true,
-                    weight_type: WeightType::F32,
-                    layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
-                    depth_lanes,
-                    quad_columns,
-                    kind,
-                });
-            }
-        }
-        all
-    }
-
-    pub(crate) fn label(&self) -> String {
-        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
-        let what = match self.activation {
-            None => "plain",
-            Some(Activation::Silu) => "silu",
-            Some(Activation::Gelu) => "gelu",
-        };
-        let source = if self.dense { "dense" } else { "grouped" };
-        let [weights, layout] = [format!("{:?}", self.weight_type), format!("{:?}", self.layout)];
-        let columns = if self.quad_columns { "" } else { " any columns" };
-        format!("{rows} {what} {source} {weights} {layout} depth of {}{columns}", self.depth_lanes)
-    }
-
-    /// The constants that all three kernels read.
-    pub(crate) fn constants(&self, prelude: Prelude) -> Prelude {
-        prelude
-            .flag("GATED", self.activation.is_some())
-            .flag("GATHER", self.gather)
-            .constant("PANEL", if self.layout == Layout::Packed { PANEL } else { 1 })
-    }
-
-    /// Rows of an item of the register kernel.
-    pub(crate) fn rows(&self) -> u32 {
-        if self.kind == ItemKind::Skinny { SKINNY_ROWS } else { super::matmul_register::TILE_ROWS }
-    }
-
-    pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match (ctx.variant().target, self.kind) {
-            (Target::Serial, _) => {
-                let features = super::matmul_register::Features::of(ctx);
-                ctx.kernel(
-                    &super::matmul_register::SPEC,
-                    super::matmul_register::prelude(self, features),
-                )
-            }
-            (Target::Wide, ItemKind::Skinny) => {
-                ctx.kernel(&super::matmul_skinny::SPEC, super::matmul_skinny::prelude(self))
-            }
-            (Target::Wide, ItemKind::Tile) => {
-                ctx.kernel(&super::matmul_tile::SPEC, super::matmul_tile::prelude(self))
-            }
-        }
-    }
-
-    /// Workgroups for so many items, completing the parameters.
-    pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let [width, height] = match (ctx.variant().target, self.kind) {
-            (Target::Serial, _) => super::matmul_register::group_tile(self),
-            (Target::Wide, ItemKind::Skinny) => [super::matmul_skinny::tile_columns(self), 1],
-            (Target::Wide, ItemKind::Tile) => [super::matmul_tile::tile_columns(self), 1],
-        };
-        params.item_groups = items.div_ceil(height);
-        if ctx.variant().target == Target::Serial {
-            params.item_step = super::matmul_register::item_step(params.item_groups);
-        }
-        let across = (params.column_end - params.column_begin).div_ceil(width);
-        u64::from(across) * u64::from(params.item_groups)
-    }
-}
 
 /// The activation joining the two products of a row, in f64.
 pub fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
@@ -226,6 +48,16 @@ pub enum Stage {
     GateUp(Activation),
     /// `y = Wdown h`; rows of `h` are slots.
     Down,
+}
+
+impl Stage {
+    /// The projection; of gate and up, which are of one shape, the first.
+    fn projection(self) -> Projection {
+        match self {
+            Self::GateUp(_) => Projection::Gate,
+            Self::Down => Projection::Down,
+        }
+    }
 }
 
 /// Rows of slots: `[slots, width]` f32, from a slot on.
@@ -305,22 +137,9 @@ impl GroupedMatmul {
     ///
     /// [`Error::Device`] where wgpu refuses a kernel.
     pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage) -> Result<Self> {
-        let (activation, projection) = match stage {
-            Stage::GateUp(activation) => (Some(activation), Projection::Gate),
-            Stage::Down => (None, Projection::Down),
-        };
-        let [columns, depth] = shape.matrix(projection);
+        let matrix = shape.matrix(stage.projection());
         let make = |kind| {
-            let problem = Specialization {
-                activation,
-                gather: activation.is_some(),
-                dense: false,
-                weight_type: shape.weight_type,
-                layout: Layout::Packed,
-                depth_lanes: depth_lanes(depth),
-                quad_columns: columns.is_multiple_of(4),
-                kind,
-            };
+            let problem = Specialization::of_experts(stage, shape.weight_type, matrix, kind);
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
         let kernels = [make(ItemKind::Skinny)?, make(ItemKind::Tile)?];
@@ -355,13 +174,10 @@ impl GroupedMatmul {
     /// The caller's arguments, before anything is made of them.
     fn check(&self, shape: &PlanShape, at: &Sections, args: &Args<'_>) -> Result<()> {
         let experts = args.weights.shape();
-        let [width, depth] = match self.stage {
-            Stage::GateUp(_) => experts.matrix(Projection::Gate),
-            Stage::Down => experts.matrix(Projection::Down),
-        };
+        let [width, depth] = experts.matrix(self.stage.projection());
         let all = shape.all_experts();
         match args.places {
-            Some(places) => places.expect("places", &[all.into()], 4)?,
+            Some(places) => places.u32s("places", &[all.into()])?,
             None if experts.experts != all => {
                 let reason = format!("{} experts, the plan has {all}", experts.experts);
                 return Err(Error::invalid("weights", reason));
@@ -373,7 +189,7 @@ impl GroupedMatmul {
             let reason = format!("{start}..{end} of {width}, must start at a multiple of {PANEL}");
             return Err(Error::invalid("columns", reason));
         }
-        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.plan.u32s("plan", &[at.words.into()])?;
         let slots = |rows: SlotRows<'_>| u64::from(args.slots.end.saturating_sub(rows.first));
         match args.x {
             Rows::Tokens(x) => at_least("x", x, &[shape.tokens.into(), depth.into()])?,
@@ -400,10 +216,7 @@ impl GroupedMatmul {
             return Ok(BoundOp::default());
         }
         let out_stride = args.columns.end - args.columns.start;
-        let [_, depth] = args.weights.shape().matrix(match self.stage {
-            Stage::GateUp(_) => Projection::Gate,
-            Stage::Down => Projection::Down,
-        });
+        let [_, depth] = args.weights.shape().matrix(self.stage.projection());
         // Experts of the plan that the page can hold.
         let all = 0..shape.all_experts();
         let experts = if args.places.is_some() { all } else { page.experts.clone() };
@@ -469,7 +282,8 @@ fn at_least(name: &'static str, slice: Slice<'_>, shape: &[u64]) -> Result<()> {
     if slice.size >= expected {
         Ok(())
     } else {
-        Err(Error::Size { name, expected, got: slice.size })
+        let shape = Some(format!("at least {shape:?} f32"));
+        Err(Error::Size { name, expected, got: slice.size, shape })
     }
 }
 
@@ -486,8 +300,4 @@ pub fn cpu_expert(
     let h: Vec<f32> =
         gate.iter().zip(&up).map(|(&g, &u)| activate(activation, g, u) as f32).collect();
     cpu_row(&h, down, x.len()).into_iter().map(|y| y as f32).collect()
-}
-
-pub(super) fn depth_lanes(depth: u32) -> u32 {
-    [8, 4].into_iter().find(|n| depth.is_multiple_of(*n)).unwrap_or(1)
 }

@@ -1,11 +1,9 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
-use super::grouped_matmul::{
-    ItemKind, Layout, Params, SKINNY_ROWS, Specialization, cpu_row, depth_lanes, tile_rows,
-};
+use super::grouped_matmul::cpu_row;
+use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_rows};
 use super::not_zero;
 use crate::device::Kernel;
 use crate::error::expect_rows;
-use crate::weights::WeightType;
 use crate::{BoundOp, Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -46,18 +44,8 @@ impl Logits {
     /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
     pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
-        let depth_lanes = depth_lanes(hidden);
         let make = |kind| {
-            let problem = Specialization {
-                activation: None,
-                gather: false,
-                dense: true,
-                weight_type: WeightType::F32,
-                layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
-                depth_lanes,
-                quad_columns: experts.is_multiple_of(4),
-                kind,
-            };
+            let problem = Specialization::of_logits([experts, hidden], kind);
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
         Ok(Self {
@@ -86,9 +74,9 @@ impl Logits {
             return Ok(BoundOp::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
-        args.x.expect("x", &[rows.into(), hidden.into()], 4)?;
-        args.weights.expect("weights", &[experts.into(), hidden.into()], 4)?;
-        args.logits.expect("logits", &[tokens.into(), experts.into()], 4)?;
+        args.x.f32s("x", &[rows.into(), hidden.into()])?;
+        args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
+        args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
         let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
             (&self.skinny, SKINNY_ROWS)
         } else {

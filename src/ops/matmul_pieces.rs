@@ -1,6 +1,6 @@
 //! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
 //! `prelude` lists its pieces in order, and so does its WGSL.
-use super::grouped_matmul::{Layout, Specialization};
+use super::matmul_kernels::{Layout, Specialization};
 use crate::device::shader::{Piece, piece};
 use crate::routing::Activation;
 

@@ -1,8 +1,10 @@
-//! The grouped matmul for CPU-type devices: all in registers. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, ItemKind, Layout, Params, Specialization};
+//! The grouped matmul for CPU-type devices: all in registers. See [`grouped_matmul`](super::grouped_matmul).
+use super::matmul_kernels::{
+    BINDINGS, ItemKind, Layout, MatmulKernel, Params, SKINNY_ROWS, Specialization,
+};
 use super::matmul_pieces as pieces;
-use crate::Context;
 use crate::device::shader::{Prelude, Spec, piece};
+use crate::{Context, Target};
 
 /// See `shaders/matmul_register.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -11,16 +13,22 @@ pub const SPEC: Spec = Spec {
     params: Params::FIELDS,
     bindings: BINDINGS,
     variants: || {
-        let mut all = vec![];
-        for problem in Specialization::all() {
-            for wide in [false, true] {
-                for shuffle in [false, true] {
-                    all.push(prelude(&problem, Features { wide, shuffle }));
-                }
-            }
-        }
-        all
+        Prelude::distinct(
+            Specialization::all()
+                .iter()
+                .flat_map(|problem| Features::ALL.map(|features| prelude(problem, features))),
+        )
     },
+};
+
+/// Its row of the table.
+pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
+    spec: &SPEC,
+    serves: |target, _| target == Target::Serial,
+    tile_rows: TILE_ROWS,
+    prelude: |ctx, problem| prelude(problem, Features::of(ctx)),
+    group: group_tile,
+    item_step,
 };
 
 /// Lanes of a workgroup: one subgroup.
@@ -49,6 +57,13 @@ pub(crate) struct Features {
 }
 
 impl Features {
+    const ALL: [Self; 4] = [
+        Self { wide: false, shuffle: false },
+        Self { wide: false, shuffle: true },
+        Self { wide: true, shuffle: false },
+        Self { wide: true, shuffle: true },
+    ];
+
     pub(crate) fn of(ctx: &Context) -> Self {
         Self {
             wide: ctx.device().features().contains(wgpu::Features::SHADER_INT64),
@@ -56,6 +71,11 @@ impl Features {
             shuffle: ctx.variant().subgroups && ctx.info().subgroup_min_size >= WG,
         }
     }
+}
+
+/// Rows of an item.
+fn rows(problem: &Specialization) -> u32 {
+    if problem.kind == ItemKind::Skinny { SKINNY_ROWS } else { TILE_ROWS }
 }
 
 /// Columns and items that one workgroup makes.
@@ -80,6 +100,7 @@ pub(crate) fn item_step(groups: u32) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
+    let problem = &problem.with_any_stores();
     let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide
@@ -103,7 +124,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .constant("WG", WG)
         .constant("SPAN", span(problem)[0])
         .constant("ITEMS", span(problem)[1])
-        .constant("TILE_ROWS", problem.rows())
+        .constant("TILE_ROWS", rows(problem))
         // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
         .flag("WHOLE_STEPS", weight_type.lanes() != 4 || depth_lanes % 8 == 0)
         .piece(piece!("common/grid"))

@@ -1,6 +1,9 @@
-//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, ItemKind, Params, SKINNY_ROWS, Specialization};
+//! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`grouped_matmul`](super::grouped_matmul).
+use super::matmul_kernels::{
+    BINDINGS, ItemKind, MatmulKernel, Params, SKINNY_ROWS, Specialization,
+};
 use super::matmul_pieces as pieces;
+use crate::Target;
 use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_skinny.wgsl`.
@@ -10,8 +13,19 @@ pub const SPEC: Spec = Spec {
     params: Params::FIELDS,
     bindings: BINDINGS,
     variants: || {
-        Specialization::all().iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude).collect()
+        let all = Specialization::all();
+        Prelude::distinct(all.iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude))
     },
+};
+
+/// Its row of the table.
+pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
+    spec: &SPEC,
+    serves: |target, kind| target == Target::Wide && kind == ItemKind::Skinny,
+    tile_rows: SKINNY_ROWS,
+    prelude: |_, problem| prelude(problem),
+    group: |problem| [tile_columns(problem), 1],
+    item_step: |_| 0,
 };
 
 /// Columns of weights side by side.
@@ -25,6 +39,7 @@ pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization) -> Prelude {
+    let problem = &problem.with_lanes(4).with_any_stores();
     let prelude = Prelude::new(problem.label())
         .constant("COLUMNS", COLUMNS)
         .constant("SPLIT", SPLIT)

@@ -1,6 +1,7 @@
-//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`matmul`](super::grouped_matmul).
-use super::grouped_matmul::{BINDINGS, ItemKind, Params, Specialization};
+//! The grouped matmul for many rows on GPUs: tiles in workgroup memory. See [`grouped_matmul`](super::grouped_matmul).
+use super::matmul_kernels::{BINDINGS, ItemKind, MatmulKernel, Params, Specialization};
 use super::matmul_pieces as pieces;
+use crate::Target;
 use crate::device::shader::{Prelude, Spec, piece};
 
 /// See `shaders/matmul_tile.wgsl`.
@@ -10,8 +11,19 @@ pub const SPEC: Spec = Spec {
     params: Params::FIELDS,
     bindings: BINDINGS,
     variants: || {
-        Specialization::all().iter().filter(|p| p.kind == ItemKind::Tile).map(prelude).collect()
+        let all = Specialization::all();
+        Prelude::distinct(all.iter().filter(|p| p.kind == ItemKind::Tile).map(prelude))
     },
+};
+
+/// Its row of the table.
+pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
+    spec: &SPEC,
+    serves: |target, kind| target == Target::Wide && kind == ItemKind::Tile,
+    tile_rows: TILE_ROWS,
+    prelude: |_, problem| prelude(problem),
+    group: |problem| [tile_columns(problem), 1],
+    item_step: |_| 0,
 };
 
 /// Rows of an item. 64 rows give 80 % multiply-adds in the loop on AMD's compiler; 32 keep more waves.
@@ -23,7 +35,7 @@ pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization) -> Prelude {
-    let aligned = problem.depth_lanes.is_multiple_of(4) && problem.quad_columns;
+    let problem = &problem.with_lanes(4);
     problem
         .constants(Prelude::new(problem.label()).constant("TILE_ROWS", TILE_ROWS))
         .piece(piece!("common/grid"))
@@ -34,5 +46,9 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))
-        .piece(if aligned { piece!("matmul/out_vec4") } else { piece!("matmul/out_scalar") })
+        .piece(if problem.quad_columns {
+            piece!("matmul/out_vec4")
+        } else {
+            piece!("matmul/out_scalar")
+        })
 }

@@ -2,10 +2,13 @@
 //!
 //! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
 //! checks them, and makes its uniform and bind group), and recorded as a [`BoundOp`](crate::BoundOp) any number of times.
+use crate::Target;
+use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::Spec;
 use crate::error::not_zero;
 use crate::routing::few_experts;
 
+pub mod active_rows;
 pub mod assign;
 pub mod assign_lists;
 pub mod block_choice;
@@ -19,6 +22,7 @@ pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
 pub mod logits;
+mod matmul_kernels;
 mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;
@@ -34,6 +38,7 @@ pub mod token_choice;
 #[doc(hidden)]
 pub const SPECS: &[&Spec] = &[
     &scores::SPEC,
+    &active_rows::SPEC,
     &capacity::SPEC,
     &expert_choice::SPEC,
     &expert_choice::SERIAL,
@@ -65,10 +70,16 @@ pub(crate) fn or_nothing<'a>(
 }
 
 impl crate::Variant {
-    /// The variant for kernels of which one lane loops over all columns of the bit set: with few lanes, more tokens than
-    /// this take more iterations than lavapipe lets an invocation have (65,535 in all, Mesa 22.3).
+    /// This variant, or one with more lanes where one lane's loops could take more iterations than software drivers allow.
+    pub(crate) fn within_loops(self, iterations: u64) -> Self {
+        let target = if iterations > LOOP_ITERATIONS { Target::Wide } else { self.target };
+        Self { target, ..self }
+    }
+
+    /// The variant for the parts of a plan, of which one lane of few reads the columns of the bit set (32 tokens each) or the
+    /// counts of as many tokens, twice. A quarter of the iterations there are: the items of its experts need the rest.
     pub(crate) fn for_tokens(self, tokens: u32) -> Self {
-        if tokens > 1 << 18 { Self { target: crate::Target::Wide, ..self } } else { self }
+        self.within_loops(4 * 2 * u64::from(tokens.div_ceil(32)))
     }
 }
 

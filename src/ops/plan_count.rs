@@ -28,11 +28,7 @@ pub const SPEC: Spec = Spec {
         write("gates", 4),
         write("plan", 4),
     ],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
@@ -112,7 +108,8 @@ pub fn cpu(
         };
         let sum: f64 = mine.iter().map(|&e| term(e)).sum();
         for &e in &mine {
-            let gate = if rule == GateRule::Plain { term(e) } else { term(e) / (sum + 1e-20) };
+            let gate =
+                if rule == GateRule::Unnormalised { term(e) } else { term(e) / (sum + 1e-20) };
             let scale_by_count = scales.scale_by_count.map_or(1.0, |s| s[mine.len()]);
             let scale_by_expert = scales.scale_by_expert.map_or(1.0, |s| s[e]);
             gates[t * experts + e] =
@@ -143,13 +140,13 @@ impl Gates<'_> {
     pub(crate) fn check(&self, shape: &PlanShape) -> Result<()> {
         let PlanShape { tokens, experts, .. } = *shape;
         let pairs = [tokens.into(), experts.into()];
-        self.source.expect("source", &pairs, 4)?;
-        self.gates.expect("gates", &pairs, 4)?;
+        self.source.f32s("source", &pairs)?;
+        self.gates.f32s("gates", &pairs)?;
         if let Some(s) = self.scales.scale_by_count {
-            s.expect("scale_by_count", &[u64::from(experts) + 1], 4)?;
+            s.f32s("scale_by_count", &[u64::from(experts) + 1])?;
         }
         if let Some(s) = self.scales.scale_by_expert {
-            s.expect("scale_by_expert", &[experts.into()], 4)?;
+            s.f32s("scale_by_expert", &[experts.into()])?;
         }
         Ok(())
     }
@@ -204,8 +201,8 @@ impl PlanCount {
         few_experts(experts)?;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));
-        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.assigned.u32s("assigned", &[experts.into(), columns])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
         let nothing = self.ctx.scratch("no gates", 16)?;
         let mut params = Params {
             tokens,

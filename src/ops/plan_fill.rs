@@ -11,11 +11,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_fill.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
@@ -70,9 +66,9 @@ impl PlanFill {
         let PlanShape { tokens, experts, shared_experts, .. } = *shape;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));
-        args.assigned.expect("assigned", &[experts.into(), columns], 4)?;
-        args.gates.expect("gates", &[tokens.into(), experts.into()], 4)?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
+        args.assigned.u32s("assigned", &[experts.into(), columns])?;
+        args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
         let params = Params {
             tokens,
             experts,

@@ -2,6 +2,7 @@
 //! twin, with the other parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
 use super::or_nothing;
 use crate::device::Kernel;
+use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
 use std::sync::Arc;
@@ -12,11 +13,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/plan_scan.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("lost", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
-    variants: || {
-        [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
@@ -25,8 +22,26 @@ params! {
     skinny_items: u32, tile_offsets: u32, tile_items: u32,
 }
 
+fn lanes(target: Target) -> u32 {
+    if target == Target::Serial { 32 } else { 256 }
+}
+
+/// Iterations of one lane: its experts three times and their items, its tokens twice, lost, offsets, and three prefix sums.
+fn iterations(target: Target, params: &Params) -> u64 {
+    let share = |n: u32| u64::from(n.div_ceil(lanes(target)));
+    let experts = share(params.experts + params.shared_experts);
+    // All rows may be those of one lane's experts, of which each can have every token.
+    let shared = u64::from(params.shared_experts) * u64::from(params.tokens);
+    let slots = u64::from(params.routed_slots) + shared;
+    let rows = slots.min(experts * u64::from(params.tokens));
+    let items = rows / u64::from(params.tile_rows.max(1)) + experts;
+    let lost = share(params.drop_count.saturating_add(params.ignore_count));
+    let sums = 3 * u64::from(lanes(target).ilog2());
+    3 * experts + items + 2 * share(params.tokens) + lost + share(params.range_count) + sums
+}
+
 fn prelude(variant: Variant) -> Prelude {
-    let wg = if variant.target == Target::Serial { 32 } else { 256 };
+    let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes"))
         .constant("WG", wg)
         .piece(piece!("plan/prefix_sums"))
@@ -93,10 +108,10 @@ impl PlanScan {
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         shape.slots()?;
-        args.plan.expect("plan", &[at.words.into()], 4)?;
-        args.stats.expect("stats", &[8 + u64::from(shape.experts)], 4)?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.stats.u32s("stats", &[8 + u64::from(shape.experts)])?;
         if let Some(l) = args.lost {
-            l.counts.expect("lost", &[u64::from(l.dropped) + u64::from(l.ignored)], 4)?;
+            l.counts.u32s("lost", &[u64::from(l.dropped) + u64::from(l.ignored)])?;
         }
         let params = Params {
             tokens: shape.tokens,
@@ -119,6 +134,10 @@ impl PlanScan {
         };
         let lost = or_nothing(&self.ctx, args.lost.map(|l| l.counts));
         let slices = [lost, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
-        Ok(self.kernel(shape.tokens)?.dispatch(&self.ctx, &params, &slices, 1)?.into())
+        let few = self.ctx.variant().for_tokens(shape.tokens);
+        let variant = few.within_loops(iterations(few.target, &params));
+        check_loops(&self.ctx, "tokens", shape.tokens, iterations(variant.target, &params))?;
+        let kernel = self.ctx.kernel(&SPEC, prelude(variant))?;
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

@@ -14,11 +14,7 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("logits", 4), read("bias", 4), write("scores", 4), write("values", 4)],
-    variants: || {
-        [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
-            .map(|(target, subgroups)| prelude(Variant { target, subgroups }))
-            .into()
-    },
+    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u32 }
@@ -148,12 +144,12 @@ impl Scores {
             return Ok(BoundOp::default());
         }
         let shape = [tokens.into(), experts.into()];
-        args.logits.expect("logits", &shape, 4)?;
+        args.logits.f32s("logits", &shape)?;
         if let Some(bias) = args.bias {
-            bias.expect("bias", &[experts.into()], 4)?;
+            bias.f32s("bias", &[experts.into()])?;
         }
-        args.scores.expect("scores", &shape, 4)?;
-        args.values.expect("values", &shape, 4)?;
+        args.scores.f32s("scores", &shape)?;
+        args.values.f32s("values", &shape)?;
         let params = Params {
             tokens,
             experts,

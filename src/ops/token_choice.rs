@@ -4,40 +4,53 @@
 //! Groups: a group's value is the sum of its two highest eligible values, and a group with fewer than two
 //! eligible experts is never chosen. Where groups have one expert each, a group's value is that
 //! expert's value. One group is the same as no groups.
-use super::{few_experts, not_zero, or_nothing};
+use super::or_nothing;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_most, expect_rows, expect_some};
 use crate::plan::bits;
-use crate::routing::order;
-use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, MAX_TOP};
-use crate::{BoundOp, Context, Error, Result, Slice, Target, Variant};
+use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, check, order};
+use crate::{BoundOp, Context, Result, Slice, Target, Variant};
 use std::sync::Arc;
 
 /// See `shaders/token_choice.wgsl`.
-pub const SPEC: Spec = Spec {
-    name: "token_choice",
-    body: include_str!("../../shaders/token_choice.wgsl"),
-    params: Params::LAYOUT,
-    bindings: &[read("values", 4), read("coreset", 4), read("block_of", 4), write("assigned", 4)],
-    variants: || {
-        let mut all = vec![];
-        for target in [Target::Wide, Target::Serial] {
-            for list in [4, 8, 16] {
-                for groups in [1, 32] {
-                    all.push(prelude(Variant { target, subgroups: false }, list, groups));
-                }
-            }
-        }
-        all
-    },
-};
+pub const SPEC: Spec =
+    Spec {
+        name: "token_choice",
+        body: include_str!("../../shaders/token_choice.wgsl"),
+        params: Params::LAYOUT,
+        bindings: &[
+            read("values", 4),
+            read("coreset", 4),
+            read("block_of", 4),
+            read("rows", 4),
+            write("assigned", 4),
+        ],
+        variants: || {
+            Prelude::distinct(Variant::EVERY.into_iter().flat_map(|variant| {
+                sizes().map(move |[list, groups]| prelude(variant, list, groups))
+            }))
+        },
+    };
 
-params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32 }
+params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32 }
+
+/// How many experts a lane may keep at a time.
+const LISTS: [u32; 3] = [4, 8, 16];
 
 /// Experts that a lane keeps at a time, for choices of `top`.
 pub(crate) fn list_of(top: u32) -> u32 {
-    [4, 8].into_iter().find(|&list| top <= list).unwrap_or(16)
+    LISTS.into_iter().find(|&list| top <= list).unwrap_or(LISTS[2])
+}
+
+/// Groups that a variant has room for.
+pub(crate) fn groups_of(groups: Option<Groups>) -> u32 {
+    if groups.is_some() { MAX_GROUPS } else { 1 }
+}
+
+/// Every pair of [`list_of`] and [`groups_of`].
+pub(crate) fn sizes() -> impl Iterator<Item = [u32; 2]> {
+    LISTS.into_iter().flat_map(|list| [1, MAX_GROUPS].map(|groups| [list, groups]))
 }
 
 fn prelude(variant: Variant, list: u32, groups: u32) -> Prelude {
@@ -79,19 +92,19 @@ pub fn cpu(
 ) -> Vec<u32> {
     let tokens = expect_rows("values", values.len(), "experts", experts);
     expect_most("top", top, experts);
-    if let Some(Groups { count, top }) = groups {
+    if let Some(Groups { count, per_token }) = groups {
         expect_some("groups", count as usize);
         assert!(
             experts.is_multiple_of(count as usize),
             "`groups`: {count} groups do not divide {experts} experts"
         );
-        expect_most("groups", top as usize, count as usize);
+        expect_most("groups", per_token as usize, count as usize);
     }
     let mut assigned = bits::empty(tokens, experts);
     for t in 0..tokens {
         let row = &values[t * experts..][..experts];
         let mut candidates: Vec<usize> = (0..experts).filter(|&e| eligible(t, e)).collect();
-        if let Some(Groups { count, top }) = groups.filter(|g| g.count > 1) {
+        if let Some(Groups { count, per_token }) = groups.filter(|g| g.count > 1) {
             let size = experts / count as usize;
             // A group's value, where it has as many eligible experts as it needs.
             let value = |g: usize| -> Option<f32> {
@@ -104,7 +117,7 @@ pub fn cpu(
             };
             let valued: Vec<(usize, f32)> =
                 (0..count as usize).filter_map(|g| value(g).map(|v| (g, v))).collect();
-            let stay: Vec<usize> = order::top(0..valued.len(), top as usize, |i| valued[i].1)
+            let stay: Vec<usize> = order::top(0..valued.len(), per_token as usize, |i| valued[i].1)
                 .into_iter()
                 .map(|i| valued[i].0)
                 .collect();
@@ -151,7 +164,7 @@ pub struct Args<'a> {
 pub struct TokenChoice {
     ctx: Context,
     experts: u32,
-    top: u32,
+    experts_per_token: u32,
     groups: Option<Groups>,
     kernel: Arc<Kernel>,
 }
@@ -161,68 +174,75 @@ impl TokenChoice {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for zero experts, `top` of 0, above `experts` or [`MAX_TOP`], groups that do not divide the experts
-    /// or are more than [`MAX_GROUPS`]; [`Error::Device`] where wgpu refuses the kernel.
-    pub fn new(ctx: &Context, experts: u32, top: u32, groups: Option<Groups>) -> Result<Self> {
-        Self::check(experts, top, groups)?;
+    /// [`Error::Invalid`](crate::Error::Invalid) for zero or too many experts, `experts_per_token` of 0, above `experts` or
+    /// [`MAX_TOP`](crate::routing::MAX_TOP), groups that do not divide the experts, are more than [`MAX_GROUPS`] or too few for K;
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses the kernel.
+    pub fn new(
+        ctx: &Context,
+        experts: u32,
+        experts_per_token: u32,
+        groups: Option<Groups>,
+    ) -> Result<Self> {
+        check::token_choice(experts, experts_per_token, groups)?;
         let groups = groups.filter(|g| g.count > 1);
-        let of_groups = if groups.is_some() { MAX_GROUPS } else { 1 };
-        let kernel = ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(top), of_groups))?;
-        Ok(Self { ctx: ctx.clone(), experts, top, groups, kernel })
-    }
-
-    pub(crate) fn check(experts: u32, top: u32, groups: Option<Groups>) -> Result<()> {
-        few_experts(experts)?;
-        not_zero(&[("top", top)])?;
-        if top > experts.min(MAX_TOP) {
-            return Err(Error::invalid(
-                "top",
-                format!("{top}, at most {} of {experts} experts", experts.min(MAX_TOP)),
-            ));
-        }
-        if let Some(Groups { count, top }) = groups {
-            not_zero(&[("group count", count), ("group top", top)])?;
-            if !experts.is_multiple_of(count) || count > MAX_GROUPS {
-                let reason = format!(
-                    "{count} groups, must divide {experts} experts and be at most {MAX_GROUPS}"
-                );
-                return Err(Error::invalid("groups", reason));
-            }
-            if top > count {
-                return Err(Error::invalid("groups", format!("{top} of {count} groups")));
-            }
-        }
-        Ok(())
+        let of_groups = groups_of(groups);
+        let kernel =
+            ctx.kernel(&SPEC, prelude(ctx.variant(), list_of(experts_per_token), of_groups))?;
+        Ok(Self { ctx: ctx.clone(), experts, experts_per_token, groups, kernel })
     }
 
     /// Chooses the experts of `tokens` tokens.
     ///
     /// # Errors
     ///
-    /// A slice that does not fit ([`Error`]).
+    /// A slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`TokenChoice::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are padding, and take no expert.
+    ///
+    /// # Errors
+    ///
+    /// As [`TokenChoice::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
-        let Self { experts, top, groups, .. } = *self;
+        let Self { experts, experts_per_token, groups, .. } = *self;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.expect("values", &[tokens.into(), experts.into()], 4)?;
-        args.assigned.expect("assigned", &[experts.into(), tokens.div_ceil(32).into()], 4)?;
+        args.values.f32s("values", &[tokens.into(), experts.into()])?;
+        args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
         if let Some(c) = args.coresets {
-            c.coreset.expect("coreset", &[c.blocks.into(), experts.div_ceil(32).into()], 4)?;
-            c.block_of.expect("block_of", &[tokens.into()], 4)?;
+            c.coreset.u32s("coreset", &[c.blocks.into(), experts.div_ceil(32).into()])?;
+            c.block_of.u32s("block_of", &[tokens.into()])?;
+        }
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
         }
         let params = Params {
             tokens,
             experts,
-            top,
+            top: experts_per_token,
             group_count: groups.map_or(1, |g| g.count),
-            group_top: groups.map_or(1, |g| g.top),
+            group_top: groups.map_or(1, |g| g.per_token),
             blocks: args.coresets.map_or(0, |c| c.blocks),
+            has_rows: rows.is_some().into(),
         };
         let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
         let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
-        let slices = [args.values, coreset, block_of, args.assigned];
+        let rows = or_nothing(&self.ctx, rows);
+        let slices = [args.values, coreset, block_of, rows, args.assigned];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
     }
 }

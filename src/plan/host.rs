@@ -32,8 +32,7 @@ impl HostPlan {
     /// As [`PlanShape::sections`]; [`Error::Size`] if `words` are fewer than the shape's, or hold no plan.
     pub fn from_words(shape: &PlanShape, words: &[u32]) -> Result<Self> {
         let at = shape.sections()?;
-        let short =
-            Error::Size { name: "words", expected: shape.bytes()?, got: words.len() as u64 * 4 };
+        let short = Error::size("words", shape.bytes()?, words.len() as u64 * 4);
         let take = |first: u32, n: u32| -> Result<Vec<u32>> {
             let first = first as usize;
             words.get(first..first + n as usize).map(<[u32]>::to_vec).ok_or_else(|| short.clone())

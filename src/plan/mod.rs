@@ -36,8 +36,8 @@ mod stats;
 pub use host::HostPlan;
 pub use stats::Stats;
 
-use crate::error::bytes_of;
-use crate::routing::MAX_EXPERTS;
+use crate::error::{bytes_of, not_zero};
+use crate::routing::check;
 use crate::{Error, Result};
 
 /// Sizes of a plan: everything the host must know of it.
@@ -45,7 +45,7 @@ use crate::{Error, Result};
 pub struct PlanShape {
     /// T: tokens.
     pub tokens: u32,
-    /// E: routed experts, at most [`MAX_EXPERTS`].
+    /// E: routed experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Shared experts: each takes every token with gate 1.
     pub shared_experts: u32,
@@ -123,19 +123,12 @@ impl PlanShape {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than [`MAX_EXPERTS`], or a plan of 2^32
+    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS), or a plan of 2^32
     /// words or more.
     pub fn sections(&self) -> Result<Sections> {
-        for (name, n) in
-            [("tokens", self.tokens), ("experts", self.experts), ("tile_rows", self.tile_rows)]
-        {
-            if n == 0 {
-                return Err(Error::invalid(name, "must not be 0"));
-            }
-        }
-        if self.experts > MAX_EXPERTS || self.shared_experts > MAX_EXPERTS {
-            return Err(Error::invalid("experts", format!("at most {MAX_EXPERTS}")));
-        }
+        not_zero(&[("tokens", self.tokens), ("tile_rows", self.tile_rows)])?;
+        check::few_experts(self.experts)?;
+        check::few_shared(self.shared_experts)?;
         let (e, x, t) =
             (u64::from(self.experts), u64::from(self.all_experts()), u64::from(self.tokens));
         let s = u64::from(self.slots()?);

@@ -58,7 +58,7 @@ impl Stats {
                     tokens_per_expert: rest.to_vec(),
                 })
             }
-            _ => Err(Error::Size { name: "words", expected: 32, got: 4 * words.len() as u64 }),
+            _ => Err(Error::size("words", 32, 4 * words.len() as u64)),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Elementary functions in plain IEEE operations, which every platform rounds alike. Those of `std` are the platform's own,
-//! and may differ in the last bit; thresholds and tables made here must not.
+//! and may differ in the last bit; thresholds and tables made here must not. (The crate `libm` would do, but these three
+//! functions are not worth a dependency of everybody who uses the library.)
 use std::f64::consts::{LN_2, LOG2_E, PI, SQRT_2};
 
 /// The upper part of ln 2, with 21 zero bits at its end, and the rest: `n * LN_2_HIGH` is exact for `|n| < 2^21`.

@@ -1,7 +1,19 @@
 //! Routing rules as plain data.
-use super::MAX_EXPERTS;
-use crate::error::not_zero;
-use crate::{Error, Result};
+//!
+//! ```
+//! use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, TokenChoice};
+//!
+//! // LLaDA2.0: 8 of 256 experts, from 4 of 8 groups.
+//! let rule = TokenChoice::new(8).with_score(Score::Sigmoid).with_groups(8, 4).with_scale(2.5);
+//! assert!(Routing::from(rule).check(256).is_ok());
+//! // The same, inside the coresets that blocks of tokens elect (dMoE).
+//! let block = rule.with_coreset(BlockRule::mass(0.6).with_floor(16));
+//! // Experts choose tokens: 8 to 32 experts a token, by a schedule.
+//! let experts = Routing::from(ExpertChoice::new(8).with_max(32));
+//! assert_eq!(experts.check(16).unwrap_err().to_string(), "`max_experts_per_token`: 32 of only 16 experts");
+//! # assert!(Routing::from(block).check(256).is_ok());
+//! ```
+use super::schedule;
 
 /// Most experts a token can choose.
 pub const MAX_TOP: u32 = 64;
@@ -10,6 +22,7 @@ pub const MAX_GROUPS: u32 = 32;
 
 /// How logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Score {
     /// Softmax over all experts.
     Softmax,
@@ -19,6 +32,7 @@ pub enum Score {
 
 /// Activation between the two expert matmuls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Activation {
     /// `silu(gate) * up` (SwiGLU).
     Silu,
@@ -35,47 +49,56 @@ pub enum Normalise {
     BeforeSelection,
 }
 
-/// What expert choice chooses among.
+/// How the gates of a token's experts come from its logits or scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Scope {
-    /// The tokens of each sequence apart.
-    Sequence,
-    /// All tokens of the batch.
-    Batch,
+#[non_exhaustive]
+pub enum GateRule {
+    /// Softmax of the logits over the experts chosen.
+    Softmax,
+    /// Scores, divided by their sum over the experts chosen `+ 1e-20`.
+    Normalised,
+    /// Scores as they are.
+    Unnormalised,
 }
 
-/// Each expert takes the tokens it scores highest (EC-DLM, arXiv 2604.01622).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ExpertChoice {
-    /// Scores of logits.
-    pub score: Score,
-    /// When gates are normalised.
-    pub normalise: Normalise,
-    /// What is chosen among.
-    pub scope: Scope,
-    /// k: experts that a token has on average, where the batch brings no capacities of its own.
-    pub experts_per_token: u32,
-    /// Largest k that a batch's own capacities stand for: scratch is sized by it. At least `experts_per_token`.
-    pub max_experts_per_token: u32,
+impl GateRule {
+    /// What `rule` is in the WGSL.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Softmax => 1,
+            Self::Normalised => 2,
+            Self::Unnormalised => 3,
+        }
+    }
 }
 
-impl ExpertChoice {
-    /// Tokens that each expert takes from a range of `tokens`: `clamp(floor(N k / E), 1, N)`.
-    pub fn capacity(experts_per_token: u32, tokens: u32, experts: u32) -> u32 {
-        let share = u64::from(tokens) * u64::from(experts_per_token) / u64::from(experts.max(1));
-        (share.min(tokens.into()) as u32).max(1.min(tokens))
+/// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Groups {
+    /// Equal groups of neighbouring experts, at most [`MAX_GROUPS`]; divides the experts. One group means no groups.
+    pub count: u32,
+    /// Groups a token may use: enough for its K experts.
+    pub per_token: u32,
+}
+
+impl Groups {
+    /// `per_token` of `count` groups.
+    pub const fn new(count: u32, per_token: u32) -> Self {
+        Self { count, per_token }
     }
 }
 
 /// Each token takes its highest experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct TokenChoice {
     /// Scores of logits.
     pub score: Score,
     /// Gates of the experts chosen. [`GateRule::Softmax`] chooses by logits, the others by scores.
     pub gate: GateRule,
     /// K: experts a token takes.
-    pub top: u32,
+    pub experts_per_token: u32,
     /// Groups of experts of which a token may use only some.
     pub groups: Option<Groups>,
     /// `routed_scaling_factor`.
@@ -86,29 +109,207 @@ pub struct TokenChoice {
     pub coreset: Option<BlockRule>,
 }
 
+impl TokenChoice {
+    /// The `experts_per_token` highest by softmax scores, gates normalised; no groups, no factor, nothing dropped, no
+    /// coreset.
+    pub const fn new(experts_per_token: u32) -> Self {
+        Self {
+            score: Score::Softmax,
+            gate: GateRule::Normalised,
+            experts_per_token,
+            groups: None,
+            scale: 1.0,
+            capacity_factor: None,
+            coreset: None,
+        }
+    }
+
+    /// Other scores.
+    #[must_use]
+    pub const fn with_score(mut self, score: Score) -> Self {
+        self.score = score;
+        self
+    }
+
+    /// Other gates.
+    #[must_use]
+    pub const fn with_gate(mut self, gate: GateRule) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// Another K.
+    #[must_use]
+    pub const fn with_experts_per_token(mut self, experts_per_token: u32) -> Self {
+        self.experts_per_token = experts_per_token;
+        self
+    }
+
+    /// A token may use the experts of `per_token` of `count` groups. No groups: [`TokenChoice::without_groups`].
+    #[must_use]
+    pub const fn with_groups(mut self, count: u32, per_token: u32) -> Self {
+        self.groups = Some(Groups::new(count, per_token));
+        self
+    }
+
+    /// A token may use all experts.
+    #[must_use]
+    pub const fn without_groups(mut self) -> Self {
+        self.groups = None;
+        self
+    }
+
+    /// A constant factor of the gates.
+    #[must_use]
+    pub const fn with_scale(mut self, scale: f32) -> Self {
+        self.scale = scale;
+        self
+    }
+
+    /// Experts drop what is more than `factor` times their share.
+    #[must_use]
+    pub const fn with_capacity_factor(mut self, factor: f32) -> Self {
+        self.capacity_factor = Some(factor);
+        self
+    }
+
+    /// Blocks elect the experts that their tokens choose among. Groups stay: [`TokenChoice::without_groups`].
+    #[must_use]
+    pub const fn with_coreset(mut self, rule: BlockRule) -> Self {
+        self.coreset = Some(rule);
+        self
+    }
+
+    /// Tokens choose among all experts, whatever their block.
+    #[must_use]
+    pub const fn without_coreset(mut self) -> Self {
+        self.coreset = None;
+        self
+    }
+
+    /// Most tokens that an expert keeps of a batch of `tokens`; none where nothing is dropped.
+    pub fn capacity(&self, tokens: u32, experts: u32) -> Option<u32> {
+        self.capacity_factor.map(|factor| {
+            let share = f64::from(tokens) * f64::from(self.experts_per_token) / f64::from(experts)
+                * f64::from(factor);
+            // Saturates: at most all tokens. The factor's own rounding must not cost a token more.
+            (share - share * 1e-7).ceil().max(1.0) as u32
+        })
+    }
+}
+
+/// Each expert takes the tokens it scores highest (EC-DLM, arXiv 2604.01622), of each sequence apart. Where a batch names no
+/// sequences, all its tokens are one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ExpertChoice {
+    /// Scores of logits.
+    pub score: Score,
+    /// When gates are normalised.
+    pub normalise: Normalise,
+    /// k: experts that a token has on average, where the batch brings no capacities of its own.
+    pub experts_per_token: u32,
+    /// Largest k that a batch's own capacities stand for: scratch is sized by it. At least `experts_per_token`.
+    pub max_experts_per_token: u32,
+}
+
+impl ExpertChoice {
+    /// `experts_per_token` experts a token on average, chosen by logits; gates are a softmax over the experts that took a
+    /// token. A batch's own capacities stand for no more.
+    pub const fn new(experts_per_token: u32) -> Self {
+        Self {
+            score: Score::Softmax,
+            normalise: Normalise::AfterSelection,
+            experts_per_token,
+            max_experts_per_token: experts_per_token,
+        }
+    }
+
+    /// Another k.
+    #[must_use]
+    pub const fn with_experts_per_token(mut self, experts_per_token: u32) -> Self {
+        self.experts_per_token = experts_per_token;
+        self
+    }
+
+    /// Room for capacities of a batch's own that stand for up to `max_experts_per_token` experts a token.
+    #[must_use]
+    pub const fn with_max(mut self, max_experts_per_token: u32) -> Self {
+        self.max_experts_per_token = max_experts_per_token;
+        self
+    }
+
+    /// Other scores.
+    #[must_use]
+    pub const fn with_score(mut self, score: Score) -> Self {
+        self.score = score;
+        self
+    }
+
+    /// Gates normalised at another time.
+    #[must_use]
+    pub const fn with_normalise(mut self, normalise: Normalise) -> Self {
+        self.normalise = normalise;
+        self
+    }
+
+    /// Tokens that each expert takes of a sequence of `tokens`: [`schedule::capacity`] of the rule's `experts_per_token`.
+    ///
+    /// # Panics
+    ///
+    /// For zero experts.
+    pub fn capacity(&self, tokens: u32, experts: u32) -> u32 {
+        schedule::capacity(tokens, self.experts_per_token, experts)
+    }
+}
+
 /// The `T K` highest (token, expert) pairs of each sequence (SeqTopK, arXiv 2511.06494): a token may get more than K experts,
 /// or none.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SequenceTop {
     /// Scores of logits.
     pub score: Score,
     /// Gates of the experts chosen. [`GateRule::Softmax`] chooses by logits, the others by scores.
     pub gate: GateRule,
     /// K: experts that a token has on average.
-    pub top: u32,
+    pub experts_per_token: u32,
     /// Constant factor of the gates.
     pub scale: f32,
 }
 
-impl TokenChoice {
-    /// Most tokens of an expert, for a batch of `tokens`.
-    pub fn capacity(&self, tokens: u32, experts: u32) -> Option<u32> {
-        self.capacity_factor.map(|factor| {
-            let share =
-                f64::from(tokens) * f64::from(self.top) / f64::from(experts) * f64::from(factor);
-            // Saturates: at most all tokens. The factor's own rounding must not cost a token more.
-            (share - share * 1e-7).ceil().max(1.0) as u32
-        })
+impl SequenceTop {
+    /// `experts_per_token` experts a token on average, by softmax scores, gates normalised.
+    pub const fn new(experts_per_token: u32) -> Self {
+        Self { score: Score::Softmax, gate: GateRule::Normalised, experts_per_token, scale: 1.0 }
+    }
+
+    /// Another K.
+    #[must_use]
+    pub const fn with_experts_per_token(mut self, experts_per_token: u32) -> Self {
+        self.experts_per_token = experts_per_token;
+        self
+    }
+
+    /// Other scores.
+    #[must_use]
+    pub const fn with_score(mut self, score: Score) -> Self {
+        self.score = score;
+        self
+    }
+
+    /// Other gates.
+    #[must_use]
+    pub const fn with_gate(mut self, gate: GateRule) -> Self {
+        self.gate = gate;
+        self
+    }
+
+    /// A constant factor of the gates.
+    #[must_use]
+    pub const fn with_scale(mut self, scale: f32) -> Self {
+        self.scale = scale;
+        self
     }
 }
 
@@ -124,71 +325,25 @@ pub enum Routing {
     SequenceTop(SequenceTop),
 }
 
-impl Routing {
-    /// Checks the rule for this many experts.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] for zero or too many experts, a K of 0 or (tokens choosing) above the experts or [`MAX_TOP`], groups that do not divide the experts, a factor that is not positive and finite.
-    pub fn check(&self, experts: u32) -> Result<()> {
-        not_zero(&[("experts", experts)])?;
-        if experts > MAX_EXPERTS {
-            return Err(Error::invalid("experts", format!("{experts}, at most {MAX_EXPERTS}")));
-        }
-        match self {
-            Self::ExpertChoice(rule) => {
-                not_zero(&[("experts_per_token", rule.experts_per_token)])?;
-                if rule.max_experts_per_token < rule.experts_per_token {
-                    return Err(Error::invalid(
-                        "max_experts_per_token",
-                        "less than experts_per_token",
-                    ));
-                }
-            }
-            Self::TokenChoice(rule) => {
-                not_zero(&[("top", rule.top)])?;
-                let most = experts.min(MAX_TOP);
-                if rule.top > most {
-                    return Err(Error::invalid(
-                        "top",
-                        format!("{}, at most {most} of {experts} experts", rule.top),
-                    ));
-                }
-                if let Some(Groups { count, top }) = rule.groups {
-                    not_zero(&[("group count", count), ("group top", top)])?;
-                    if !experts.is_multiple_of(count) || count > MAX_GROUPS || top > count {
-                        let reason = format!(
-                            "{top} of {count} groups: they must divide {experts} experts and be at most {MAX_GROUPS}"
-                        );
-                        return Err(Error::invalid("groups", reason));
-                    }
-                }
-                if !rule.scale.is_finite() {
-                    return Err(Error::invalid("scale", "must be finite"));
-                }
-                if rule.capacity_factor.is_some_and(|f| !f.is_finite() || f <= 0.0) {
-                    return Err(Error::invalid("capacity_factor", "must be positive and finite"));
-                }
-                if let Some(coreset) = rule.coreset {
-                    coreset.check(experts)?;
-                }
-            }
-            Self::SequenceTop(rule) => {
-                not_zero(&[("top", rule.top)])?;
-                if rule.top > experts {
-                    return Err(Error::invalid(
-                        "top",
-                        format!("{} of {experts} experts", rule.top),
-                    ));
-                }
-                if !rule.scale.is_finite() {
-                    return Err(Error::invalid("scale", "must be finite"));
-                }
-            }
-        }
-        Ok(())
+impl From<ExpertChoice> for Routing {
+    fn from(rule: ExpertChoice) -> Self {
+        Self::ExpertChoice(rule)
     }
+}
 
+impl From<TokenChoice> for Routing {
+    fn from(rule: TokenChoice) -> Self {
+        Self::TokenChoice(rule)
+    }
+}
+
+impl From<SequenceTop> for Routing {
+    fn from(rule: SequenceTop) -> Self {
+        Self::SequenceTop(rule)
+    }
+}
+
+impl Routing {
     /// How logits become scores.
     pub fn score(&self) -> Score {
         match self {
@@ -212,7 +367,7 @@ impl Routing {
             Self::ExpertChoice(rule) => match (rule.normalise, rule.score) {
                 (Normalise::AfterSelection, Score::Softmax) => GateRule::Softmax,
                 (Normalise::AfterSelection, Score::Sigmoid) => GateRule::Normalised,
-                (Normalise::BeforeSelection, _) => GateRule::Plain,
+                (Normalise::BeforeSelection, _) => GateRule::Unnormalised,
             },
             Self::TokenChoice(rule) => rule.gate,
             Self::SequenceTop(rule) => rule.gate,
@@ -228,15 +383,16 @@ impl Routing {
     }
 }
 
-/// How a block of tokens that are decoded together elects its coreset: the experts that its tokens then choose among
-///. A token's own top K is over all experts, groups apart; a vote for an expert is the token's selection value.
+/// How a block of tokens that are decoded together elects its coreset: the experts that its tokens then choose among. A
+/// token's own top K is over all experts, groups apart; a vote for an expert is the token's selection value.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum BlockRule {
     /// The fewest experts that together hold more than the share `p` of all votes, and at least `floor` (dMoE, arXiv
-    /// 2605.30876, section 4; its code uses 0.6 and 16). From `p` of 1 on: every expert with a vote. Without votes, or where
-    /// they sum to 0 or less: `floor`.
+    /// 2605.30876, section 4). A `p` of 1 means every expert with a vote. Without votes, or where they sum to 0 or less:
+    /// `floor`.
     Mass {
-        /// Share of the votes, 0 or more; exact to 2^-24.
+        /// Share of the votes, 0 to 1; exact to 2^-24.
         p: f32,
         /// Fewest experts, at most all; at least one is elected in any case.
         floor: u32,
@@ -252,45 +408,52 @@ pub enum BlockRule {
 }
 
 impl BlockRule {
-    /// Checks the rule's numbers against the experts.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] for a share that is negative or NaN, a count of 0, or a count or floor above `experts`.
-    pub fn check(self, experts: u32) -> Result<()> {
-        let (name, count) = match self {
-            Self::Mass { p, .. } if p.is_nan() || p < 0.0 => {
-                return Err(Error::invalid("p", format!("{p}, must be 0 or more")));
-            }
-            Self::Mass { floor, .. } => ("floor", floor.max(1)),
-            Self::Capacity(count) => ("capacity", count),
-            Self::Vote(count) => ("vote", count),
-            Self::Union(count) => ("union", count),
-        };
-        match count {
-            0 => Err(Error::invalid(name, "must not be 0")),
-            n if n > experts => {
-                Err(Error::invalid(name, format!("{n}, at most the {experts} experts")))
-            }
-            _ => Ok(()),
+    /// [`BlockRule::Mass`] with the floor of dMoE's released code, 16.
+    pub const fn mass(p: f32) -> Self {
+        Self::Mass { p, floor: 16 }
+    }
+
+    /// Another floor of [`BlockRule::Mass`]. The other rules elect a number of their own, and stay as they are.
+    #[must_use]
+    pub const fn with_floor(self, floor: u32) -> Self {
+        match self {
+            Self::Mass { p, .. } => Self::Mass { p, floor },
+            other => other,
         }
     }
 
-    /// How many experts each token must choose over all experts for the block to elect its coreset, `top` being K of the
-    /// model; `None` where the rule looks at all selection values.
-    pub fn own_top(self, top: u32) -> Option<u32> {
+    /// [`BlockRule::Capacity`].
+    pub const fn capacity(experts: u32) -> Self {
+        Self::Capacity(experts)
+    }
+
+    /// [`BlockRule::Vote`].
+    pub const fn vote(experts: u32) -> Self {
+        Self::Vote(experts)
+    }
+
+    /// [`BlockRule::Union`].
+    pub const fn union(experts_per_token: u32) -> Self {
+        Self::Union(experts_per_token)
+    }
+
+    /// How many experts each token must choose over all experts for the block to elect its coreset, `experts_per_token` being
+    /// K of the model; `None` where the rule looks at all selection values.
+    pub fn own_top(self, experts_per_token: u32) -> Option<u32> {
         match self {
-            Self::Mass { .. } | Self::Vote(_) => Some(top),
+            Self::Mass { .. } | Self::Vote(_) => Some(experts_per_token),
             Self::Capacity(_) => None,
             Self::Union(count) => Some(count),
         }
     }
 
-    /// The most experts that a block of `tokens` tokens can elect, `top` being K of the model; with voters any block can elect
-    /// all.
-    pub fn most(self, tokens: u32, top: u32, experts: u32) -> u32 {
+    /// The most experts that a block of `tokens` tokens can elect, `experts_per_token` being K of the model; with voters any
+    /// block can elect all.
+    pub fn most(self, tokens: u32, experts_per_token: u32, experts: u32) -> u32 {
         match self {
-            Self::Mass { floor, .. } => tokens.saturating_mul(top).max(floor).min(experts),
+            Self::Mass { floor, .. } => {
+                tokens.saturating_mul(experts_per_token).max(floor).min(experts)
+            }
             Self::Capacity(count) | Self::Vote(count) => count.min(experts),
             Self::Union(count) => tokens.saturating_mul(count).min(experts),
         }
@@ -303,37 +466,6 @@ impl BlockRule {
             Self::Capacity(count) | Self::Vote(count) | Self::Union(count) => (count, 0),
         }
     }
-}
-
-/// How the gates of a token's experts come from its logits or scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GateRule {
-    /// Softmax of the logits over the experts chosen.
-    Softmax,
-    /// Scores, divided by their sum over the experts chosen `+ 1e-20`.
-    Normalised,
-    /// Scores as they are.
-    Plain,
-}
-
-impl GateRule {
-    /// What `rule` is in the WGSL.
-    pub(crate) fn number(self) -> u32 {
-        match self {
-            Self::Softmax => 1,
-            Self::Normalised => 2,
-            Self::Plain => 3,
-        }
-    }
-}
-
-/// Groups of experts of which a token may use only some (DeepSeek-V3, LLaDA2.0).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Groups {
-    /// Equal groups of neighbouring experts, at most [`MAX_GROUPS`]; divides the experts.
-    pub count: u32,
-    /// Groups a token may use.
-    pub top: u32,
 }
 
 /// `p` in units of 2^-24, 2^24 and above meaning all.

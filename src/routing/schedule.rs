@@ -19,6 +19,7 @@
 //! # Ok::<(), wgmoe::Error>(())
 //! ```
 use super::exact::{cos_pi, exp};
+use crate::error::not_zero;
 use crate::routing::MAX_EXPERTS;
 use crate::{Error, Result};
 
@@ -94,6 +95,7 @@ impl std::str::FromStr for ScheduleKind {
 
 /// Average experts per token as a function of the mask ratio.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Schedule {
     /// Shape.
     pub kind: ScheduleKind,
@@ -114,6 +116,13 @@ impl Schedule {
     /// The same `k` throughout.
     pub const fn fixed(k: u32) -> Self {
         Self::new(ScheduleKind::Static, k, k)
+    }
+
+    /// Another width of a Gaussian shape.
+    #[must_use]
+    pub const fn with_sigma(mut self, sigma: f64) -> Self {
+        self.sigma = sigma;
+        self
     }
 
     /// Checks the values.
@@ -213,9 +222,7 @@ impl Schedule {
     /// As [`Schedule::validate`]; [`Error::Invalid`] for zero experts, no samples, or weights that are negative, not finite,
     /// or all 0.
     pub fn expected(&self, over: Ratios<'_>, shape: &CostShape) -> Result<Cost> {
-        if shape.experts == 0 {
-            return Err(Error::invalid("experts", "must not be 0"));
-        }
+        not_zero(&[("experts", shape.experts)])?;
         let mut cost = Cost::default();
         for (weight, k) in self.weights(over)? {
             let slots =
@@ -384,32 +391,34 @@ pub fn capacity(length: u32, k: u32, experts: u32) -> u32 {
 ///
 /// [`Error::Invalid`] for zero experts, or a bound that does not fit `u32`.
 pub fn slot_bound(lengths: impl IntoIterator<Item = u32>, experts: u32, k_max: u32) -> Result<u32> {
-    if experts == 0 {
-        return Err(Error::invalid("experts", "must not be 0"));
-    }
+    not_zero(&[("experts", experts)])?;
     lengths
         .into_iter()
         .map(|n| u64::from(experts) * u64::from(capacity(n, k_max, experts)))
         .try_fold(0u64, u64::checked_add)
         .and_then(|slots| u32::try_from(slots).ok())
-        .ok_or_else(|| Error::invalid("k_max", "too many slots: they do not fit u32"))
+        .ok_or_else(too_many_slots)
 }
 
-/// [`slot_bound`] where only the device knows the lengths: of any `sequences` sequences of `tokens` tokens together. With
-/// `k = min(k_max, experts)`, a sequence of N tokens makes at most `N k` slots, or, where it is too short for that, `experts <=
-/// N k + experts - k`; so `tokens k + sequences (experts - k)` bounds them all.
+/// [`slot_bound`] where only the device knows the lengths: the most that any `sequences` sequences of `tokens` tokens together
+/// can make. One token is enough for a sequence to count with a capacity of 1, and one more token of a sequence adds at most 1
+/// to its capacity, so it is most where all sequences but one have a single token.
 ///
 /// # Errors
 ///
 /// As [`slot_bound`].
 pub fn slot_bound_of_any(tokens: u32, sequences: u32, experts: u32, k_max: u32) -> Result<u32> {
-    if experts == 0 {
-        return Err(Error::invalid("experts", "must not be 0"));
-    }
-    let k = u64::from(k_max.min(experts));
-    let short = u64::from(sequences.min(tokens)) * (u64::from(experts) - k);
-    let bound = (u64::from(tokens) * k).checked_add(short);
-    bound
-        .and_then(|slots| u32::try_from(slots).ok())
-        .ok_or_else(|| Error::invalid("k_max", "too many slots: they do not fit u32"))
+    not_zero(&[("experts", experts)])?;
+    u32::try_from(most_slots(tokens, sequences, experts, k_max)).map_err(|_| too_many_slots())
+}
+
+/// [`slot_bound_of_any`], whatever its size, for at least one expert.
+pub(crate) fn most_slots(tokens: u32, sequences: u32, experts: u32, k_max: u32) -> u64 {
+    let short = sequences.min(tokens).saturating_sub(1);
+    let long = if sequences == 0 { 0 } else { capacity(tokens - short, k_max, experts) };
+    u64::from(experts) * (u64::from(short) + u64::from(long))
+}
+
+fn too_many_slots() -> Error {
+    Error::invalid("k_max", "too many slots: they do not fit u32")
 }

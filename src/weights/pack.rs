@@ -43,7 +43,7 @@ impl<'a> MatrixView<'a> {
         };
         if need > bytes.len() as u64 {
             let got = bytes.len() as u64;
-            return Err(Error::Size { name: "bytes", expected: need, got });
+            return Err(Error::size("bytes", need, got));
         }
         // A stride that is never taken may be any number.
         let stride = |axis: usize| if shape[axis] > 1 { strides[axis] as usize } else { 1 };

@@ -7,7 +7,6 @@
 use super::pack::{self, UNIT};
 use super::{HostWeights, MatrixView, PANEL, WeightType};
 use crate::device::guard::{alive, scoped};
-use crate::error::bytes_of;
 use crate::{Context, Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -57,7 +56,8 @@ impl ExpertShape {
 
     /// Bytes of one expert's three matrices, unpadded: what a checkpoint holds.
     pub fn expert_bytes(&self) -> u64 {
-        3 * u64::from(self.hidden) * u64::from(self.intermediate) * self.weight_type.bytes()
+        let values = u64::from(self.hidden) * u64::from(self.intermediate);
+        values.saturating_mul(3 * self.weight_type.bytes())
     }
 
     pub(crate) fn check(&self) -> Result<()> {
@@ -67,25 +67,33 @@ impl ExpertShape {
             ("hidden", hidden),
             ("intermediate", intermediate),
         ])?;
-        bytes_of("hidden", &[hidden.into(), intermediate.into(), experts.into()], 4).map(|_| ())
+        // Padded and packed they are more.
+        if self.device_bytes().checked_mul(experts.into()).is_none() {
+            let shape = [hidden, intermediate, experts];
+            return Err(Error::invalid("hidden", format!("{shape:?} overflows")));
+        }
+        Ok(())
     }
 
-    /// Bytes of one expert's three matrices on the device, padded and packed.
+    /// Bytes of one expert's three matrices on the device, padded and packed. `u64::MAX` where they do not fit 64 bits.
     pub fn device_bytes(&self) -> u64 {
         Projection::ALL
             .map(|p| self.matrix(p))
             .iter()
             .map(|&[columns, depth]| self.packed_bytes(columns, depth))
-            .sum()
+            .fold(0, u64::saturating_add)
     }
 
-    /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values.
+    /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values, or `u64::MAX`.
     fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
-        u64::from(columns).next_multiple_of(PANEL.into())
-            * u64::from(depth.div_ceil(self.weight_type.lanes()))
-            * 16
+        u64::from(columns)
+            .next_multiple_of(PANEL.into())
+            .saturating_mul(16 * u64::from(depth.div_ceil(self.weight_type.lanes())))
     }
 }
+
+/// Most pages of a projection. Each is a buffer and a dispatch; a layer of 64 GiB in pages of 4 MiB has as many.
+const MAX_PAGES: u64 = 1 << 14;
 
 /// A page: some columns of some experts, in a buffer of their own.
 #[derive(Clone, Debug)]
@@ -110,8 +118,8 @@ impl ExpertWeights {
     ///
     /// # Errors
     ///
-    /// Zero sizes; a `page_limit` that cannot hold one panel of columns; [`Error::Device`] where memory runs out or the
-    /// device is lost.
+    /// Zero sizes, or sizes whose bytes overflow; a device whose bindings cannot hold one panel of
+    /// columns; [`Error::Device`] where memory runs out or the device is lost.
     pub fn new(ctx: &Context, shape: ExpertShape) -> Result<Self> {
         Self::with_page_limit(ctx, shape, u64::MAX)
     }
@@ -120,11 +128,12 @@ impl ExpertWeights {
     ///
     /// # Errors
     ///
-    /// As [`ExpertWeights::new`], and a `page_limit` that cannot hold one panel of columns.
+    /// As [`ExpertWeights::new`], and a `page_limit` that cannot hold one panel of columns, or that
+    /// makes more than 16,384 pages of a projection.
     pub fn with_page_limit(ctx: &Context, shape: ExpertShape, page_limit: u64) -> Result<Self> {
         shape.check()?;
         alive(ctx.device())?;
-        let limit = page_limit.min(ctx.max_binding());
+        let limit = PageLimit::new(page_limit, ctx.max_binding());
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;
             ranges(&shape, projection, limit)?
@@ -260,28 +269,68 @@ impl Part<'_> {
     }
 }
 
+/// The most bytes of a page.
+#[derive(Clone, Copy, Debug)]
+struct PageLimit {
+    bytes: u64,
+    /// Whether it is the caller's own rather than the device's.
+    own: bool,
+}
+
+impl PageLimit {
+    fn new(page_limit: u64, binding: u64) -> Self {
+        Self { bytes: page_limit.min(binding), own: page_limit < binding }
+    }
+
+    /// Errors for more pages than are sensible, before any is made.
+    fn few(self, pages: u64, projection: Projection) -> Result<()> {
+        if pages <= MAX_PAGES {
+            return Ok(());
+        }
+        let Self { bytes, own } = self;
+        let name = if own { "page_limit" } else { "weights" };
+        let reason = format!(
+            "{bytes} bytes a page make {pages} pages of {projection:?}, at most {MAX_PAGES}"
+        );
+        Err(Error::invalid(name, reason))
+    }
+
+    /// The error where not even one panel of columns fits.
+    fn too_small(self, need: u64) -> Error {
+        let Self { bytes, own } = self;
+        if own {
+            let reason = format!("{bytes} bytes, {PANEL} columns of an expert need {need}");
+            return Error::invalid("page_limit", reason);
+        }
+        let limit = "max_storage_buffer_binding_size";
+        Error::Limit { name: "weights", limit, need, have: bytes }
+    }
+}
+
 /// The experts and columns of each page of a projection.
 fn ranges(
     shape: &ExpertShape,
     projection: Projection,
-    limit: u64,
+    limit: PageLimit,
 ) -> Result<Vec<(Range<u32>, Range<u32>)>> {
     let [columns, depth] = shape.matrix(projection);
     let expert = shape.packed_bytes(columns, depth);
-    let fit = u32::try_from(limit / expert).unwrap_or(u32::MAX);
+    let fit = u32::try_from(limit.bytes / expert).unwrap_or(u32::MAX);
     let starts = |n: u32, step: u32| {
         (0..n).step_by(step as usize).map(move |i| i..(i.saturating_add(step)).min(n))
     };
     if fit > 0 {
+        limit.few(shape.experts.div_ceil(fit).into(), projection)?;
         return Ok(starts(shape.experts, fit).map(|e| (e, 0..columns)).collect());
     }
     // One expert is too large: pages of its columns, in whole panels.
-    let panels = limit / shape.packed_bytes(PANEL, depth);
+    let panel = shape.packed_bytes(PANEL, depth);
+    let panels = limit.bytes / panel;
     let step = u32::try_from(panels * u64::from(PANEL)).unwrap_or(u32::MAX / PANEL * PANEL);
     if step == 0 {
-        let need = shape.packed_bytes(PANEL, depth);
-        return Err(Error::Limit { name: "weights", limit: "page size", need, have: limit });
+        return Err(limit.too_small(panel));
     }
+    limit.few(u64::from(shape.experts) * u64::from(columns.div_ceil(step)), projection)?;
     Ok((0..shape.experts).flat_map(|e| starts(columns, step).map(move |c| (e..e + 1, c))).collect())
 }
 
@@ -293,10 +342,11 @@ mod tests {
     fn pages_stay_within_the_limit() {
         let shape =
             ExpertShape { experts: 5, hidden: 64, intermediate: 96, weight_type: WeightType::Bf16 };
-        let whole = ranges(&shape, Projection::Gate, 2 * 96 * 64 * 2).unwrap();
+        let ranges = |limit| ranges(&shape, Projection::Gate, PageLimit::new(limit, 1 << 30));
+        let whole = ranges(2 * 96 * 64 * 2).unwrap();
         assert_eq!(whole, [(0..2, 0..96), (2..4, 0..96), (4..5, 0..96)]);
-        let split = ranges(&shape, Projection::Gate, 70 * 64 * 2).unwrap();
+        let split = ranges(70 * 64 * 2).unwrap();
         assert_eq!(split[..3], [(0..1, 0..64), (0..1, 64..96), (1..2, 0..64)]);
-        assert!(ranges(&shape, Projection::Gate, 31 * 64 * 2).is_err());
+        assert!(ranges(31 * 64 * 2).is_err());
     }
 }

@@ -4,7 +4,7 @@ pub mod cases;
 pub mod checkpoint_writer;
 pub mod compare;
 pub mod device;
-pub mod golden_layer;
+pub mod golden;
 pub mod layer;
 pub mod program;
 pub mod rules;

@@ -1,8 +1,9 @@
 //! One block at once: the fused choice against the twins of the kernels that it stands for, the fused plan against those
 //! kernels' bits, and the dispatches of a layer that decodes a block.
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use testkit::layer::router;
 use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
-use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Router, Tensor};
+use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
@@ -261,9 +262,10 @@ fn between(
 ) -> Vec<&'static str> {
     let settings = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
     let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32)).unwrap();
-    let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
-    let router = Router::new(tensor(4 * experts)).with_bias(tensor(experts));
+    let e = experts as usize;
+    let router = router(ctx, &vec![0.0; 4 * e], Some(&vec![0.0; e])).unwrap();
     let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
     let [hidden, out, offsets] = [tensor(4 * tokens), tensor(4 * tokens), tensor(65)];
     let blocks = blocks.map(|count| {
         Blocks::new(count, wgmoe::Slice { size: 4 * (u64::from(count) + 1), ..offsets.slice() })

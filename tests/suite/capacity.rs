@@ -1,5 +1,6 @@
 //! Capacities on the device, and expert choice with them.
-use crate::schedule::{floats, odd_ratios, recorded, recorded_schedules, schedules};
+use crate::schedule::{odd_ratios, schedules};
+use testkit::golden::{self, File};
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use wgmoe::ops::capacity::{Args, Capacity, Dims, HostSource, Source, cpu};
 use wgmoe::ops::{expert_choice, plan_count, scores};
@@ -58,7 +59,8 @@ fn offsets_of(lengths: &[u32]) -> Vec<u32> {
 #[test]
 fn recorded_schedules_are_exact() {
     let Some(gpu) = gpu() else { return };
-    let (ratios, rows) = recorded_schedules();
+    let file = File::open("capacity_schedules").unwrap();
+    let (ratios, rows) = golden::schedules(&file).unwrap();
     let offsets: Vec<u32> = (0..=ratios.len() as u32).map(|b| b * 100).collect();
     for ctx in contexts(&gpu) {
         for (schedule, row) in &rows {
@@ -405,16 +407,17 @@ fn ragged_expert_choice_follows_the_ratios() {
 #[test]
 fn recorded_capacities_per_sequence() {
     let Some(gpu) = gpu() else { return };
-    for file in ["expert_choice_06", "expert_choice_07"] {
-        let (case, tensors) = recorded(file);
-        let size = |name: &str| case[name].as_u64().unwrap() as u32;
-        let [sequences, each, experts] = [size("sequences"), size("tokens"), size("experts")];
+    for name in ["expert_choice_06", "expert_choice_07"] {
+        let file = File::open(name).unwrap();
+        let [sequences, each, experts] =
+            ["sequences", "tokens", "experts"].map(|key| file.number(key).unwrap());
         let tokens = sequences * each;
-        let softmax = case["score"] == "softmax";
-        let want_gates = floats(&tensors["gates"]);
+        let softmax = file.score().unwrap() == Score::Softmax;
+        let want_gates = file.f32s("gates").unwrap();
         let mut want_bits = bits::empty(tokens as usize, experts as usize);
-        for (i, &selected) in tensors["selected"].iter().enumerate() {
-            if selected == 1 {
+        let selected = file.flags("selected").unwrap();
+        for (i, &selected) in selected.iter().enumerate() {
+            if selected {
                 bits::set(
                     &mut want_bits,
                     tokens as usize,
@@ -434,9 +437,9 @@ fn recorded_capacities_per_sequence() {
             skinny_rows: 0,
         };
         for ctx in contexts(&gpu) {
-            let [logits, k, offsets] =
-                [&tensors["logits"], &tensors["experts_per_token"], &offsets]
-                    .map(|w| gpu.upload(w));
+            let logits = gpu.upload(&file.f32s("logits").unwrap());
+            let k = file.u32s("experts_per_token").unwrap();
+            let [k, offsets] = [&k, &offsets].map(|w| gpu.upload(w));
             let [s, r, gates] = [0; 3].map(|_| Output::f32s(&gpu, pairs));
             let [capacity, k_out] = [0; 2].map(|_| Output::u32s(&gpu, sequences as usize));
             let assigned = Output::u32s(&gpu, want_bits.len());
@@ -490,13 +493,13 @@ fn recorded_capacities_per_sequence() {
                 step.then(plan_count::PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap());
             run(&gpu, &step);
 
-            let what = format!("{file}, {:?}", ctx.variant());
-            assert_same(&k_out.get::<u32>(&gpu), &tensors["experts_per_token"], &what);
+            let what = format!("{name}, {:?}", ctx.variant());
+            assert_same(&k_out.get::<u32>(&gpu), &file.u32s("experts_per_token").unwrap(), &what);
             assert_same(&assigned.get::<u32>(&gpu), &want_bits, &what);
             // Gates are written where assigned; elsewhere the poison is left.
             let mut got: Vec<f32> = gates.get(&gpu);
             for (i, g) in got.iter_mut().enumerate() {
-                let chosen = tensors["selected"][i] == 1;
+                let chosen = selected[i];
                 assert_eq!(chosen, !g.is_nan(), "{what}: gate {i}");
                 if !chosen {
                     *g = 0.0;

@@ -7,11 +7,11 @@ use serde_json::json;
 use std::collections::HashMap;
 use std::path::Path;
 use tempfile::TempDir;
+use testkit::layer::{chosen, host_router};
 use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
-use wgmoe::layer::{Batch, HostBatch, HostRouter, cpu_routing, cpu_token};
+use wgmoe::layer::{Batch, HostBatch, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
-use wgmoe::plan::bits;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
@@ -339,21 +339,13 @@ fn a_loaded_layer_runs() {
         assert_close(&logits, &logits_want, 1e-4, 1e-4, "logits");
         let (_, r_want) = wgmoe::ops::scores::cpu(&logits, e, Score::Sigmoid, false, Some(&bias));
         assert_close(&r, &r_want, 1e-5, 1e-5, "selection");
-        let router = HostRouter {
-            weight: &weight,
-            bias: Some(&bias),
-            scale_by_count: None,
-            scale_by_expert: None,
-        };
+        let router = host_router(&weight, Some(&bias));
         let routed = cpu_routing(&settings, &router, HostBatch::default(), [&logits, &s, &r]);
         assert_same(&assigned, &routed.assigned, "assigned");
         let got: Vec<f32> = gpu.download(&out).expect("read back");
         let expert = |e, p| checkpoint.expert(index, e, p).expect("a matrix");
         for t in 0..tokens {
-            let chosen: Vec<(u32, f32)> = bits::experts_of(&assigned, tokens, t)
-                .into_iter()
-                .map(|i| (i as u32, routed.gates[t * e + i]))
-                .collect();
+            let chosen = chosen(&assigned, &routed.gates, [tokens, e], t);
             assert_eq!(chosen.len(), 3);
             let want = cpu_token(&settings, &expert, &x[t * d..][..d], &chosen);
             assert_close(

@@ -118,7 +118,7 @@ fn what_does_not_fit_is_an_error() {
     assert!(wrong(bind(40, 3, 11, args)).contains("`list`"));
     assert!(wrong(bind(40, 3, 10, Args { offsets: lost, ..args })).contains("`offsets`"));
     assert!(wrong(bind(40, 3, 10, Args { lost: offsets, ..args })).contains("`lost`"));
-    assert!(wrong(bind(4_000_001, 3, 10, args)).contains("`tokens`"));
+    assert!(wrong(bind(u32::MAX, 3, 10, args)).contains("`tokens`"));
     let empty = Slice { size: 0, ..list };
     assert!(wrong(bind(40, 3, 0, Args { list: empty, ..args })).contains("`room`"));
 }

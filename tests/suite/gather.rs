@@ -1,8 +1,8 @@
 use testkit::{cases, prelude::*};
+use wgmoe::PlanShape;
 use wgmoe::ops::gather::{Args, Dims, Gather, PlanArgs, cpu};
 use wgmoe::ops::{plan_count, plan_fill, plan_scan};
 use wgmoe::plan::HostPlan;
-use wgmoe::PlanShape;
 
 #[test]
 fn equals_twin() {
@@ -64,8 +64,7 @@ fn a_plan_is_read_where_it_lies() {
         let mut token_of = HostPlan::cpu(&shape, &assigned, &gates).token_of;
         token_of.resize(slots, u32::MAX);
         let want = cpu(&x, hidden, &token_of);
-        let [a, g, x] =
-            [gpu.upload(&assigned), gpu.upload(&gates), gpu.upload(&x)];
+        let [a, g, x] = [gpu.upload(&assigned), gpu.upload(&gates), gpu.upload(&x)];
         for ctx in contexts(&gpu) {
             // Stale words past the lists of the plan are tokens, too.
             let plan = Output::holding(&gpu, &vec![0u32; at.words as usize]);

@@ -1,17 +1,15 @@
 //! The whole layer against the CPU twins.
+use testkit::compare::largest;
+use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
-use wgmoe::layer::{
-    Batch, HostBatch, HostRouter, LayerConfig, MoeLayer, Router, Tensor, cpu_routing, cpu_token,
-};
+use wgmoe::layer::{Batch, HostBatch, LayerConfig};
 use wgmoe::plan::Stats;
-use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::Groups;
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
 };
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Activation, Context, ExpertWeights, Gpu, WeightType};
+use wgmoe::{Activation, Context, Gpu, WeightType};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice {
     score: Score::Sigmoid,
@@ -41,50 +39,6 @@ fn settings(
     LayerConfig::new(hidden, intermediate, experts, routing).with_shared_experts(shared_experts)
 }
 
-/// Host weights of every expert, of the type they are stored as.
-struct Experts {
-    values: Vec<[Vec<f32>; 3]>,
-    rounded: Vec<[Vec<f32>; 3]>,
-}
-
-impl Experts {
-    fn new(settings: &LayerConfig, weight_type: WeightType) -> Self {
-        let size = (settings.hidden * settings.intermediate) as usize;
-        let round = |v: &f32| weight_type.round(*v);
-        let all = settings.experts + settings.shared_experts;
-        let values: Vec<[Vec<f32>; 3]> = (0..all)
-            .map(|e| {
-                [0, 1, 2].map(|p| {
-                    random(u64::from(e * 3 + p) + 1000, size).iter().map(|v| v * 0.3).collect()
-                })
-            })
-            .collect();
-        let rounded = values
-            .iter()
-            .map(|m| [0, 1, 2].map(|p: usize| m[p].iter().map(round).collect()))
-            .collect();
-        Self { values, rounded }
-    }
-
-    fn index(p: Projection) -> usize {
-        match p {
-            Projection::Gate => 0,
-            Projection::Up => 1,
-            Projection::Down => 2,
-        }
-    }
-
-    fn upload(&self, gpu: &Gpu, weights: &ExpertWeights) {
-        for (e, m) in self.values.iter().enumerate() {
-            for p in Projection::ALL {
-                weights
-                    .write(&gpu.queue, e as u32, p, HostWeights::F32(&m[Self::index(p)]))
-                    .unwrap();
-            }
-        }
-    }
-}
-
 struct Case {
     settings: LayerConfig,
     weight_type: WeightType,
@@ -98,22 +52,10 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
     let Case { settings, tokens, .. } = *case;
     let (d, e) = (settings.hidden as usize, settings.experts as usize);
     let what = format!("{:?} {settings:?} T {tokens} {:?}", ctx.variant(), case.weight_type);
-    let experts = Experts::new(&settings, case.weight_type);
-    let weights = ExpertWeights::with_page_limit(
-        ctx,
-        settings.expert_shape(case.weight_type),
-        case.page_limit.unwrap_or(u64::MAX),
-    )
-    .unwrap();
-    experts.upload(gpu, &weights);
-    let router_weight = random(1, e * d);
-    let bias: Vec<f32> = random(2, e).iter().map(|v| v * 0.1).collect();
-    let router = {
-        let mut router = Router::new(Tensor::new(ctx, "router", &router_weight).unwrap());
-        router.bias = case.bias.then(|| Tensor::new(ctx, "bias", &bias).unwrap());
-        router
-    };
-    let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let host = HostLayer::new(settings);
+    let host = if case.bias { host.with_bias() } else { host };
+    let layer = host.layer_as(ctx, &gpu.queue, case.weight_type, case.page_limit).unwrap();
+    let host = host.stored_as(case.weight_type);
     let x = random(3, tokens as usize * d);
     let hidden = gpu.upload(&x);
     let out = Output::f32s(gpu, tokens as usize * d);
@@ -134,15 +76,9 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
     let [logits, s, r] = testkit::layer::selection(&step)
         .unwrap()
         .map(|t| gpu.download::<f32>(t.buffer).unwrap()[..tokens as usize * e].to_vec());
-    let want_logits = wgmoe::ops::logits::cpu(&x, &router_weight, d);
+    let want_logits = wgmoe::ops::logits::cpu(&x, &host.router, d);
     assert_close(&logits, &want_logits, 1e-5 * (d as f32).sqrt(), 1e-5, &format!("{what}: logits"));
-    let host = HostRouter {
-        weight: &router_weight,
-        bias: case.bias.then_some(&bias),
-        scale_by_count: None,
-        scale_by_expert: None,
-    };
-    let want = cpu_routing(&settings, &host, HostBatch::default(), [&logits, &s, &r]);
+    let want = host.routing(HostBatch::default(), [&logits, &s, &r]);
     let assigned: Vec<u32> = gpu.download(step.assigned().unwrap().buffer).unwrap();
     assert_same(&assigned[..want.assigned.len()], &want.assigned, &format!("{what}: assigned"));
     if let Some(coreset) = &want.coreset {
@@ -153,22 +89,10 @@ fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
     let slots: u32 = want.assigned.iter().map(|w| w.count_ones()).sum();
     assert_eq!((stats.slots, stats.dropped), (slots, want.dropped.iter().sum()), "{what}: stats");
 
-    let host =
-        |e: u32, p: Projection| HostWeights::F32(&experts.rounded[e as usize][Experts::index(p)]);
-    for t in 0..tokens as usize {
-        let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens as usize, t)
-            .into_iter()
-            .map(|i| (i as u32, want.gates[t * e + i]))
-            .collect();
-        let want = cpu_token(&settings, &host, &x[t * d..][..d], &chosen);
-        let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
-        assert_close(
-            &got[t * d..][..d],
-            &want,
-            2e-5 * scale + 1e-6,
-            2e-5,
-            &format!("{what}: token {t}"),
-        );
+    let output = host.outputs(&x, &want.assigned, &want.gates);
+    for (t, (got, want)) in got.chunks(d).zip(output.chunks(d)).enumerate() {
+        let what = format!("{what}: token {t}");
+        assert_close(got, want, 2e-5 * largest(want) + 1e-6, 2e-5, &what);
     }
     got
 }

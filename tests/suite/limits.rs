@@ -1,8 +1,8 @@
 //! Layers larger than a storage binding: equal bits to those that fit one.
-use testkit::layer::HostLayer;
+use testkit::compare::largest;
+use testkit::layer::{HostLayer, chosen};
 use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::{Batch, LayerConfig, MoeLayer, cpu_token};
-use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
@@ -195,15 +195,17 @@ fn full_size() {
         let assigned: Vec<u32> = gpu.download(step.assigned().unwrap()).unwrap();
         let gates: Vec<f32> = gpu.download(step.gates().unwrap()).unwrap();
         for t in [0, tokens as usize / 2, tokens as usize - 1] {
-            let chosen: Vec<(u32, f32)> = bits::experts_of(&assigned, tokens as usize, t)
-                .into_iter()
-                .map(|i| (i as u32, gates[t * e + i]))
-                .collect();
+            let chosen = chosen(&assigned, &gates, [tokens as usize, e], t);
             assert!(!chosen.is_empty());
             let want = cpu_token(&settings, &matrix, &x[t * d..][..d], &chosen);
-            let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
             let what = format!("{name}, {tokens} tokens, token {t}");
-            testkit::prelude::assert_close(&got[t * d..][..d], &want, 2e-5 * largest, 2e-5, &what);
+            testkit::prelude::assert_close(
+                &got[t * d..][..d],
+                &want,
+                2e-5 * largest(&want),
+                2e-5,
+                &what,
+            );
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
-use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, Tensor};
+use testkit::layer::router;
+use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer};
 use wgmoe::models::find;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
@@ -41,7 +42,9 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
     let bits = |i: usize| words(&b[i], columns * e);
     Ok(vec![
         scores::Scores::new(ctx)?.bind(
-            &scores::Dims { tokens, experts, score: Score::Softmax, by_logits: false },
+            &scores::Dims { tokens, experts },
+            Score::Softmax,
+            false,
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
@@ -60,7 +63,8 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         expert_choice::ExpertChoice::new(ctx)?.bind_drop(
-            &expert_choice::DropDims { tokens, experts },
+            tokens,
+            experts,
             expert_choice::DropArgs {
                 gates: pairs(0),
                 offsets: words(&b[1], 2),
@@ -70,7 +74,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         token_choice::TokenChoice::new(ctx, experts, 4, None)?.bind(
-            &token_choice::Dims { tokens },
+            tokens,
             token_choice::Args { values: pairs(0), coresets: None, assigned: bits(1) },
         )?,
         token_choice::TokenChoice::new(
@@ -80,7 +84,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             Some(wgmoe::routing::Groups { count: 8, top: 4 }),
         )?
         .bind(
-            &token_choice::Dims { tokens },
+            tokens,
             token_choice::Args {
                 values: pairs(0),
                 coresets: Some(token_choice::Coresets {
@@ -256,8 +260,7 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
                 config
             };
             let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16))?;
-            let weight = Tensor::new(ctx, "router", &vec![0f32; 64 * 64])?;
-            let router = Router::new(weight);
+            let router = router(ctx, &[0.0; 64 * 64], None)?;
             let layer = MoeLayer::new(ctx, settings, router, weights)?;
             let n = 64 * u64::from(tokens);
             layer.bind(&Batch::new(words(&x, n), tokens).into_out(words(&out, n)))
@@ -331,8 +334,7 @@ fn windows_of_tensors_are_aligned() {
             config
         };
         let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16)).unwrap();
-        let weight = Tensor::new(&ctx, "router", &vec![0f32; 12 * hidden as usize]).unwrap();
-        let router = Router::new(weight);
+        let router = router(&ctx, &vec![0.0; 12 * hidden as usize], None).unwrap();
         let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
         let tokens = 90;
         let [x, out] = [0; 2].map(|_| buffer(&device, 64 + 90 * u64::from(hidden)));
@@ -362,7 +364,7 @@ fn no_tokens_are_no_work() {
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
-    assert!(op.bind(&token_choice::Dims { tokens: 0 }, args).unwrap().dispatches().is_empty());
+    assert!(op.bind(0, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
     assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());

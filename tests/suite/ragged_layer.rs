@@ -1,9 +1,10 @@
 //! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
 //! recordings, and a token-choice layer turned into an expert-choice one.
+use testkit::compare::largest;
+use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
 use wgmoe::layer::{
-    Batch, BoundLayer, HostBatch, HostRouter, HostSequences, LayerConfig, MoeLayer, Router,
-    Sequences, Tensor, cpu_routing, cpu_token,
+    Batch, BoundLayer, HostBatch, HostSequences, LayerConfig, MoeLayer, Sequences, cpu_routing,
 };
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::Stats;
@@ -12,8 +13,7 @@ use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{capacity, slot_bound};
 use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, ExpertWeights, Gpu, Slice, Variant, WeightType, wgpu};
+use wgmoe::{Activation, Context, Gpu, Slice, Variant, WeightType, wgpu};
 
 const D: usize = 32;
 const F: usize = 16;
@@ -63,38 +63,21 @@ const TOKEN_CHOICE: Routing = Routing::TokenChoice(TokenChoice {
     coreset: None,
 });
 
-/// A layer with its weights on the host.
+/// A layer, and the same on the host.
 struct Case {
     layer: MoeLayer,
-    router: Vec<f32>,
-    experts: Vec<[Vec<f32>; 3]>,
+    host: HostLayer,
 }
 
 impl Case {
     fn new(gpu: &Gpu, ctx: &Context, shared_experts: u32, routing: Routing) -> Self {
         let settings = LayerConfig::new(D as u32, F as u32, E as u32, routing)
             .with_shared_experts(shared_experts);
-        let shape = settings.expert_shape(WeightType::F32);
+        let host = HostLayer::new(settings);
         // Two experts a page.
         let limit = 2 * (F.next_multiple_of(32) * D * 4) as u64;
-        let weights = ExpertWeights::with_page_limit(ctx, shape, limit).unwrap();
-        let experts: Vec<[Vec<f32>; 3]> = (0..u64::from(shape.experts))
-            .map(|e| [0, 1, 2].map(|p| random(500 + 3 * e + p, D * F)))
-            .collect();
-        let router = random(11, E * D);
-        let tensors = Router::new(Tensor::new(ctx, "router", &router).unwrap());
-        let layer = MoeLayer::new(ctx, settings, tensors, weights).unwrap();
-        let case = Self { layer, router, experts };
-        case.upload(gpu);
-        case
-    }
-
-    fn upload(&self, gpu: &Gpu) {
-        for (e, matrices) in (0..).zip(&self.experts) {
-            for (p, m) in Projection::ALL.iter().zip(matrices) {
-                self.layer.weights().write(&gpu.queue, e, *p, HostWeights::F32(m)).unwrap();
-            }
-        }
+        let layer = host.layer_as(ctx, &gpu.queue, WeightType::F32, Some(limit)).unwrap();
+        Self { layer, host }
     }
 
     /// What `settings` make of `x`, from the device's own logits: the bits, and the output.
@@ -105,31 +88,9 @@ impl Case {
         selection: [&[f32]; 3],
         sequences: Option<HostSequences<'_>>,
     ) -> (Vec<u32>, Vec<f32>) {
-        let router = HostRouter {
-            weight: &self.router,
-            bias: None,
-            scale_by_count: None,
-            scale_by_expert: None,
-        };
         let batch = HostBatch { sequences, ..HostBatch::default() };
-        let want = cpu_routing(settings, &router, batch, selection);
-        let expert = |e: u32, p: Projection| {
-            let [gate, up, down] = &self.experts[e as usize];
-            HostWeights::F32(match p {
-                Projection::Gate => gate,
-                Projection::Up => up,
-                Projection::Down => down,
-            })
-        };
-        let tokens = x.len() / D;
-        let rows = x.chunks_exact(D).enumerate().flat_map(|(t, x)| {
-            let chosen: Vec<(u32, f32)> = bits::experts_of(&want.assigned, tokens, t)
-                .into_iter()
-                .map(|e| (e as u32, want.gates[t * E + e]))
-                .collect();
-            cpu_token(settings, &expert, x, &chosen)
-        });
-        let out = rows.collect();
+        let want = cpu_routing(settings, &self.host.host_router(), batch, selection);
+        let out = self.host.outputs(x, &want.assigned, &want.gates);
         (want.assigned, out)
     }
 }
@@ -224,8 +185,7 @@ fn capacities_change_between_records_of_one_step() {
                 let got_bits: Vec<u32> = bit_log.get(&gpu);
                 let got: Vec<f32> = out_log.get(&gpu);
                 assert_same(&got_bits, &want_bits, &what);
-                let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
-                assert_close(&got, &want, 2e-5 * largest, 1e-4, &what);
+                assert_close(&got, &want, 2e-5 * largest(&want), 1e-4, &what);
 
                 // Every expert has what the schedule says, and no padding.
                 let stats = Stats::from_words(&stat_log.get::<u32>(&gpu)).unwrap();
@@ -277,10 +237,8 @@ fn another_rule_shares_the_pages() {
         assert_eq!(retrofit.config(), &case.layer.config().with_routing(EXPERT_CHOICE));
 
         // What is written through the one, the other reads.
-        for (e, matrices) in case.experts.iter_mut().enumerate() {
-            *matrices = [0, 1, 2].map(|p| random(900 + 3 * e as u64 + p, D * F));
-        }
-        case.upload(&gpu);
+        case.host.experts = HostLayer::seeded(&case.host.settings, 900);
+        case.host.write(&gpu.queue, &case.layer.weights()).unwrap();
         let hidden = gpu.upload(&x);
         for layer in [&case.layer, &retrofit] {
             let what = format!("{variant:?}, {:?}", layer.config().routing);
@@ -292,8 +250,7 @@ fn another_rule_shares_the_pages() {
             let (want_bits, want) = case.twin(layer.config(), &x, [&logits, &s, &r], None);
             let got: Vec<u32> = get(&gpu, step.assigned().unwrap());
             assert_same(&got, &want_bits, &what);
-            let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
-            assert_close(&out.get::<f32>(&gpu), &want, 2e-5 * largest, 1e-4, &what);
+            assert_close(&out.get::<f32>(&gpu), &want, 2e-5 * largest(&want), 1e-4, &what);
         }
     }
 }

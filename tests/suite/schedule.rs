@@ -1,50 +1,10 @@
 //! Capacity schedules, the scaling table and reports on the host. Runs without a GPU.
-use std::collections::BTreeMap;
-use testkit::prelude::{assert_close, assert_same, random};
+use testkit::prelude::{assert_close, random};
 use wgmoe::Error;
 use wgmoe::plan::Stats;
 use wgmoe::report::{Load, Report, slowest_device};
 use wgmoe::routing::scaling::ScalingTable;
 use wgmoe::routing::schedule::*;
-
-/// A recorded output: settings, and the tensors as 32-bit words (bytes widened).
-pub(crate) fn recorded(file: &str) -> (serde_json::Value, BTreeMap<String, Vec<u32>>) {
-    let path = format!("{}/tests/golden/{file}.safetensors", env!("CARGO_MANIFEST_DIR"));
-    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).expect("metadata");
-    let case = metadata.metadata().as_ref().expect("settings")["case"].clone();
-    let file = safetensors::SafeTensors::deserialize(&bytes).expect("tensors");
-    let words = |view: safetensors::tensor::TensorView<'_>| match view.dtype() {
-        safetensors::Dtype::U8 => view.data().iter().map(|&b| b.into()).collect(),
-        _ => bytemuck::pod_collect_to_vec(view.data()),
-    };
-    (
-        serde_json::from_str(&case).expect("JSON"),
-        file.iter().map(|(name, view)| (name.into(), words(view))).collect(),
-    )
-}
-
-pub(crate) fn floats(words: &[u32]) -> Vec<f32> {
-    bytemuck::cast_slice(words).to_vec()
-}
-
-/// The mask ratios of the recorded schedules, and each schedule with its row.
-pub(crate) fn recorded_schedules() -> (Vec<f32>, Vec<(Schedule, Vec<u32>)>) {
-    let (_, mut tensors) = recorded("capacity_schedules");
-    let ratios = floats(&tensors.remove("mask_ratio").expect("mask_ratio"));
-    let rows = tensors.into_iter().map(|(key, row)| {
-        let parts: Vec<&str> = key.split('|').collect();
-        let [kind, k_min, k_max, sigma] = parts[..] else { panic!("{key}") };
-        let schedule = Schedule {
-            kind: kind.parse().expect(kind),
-            k_min: k_min.parse().expect(k_min),
-            k_max: k_max.parse().expect(k_max),
-            sigma: sigma.parse().expect(sigma),
-        };
-        (schedule, row)
-    });
-    (ratios, rows.collect())
-}
 
 /// Every shape with plain and extreme values.
 pub(crate) fn schedules() -> Vec<Schedule> {
@@ -76,22 +36,9 @@ pub(crate) fn odd_ratios() -> Vec<f32> {
 }
 
 /// What `words` say of a ratio: the last step whose key is not above the ratio's.
-fn k_of_words(words: &[[u32; 2]], ratio: f32) -> u32 {
+pub(crate) fn k_of_words(words: &[[u32; 2]], ratio: f32) -> u32 {
     let key = if ratio.is_nan() { 0 } else { ratio.clamp(0.0, 1.0).abs().to_bits() + 1 };
     words.iter().rev().find(|w| w[0] <= key).expect("the first key is 0")[1]
-}
-
-#[test]
-fn recorded_rows_are_exact() {
-    let (ratios, rows) = recorded_schedules();
-    assert_eq!((ratios.len(), rows.len()), (97, 36));
-    for (schedule, row) in rows {
-        let k: Vec<u32> = ratios.iter().map(|&r| schedule.k(r)).collect();
-        assert_same(&k, &row, &format!("{schedule:?}"));
-        let words = schedule.staircase().unwrap().words();
-        let k: Vec<u32> = ratios.iter().map(|&r| k_of_words(&words, r)).collect();
-        assert_same(&k, &row, &format!("steps of {schedule:?}"));
-    }
 }
 
 #[test]
@@ -264,8 +211,8 @@ fn slot_bounds_hold() {
 
 #[test]
 fn scaling_table_is_the_recorded_one() {
-    let (_, tensors) = recorded("expert_choice_08");
-    let want = floats(&tensors["scaling_factors"]);
+    let file = testkit::golden::File::open("expert_choice_08").unwrap();
+    let want = file.f32s("scaling_factors").unwrap();
     let table = ScalingTable::new(12, 2);
     let got = table.make().unwrap();
     assert_close(&got, &want, 0.0, 0.01, "scaling factors");

@@ -1,11 +1,12 @@
 //! What a recorded step of a layer costs beside its work: dispatches, and nothing made.
+use testkit::compare::largest;
+use testkit::layer::HostLayer;
 use testkit::prelude::{assert_close, contexts, gpu, random};
-use wgmoe::layer::{Batch, MoeLayer, Router, Tensor};
-use wgmoe::measure::tune::tune;
+use wgmoe::layer::{Batch, MoeLayer};
+use wgmoe::measure::tune::{Candidate, tune};
 use wgmoe::routing::GateRule;
 use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{BlockRule, Context, ExpertWeights, Gpu, LayerConfig, Routing, Variant, WeightType};
+use wgmoe::{Activation, BlockRule, Context, Gpu, LayerConfig, Routing, Variant, WeightType};
 
 const HIDDEN: u32 = 64;
 const EXPERTS: u32 = 40;
@@ -32,24 +33,13 @@ fn block(rule: BlockRule) -> Routing {
     })
 }
 
-fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
+fn host(routing: Routing) -> HostLayer {
     let settings = LayerConfig::new(HIDDEN, 64, EXPERTS, routing).with_shared_experts(1);
-    let weights = ExpertWeights::with_page_limit(
-        ctx,
-        settings.expert_shape(WeightType::Bf16),
-        page_limit.unwrap_or(u64::MAX),
-    )
-    .unwrap();
-    for e in 0..=EXPERTS {
-        for p in Projection::ALL {
-            let values = random(u64::from(3 * e) + p as u64, 64 * HIDDEN as usize);
-            weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
-        }
-    }
-    let router =
-        Router::new(Tensor::new(ctx, "router", &random(1, (EXPERTS * HIDDEN) as usize)).unwrap())
-            .with_bias(Tensor::new(ctx, "bias", &random(2, EXPERTS as usize)).unwrap());
-    MoeLayer::new(ctx, settings, router, weights).unwrap()
+    HostLayer::new(settings).with_bias()
+}
+
+fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {
+    host(routing).layer_as(ctx, &gpu.queue, WeightType::Bf16, page_limit).unwrap()
 }
 
 /// Router logits, shared experts and combination included.
@@ -139,7 +129,9 @@ fn the_device_chooses_among_equals() {
     found.sort_by_key(|v| format!("{v:?}"));
     all.sort_by_key(|v| format!("{v:?}"));
     assert_eq!(found, all);
-    assert!(tuning.candidates.iter().all(|c| c.agrees && c.ms > 0.0), "{tuning:?}");
+    // `agrees` lets a token in eight differ; here no value lies so close to another that a choice may fall otherwise.
+    let equal = |c: &Candidate| c.agrees && c.tokens_apart == 0 && c.difference <= 1e-5;
+    assert!(tuning.candidates.iter().all(|c| equal(c) && c.ms > 0.0), "{tuning:?}");
     let best = tuning.candidates.iter().find(|c| c.variant == tuning.variant).unwrap();
     assert!(tuning.candidates.iter().all(|c| best.ms <= c.ms), "{tuning:?}");
     assert_eq!(gpu.download::<f32>(&out).unwrap(), vec![7f32; values.len()], "not written to");
@@ -149,13 +141,10 @@ fn the_device_chooses_among_equals() {
     let variant: Variant = serde_json::from_str(&kept).unwrap();
     assert_eq!(variant, tuning.variant);
     let tuned = Context::with_variant(&gpu.device, variant).unwrap();
-    let run = |layer: &MoeLayer| {
-        gpu.run_layer(&layer.bind(&batch).unwrap()).unwrap();
-        gpu.download::<f32>(&out).unwrap()
-    };
-    let want = run(&layer);
-    let largest = want.iter().fold(0f32, |most, v| most.max(v.abs()));
-    assert_close(&run(&layer.with_context(&tuned).unwrap()), &want, 1e-4 * largest, 0.0, &kept);
+    gpu.run_layer(&layer.with_context(&tuned).unwrap().bind(&batch).unwrap()).unwrap();
+    let want = host(expert_choice()).stored_as(WeightType::Bf16).twin(&values);
+    let got: Vec<f32> = gpu.download(&out).unwrap();
+    assert_close(&got, &want, 2e-5 * largest(&want), 1e-4, &kept);
 
     let none = {
         let mut batch = batch;

@@ -1,5 +1,7 @@
-//! Charts as SVG whose width is the page's: places across are shares of the width, so that a narrow screen makes a chart
-//! narrower and not its text smaller.
+//! Charts as SVG. Not by plotters or the `svg` crate: plotters writes fixed colours and sizes,
+//! while these follow the reader's light or dark scheme through the page's style sheet, hatch
+//! the bars so that devices can be told apart without colour, and say each mark's values where
+//! one points at it; the `svg` crate would build the same elements that `maud` builds.
 use maud::{Markup, html};
 
 /// A number as an attribute wants it.
@@ -12,41 +14,31 @@ fn percent(value: f64) -> String {
     n(value) + "%"
 }
 
-/// Milliseconds in words, three digits.
-pub(crate) fn time(ms: f64) -> String {
-    let (value, unit) = match ms {
-        v if v < 0.1 => (v * 1e3, "µs"),
-        v if v < 1e3 => (v, "ms"),
-        v => (v / 1e3, "s"),
-    };
-    format!("{} {unit}", digits(value))
-}
-
-/// Three digits.
-pub(crate) fn digits(value: f64) -> String {
-    match value {
-        v if v >= 99.95 => format!("{v:.0}"),
-        v if v >= 9.995 => format!("{v:.1}"),
-        v if v >= 0.0995 || v == 0.0 => format!("{v:.2}"),
-        v => format!("{v:.2e}"),
+/// A bar alone: `share` of the width there is.
+pub(super) fn bar(pattern: usize, share: f64) -> Markup {
+    html! {
+        svg aria-hidden="true" height="9" {
+            rect width=(percent(share * 100.0)) height="9" fill={ "url(#p" (pattern) ")" } {}
+        }
     }
 }
 
-/// A row of a bar chart: what stands above the bar, left and right, and below it, and its value with quartiles.
-pub(crate) struct Bar {
+/// A row of a bar chart: what stands above the bar, left and right, and below it, and its value.
+pub(super) struct Bar {
     /// Index of the pattern.
-    pub(crate) pattern: usize,
-    pub(crate) left: String,
-    pub(crate) right: String,
-    pub(crate) below: String,
+    pub(super) pattern: usize,
+    pub(super) left: String,
+    pub(super) right: String,
+    pub(super) below: String,
     /// Quartile, median, quartile.
-    pub(crate) value: [f64; 3],
+    pub(super) value: [f64; 3],
 }
 
 const ROW: f64 = 48.0;
 
-/// Horizontal bars on one scale from 0.
-pub(crate) fn bars(title: &str, rows: &[Bar]) -> Markup {
+/// Horizontal bars on one scale from 0. Places across are shares of the width, so that a narrow
+/// screen makes the bars shorter and not their text smaller.
+pub(super) fn bars(title: &str, rows: &[Bar]) -> Markup {
     let most = rows.iter().flat_map(|r| r.value).fold(f64::MIN_POSITIVE, f64::max);
     let share = |v: f64| percent(v / most * 100.0);
     html! {
@@ -56,7 +48,8 @@ pub(crate) fn bars(title: &str, rows: &[Bar]) -> Markup {
                 @let [q1, median, q3] = row.value;
                 text.b y=(n(y + 13.0)) { (row.left) }
                 text.s.e x="100%" y=(n(y + 13.0)) { (row.right) }
-                rect y=(n(y + 18.0)) width=(share(median)) height="9" fill={ "url(#p" (row.pattern) ")" } {}
+                rect y=(n(y + 18.0)) width=(share(median)) height="9"
+                    fill={ "url(#p" (row.pattern) ")" } {}
                 line.w x1=(share(q1)) x2=(share(q3)) y1=(n(y + 22.5)) y2=(n(y + 22.5)) {}
                 text.s.t y=(n(y + 39.0)) { (row.below) }
             }
@@ -64,38 +57,27 @@ pub(crate) fn bars(title: &str, rows: &[Bar]) -> Markup {
     }
 }
 
-/// An axis: from `low` to `high`, both more than 0 where it is logarithmic.
+/// A logarithmic axis from `low` to `high`, both more than 0.
 #[derive(Clone, Copy)]
-pub(crate) struct Axis<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) low: f64,
-    pub(crate) high: f64,
-    pub(crate) log: bool,
+pub(super) struct Axis<'a> {
+    pub(super) name: &'a str,
+    pub(super) low: f64,
+    pub(super) high: f64,
 }
 
 impl Axis<'_> {
     /// 0 to 1 within the axis.
     fn place(&self, value: f64) -> f64 {
-        let scale = |v: f64| if self.log { v.log10() } else { v };
-        ((scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))).clamp(0.0, 1.0)
+        ((value / self.low).log10() / (self.high / self.low).log10()).clamp(0.0, 1.0)
     }
 
     fn ticks(&self) -> Vec<f64> {
-        if self.log {
-            let (first, last) = (self.low.log10().floor() as i32, self.high.log10().floor() as i32);
-            let parts: &[f64] = if last - first > 2 { &[1.0] } else { &[1.0, 2.0, 5.0] };
-            let step = ((last - first) / 6 + 1).max(1) as usize;
-            let all = (first..=last)
-                .step_by(step)
-                .flat_map(|e| parts.iter().map(move |p| p * 10f64.powi(e)));
-            return all.filter(|v| (self.low..=self.high).contains(v)).collect();
-        }
-        let rough = (self.high - self.low) / 4.0;
-        let unit = 10f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * unit).into_iter().find(|s| *s >= rough);
-        let step = step.unwrap_or(10.0 * unit);
-        let first = (self.low / step).ceil() as i64;
-        (0..8).map(|i| (first + i) as f64 * step).take_while(|v| *v <= self.high).collect()
+        let (first, last) = (self.low.log10().floor() as i32, self.high.log10().floor() as i32);
+        let parts: &[f64] = if last - first > 2 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+        let step = ((last - first) / 6 + 1).max(1) as usize;
+        let all =
+            (first..=last).step_by(step).flat_map(|e| parts.iter().map(move |p| p * 10f64.powi(e)));
+        all.filter(|v| (self.low..=self.high).contains(v)).collect()
     }
 }
 
@@ -103,7 +85,7 @@ fn tick(value: f64) -> String {
     match value {
         v if v >= 1e6 => format!("{:.0}M", v / 1e6),
         v if v >= 1e4 => format!("{:.0}k", v / 1e3),
-        v if v >= 10.0 || v == 0.0 || v.fract() == 0.0 => format!("{v:.0}"),
+        v if v >= 10.0 || v.fract() == 0.0 => format!("{v:.0}"),
         v if v >= 1e-4 => {
             let text = format!("{v:.4}");
             text.trim_end_matches('0').trim_end_matches('.').into()
@@ -113,55 +95,65 @@ fn tick(value: f64) -> String {
 }
 
 /// A point, its shape (0 circle, 1 square, 2 diamond) and what stands beside it.
-pub(crate) struct Point {
-    pub(crate) x: f64,
-    pub(crate) y: f64,
-    pub(crate) shape: usize,
-    pub(crate) label: String,
-    pub(crate) title: String,
+pub(super) struct Point {
+    pub(super) x: f64,
+    pub(super) y: f64,
+    pub(super) shape: usize,
+    pub(super) label: String,
+    /// Said where one points at it.
+    pub(super) title: String,
 }
 
-/// The plot within the chart: shares of the width, and pixels of the height.
-const LEFT: f64 = 14.0;
-const WIDE: f64 = 83.0;
-const TOP: f64 = 10.0;
-const HIGH: f64 = 210.0;
+/// Points, and straight lines from one place (x, y) to another.
+pub(super) struct Plot<'a> {
+    pub(super) title: &'a str,
+    pub(super) x: Axis<'a>,
+    pub(super) y: Axis<'a>,
+    pub(super) lines: &'a [[f64; 4]],
+    pub(super) points: &'a [Point],
+    pub(super) colour: usize,
+}
 
-/// Points, and straight lines from one place to another.
-pub(crate) fn plot(
-    title: &str,
-    [x, y]: [Axis<'_>; 2],
-    lines: &[[f64; 4]],
-    points: &[Point],
-    colour: usize,
-) -> Markup {
-    let across = |v: f64| percent(LEFT + WIDE * x.place(v));
-    let down = |v: f64| TOP + HIGH * (1.0 - y.place(v));
-    let foot = TOP + HIGH;
-    let labels = labels(&x, points, &down);
+/// The drawing and the plot within it. It is drawn to scale as a whole, so labels that do not
+/// touch here do not touch on any screen.
+const SIZE: [f64; 2] = [360.0, 262.0];
+const LEFT: f64 = 40.0;
+const RIGHT: f64 = 352.0;
+const TOP: f64 = 20.0;
+const FOOT: f64 = 226.0;
+
+pub(super) fn plot(plot: &Plot<'_>) -> Markup {
+    let Plot { x, y, .. } = plot;
+    let across = |v: f64| LEFT + (RIGHT - LEFT) * x.place(v);
+    let down = |v: f64| FOOT - (FOOT - TOP) * y.place(v);
+    let marks: Vec<[f64; 2]> = plot.points.iter().map(|p| [across(p.x), down(p.y)]).collect();
+    let texts: Vec<&str> = plot.points.iter().map(|p| p.label.as_str()).collect();
     html! {
-        svg role="img" aria-label=(title) height=(n(foot + 38.0)) {
+        svg.plot role="img" aria-label=(plot.title) viewBox={ "0 0 " (SIZE[0]) " " (SIZE[1]) } {
             @for v in x.ticks() {
-                line.g x1=(across(v)) x2=(across(v)) y1=(n(TOP)) y2=(n(foot)) {}
-                text.s.m x=(across(v)) y=(n(foot + 15.0)) { (tick(v)) }
+                line.g x1=(n(across(v))) x2=(n(across(v))) y1=(n(TOP)) y2=(n(FOOT)) {}
+                text.s.m x=(n(across(v))) y=(n(FOOT + 15.0)) { (tick(v)) }
             }
             @for v in y.ticks() {
-                line.g x1=(percent(LEFT)) x2=(percent(LEFT + WIDE)) y1=(n(down(v))) y2=(n(down(v))) {}
-                text.s.e x=(percent(LEFT)) dx="-5" y=(n(down(v) + 4.0)) { (tick(v)) }
+                line.g x1=(n(LEFT)) x2=(n(RIGHT)) y1=(n(down(v))) y2=(n(down(v))) {}
+                text.s.e x=(n(LEFT - 5.0)) y=(n(down(v) + 4.0)) { (tick(v)) }
             }
-            text.s.m x=(percent(LEFT + WIDE / 2.0)) y=(n(foot + 33.0)) { (x.name) }
-            @for [x1, y1, x2, y2] in lines {
-                line.r x1=(across(*x1)) x2=(across(*x2)) y1=(n(down(*y1))) y2=(n(down(*y2))) {}
+            text.s y="11" { (y.name) }
+            text.s.m x=(n((LEFT + RIGHT) / 2.0)) y=(n(FOOT + 32.0)) { (x.name) }
+            @for [x1, y1, x2, y2] in plot.lines {
+                line.r x1=(n(across(*x1))) x2=(n(across(*x2)))
+                    y1=(n(down(*y1))) y2=(n(down(*y2))) {}
             }
-            @for (point, (label_y, right)) in points.iter().zip(labels) {
-                svg x=(across(point.x)) y=(n(down(point.y))) height="1" {
+            @for (point, [left, top]) in plot.points.iter().zip(&marks) {
+                g transform={ "translate(" (n(*left)) " " (n(*top)) ")" } {
                     title { (point.title) }
-                    path.p fill={ "var(--c" (colour % PATTERNS) ")" } d=(SHAPES[point.shape % SHAPES.len()]) {}
+                    path.p fill={ "var(--c" (plot.colour % PATTERNS) ")" }
+                        d=(SHAPES[point.shape % SHAPES.len()]) {}
                 }
-                @if right {
-                    text x=(across(point.x)) dx="8" y=(n(label_y)) { (point.label) }
-                } @else {
-                    text.e x=(across(point.x)) dx="-8" y=(n(label_y)) { (point.label) }
+            }
+            @for (point, place) in plot.points.iter().zip(labels(&marks, &texts)) {
+                @if let Some([left, foot]) = place {
+                    text.l x=(n(left)) y=(n(foot)) { (point.label) }
                 }
             }
         }
@@ -172,41 +164,57 @@ pub(crate) fn plot(
 const SHAPES: [&str; 3] =
     ["M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M-4.5-4.5h9v9h-9z", "M0-6.5L6.5 0L0 6.5L-6.5 0z"];
 
-/// The base line of each label, and whether it stands right of its point: pushed down where it would cover another.
-fn labels(x: &Axis<'_>, points: &[Point], down: &dyn Fn(f64) -> f64) -> Vec<(f64, bool)> {
-    let mut order: Vec<usize> = (0..points.len()).collect();
-    order.sort_by(|&a, &b| down(points[a].y).total_cmp(&down(points[b].y)));
-    let mut placed: Vec<(f64, f64, f64)> = vec![];
-    let mut places = vec![(0.0, true); points.len()];
-    for i in order {
-        let at = x.place(points[i].x);
-        let right = at < 0.6;
-        // About a character, as a share of the width of a narrow chart.
-        let long = 0.024 * points[i].label.chars().count() as f64;
-        let (from, to) = if right { (at, at + long) } else { (at - long, at) };
-        let mut y = down(points[i].y) + 4.0;
-        placed.sort_by(|a, b| a.2.total_cmp(&b.2));
-        for &(a, b, other) in &placed {
-            if from < b && a < to && (y - other).abs() < 12.0 {
-                y = other + 12.0;
-            }
-        }
-        placed.push((from, to, y));
-        places[i] = (y, right);
-    }
-    places
+/// Left, top, right, bottom.
+type Box = [f64; 4];
+
+fn touch(a: &Box, b: &Box) -> bool {
+    a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]
+}
+
+/// Where each label's base line begins: beside its mark, free of all marks and other labels. None
+/// where no place is free.
+fn labels(marks: &[[f64; 2]], texts: &[&str]) -> Vec<Option<[f64; 2]>> {
+    // Half a mark; a digit's width and a line's height.
+    const MARK: f64 = 6.5;
+    const WIDE: f64 = 7.0;
+    const HIGH: f64 = 11.0;
+    let mut taken: Vec<Box> =
+        marks.iter().map(|[x, y]| [x - MARK, y - MARK, x + MARK, y + MARK]).collect();
+    let place = |([x, y], text): (&[f64; 2], &&str)| {
+        let wide = WIDE * text.chars().count() as f64;
+        let (middle, right, left) = (x - wide / 2.0, x + MARK + 1.0, x - MARK - 1.0 - wide);
+        let (level, above, below) = (y - HIGH / 2.0, y - MARK - HIGH, y + MARK);
+        let places = [
+            [right, level],
+            [left, level],
+            [middle, above],
+            [middle, below],
+            [right, above],
+            [right, below],
+            [left, above],
+            [left, below],
+        ];
+        let free = places.into_iter().find_map(|[left, top]| {
+            let text: Box = [left, top, left + wide, top + HIGH];
+            let inside = left >= LEFT && left + wide <= SIZE[0] && top >= 0.0 && top + HIGH <= FOOT;
+            (inside && !taken.iter().any(|other| touch(&text, other))).then_some(text)
+        })?;
+        taken.push(free);
+        Some([free[0], free[3] - 1.5])
+    };
+    marks.iter().zip(texts).map(place).collect()
 }
 
 /// Patterns there are; more devices share them.
-pub(crate) const PATTERNS: usize = 6;
+pub(super) const PATTERNS: usize = 6;
 
 /// The patterns of the devices' bars, to be told apart without colour.
-pub(crate) fn patterns() -> Markup {
-    let voters = ["", "M0 8L8 0", "M4 0V8", "M0 4H8", "M0 0L8 8M0 8L8 0", "M4 3v2"];
+pub(super) fn patterns() -> Markup {
+    let marks = ["", "M0 8L8 0", "M4 0V8", "M0 4H8", "M0 0L8 8M0 8L8 0", "M4 3v2"];
     html! {
-        svg width="0" height="0" style="position:absolute;width:0" aria-hidden="true" {
+        svg.hidden width="0" height="0" aria-hidden="true" {
             defs {
-                @for (i, mark) in voters.iter().enumerate() {
+                @for (i, mark) in marks.iter().enumerate() {
                     pattern id={ "p" (i) } width="8" height="8" patternUnits="userSpaceOnUse" {
                         rect width="8" height="8" fill={ "var(--c" (i) ")" } {}
                         path d=(mark) stroke="var(--bg)" stroke-width="2" fill="none" {}
@@ -222,33 +230,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_three_digits() {
-        assert_eq!(
-            [0.0123, 4.5678, 99.96, 1234.0].map(time),
-            ["12.3 µs", "4.57 ms", "100 ms", "1.23 s"]
-        );
-        assert_eq!(["0", "0.5", "1", "20k", "3M"], [0.0, 0.5, 1.0, 2e4, 3e6].map(tick)[..]);
-    }
-
-    #[test]
     fn places_stay_within_their_axis() {
-        let log = Axis { name: "", low: 1.0, high: 100.0, log: true };
-        assert_eq!([1.0, 10.0, 100.0, 1e9, 1e-9].map(|v| log.place(v)), [0.0, 0.5, 1.0, 1.0, 0.0]);
-        assert_eq!(log.ticks(), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
-        let long = Axis { name: "", low: 0.5, high: 2e4, log: true };
+        let axis = Axis { name: "", low: 1.0, high: 100.0 };
+        assert_eq!([1.0, 10.0, 100.0, 1e9, 1e-9].map(|v| axis.place(v)), [0.0, 0.5, 1.0, 1.0, 0.0]);
+        assert_eq!(axis.ticks(), [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]);
+        let long = Axis { name: "", low: 0.5, high: 2e4 };
         assert_eq!(long.ticks(), [1.0, 10.0, 100.0, 1e3, 1e4]);
-        let line = Axis { name: "", low: 0.0, high: 70.0, log: false };
-        assert_eq!(line.ticks(), [0.0, 20.0, 40.0, 60.0]);
+        assert_eq!(["0.5", "1", "20k", "3M"], [0.5, 1.0, 2e4, 3e6].map(tick)[..]);
     }
 
     #[test]
-    fn labels_of_one_place_do_not_cover_each_other() {
-        let axis = Axis { name: "", low: 0.0, high: 1.0, log: false };
-        let point =
-            || Point { x: 0.1, y: 0.5, shape: 0, label: "a rule".into(), title: String::new() };
-        let mut at: Vec<f64> =
-            labels(&axis, &[point(), point(), point()], &|_| 100.0).iter().map(|l| l.0).collect();
-        at.sort_by(f64::total_cmp);
-        assert_eq!(at, [104.0, 116.0, 128.0]);
+    fn labels_touch_neither_each_other_nor_a_mark() {
+        // Marks that lie close together: not all of their labels find a place.
+        let marks: Vec<[f64; 2]> =
+            (0..30).map(|i| [150.0 + 7.0 * (i % 6) as f64, 100.0 + 5.0 * (i / 6) as f64]).collect();
+        let texts = vec!["12"; marks.len()];
+        let placed = labels(&marks, &texts);
+        let boxes: Vec<Box> =
+            placed.iter().flatten().map(|[x, y]| [*x, y - 9.5, x + 14.0, y + 1.5]).collect();
+        assert!(boxes.len() > 4 && boxes.len() < marks.len(), "{}", boxes.len());
+        for (i, a) in boxes.iter().enumerate() {
+            assert!(boxes[..i].iter().all(|b| !touch(a, b)), "{a:?} touches a label");
+            let inside =
+                |m: &&[f64; 2]| touch(a, &[m[0] - 6.0, m[1] - 6.0, m[0] + 6.0, m[1] + 6.0]);
+            assert!(marks.iter().find(inside).is_none(), "{a:?} touches a mark");
+        }
+        // One that stands alone is right of its mark, unless the drawing ends there.
+        assert!(labels(&[[100.0, 100.0]], &["1"])[0].is_some_and(|at| at[0] > 100.0));
+        assert!(labels(&[[350.0, 100.0]], &["123"])[0].is_some_and(|at| at[0] < 350.0));
     }
 }

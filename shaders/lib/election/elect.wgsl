@@ -1,6 +1,7 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
-// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters and
-// own_word(e, w), word w of the bits of tokens that vote for e. Experts <= MOST.
+// Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters,
+// own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that are not
+// padding. Experts <= MOST.
 const MASS: u32 = 1u;
 const CAPACITY: u32 = 2u;
 const VOTE: u32 = 3u;
@@ -65,6 +66,12 @@ fn election_total(index: u32, count: u32, sum: vec2<u32>) -> Total {
   return Total(all.x, wide_add(wide_add(vec2(all.y, 0u), vec2(all.z << 16u, all.z >> 16u)), vec2(0u, all.w)));
 }
 
+// Word i of the tokens start..end that are not padding; end lies past the word's first token.
+fn there_word(start: u32, end: u32, i: u32) -> u32 {
+  let w = start / 32u + i;
+  return bits_between(max(start, w * 32u) - w * 32u, min(end, w * 32u + 32u) - w * 32u) & row_word(w);
+}
+
 // Tokens start..end that have a say, of the first MAX_BLOCK; returns the number of words.
 fn load_electors(index: u32, start: u32, end: u32, has_voters: u32) -> u32 {
   let to = min(end, start + MAX_BLOCK);
@@ -73,11 +80,11 @@ fn load_electors(index: u32, start: u32, end: u32, has_voters: u32) -> u32 {
     words = (to - 1u) / 32u - start / 32u + 1u;
   }
   for (var i = index; i < words; i += WG) {
-    let base = (start / 32u + i) * 32u;
-    let low = max(start, base) - base;
-    let high = min(to, base + 32u) - base;
-    var word = bits_between(low, high);
+    var word = there_word(start, to, i);
     if has_voters == 1u {
+      let base = (start / 32u + i) * 32u;
+      let low = max(start, base) - base;
+      let high = min(to, base + 32u) - base;
       var marked = 0u;
       for (var bit = low; bit < high; bit++) {
         marked |= u32(voters[base + bit] != 0u) << bit;
@@ -249,6 +256,12 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
     last = workgroupUniformLoad(&probe);
   }
 
+  var there = anybody;
+  if anybody == 0u {
+    for (var i = 0u; i < words; i++) {
+      there |= there_word(start, min(end, start + MAX_BLOCK), i);
+    }
+  }
   let chunks = (experts + 31u) / 32u;
   for (var c = index; c < chunks; c += WG) {
     var higher = 0u;
@@ -278,7 +291,7 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
     if anybody == 0u {
       // Nobody has a say: every expert; nobody is there: none.
       let everyone = 0xffffffffu >> (32u - min(32u, experts - c * 32u));
-      word = select(0u, everyone, words > 0u);
+      word = select(0u, everyone, there != 0u);
     }
     elected[c] = word;
   }

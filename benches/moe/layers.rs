@@ -1,0 +1,119 @@
+//! Whole layers.
+use crate::timing::{Bench, Ready};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
+use std::time::Duration;
+use testkit::rules::rules;
+use testkit::works::{Part, Work};
+use wgmoe::routing::Routing;
+use wgmoe::{Gpu, MoeLayer, WeightType};
+
+pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("layer");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    let gpu = &bench.gpu;
+    for (name, work, weight_type, slots) in [
+        ("W1 f32", Work::w1(), WeightType::F32, 32 * 8),
+        ("W1 bf16", Work::w1(), WeightType::Bf16, 32 * 8),
+        ("W2 f32", Work::w2(512), WeightType::F32, 64 * 64),
+    ] {
+        let flops = Throughput::Elements(work.flops(slots));
+        bench.case(&mut group, name, bench.best(), flops, |ctx, what| {
+            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
+        });
+    }
+
+    // A block of LLaDA2.0-mini under each rule, over the same weights.
+    let experts = if std::env::var_os("WGMOE_BENCH_FULL").is_some() { 256 } else { 64 };
+    let work = Work::block(experts);
+    let what = format!("LLaDA2-mini block of 32, {experts} experts bf16");
+    bench_rules(bench, &mut group, &work, WeightType::Bf16, &what, &|_| true);
+    group.finish();
+
+    // Equal slots, unequal demand.
+    let mut group = c.benchmark_group("expert choice against token choice");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    let either = |rule: &str| ["original", "expert_choice"].contains(&rule);
+    let work = Work::w2(512).skewed();
+    bench_rules(bench, &mut group, &work, WeightType::F32, "W2 skewed f32", &either);
+    group.finish();
+
+    // How a layer's time grows with its slots: eight a token.
+    let mut group = c.benchmark_group("layer over tokens");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    for tokens in [512, 1024, 2048, 4096] {
+        let work = Work::w2(tokens);
+        let slots = Throughput::Elements(u64::from(tokens) * 8);
+        bench.case(
+            &mut group,
+            &format!("W2 f32 T{tokens}"),
+            &bench.contexts[..1],
+            slots,
+            |ctx, what| {
+                let weights = work.weights(gpu, ctx, WeightType::F32).unwrap();
+                layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
+            },
+        );
+    }
+}
+
+/// One layer under several rules, which take turns.
+pub(super) fn bench_rules(
+    bench: &Bench,
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    work: &Work,
+    weight_type: WeightType,
+    what: &str,
+    wanted: &dyn Fn(&str) -> bool,
+) {
+    let gpu = &bench.gpu;
+    let mut rules = rules(work.settings.routing, work.settings.experts);
+    rules.retain(|(rule, _)| wanted(rule));
+    for (variant, ctx) in bench.best() {
+        let name = |rule: &str| format!("{what}, {rule}");
+        let ids = rules.iter().map(|(rule, _)| BenchmarkId::new(name(rule), variant)).collect();
+        bench.turns(group, ids, Throughput::Elements(work.tokens.into()), || {
+            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            let layer = work.layer(ctx, weights).unwrap();
+            let step = |(rule, routing): &(String, Routing)| {
+                let what = format!("{}, {variant}", name(rule));
+                layer_step(gpu, work, &layer.with_routing(*routing).unwrap(), &what)
+            };
+            rules.iter().map(step).collect()
+        });
+    }
+}
+
+/// The layer bound to the work's input, run once and compared: choice and plan whole, the output in eight tokens.
+pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
+    let bound = work.bind(gpu, layer, None).unwrap();
+    bound.run(gpu, &Part::ALL).unwrap();
+    let checked = work.check_choice(gpu, &bound).and_then(|choice| {
+        work.check_plan(gpu, &bound, &choice)?;
+        work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
+    });
+    let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let (settings, unique) = (layer.config(), choice.unique_experts());
+    let loads = choice.loads();
+    eprintln!(
+        "{what}: {} slots, {unique} of {} routed experts used, at most {} slots each, weights of {:.1} MB read",
+        choice.slots(),
+        settings.experts,
+        loads.iter().max().unwrap_or(&0),
+        f64::from(unique + settings.shared_experts) * layer.weights().shape().expert_bytes() as f64
+            / 1e6
+    );
+    // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an item.
+    for factor in [1.25, 1.5] {
+        let rows = (factor * f64::from(choice.slots()) / loads.len() as f64).ceil() as u32;
+        let kept: u32 = loads.iter().map(|&n| n.min(rows)).sum();
+        eprintln!(
+            "    in {rows} rows an expert (capacity {factor}): {} padded of {}, {} slots dropped",
+            rows * loads.len() as u32 - kept,
+            rows * loads.len() as u32,
+            choice.slots() - kept
+        );
+    }
+    Ready::Layer(Box::new(bound))
+}

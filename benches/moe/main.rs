@@ -1,0 +1,47 @@
+//! `cargo bench --bench moe`: a group for each op, and the layer. Every case is compared with the CPU twin (the largest ones
+//! in sampled rows) before it is timed; work of which a filter leaves nothing is not even made. With `-- --test` each case is
+//! compared and run once.
+//!
+//! A time is that of one submission: encoding, submitting and waiting. Below criterion's estimate of the mean stands the
+//! least. Elements are (token, expert) pairs for routing and plans, floating-point operations on routed rows for matmuls, W1
+//! and W2, tokens for a block. Variants of a case run in turns, so that they meet the same state of the machine.
+//!
+//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
+//! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
+mod choices;
+mod layers;
+mod plans;
+mod rows;
+mod timing;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use std::time::Duration;
+
+fn all(c: &mut Criterion) {
+    let Some(bench) = timing::Bench::open() else { return };
+    choices::bench_scores(&bench, c);
+    choices::bench_expert_choice(&bench, c);
+    choices::bench_token_choice(&bench, c);
+    choices::bench_coreset(&bench, c);
+    choices::bench_sequence_top(&bench, c);
+    choices::bench_capacity(&bench, c);
+    plans::bench_assign(&bench, c);
+    plans::bench_assign_lists(&bench, c);
+    plans::bench_plan(&bench, c);
+    rows::bench_gather(&bench, c);
+    rows::bench_matmul(&bench, c);
+    rows::bench_combine(&bench, c);
+    plans::bench_expert_union(&bench, c);
+    layers::bench_layer(&bench, c);
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .nresamples(2000);
+    targets = all
+}
+criterion_main!(benches);

@@ -1,0 +1,225 @@
+//! The table of matmul kernels, and what each is compiled for.
+//!
+//! | kernel | for |
+//! |---|---|
+//! | [`matmul_register`](super::matmul_register) | software drivers: all in registers |
+//! | [`matmul_skinny`](super::matmul_skinny) | items of a few rows: reading the weights is all it costs |
+//! | [`matmul_tile`](super::matmul_tile) | items of many rows: tiles in workgroup memory |
+//!
+//! To add a kernel, add its file, its WGSL and a row here.
+use super::grouped_matmul::Stage;
+use super::{matmul_register, matmul_skinny, matmul_tile};
+use crate::device::Kernel;
+use crate::device::shader::{Binding, Prelude, Spec, params, read, read_uniform, write};
+use crate::routing::Activation;
+use crate::weights::{PANEL, WeightType};
+use crate::{Context, Result, Target};
+use std::sync::Arc;
+
+params! {
+    columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
+    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32,
+    expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
+}
+
+impl Params {
+    pub(crate) const FIELDS: &[(&str, u32)] = Self::LAYOUT;
+}
+
+/// Bindings that all three kernels share.
+pub(crate) const BINDINGS: &[Binding] = &[
+    read("x", 4),
+    read_uniform("plan", 4),
+    read("weights", 4),
+    read("weights_up", 4),
+    read_uniform("places", 4),
+    write("out", 4),
+];
+
+/// How weights lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Layout {
+    /// As [`weights`](crate::weights) packs them.
+    Packed,
+    /// Row-major `[out, in]`, rows of whole 16-byte words.
+    Rows,
+    /// Row-major f32, rows of any length.
+    AnyRows,
+}
+
+/// Rows per item: which list of the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum ItemKind {
+    /// Items of at most [`SKINNY_ROWS`] rows.
+    Skinny,
+    /// Items of up to [`tile_rows`] rows.
+    Tile,
+}
+
+impl ItemKind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Skinny => "skinny",
+            Self::Tile => "tile",
+        }
+    }
+}
+
+/// Most rows of a skinny item.
+pub const SKINNY_ROWS: u32 = 8;
+
+/// A row of the table of kernels.
+pub(crate) struct MatmulKernel {
+    pub(crate) spec: &'static Spec,
+    /// Whether it serves items of a kind, in contexts of a target.
+    pub(crate) serves: fn(Target, ItemKind) -> bool,
+    /// Most rows of a tile item; that of a skinny one is [`SKINNY_ROWS`].
+    pub(crate) tile_rows: u32,
+    pub(crate) prelude: fn(&Context, &Specialization) -> Prelude,
+    /// Columns and items that one workgroup makes.
+    pub(crate) group: fn(&Specialization) -> [u32; 2],
+    /// The step between so many groups of items that follow one another.
+    pub(crate) item_step: fn(u32) -> u32,
+}
+
+/// The kernels: the first that serves is taken.
+const KERNELS: &[&MatmulKernel] =
+    &[&matmul_register::KERNEL, &matmul_skinny::KERNEL, &matmul_tile::KERNEL];
+
+fn kernel_for(target: Target, kind: ItemKind) -> &'static MatmulKernel {
+    let kernel = KERNELS.iter().find(|kernel| (kernel.serves)(target, kind));
+    kernel.expect("a kernel for every target and kind of item")
+}
+
+/// Most rows of a tile item on this context's device.
+pub fn tile_rows(ctx: &Context) -> u32 {
+    kernel_for(ctx.variant().target, ItemKind::Tile).tile_rows
+}
+
+/// What is known of a matmul when its kernel is compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Specialization {
+    /// The activation that joins two matrices; none: one matrix.
+    pub(crate) activation: Option<Activation>,
+    /// Rows of `x` are tokens of the slots, not slots.
+    pub(crate) gather: bool,
+    /// One expert for all rows, no plan.
+    pub(crate) dense: bool,
+    pub(crate) weight_type: WeightType,
+    pub(crate) layout: Layout,
+    /// Largest of 8, 4, 1 that divides the rows of x and of the weights.
+    pub(crate) depth_lanes: u32,
+    /// Whether the columns are a multiple of 4, so that four of a row of `out` are one aligned store.
+    pub(crate) quad_columns: bool,
+    pub(crate) kind: ItemKind,
+}
+
+impl Specialization {
+    /// The experts' matmul of a stage, by a matrix `[columns, depth]`.
+    pub(super) fn of_experts(
+        stage: Stage,
+        weight_type: WeightType,
+        [columns, depth]: [u32; 2],
+        kind: ItemKind,
+    ) -> Self {
+        let activation = match stage {
+            Stage::GateUp(activation) => Some(activation),
+            Stage::Down => None,
+        };
+        Self {
+            activation,
+            gather: activation.is_some(),
+            dense: false,
+            weight_type,
+            layout: Layout::Packed,
+            depth_lanes: depth_lanes(depth),
+            quad_columns: columns.is_multiple_of(4),
+            kind,
+        }
+    }
+
+    /// Router logits, by a matrix `[columns, depth]`.
+    pub(super) fn of_logits([columns, depth]: [u32; 2], kind: ItemKind) -> Self {
+        let depth_lanes = depth_lanes(depth);
+        Self {
+            activation: None,
+            gather: false,
+            dense: true,
+            weight_type: WeightType::F32,
+            layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
+            depth_lanes,
+            quad_columns: columns.is_multiple_of(4),
+            kind,
+        }
+    }
+
+    /// Every problem there is: the same functions make it that serve at run time. Of a matrix only what divides its sides is
+    /// known, so that a few stand for all.
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = vec![];
+        for matrix in [[1, 1], [4, 1], [1, 4], [4, 4], [1, 8], [4, 8]] {
+            for kind in [ItemKind::Skinny, ItemKind::Tile] {
+                for stage in
+                    [Stage::Down, Stage::GateUp(Activation::Silu), Stage::GateUp(Activation::Gelu)]
+                {
+                    for &weight_type in WeightType::ALL {
+                        all.push(Self::of_experts(stage, weight_type, matrix, kind));
+                    }
+                }
+                all.push(Self::of_logits(matrix, kind));
+            }
+        }
+        all
+    }
+
+    /// As a kernel sees it whose loads of x are of at most `lanes` values.
+    pub(crate) fn with_lanes(self, lanes: u32) -> Self {
+        Self { depth_lanes: self.depth_lanes.min(lanes), ..self }
+    }
+
+    /// As a kernel sees it that stores one value at a time.
+    pub(crate) fn with_any_stores(self) -> Self {
+        Self { quad_columns: false, ..self }
+    }
+
+    pub(crate) fn label(&self) -> String {
+        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
+        let what = match self.activation {
+            None => "plain",
+            Some(Activation::Silu) => "silu",
+            Some(Activation::Gelu) => "gelu",
+        };
+        let source = if self.dense { "dense" } else { "grouped" };
+        let [weights, layout] = [format!("{:?}", self.weight_type), format!("{:?}", self.layout)];
+        let columns = if self.quad_columns { ", columns of 4" } else { "" };
+        format!("{rows} {what} {source} {weights} {layout} depth of {}{columns}", self.depth_lanes)
+    }
+
+    /// The constants that all three kernels read.
+    pub(crate) fn constants(&self, prelude: Prelude) -> Prelude {
+        prelude
+            .flag("GATED", self.activation.is_some())
+            .flag("GATHER", self.gather)
+            .constant("PANEL", if self.layout == Layout::Packed { PANEL } else { 1 })
+    }
+
+    /// Compiles the kernel that serves it.
+    pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
+        let row = kernel_for(ctx.variant().target, self.kind);
+        ctx.kernel(row.spec, (row.prelude)(ctx, self))
+    }
+
+    /// Workgroups for so many items, completing the parameters.
+    pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
+        let row = kernel_for(ctx.variant().target, self.kind);
+        let [width, height] = (row.group)(self);
+        params.item_groups = items.div_ceil(height);
+        params.item_step = (row.item_step)(params.item_groups);
+        let across = (params.column_end - params.column_begin).div_ceil(width);
+        u64::from(across) * u64::from(params.item_groups)
+    }
+}
+
+fn depth_lanes(depth: u32) -> u32 {
+    [8, 4].into_iter().find(|n| depth.is_multiple_of(*n)).unwrap_or(1)
+}

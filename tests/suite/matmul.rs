@@ -1,0 +1,198 @@
+//! Every matmul kernel against the CPU twin, on depths of more than two steps of its loop over K: the longest step is 128
+//! (16-bit weights in `matmul_skinny`), and a depth of one or two runs hardly any of the loop.
+use testkit::compare::{close, largest};
+use testkit::layer::round;
+use testkit::prelude::{Output, contexts, gpu, random, run, variant_name};
+use testkit::works::plan;
+use wgmoe::ops::grouped_matmul::{
+    Args, GroupedMatmul, ItemKind, Logits, LogitsArgs, Stage, activate, cpu_logits, cpu_row,
+};
+use wgmoe::plan::{HostPlan, bits};
+use wgmoe::weights::{ExpertShape, HostWeights, Projection};
+use wgmoe::{
+    Activation, BoundOp, Context, ExpertWeights, Gpu, PlanShape, Target, WeightType, wgpu,
+};
+
+/// Tokens of each expert: none, one, a whole skinny item, one more, a tile and a rest, two tiles and a rest.
+const ROWS: [usize; 6] = [0, 1, 8, 9, 19, 61];
+const TOKENS: usize = 61;
+/// Hidden and intermediate size. Depths are loaded by eights, fours and ones, columns are whole quads and not; no depth is
+/// a whole number of steps but 384, and no number of columns one of panels.
+const SHAPES: [[u32; 2]; 2] = [[304, 300], [299, 384]];
+
+/// A context for each target: subgroups make no difference here.
+fn targets(gpu: &Gpu) -> Vec<Context> {
+    [Target::Serial, Target::Wide]
+        .map(|target| contexts(gpu).into_iter().find(|ctx| ctx.variant().target == target))
+        .map(|ctx| ctx.expect("every device runs either"))
+        .to_vec()
+}
+
+/// The bit set in which expert e has [`ROWS`]`[e]` tokens, spread over all.
+fn assigned() -> Vec<u32> {
+    let mut words = bits::empty(TOKENS, ROWS.len());
+    for (e, rows) in ROWS.into_iter().enumerate() {
+        for i in 0..rows {
+            bits::set(&mut words, TOKENS, e, (e * 7 + i * 3) % TOKENS);
+        }
+    }
+    words
+}
+
+/// Weights on the device, and what they hold.
+struct Experts {
+    weights: ExpertWeights,
+    /// Gate, up, down of each expert, as stored.
+    host: Vec<[Vec<f32>; 3]>,
+}
+
+impl Experts {
+    fn new(gpu: &Gpu, ctx: &Context, shape: ExpertShape, page_limit: Option<u64>) -> Self {
+        let weights =
+            ExpertWeights::with_page_limit(ctx, shape, page_limit.unwrap_or(u64::MAX)).unwrap();
+        let size = (shape.hidden * shape.intermediate) as usize;
+        let mut host = vec![];
+        for e in 0..shape.experts {
+            host.push(Projection::ALL.map(|p| {
+                let values = random(u64::from(3 * e) + p as u64, size);
+                weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
+                values.into_iter().map(|v| round(v, shape.weight_type)).collect()
+            }));
+        }
+        Self { weights, host }
+    }
+
+    /// One slot of a stage by the twin.
+    fn twin(&self, stage: Stage, e: usize, x: &[f32]) -> Vec<f32> {
+        let [gate, up, down] = &self.host[e];
+        let rows = |w: &[f32]| cpu_row(x, &|i| w[i], w.len() / x.len());
+        match stage {
+            Stage::Down => rows(down).into_iter().map(|v| v as f32).collect(),
+            Stage::GateUp(by) => {
+                let both = rows(gate).into_iter().zip(rows(up));
+                both.map(|(gate, up)| activate(by, gate, up) as f32).collect()
+            }
+        }
+    }
+}
+
+/// A plan on the device and its copy here.
+struct Plan<'a> {
+    shape: &'a PlanShape,
+    buffer: &'a wgpu::Buffer,
+    host: &'a HostPlan,
+}
+
+/// Runs a stage: first the skinny items alone, which must leave the tiles' rows as they were, then the tiles too.
+fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: Stage, gather: bool) {
+    let shape = experts.weights.shape();
+    let (projection, place) = match stage {
+        Stage::GateUp(_) => (Projection::Gate, 0),
+        Stage::Down => (Projection::Down, 1),
+    };
+    let [columns, depth] = shape.matrix(projection).map(|n| n as usize);
+    let slots = plan.host.token_of.len();
+    let x = random(77, if gather { TOKENS } else { slots } * depth);
+    let x_in = gpu.upload(&x);
+    let out = Output::f32s(gpu, slots * columns);
+    let what = format!("{} {shape:?} {stage:?} gather {gather}", variant_name(ctx));
+    let step = |class| {
+        let op = GroupedMatmul::new(ctx, &shape, stage, class).unwrap();
+        let bind = |page| {
+            let args = Args {
+                x: (&x_in).into(),
+                gather,
+                shape: plan.shape,
+                plan: plan.buffer.into(),
+                weights: &experts.weights,
+                page,
+                places: None,
+                out: out.slice(),
+                slots: 0..slots as u32,
+                columns: 0..columns as u32,
+                x_slot: 0,
+                out_slot: 0,
+            };
+            op.bind(args).unwrap()
+        };
+        let pages = experts.weights.page_counts()[place];
+        (0..pages).map(bind).fold(BoundOp::default(), BoundOp::then)
+    };
+    let want: Vec<Vec<f32>> = (0..ROWS.len())
+        .flat_map(|e| {
+            (plan.host.expert_offsets[e]..plan.host.expert_offsets[e + 1]).map(move |s| (e, s))
+        })
+        .map(|(e, s)| {
+            let row = if gather { plan.host.token_of[s as usize] as usize } else { s as usize };
+            experts.twin(stage, e, &x[row * depth..][..depth])
+        })
+        .collect();
+    let compare = |got: &[f32], s: usize| {
+        let (got, want) = (&got[s * columns..][..columns], &want[s]);
+        close(got, want, 2e-5 * largest(want), 2e-5, &format!("{what}: slot {s}"))
+    };
+    run(gpu, &step(ItemKind::Skinny));
+    let got: Vec<f32> = out.get(gpu);
+    let untouched = |s: &usize| got[s * columns..][..columns].iter().all(|v| v.is_nan());
+    let (left, done): (Vec<usize>, Vec<usize>) = (0..slots).partition(untouched);
+    assert!(!left.is_empty() && !done.is_empty(), "{what}: both lists have items");
+    done.into_iter().try_for_each(|s| compare(&got, s)).unwrap();
+    run(gpu, &step(ItemKind::Tile));
+    let got: Vec<f32> = out.get(gpu);
+    (0..slots).try_for_each(|s| compare(&got, s)).unwrap();
+}
+
+/// Both expert matmuls in packed weights of every type.
+#[test]
+fn deep_expert_matmuls() {
+    let Some(gpu) = gpu() else { return };
+    let experts = ROWS.len() as u32;
+    let assigned = assigned();
+    let logits = random(5, TOKENS * ROWS.len());
+    for ctx in targets(&gpu) {
+        let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned).unwrap();
+        let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
+        for [hidden, intermediate] in SHAPES {
+            for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+                let shape = ExpertShape { experts, hidden, intermediate, weight_type };
+                let all = Experts::new(&gpu, &ctx, shape, None);
+                check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);
+                check(&gpu, &ctx, &all, &plan, Stage::Down, false);
+            }
+            // Pages of some experts, and of some columns; rows of x that are slots.
+            let weight_type = WeightType::Bf16;
+            let shape = ExpertShape { experts, hidden, intermediate, weight_type };
+            for limit in [2 * shape.device_bytes() / 3, 100 * u64::from(hidden.max(intermediate))] {
+                let paged = Experts::new(&gpu, &ctx, shape, Some(limit));
+                assert!(paged.weights.page_counts().iter().all(|&n| n > 1), "{limit}: one page");
+                check(&gpu, &ctx, &paged, &plan, Stage::GateUp(Activation::Silu), false);
+                check(&gpu, &ctx, &paged, &plan, Stage::Down, false);
+            }
+        }
+    }
+}
+
+/// Router logits: row-major weights in whole 16-byte words, and in rows of any length.
+#[test]
+fn deep_logits() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in targets(&gpu) {
+        for (hidden, experts) in [(304, 37), (300, 40), (299, 36), (384, 5)] {
+            let op = Logits::new(&ctx, hidden, experts).unwrap();
+            let router = random(8, (experts * hidden) as usize);
+            let weights = gpu.upload(&router);
+            for tokens in [1, 7, 41] {
+                let x = random(9, (tokens * hidden) as usize);
+                let x_in = gpu.upload(&x);
+                let out = Output::f32s(&gpu, (tokens * experts) as usize);
+                let (x_in, weights) = ((&x_in).into(), (&weights).into());
+                let args = LogitsArgs { x: x_in, weights, logits: out.slice() };
+                run(&gpu, &op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
+                let want = cpu_logits(&x, &router, hidden as usize);
+                let what = format!("{} D {hidden} E {experts} T {tokens}", variant_name(&ctx));
+                let got: Vec<f32> = out.get(&gpu);
+                close(&got, &want, 2e-5 * largest(&want), 2e-5, &what).unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! What the caller is told: the own argument by its own name, the numbers, the shape. Exact texts.
+use crate::common::*;
+use wgmoe::ops::gather::{self, Gather};
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, GateRule, Groups, Normalise, Routing, Score, SequenceTop, TokenChoice,
+};
+use wgmoe::weights::ExpertShape;
+use wgmoe::{Activation, Context, Error, ExpertWeights, MoeExperts, WeightType, wgpu};
+
+#[track_caller]
+fn message<T>(result: Result<T, Error>) -> String {
+    match result {
+        Ok(_) => panic!("must be an error"),
+        Err(e) => e.to_string(),
+    }
+}
+
+#[test]
+fn rules_that_make_no_sense() {
+    let of = |rule: Routing, experts| message(rule.check(experts));
+    let tokens = TokenChoice::new(4);
+    let grouped = |k, count, per_token| TokenChoice::new(k).with_groups(count, per_token).into();
+    let elects = |rule| Routing::from(tokens.with_coreset(rule));
+    for (rule, experts, text) in [
+        (tokens.into(), 0, "`experts`: must not be 0"),
+        (tokens.into(), 1025, "`experts`: 1025, at most 1024"),
+        (TokenChoice::new(0).into(), 16, "`experts_per_token`: must not be 0"),
+        (TokenChoice::new(17).into(), 16, "`experts_per_token`: 17 of only 16 experts"),
+        (TokenChoice::new(65).into(), 256, "`experts_per_token`: 65, at most 64"),
+        (grouped(2, 4, 9), 16, "`groups`: 9 of only 4 groups"),
+        (grouped(2, 5, 2), 16, "`groups`: 5 do not divide 16 experts"),
+        (grouped(2, 64, 2), 64, "`groups`: 64, must be 1 to 32"),
+        (grouped(2, 4, 0), 16, "`groups`: a token must be allowed at least 1"),
+        (grouped(4, 8, 1), 16, "`experts_per_token`: 4 of only 2 experts, those of 1 of 8 groups"),
+        (tokens.with_scale(f32::NAN).into(), 16, "`scale`: NaN, must be finite"),
+        (
+            tokens.with_capacity_factor(0.0).into(),
+            16,
+            "`capacity_factor`: 0, must be positive and finite",
+        ),
+        (
+            elects(BlockRule::mass(60.0)),
+            16,
+            "`p`: 60, must be 0 to 1; 1 elects every expert with a vote",
+        ),
+        (elects(BlockRule::mass(0.6).with_floor(17)), 16, "`floor`: 17 of only 16 experts"),
+        (elects(BlockRule::capacity(48)), 16, "`capacity`: 48 of only 16 experts"),
+        (elects(BlockRule::vote(0)), 16, "`vote`: must not be 0"),
+        (elects(BlockRule::union(65)), 256, "`union`: 65, at most 64"),
+        (ExpertChoice::new(99).into(), 16, "`experts_per_token`: 99 of only 16 experts"),
+        (
+            ExpertChoice::new(9).with_max(99).into(),
+            16,
+            "`max_experts_per_token`: 99 of only 16 experts",
+        ),
+        (
+            ExpertChoice::new(9).with_max(8).into(),
+            16,
+            "`max_experts_per_token`: 8 is less than `experts_per_token`, 9",
+        ),
+        (SequenceTop::new(17).into(), 16, "`experts_per_token`: 17 of only 16 experts"),
+        (SequenceTop::new(4).with_scale(f32::INFINITY).into(), 16, "`scale`: inf, must be finite"),
+    ] {
+        assert_eq!(of(rule, experts), text);
+    }
+    // What is just allowed.
+    for (rule, experts) in [
+        (grouped(2, 8, 1), 16),
+        (TokenChoice::new(64).into(), 64),
+        (elects(BlockRule::mass(1.0)), 16),
+        (elects(BlockRule::mass(0.0).with_floor(0)), 16),
+        (ExpertChoice::new(16).into(), 16),
+        (SequenceTop::new(16).into(), 16),
+    ] {
+        assert_eq!(rule.check(experts), Ok(()), "{rule:?} of {experts}");
+    }
+}
+
+#[test]
+fn builders_set_what_they_say() {
+    let rule = TokenChoice::new(8)
+        .with_score(Score::Sigmoid)
+        .with_gate(GateRule::Unnormalised)
+        .with_groups(8, 4)
+        .with_scale(2.5)
+        .with_capacity_factor(1.25)
+        .with_coreset(BlockRule::mass(0.6).with_floor(12));
+    assert_eq!((rule.score, rule.gate), (Score::Sigmoid, GateRule::Unnormalised));
+    assert_eq!((rule.experts_per_token, rule.scale), (8, 2.5));
+    assert_eq!((rule.groups, rule.capacity_factor), (Some(Groups::new(8, 4)), Some(1.25)));
+    assert_eq!(rule.coreset, Some(BlockRule::mass(0.6).with_floor(12)));
+    let plain = rule.without_groups().without_coreset().with_experts_per_token(2);
+    assert_eq!((plain.groups, plain.coreset, plain.experts_per_token), (None, None, 2));
+    let new = TokenChoice::new(8);
+    assert_eq!((new.score, new.gate, new.scale), (Score::Softmax, GateRule::Normalised, 1.0));
+    assert_eq!((new.groups, new.capacity_factor, new.coreset), (None, None, None));
+
+    assert_eq!(BlockRule::mass(0.6), BlockRule::mass(0.6).with_floor(16));
+    assert_eq!(BlockRule::vote(38).with_floor(3), BlockRule::Vote(38));
+
+    let rule = ExpertChoice::new(8).with_score(Score::Sigmoid).with_max(32);
+    assert_eq!((rule.experts_per_token, rule.max_experts_per_token), (8, 32));
+    assert_eq!((rule.score, rule.normalise), (Score::Sigmoid, Normalise::AfterSelection));
+    let before = rule.with_normalise(Normalise::BeforeSelection).with_experts_per_token(4);
+    assert_eq!((before.normalise, before.experts_per_token), (Normalise::BeforeSelection, 4));
+    // The rule's own k, as the one formula has it.
+    assert_eq!([512, 7, 1, 0].map(|n| ExpertChoice::new(20).capacity(n, 64)), [160, 2, 1, 0]);
+
+    let rule = SequenceTop::new(8).with_gate(GateRule::Softmax).with_scale(2.0);
+    assert_eq!((rule.score, rule.gate, rule.scale), (Score::Softmax, GateRule::Softmax, 2.0));
+    assert_eq!(rule.with_experts_per_token(3).experts_per_token, 3);
+}
+
+fn shape(experts: u32, hidden: u32, intermediate: u32) -> ExpertShape {
+    ExpertShape { experts, hidden, intermediate, weight_type: WeightType::F32 }
+}
+
+/// Without a limit that is seen first, these would take memory without end.
+#[test]
+fn pages_without_end() {
+    let (device, _) = wgpu::Device::noop(&Default::default());
+    let ctx = Context::new(&device).unwrap();
+    let new = |shape, limit| message(ExpertWeights::new(&ctx, shape, limit));
+    assert_eq!(
+        new(shape(2, 12, 1 << 31), Some(18_060)),
+        "`page_limit`: 18060 bytes a page make 12201612 pages of Gate, at most 16384"
+    );
+    assert_eq!(
+        new(shape(1 << 30, 8, 8), Some(2048)),
+        "`page_limit`: 2048 bytes a page make 536870912 pages of Gate, at most 16384"
+    );
+    // The device's own limit, of 128 MiB.
+    assert_eq!(
+        new(shape(1 << 20, 1 << 12, 1 << 12), None),
+        "`weights`: 134217728 bytes a page make 524288 pages of Gate, at most 16384"
+    );
+    assert_eq!(
+        new(shape(u32::MAX, u32::MAX, u32::MAX), None),
+        "`hidden`: [4294967295, 4294967295, 4294967295] overflows"
+    );
+    // Not even one panel of columns fits.
+    assert_eq!(
+        new(shape(2, 12, 64), Some(16)),
+        "`page_limit`: 16 bytes, 32 columns of an expert need 1536"
+    );
+    assert_eq!(
+        new(shape(1, 1 << 22, 1), None),
+        "`weights`: 536870912 needed, max_storage_buffer_binding_size of this device is 134217728"
+    );
+}
+
+#[test]
+fn shared_experts_that_are_not_there() {
+    let (device, _) = wgpu::Device::noop(&Default::default());
+    let ctx = Context::new(&device).unwrap();
+    let weights = ExpertWeights::new(&ctx, shape(17, 8, 8), None).unwrap();
+    let new = |shared| MoeExperts::new(&ctx, Activation::Silu, shared, weights.clone());
+    assert_eq!(message(new(99)), "`shared_experts`: 99 of only 17 experts, and one must be routed");
+    assert_eq!(message(new(17)), "`shared_experts`: 17 of only 17 experts, and one must be routed");
+    new(16).unwrap();
+}
+
+#[test]
+fn shapes_beside_bytes() {
+    use wgmoe::ops::token_choice::{Args, TokenChoice};
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let words = |n: usize| gpu.upload(&vec![0u32; n]);
+    let (r, short) = (words(8 * 128), words(8 * 3));
+    let args = Args { r: (&r).into(), coresets: None, assigned: (&short).into() };
+    assert_eq!(
+        message(TokenChoice::new(&ctx, 8, 2, None).unwrap().bind(128, args)),
+        "`assigned`: expected 128 bytes, [8, 4] u32, got 96"
+    );
+    let args = gather::Args { x: (&short).into(), token_of: (&r).into(), out: (&r).into() };
+    let dims = gather::Dims { tokens: 4, slots: 2, hidden: 8 };
+    assert_eq!(
+        message(Gather::new(&ctx).unwrap().bind(&dims, args)),
+        "`x`: expected 128 bytes, [4, 8] f32, got 96"
+    );
+}
