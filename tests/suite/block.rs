@@ -7,8 +7,7 @@ use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
-use wgmoe::ops::token_choice;
-use wgmoe::ops::{block_choice, block_plan, coreset};
+use wgmoe::ops::{block_choice, block_plan};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::Groups;
@@ -54,26 +53,11 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// The bit set and the coresets, by the twins.
-    fn cpu(&self) -> (Vec<u32>, Vec<u32>) {
-        let Self { rule, experts, top, groups, r, offsets, voters } = *self;
-        let own = rule
-            .own_top(top as u32)
-            .map(|k| token_choice::cpu(r, experts, k as usize, None, &|_, _| true))
-            .unwrap_or_default();
-        let (members, block_of) = coreset::cpu(rule, r, experts, &own, offsets, voters);
-        let eligible = |t: usize, e: usize| {
-            let row = block_of[t] as usize * experts.div_ceil(32);
-            block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
-        };
-        (token_choice::cpu(r, experts, top, groups, &eligible), members)
-    }
-
     #[track_caller]
     fn check(&self, gpu: &Gpu) {
         let Self { rule, experts, top, groups, r, offsets, voters } = *self;
         let (tokens, blocks) = (r.len() / experts, offsets.len() - 1);
-        let want = self.cpu();
+        let want = block_choice::cpu(rule, r, experts, top, groups, offsets, voters);
         let [r, at] = [gpu.upload(r), gpu.upload(offsets)];
         let marked = voters.map(|m| gpu.upload(m));
         for ctx in targets(gpu) {

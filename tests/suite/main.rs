@@ -12,6 +12,7 @@ mod coreset;
 mod devices;
 mod errors;
 mod expert_choice;
+mod expert_lists;
 mod expert_union;
 mod failure;
 mod gather;

@@ -166,6 +166,15 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 add_stats: false,
             },
         )?,
+        expert_lists::ExpertLists::new(ctx)?.bind(
+            &expert_lists::Dims { tokens, experts, room: 64 },
+            expert_lists::Args {
+                assigned: bits(0),
+                offsets: words(&b[1], e + 1),
+                list: words(&b[2], 64),
+                lost: words(&b[3], e),
+            },
+        )?,
         gather::Gather::new(ctx)?.bind(
             &gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
             gather::Args {

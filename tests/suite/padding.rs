@@ -9,7 +9,7 @@ use wgmoe::layer::{
 use wgmoe::ops::active_rows::{self, ActiveRows, Args, Capacities, Dims};
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::{Stats, bits};
-use wgmoe::routing::{BlockRule, GateRule, Groups, Routing, Score, TokenChoice, schedule};
+use wgmoe::routing::{BlockRule, GateRule, Routing, Score, TokenChoice, schedule};
 use wgmoe::{Context, Gpu, Slice};
 
 const D: usize = 64;
@@ -18,25 +18,10 @@ const K: u32 = 3;
 
 /// Every rule of the table, over plain token choice, with groups, and with a capacity factor.
 fn every_rule() -> Vec<Rule> {
-    let plain = TokenChoice {
-        score: Score::Softmax,
-        gate: GateRule::Softmax,
-        top: K,
-        groups: None,
-        scale: 1.0,
-        capacity_factor: None,
-        coreset: None,
-    };
-    let grouped = TokenChoice {
-        score: Score::Sigmoid,
-        gate: GateRule::Normalised,
-        groups: Some(Groups { count: 8, top: 3 }),
-        scale: 2.5,
-        ..plain
-    };
-    let dropping = TokenChoice { capacity_factor: Some(0.8), ..plain };
-    let every_vote = BlockRule::Mass { p: 1.0, floor: 4 };
-    let more = TokenChoice { coreset: Some(every_vote), ..plain };
+    let plain = TokenChoice::new(K).with_gate(GateRule::Softmax);
+    let grouped = TokenChoice::new(K).with_score(Score::Sigmoid).with_groups(8, 3).with_scale(2.5);
+    let dropping = plain.with_capacity_factor(0.8);
+    let more = plain.with_coreset(BlockRule::mass(1.0).with_floor(4));
     [("", plain), (", groups", grouped), (", capacity factor", dropping)]
         .into_iter()
         .flat_map(|(suffix, own)| {
