@@ -51,6 +51,9 @@ fn main() -> wgmoe::Result<()> {
     gpu.run(&choice.then(lists).then(rows))?;
     println!("offsets {:?}", gpu.download::<u32>(&offsets)?);
     println!("tokens  {:?}", gpu.download::<u32>(&list)?);
-    println!("rows    {:?}", gpu.download::<f32>(&out)?.chunks(8).map(|r| r[0]).collect::<Vec<_>>());
+    println!(
+        "rows    {:?}",
+        gpu.download::<f32>(&out)?.chunks(8).map(|r| r[0]).collect::<Vec<_>>()
+    );
     Ok(())
 }

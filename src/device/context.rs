@@ -167,6 +167,8 @@ impl Context {
 
     /// The pipeline of a kernel in a variant, made now if it is the first of its kind.
     pub(crate) fn kernel(&self, spec: &'static Spec, prelude: Prelude) -> Result<Arc<Kernel>> {
+        // Also where the kernel is there: a layer of a lost device is an error, not a surprise later.
+        alive(self.device())?;
         let key = (spec.name, prelude);
         let mut kernels = self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.get(&key) {
@@ -195,7 +197,6 @@ impl Context {
             let limit = "max_compute_workgroup_storage_size";
             return Err(Error::Limit { name: spec.name, limit, need: WORKGROUP_BYTES, have });
         }
-        alive(self.device())?;
         let kernel = Arc::new(scoped(self.device(), || {
             Kernel::new(self.device(), spec, &key.1, self.inner.cache.as_ref())
         })?);

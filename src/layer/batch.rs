@@ -41,6 +41,10 @@ pub struct Batch<'a> {
     /// Scratch to share with other layers that run in order on one queue; the layer's own where
     /// absent.
     pub scratch: Option<&'a Scratch>,
+    /// `[8 + E]` u32, written: where the [statistics](crate::plan::Stats) go; scratch where absent.
+    pub stats: Option<Slice<'a>>,
+    /// Whether the statistics are added to what `stats` holds: sums over steps and layers.
+    pub add_stats: bool,
 }
 
 impl<'a> Batch<'a> {
@@ -56,6 +60,8 @@ impl<'a> Batch<'a> {
             assignments: None,
             routed_slots: None,
             scratch: None,
+            stats: None,
+            add_stats: false,
         }
     }
 
@@ -99,6 +105,19 @@ impl<'a> Batch<'a> {
     #[must_use]
     pub fn with_scratch(self, scratch: &'a Scratch) -> Self {
         Self { scratch: Some(scratch), ..self }
+    }
+
+    /// Writes the [statistics](crate::plan::Stats), `[8 + E]` u32, into the caller's own slice.
+    #[must_use]
+    pub fn with_stats(self, stats: impl Into<Slice<'a>>) -> Self {
+        Self { stats: Some(stats.into()), add_stats: false, ..self }
+    }
+
+    /// Adds the statistics to what the slice holds, `[8 + E]` u32, zeros to begin with: sums over the
+    /// steps and layers that share it.
+    #[must_use]
+    pub fn with_stats_added_to(self, stats: impl Into<Slice<'a>>) -> Self {
+        Self { stats: Some(stats.into()), add_stats: true, ..self }
     }
 
     /// An error for an argument that the bound work would not read.

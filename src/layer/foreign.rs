@@ -99,7 +99,7 @@ impl MoeExperts {
             skinny_rows: SKINNY_ROWS,
         };
         let scratch = Scratch::of(batch.scratch, ctx)?;
-        let tensors = PlanTensors::new(&scratch, shape)?;
+        let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
         let mut parts = vec![assign];
         let lost = Lost { counts: ignored.slice(), dropped: 0, ignored: count };

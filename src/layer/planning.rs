@@ -1,4 +1,5 @@
 //! The kernels of a plan: from the bit set to what the matmuls read.
+use super::batch::Batch;
 use super::bound::{Routed, Selection};
 use super::scratch::Scratch;
 use crate::device::Tensor;
@@ -7,7 +8,7 @@ use crate::ops::expert_choice::{DropArgs, DropDims, ExpertChoice};
 use crate::ops::plan_count::{self, Gates, PlanCount};
 use crate::ops::plan_fill::{self, PlanFill};
 use crate::ops::plan_scan::{self, Lost, PlanScan};
-use crate::plan::bits;
+use crate::plan::{Stats, bits};
 use crate::{BoundOp, Context, PlanShape, Result, Slice};
 
 /// The kernels of a plan.
@@ -33,6 +34,7 @@ pub(super) struct PlanArgs<'a> {
     pub(super) offsets: Option<Slice<'a>>,
     pub(super) plan: &'a Tensor,
     pub(super) stats: &'a Tensor,
+    pub(super) add_stats: bool,
 }
 
 impl Planning {
@@ -56,7 +58,7 @@ impl Planning {
                     offsets: args.offsets,
                     plan: args.plan.slice(),
                     stats: args.stats.slice(),
-                    add_stats: false,
+                    add_stats: args.add_stats,
                 };
                 Ok(vec![self.block.bind(args.shape, args_of_block)?])
             }
@@ -105,7 +107,8 @@ impl Planning {
     /// Offsets, items, statistics and lists, from counts.
     fn lists(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<[BoundOp; 2]> {
         let (plan, stats) = (args.plan.slice(), args.stats.slice());
-        let scan = plan_scan::Args { lost, offsets: args.offsets, plan, stats, add_stats: false };
+        let scan =
+            plan_scan::Args { lost, offsets: args.offsets, plan, stats, add_stats: args.add_stats };
         let (assigned, gates) = (args.assigned.slice(), args.gate_values.slice());
         Ok([
             self.scan.bind(args.shape, scan)?,
@@ -121,17 +124,26 @@ pub(super) struct PlanTensors {
     pub(super) gates: Tensor,
     pub(super) plan: Tensor,
     pub(super) stats: Tensor,
+    add_stats: bool,
 }
 
 impl PlanTensors {
-    pub(super) fn new(scratch: &Scratch, shape: PlanShape) -> Result<Self> {
+    /// Statistics go where the batch says.
+    pub(super) fn new(scratch: &Scratch, shape: PlanShape, batch: &Batch<'_>) -> Result<Self> {
         let PlanShape { tokens, experts, .. } = shape;
         let words = u64::from(experts) * bits::columns(tokens as usize) as u64;
         Ok(Self {
             assigned: scratch.get("assigned", words * 4)?,
             gates: scratch.get("gates", u64::from(tokens) * u64::from(experts) * 4)?,
             plan: scratch.get("plan", shape.bytes()?)?,
-            stats: scratch.get("stats", crate::plan::Stats::bytes(experts))?,
+            stats: match batch.stats {
+                None => scratch.get("stats", Stats::bytes(experts))?,
+                Some(stats) => {
+                    stats.u32s("stats", &[Stats::bytes(experts) / 4])?;
+                    stats.into()
+                }
+            },
+            add_stats: batch.add_stats,
             shape,
         })
     }
@@ -149,6 +161,7 @@ impl PlanTensors {
             offsets,
             plan: &self.plan,
             stats: &self.stats,
+            add_stats: self.add_stats,
         }
     }
 
@@ -157,7 +170,7 @@ impl PlanTensors {
         coreset: Option<Tensor>,
         selection: Option<Selection>,
     ) -> (Tensor, Routed) {
-        let Self { shape, assigned, gates, plan, stats } = self;
+        let Self { shape, assigned, gates, plan, stats, .. } = self;
         (stats, Routed { shape, plan, assigned, gates, coreset, selection })
     }
 }

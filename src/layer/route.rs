@@ -103,7 +103,7 @@ impl MoeRouting {
             tile_rows: tile_rows(ctx),
             skinny_rows: SKINNY_ROWS,
         };
-        let tensors = PlanTensors::new(&scratch, shape)?;
+        let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let (mut parts, selection) = self.bind_router(batch, &scratch)?;
         let assigned = &tensors.assigned;
         let input = ChoiceInput { tokens, experts, values: selection.values(), assigned };

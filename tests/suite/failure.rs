@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use testkit::layer::HostLayer;
 use testkit::prelude::*;
-use wgmoe::layer::{Batch, LayerConfig, MoeLayer};
+use wgmoe::layer::{Batch, LayerConfig, MoeLayer, Tensor};
+use wgmoe::routing::schedule::Schedule;
 use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
@@ -140,6 +141,10 @@ fn a_device_that_is_lost() {
         ExpertWeights::new(&ctx, layer.weights().shape()).map(|_| ()),
         sample.router(&ctx).map(|_| ()),
         layer.with_routing(models::find("ec-dlm").unwrap().settings.routing).map(|_| ()),
+        // Every kernel of it is compiled already.
+        layer.with_context(&ctx).map(|_| ()),
+        // As a schedule's stairs are uploaded.
+        Tensor::new(&ctx, "stairs", &Schedule::fixed(3).staircase().unwrap().words()).map(|_| ()),
         layer.bind(&batch).map(|_| ()),
         gpu.run_layer(&step),
         gpu.download::<u32>(&lost).map(|_| ()),

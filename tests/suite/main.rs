@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 mod assign;
 mod assign_lists;
+mod batch;
 mod block;
 mod cache;
 mod capacity;

@@ -74,11 +74,11 @@ fn groups() {
         (64, 48, 6, 4, 2),
         (33, 40, 8, 5, 1),
         (33, 40, 8, 5, 5),
-        (31, 32, 4, 32, 3), // groups of one, and fewer of them than K
+        (31, 32, 3, 32, 3), // groups of one, and fewer of them than K
         (40, 4, 2, 4, 2),
         (40, 4, 1, 4, 3),
         (17, 16, 8, 16, 8),
-        (5, 6, 6, 3, 2), // fewer experts in the groups than K
+        (5, 6, 4, 3, 2), // all experts of the groups
         (17, 1024, 16, 32, 5),
         (17, 1024, 64, 32, 32),
         (17, 96, 4, 1, 1),
