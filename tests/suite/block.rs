@@ -139,7 +139,7 @@ fn many_experts_a_token() {
     let Some(gpu) = gpu() else { return };
     let r = values(1, 32, 96);
     for (top, rule) in
-        [(33, BlockRule::Vote(40)), (64, BlockRule::Union(20)), (1, BlockRule::Vote(5))]
+        [(33usize, BlockRule::Vote(40)), (64, BlockRule::Union(20)), (1, BlockRule::Vote(5))]
     {
         for groups in [None, Some(Groups::new(32, top.div_ceil(3).max(15) as u32))] {
             Case { rule, experts: 96, top, groups, r: &r, offsets: &[0, 32], voters: None }
