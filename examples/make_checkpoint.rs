@@ -1,6 +1,7 @@
-//! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`, with synthetic weights
-//! (`testkit/src/checkpoint_writer.rs` says which): `cargo run --release --example make_checkpoint -- --help`. Written as it is
-//! made, so a model of any size takes little memory.
+//! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`,
+//! with synthetic weights (`testkit/src/checkpoint_writer.rs` says which): `cargo run --release
+//! --example make_checkpoint -- --help`. Written as it is made, so a model of any size takes little
+//! memory.
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -24,7 +25,8 @@ struct Options {
     /// Model whose layers are written
     #[arg(long, default_value = "llada2-mini", value_parser = PossibleValuesParser::new(MODELS.iter().map(|m| m.name)))]
     model: String,
-    /// MoE layers; they follow the model's dense layers, of which nothing is written. All of the model's by default
+    /// MoE layers; they follow the model's dense layers, of which nothing is written. All of the
+    /// model's by default
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     layers: Option<u32>,
     /// Routed experts, at most the model's; groups keep their size. All of the model's by default

@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::file::{self, Part};
 use crate::matrix::{Group, Layer};
 use crate::timing::{Stop, Timer, Timing};
-use testkit::works::{self as cases, Bound, Choice, Part as Stage, Work};
+use testkit::works::{self, Bound, Choice, Part as Stage, Work};
 use wgmoe::plan::HostPlan;
 use wgmoe::{Context, Dispatch, Error, Gpu, MoeLayer, WeightType, wgpu};
 
@@ -156,9 +156,8 @@ impl Subject {
         if let Some(choice) = keep(&mut self.routing, choice) {
             if whole {
                 let plan = work.check_plan(gpu, &input.bound, &choice);
-                if let Some(plan) = keep(&mut self.plan, plan)
-                    && group.parts.contains(&Part::Gather)
-                {
+                let plan = keep(&mut self.plan, plan);
+                if let Some(plan) = plan.filter(|_| group.parts.contains(&Part::Gather)) {
                     let gather = input.bind_gather(gpu, ctx, work, &plan);
                     keep(&mut self.gather, gather);
                 }
@@ -260,7 +259,7 @@ impl Input {
         let most = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let rows = plan.token_of.len().min((most / (4 * u64::from(hidden))) as usize);
         let rows = &plan.token_of[..rows];
-        let step = cases::gather(gpu, ctx, (&self.bound.hidden, &work.x[..]), hidden, rows)?;
+        let step = works::gather(gpu, ctx, (&self.bound.hidden, &work.x[..]), hidden, rows)?;
         self.gather = step.dispatches().to_vec();
         self.gathered = rows.len() as u32;
         self.rows_read = distinct(rows);
@@ -293,7 +292,9 @@ impl Input {
         let (bytes, flops) = match part {
             // Logits; the scores where there are any; the bits and the coresets.
             Part::Routing => {
-                let scores = if self.bound.step.scores().is_some() { t * e } else { 0.0 };
+                let same = testkit::layer::selection(&self.bound.step)
+                    .is_some_and(|[g, s, _]| g.buffer == s.buffer);
+                let scores = if same { 0.0 } else { t * e };
                 (4.0 * (t * e + scores + choice.coreset_words as f64) + bits, 0.0)
             }
             // The bits, a score for each pair; for each slot its token, its gate and its place.
@@ -396,7 +397,7 @@ pub(crate) mod tests {
         for (part, outcome) in outcomes(&wrong) {
             match (part, outcome) {
                 (Part::Experts | Part::Layer, Outcome::Failed { reason }) => {
-                    assert!(reason.contains("output: at 0: got"), "{reason}");
+                    assert!(reason.contains("output: at 0 of 512: got"), "{reason}");
                 }
                 (Part::Routing | Part::Plan | Part::Gather, Outcome::Measured(_)) => {}
                 (part, outcome) => panic!("{part:?}: {outcome:?}"),

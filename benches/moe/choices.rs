@@ -2,7 +2,7 @@
 use crate::timing::{Bench, Ready, columns, pairs};
 use criterion::{Criterion, Throughput};
 use testkit::compare::{close, same};
-use testkit::works::{BIAS, SCORES, choice, fill};
+use testkit::works::{BIAS, CHOICES, SCORES, choice, fill};
 use wgmoe::ops::{capacity, coreset, scores, sequence_top, token_choice};
 use wgmoe::routing::schedule::{Schedule, ScheduleKind};
 use wgmoe::routing::{BlockRule, Groups};
@@ -40,17 +40,14 @@ pub(super) fn bench_scores(bench: &Bench, c: &mut Criterion) {
 
 pub(super) fn bench_expert_choice(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("expert_choice");
-    for (name, shape) in [
-        ("OP1a T512 E512 C32", [512, 512, 32]),
-        ("OP1b T4096 E64 C256", [4096, 64, 256]),
-        ("EC-DLM T512 E512 C20", [512, 512, 20]),
-    ] {
+    for (name, shape) in CHOICES {
         bench.case(&mut group, name, &bench.contexts, pairs(shape[0], shape[1]), |ctx, what| {
             choice(&bench.gpu, ctx, shape).unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
     }
     group.finish();
-    // How its time grows: with tokens at equal experts and an eighth of the tokens each, with experts, with the capacity.
+    // How its time grows: with tokens at equal experts and an eighth of the tokens each, with
+    // experts, with the capacity.
     for (axis, shapes) in [
         ("tokens", vec![[1024, 64, 128], [4096, 64, 512], [16384, 64, 2048], [65536, 64, 8192]]),
         (

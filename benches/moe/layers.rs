@@ -85,7 +85,8 @@ pub(super) fn bench_rules(
     }
 }
 
-/// The layer bound to the work's input, run once and compared: choice and plan whole, the output in eight tokens.
+/// The layer bound to the work's input, run once and compared: choice and plan whole, the output in
+/// eight tokens.
 pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
     let bound = work.bind(gpu, layer, None).unwrap();
     bound.run(gpu, &Part::ALL).unwrap();
@@ -104,7 +105,8 @@ pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -
         f64::from(unique + settings.shared_experts) * layer.weights().shape().expert_bytes() as f64
             / 1e6
     );
-    // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an item.
+    // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an
+    // item.
     for factor in [1.25, 1.5] {
         let rows = (factor * f64::from(choice.slots()) / loads.len() as f64).ceil() as u32;
         let kept: u32 = loads.iter().map(|&n| n.min(rows)).sum();

@@ -1,13 +1,15 @@
-//! `cargo bench --bench moe`: a group for each op, and the layer. Every case is compared with the CPU twin (the largest ones
-//! in sampled rows) before it is timed; work of which a filter leaves nothing is not even made. With `-- --test` each case is
-//! compared and run once.
+//! `cargo bench -p benches`: a group for each op, and the layer. Every case is compared with the
+//! CPU twin (the largest ones in sampled rows) before it is timed; work of which a filter leaves
+//! nothing is not even made. With `-- --test` each case is compared and run once.
 //!
-//! A time is that of one submission: encoding, submitting and waiting. Below criterion's estimate of the mean stands the
-//! least. Elements are (token, expert) pairs for routing and plans, floating-point operations on routed rows for matmuls, W1
-//! and W2, tokens for a block. Variants of a case run in turns, so that they meet the same state of the machine.
+//! A time is that of one submission: encoding, submitting and waiting. Below criterion's estimate
+//! of the mean stands the least. Elements are (token, expert) pairs for routing and plans,
+//! floating-point operations on routed rows for matmuls, W1 and W2, tokens for a block. Variants of
+//! a case run in turns, so that they meet the same state of the machine.
 //!
-//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64. `WGMOE_BENCH_VARIANTS=1`
-//! runs matmuls and layers in every variant too, not only in the one that the device gets by default.
+//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64.
+//! `WGMOE_BENCH_VARIANTS=1` runs matmuls and layers in every variant too, not only in the one that
+//! the device gets by default.
 mod choices;
 mod layers;
 mod plans;

@@ -1,8 +1,8 @@
 //! From a choice to a plan, and what is counted of it.
-use crate::timing::{Bench, chosen, columns, pairs};
+use crate::timing::{Bench, columns, pairs};
 use criterion::{Criterion, Throughput};
 use testkit::compare::same;
-use testkit::works::{INDEX, Planned, SCORES, fill, mix, plan};
+use testkit::works::{INDEX, PLANS, Planned, SCORES, chosen, fill, mix, plan};
 use wgmoe::Context;
 use wgmoe::ops::{assign, assign_lists, expert_union};
 
@@ -91,11 +91,9 @@ pub(super) fn planned(
 
 pub(super) fn bench_plan(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("plan");
-    for (name, tokens, experts) in
-        [("T32 E256 K8", 32, 256), ("T512 E64 K8", 512, 64), ("T4096 E256 K8", 4096, 256)]
-    {
+    for (name, [tokens, experts, top]) in PLANS {
         bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
-            let (logits, assigned) = chosen(tokens, experts, 8);
+            let (logits, assigned) = chosen(tokens, experts, top);
             planned(bench, ctx, [tokens, experts], &logits, &assigned, what).step.into()
         });
     }

@@ -1,18 +1,16 @@
 //! Rows of hidden states: gathered, multiplied, summed up.
 use crate::plans::planned;
-use crate::timing::{Bench, chosen};
+use crate::timing::Bench;
 use criterion::{Criterion, SamplingMode, Throughput};
 use std::time::Duration;
 use testkit::compare::close;
-use testkit::works::{INDEX, OP2, TABLE, fill, gather, grouped_matmul, mix};
+use testkit::works::{GATHERS, INDEX, OP2, TABLE, chosen, fill, gather, grouped_matmul, mix};
 use wgmoe::WeightType;
 use wgmoe::ops::combine;
 
 pub(super) fn bench_gather(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("gather");
-    for (name, rows, hidden) in
-        [("OP3 4096 rows of 2048", 4096u32, 2048u32), ("600000 rows of 16", 600_000, 16)]
-    {
+    for (name, [rows, hidden]) in GATHERS {
         let bytes = Throughput::BytesDecimal(2 * 4 * u64::from(rows) * u64::from(hidden));
         bench.case(&mut group, name, &bench.contexts[..1], bytes, |ctx, what| {
             let x = fill(TABLE, rows * hidden, 1.0);

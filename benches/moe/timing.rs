@@ -4,8 +4,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, Throughput};
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
 use testkit::device::required;
-use testkit::works::{Bound, Part, SCORES, fill};
-use wgmoe::ops::token_choice;
+use testkit::works::{Bound, Part};
 use wgmoe::{BoundOp, Context, Gpu, Target, Variant, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
@@ -14,7 +13,8 @@ pub(super) enum Ready {
     Layer(Box<Bound>),
 }
 
-/// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed the second time.
+/// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed
+/// the second time.
 pub(super) const SHORT: Duration = Duration::from_millis(20);
 
 impl From<BoundOp> for Ready {
@@ -61,7 +61,8 @@ impl Bench {
         Some(Self { gpu, contexts, full })
     }
 
-    /// The variant that the device gets by default, alone: for work that takes long to compile or to run in another.
+    /// The variant that the device gets by default, alone: for work that takes long to compile or
+    /// to run in another.
     pub(super) fn best(&self) -> &[(String, Context)] {
         if self.full { &self.contexts } else { &self.contexts[..1] }
     }
@@ -80,7 +81,8 @@ impl Bench {
         start.elapsed()
     }
 
-    /// Times a case in these variants, each run in turn with the others. `prepare` makes and checks the work.
+    /// Times a case in these variants, each run in turn with the others. `prepare` makes and checks
+    /// the work.
     pub(super) fn case(
         &self,
         group: &mut BenchmarkGroup<'_, WallTime>,
@@ -95,7 +97,8 @@ impl Bench {
         });
     }
 
-    /// Times works that are to be compared with each other: they run in turns. `prepare` makes and checks one for each id.
+    /// Times works that are to be compared with each other: they run in turns. `prepare` makes and
+    /// checks one for each id.
     pub(super) fn turns(
         &self,
         group: &mut BenchmarkGroup<'_, WallTime>,
@@ -147,7 +150,8 @@ impl Bench {
         }
     }
 
-    /// Where the time of a layer goes: the least of five for each part, every dispatch in a pass of its own.
+    /// Where the time of a layer goes: the least of five for each part, every dispatch in a pass of
+    /// its own.
     fn print_parts(&self, bound: &Bound) {
         let mut least = [f64::MAX; Part::ALL.len()];
         for _ in 0..5 {
@@ -176,13 +180,6 @@ impl Bench {
     pub(super) fn download<T: bytemuck::Pod>(&self, buffer: &wgpu::Buffer) -> Vec<T> {
         self.gpu.download(buffer).expect("read back")
     }
-}
-
-/// Logits `[tokens, experts]`, and the bit set of each token's top `top`.
-pub(super) fn chosen(tokens: u32, experts: u32, top: usize) -> (Vec<f32>, Vec<u32>) {
-    let logits = fill(SCORES, tokens * experts, 8.0);
-    let assigned = token_choice::cpu(&logits, experts as usize, top, None, &|_, _| true);
-    (logits, assigned)
 }
 
 pub(super) fn pairs(tokens: u32, experts: u32) -> Throughput {

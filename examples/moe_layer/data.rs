@@ -32,15 +32,17 @@ impl Weights {
 
 /// The data of a layer on the host.
 ///
-/// Experts: each matrix is a window of one pool of random numbers, at a place of its own, so that a layer of any size takes
-/// little memory and no time to make. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
+/// Experts: each matrix is a window of one pool of random numbers, at a place of its own, so that a
+/// layer of any size takes little memory and no time to make. Deviations of 1 / sqrt(D) and 1 /
+/// sqrt(F) keep activations near 1.
 ///
 /// From a checkpoint, experts and router are what its files hold.
 ///
-/// Router: logits are spread as `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3`, Z standard normal, which for
-/// LLaDA2.0-mini's 256 experts gives as many unique experts a block as were published for it. Hidden states are the same
-/// mixture of a normal vector of the block and one of the token; the router's weights are normal with deviation
-/// 2 / sqrt(D), and read the -3 from the first hidden value, which is 1. `make_checkpoint`'s routers do the same.
+/// Router: logits are spread as `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3`, Z standard
+/// normal, which for LLaDA2.0-mini's 256 experts gives as many unique experts a block as were
+/// published for it. Hidden states are the same mixture of a normal vector of the block and one of
+/// the token; the router's weights are normal with deviation 2 / sqrt(D), and read the -3 from the
+/// first hidden value, which is 1. `make_checkpoint`'s routers do the same.
 pub(super) struct Data<'a> {
     pub(super) settings: LayerConfig,
     pub(super) x: Vec<f32>,

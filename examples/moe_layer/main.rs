@@ -1,10 +1,11 @@
 //! A mixture-of-experts layer on this machine's GPU: is it right, and how fast is it?
 //!
-//! First replays the recorded layers of the LLaDA2 reference (`group_limited_*` and `block_coreset_*` of `tests/golden`), then builds a layer of a
-//! named model with synthetic weights and hidden states, or loads one from a checkpoint (`--checkpoint`; `make_checkpoint`
-//! writes some to try), runs each routing rule, checks it against the CPU twins, and prints where the time goes:
-//! `cargo run --release --example moe_layer -- --help`. Where there is no GPU driver, the CPU twins run alone. Exits with 1
-//! where a check fails.
+//! First replays the recorded layers of the LLaDA2 reference (`group_limited_*` and
+//! `block_coreset_*` of `tests/golden`), then builds a layer of a named model with synthetic
+//! weights and hidden states, or loads one from a checkpoint (`--checkpoint`; `make_checkpoint`
+//! writes some to try), runs each routing rule, checks it against the CPU twins, and prints where
+//! the time goes: `cargo run --release --example moe_layer -- --help`. Where there is no GPU
+//! driver, the CPU twins run alone. Exits with 1 where a check fails.
 mod data;
 mod on_cpu;
 mod on_gpu;
@@ -29,7 +30,8 @@ use wgmoe::{Context, Gpu, WeightType};
 #[global_allocator]
 static ALLOCATED: peak_alloc::PeakAlloc = peak_alloc::PeakAlloc;
 
-/// Runs an MoE layer under each routing rule, checks it against the CPU, and shows where the time goes.
+/// Runs an MoE layer under each routing rule, checks it against the CPU, and shows where the time
+/// goes.
 #[derive(Parser)]
 struct Options {
     /// Model whose layer is built
@@ -108,7 +110,7 @@ fn replay(
     notes: &mut Vec<String>,
 ) -> Result<Vec<Golden>, String> {
     if !golden::folder().is_dir() {
-        notes.push("no recorded layers here: the published package leaves tests/golden out".into());
+        notes.push(format!("no recorded layers: {} is not there", golden::folder().display()));
         return Ok(vec![]);
     }
     let mut golden = vec![];

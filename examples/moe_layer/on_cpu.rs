@@ -14,8 +14,8 @@ use wgmoe::routing::Routing;
 use wgmoe::weights::Projection;
 use wgmoe::{Error, PlanShape};
 
-/// The CPU twins alone: recorded layers, and each rule on a narrow layer, whose experts run token by token and, through the
-/// plan, expert by expert.
+/// The CPU twins alone: recorded layers, and each rule on a narrow layer, whose experts run token
+/// by token and, through the plan, expert by expert.
 pub(super) fn on_cpu(
     options: &Options,
     subject: &Subject,

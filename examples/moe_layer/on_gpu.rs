@@ -114,7 +114,8 @@ impl OnGpu<'_> {
         })
     }
 
-    /// The choice, exactly, from the device's own logits and scores; logits and scores of the sample.
+    /// The choice, exactly, from the device's own logits and scores; logits and scores of the
+    /// sample.
     pub(super) fn check_routing(
         &self,
         checks: &mut Checks<'_>,
@@ -145,7 +146,8 @@ impl OnGpu<'_> {
             checks.close(&format!("token {t}: selection"), &row(&r), &want_r, SCORES, SCORES);
         }
 
-        // Before the capacity factor; the drop is checked with the device's own gates, as it chooses by them.
+        // Before the capacity factor; the drop is checked with the device's own gates, as it
+        // chooses by them.
         let mut free = *settings;
         let mut most = None;
         if let Routing::TokenChoice(rule) = &mut free.routing {
@@ -206,7 +208,8 @@ impl OnGpu<'_> {
         Ok(max_error)
     }
 
-    /// Experts that a block's tokens use together, on average over full blocks, counted on the device.
+    /// Experts that a block's tokens use together, on average over full blocks, counted on the
+    /// device.
     pub(super) fn unions(
         &self,
         checks: &mut Checks<'_>,

@@ -1,11 +1,13 @@
-//! Writes checkpoints of synthetic weights: LLaDA2's names, layout and `config.json`, in any of the ways in which experts are
-//! stored. Values are made as they are written, so that a layer of any size takes little memory; they depend on the seed,
-//! the layer, the expert and the projection alone, so that every layout has the same weights.
+//! Writes checkpoints of synthetic weights: LLaDA2's names, layout and `config.json`, in any of the
+//! ways in which experts are stored. Values are made as they are written, so that a layer of any
+//! size takes little memory; they depend on the seed, the layer, the expert and the projection
+//! alone, so that every layout has the same weights.
 //!
-//! Experts are uniform, with a deviation of 1 / sqrt(in), which keeps activations near 1. Routers are normal with a deviation
-//! of 2 / sqrt(D), so that logits of standard normal hidden states have a deviation of 2. No linear router gives logits of a
-//! mean other than 0 for states whose mean is 0: for sigmoid scores every expert's first weight is -3, and logits have a mean
-//! of -3 where the first value of the states is 1.
+//! Experts are uniform, with a deviation of 1 / sqrt(in), which keeps activations near 1. Routers
+//! are normal with a deviation of 2 / sqrt(D), so that logits of standard normal hidden states have
+//! a deviation of 2. No linear router gives logits of a mean other than 0 for states whose mean is
+//! 0: for sigmoid scores every expert's first weight is -3, and logits have a mean of -3 where the
+//! first value of the states is 1.
 use half::bf16;
 use rand::{Rng, RngCore, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
@@ -188,8 +190,8 @@ impl Plan {
         Ok(self.tensors()?.iter().map(Tensor::bytes).sum())
     }
 
-    /// Writes `config.json` and the tensors into a directory, which is made. `progress` is told the bytes that have been
-    /// written since it was last told.
+    /// Writes `config.json` and the tensors into a directory, which is made. `progress` is told the
+    /// bytes that have been written since it was last told.
     pub fn write(&self, dir: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
         let tensors = self.tensors()?;
         std::fs::create_dir_all(dir)?;
@@ -254,7 +256,8 @@ impl Plan {
     ) -> Result<()> {
         let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
         let [d, f] = [hidden, intermediate].map(|n| n as usize);
-        // A stream of numbers for each matrix: whatever layer, expert and projection, no other has its key.
+        // A stream of numbers for each matrix: whatever layer, expert and projection, no other has
+        // its key.
         let (index, projection) = match matrix {
             Matrix::Router => (experts + 1, Projection::Gate),
             Matrix::Bias => (experts + 1, Projection::Up),
@@ -303,7 +306,8 @@ impl Plan {
 const PROJECTIONS: [(Projection, &str); 3] =
     [(Projection::Gate, "gate"), (Projection::Up, "up"), (Projection::Down, "down")];
 
-/// Uniform values with a deviation of 1 / sqrt(width), from 65,536 levels, a bounded number at a time.
+/// Uniform values with a deviation of 1 / sqrt(width), from 65,536 levels, a bounded number at a
+/// time.
 fn write_uniform(
     file: &mut impl Write,
     rng: &mut StdRng,
@@ -327,7 +331,8 @@ fn write_uniform(
     Ok(())
 }
 
-/// Splits tensors into stretches of about as many bytes; some are empty where there are fewer tensors.
+/// Splits tensors into stretches of about as many bytes; some are empty where there are fewer
+/// tensors.
 fn shares(tensors: &[Tensor], count: usize) -> Vec<Range<usize>> {
     let total: u64 = tensors.iter().map(Tensor::bytes).sum();
     let mut ends = vec![];

@@ -1,5 +1,6 @@
-//! Comparisons. `got` is close to `want` where `|got - want| <= atol + rtol |want|`, which is false for NaN; two arrays of
-//! different lengths are never alike. `tests/suite/comparisons.rs` shows that each can fail.
+//! Comparisons. `got` is close to `want` where `|got - want| <= atol + rtol |want|`, which is false
+//! for NaN; two arrays of different lengths are never alike. `tests/suite/comparisons.rs` shows
+//! that each can fail.
 use crate::program::Progress;
 use std::fmt::Debug;
 
@@ -72,7 +73,8 @@ pub fn exact(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| if v.is_nan() { 0x7fc0_0000 } else { v.to_bits() }).collect()
 }
 
-/// Comparisons of a program that goes on after one has failed: each failure is told, and remembered.
+/// Comparisons of a program that goes on after one has failed: each failure is told, and
+/// remembered.
 pub struct Checks<'a> {
     /// Of what: the start of every message.
     subject: String,

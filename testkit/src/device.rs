@@ -6,7 +6,8 @@ pub fn required() -> bool {
     std::env::var_os("MOE_REQUIRE_GPU").is_some()
 }
 
-/// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One device serves all tests.
+/// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One
+/// device serves all tests.
 pub fn gpu() -> Option<Gpu> {
     static GPU: std::sync::OnceLock<Result<Gpu, wgmoe::Error>> = std::sync::OnceLock::new();
     match GPU.get_or_init(Gpu::new) {

@@ -1,4 +1,5 @@
-//! Layers whose weights the host keeps, so that the CPU twins and the device compute on the same numbers.
+//! Layers whose weights the host keeps, so that the CPU twins and the device compute on the same
+//! numbers.
 use crate::cases::random;
 use crate::statistics::on_every_core;
 use half::{bf16, f16};
@@ -28,7 +29,8 @@ pub fn host_router<'a>(weight: &'a [f32], bias: Option<&'a [f32]>) -> HostRouter
     HostRouter { weight, bias, scale_by_count: None, scale_by_expert: None }
 }
 
-/// Writes every matrix into new weights, sixteen experts at a time, so that little memory carries them.
+/// Writes every matrix into new weights, sixteen experts at a time, so that little memory carries
+/// them.
 pub fn upload(
     gpu: &Gpu,
     ctx: &Context,

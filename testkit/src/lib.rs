@@ -1,5 +1,6 @@
-//! What the tests, the benches, the studies and the bench program share, once: seeded data and layers, comparisons, the
-//! GPU of a test run, golden files, the table of rules, works that are timed. It is not published.
+//! What the tests, the benches, the studies and the bench program share, once: seeded data and
+//! layers, comparisons, the GPU of a test run, golden files, the table of rules, works that are
+//! timed. It is not published.
 pub mod cases;
 pub mod checkpoint_writer;
 pub mod compare;

@@ -1,4 +1,5 @@
-//! What the examples and studies have in common as programs: progress on stderr, a result on stdout, an exit status.
+//! What the examples and studies have in common as programs: progress on stderr, a result on
+//! stdout, an exit status.
 use indicatif::ProgressBar;
 use std::io::Write;
 use std::process::ExitCode;
@@ -36,7 +37,8 @@ pub struct Found {
     pub ok: bool,
 }
 
-/// Runs a program and prints what it found. Exits with 1 where a check failed, or with a message where it could not run.
+/// Runs a program and prints what it found. Exits with 1 where a check failed, or with a message
+/// where it could not run.
 pub fn run(name: &str, work: impl FnOnce(&Progress) -> Result<Found, String>) -> ExitCode {
     let progress = Progress::new();
     let found = work(&progress);

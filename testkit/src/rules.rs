@@ -1,8 +1,10 @@
-//! The table of routing rules that one layer is run under, for the benches and the bench program, and for the main job.
+//! The table of routing rules that one layer is run under, for the benches and the bench program,
+//! and for the main job.
 use wgmoe::Routing;
 use wgmoe::routing::{BlockRule, ExpertChoice, GateRule, Score, SequenceTop, TokenChoice};
 
-/// A rule and its name. Names of the counts that stand for 256 experts say the count for the experts there are.
+/// A rule and its name. Names of the counts that stand for 256 experts say the count for the
+/// experts there are.
 pub type Rule = (String, Routing);
 
 /// A model's own choice by tokens; where experts choose, tokens that have as many on average.
@@ -40,8 +42,8 @@ fn by_pairs(tokens: TokenChoice, top: u32) -> Routing {
     Routing::SequenceTop(SequenceTop::new(top).with_score(score).with_gate(gate).with_scale(scale))
 }
 
-/// What every model is timed under: each token's own choice (without a coreset, where the model has one), the block rules,
-/// the highest pairs of a sequence, expert choice. A line each.
+/// What every model is timed under: each token's own choice (without a coreset, where the model has
+/// one), the block rules, the highest pairs of a sequence, expert choice. A line each.
 pub fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     let tokens = by_tokens(own).without_coreset();
     let block = |rule| Routing::TokenChoice(tokens.with_coreset(rule));
@@ -59,8 +61,8 @@ pub fn rules(own: Routing, experts: u32) -> Vec<Rule> {
     ]
 }
 
-/// What the main job runs: the model's own rule first, with a coreset where it has one, and a capacity factor too. Sequences
-/// choose apart; counts of 256 experts are shares. A line each.
+/// What the main job runs: the model's own rule first, with a coreset where it has one, and a
+/// capacity factor too. Sequences choose apart; counts of 256 experts are shares. A line each.
 pub fn of_main_job(own: Routing, experts: u32) -> Vec<(&'static str, Routing)> {
     if !matches!(own, Routing::TokenChoice(_) | Routing::ExpertChoice(_)) {
         return vec![("the model's own", own)];

@@ -37,3 +37,4 @@ mod step;
 mod token_choice;
 mod twins;
 mod union_mean;
+mod works;

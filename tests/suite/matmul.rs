@@ -1,5 +1,6 @@
-//! Every matmul kernel against the CPU twin, on depths of more than two steps of its loop over K: the longest step is 128
-//! (16-bit weights in `matmul_skinny`), and a depth of one or two runs hardly any of the loop.
+//! Every matmul kernel against the CPU twin, on depths of more than two steps of its loop over K:
+//! the longest step is 128 (16-bit weights in `matmul_skinny`), and a depth of one or two runs
+//! hardly any of the loop.
 use testkit::compare::{close, largest};
 use testkit::layer::round;
 use testkit::prelude::{Output, contexts, gpu, random, run, variant_name};
@@ -12,11 +13,13 @@ use wgmoe::{
     Activation, BoundOp, Context, ExpertWeights, Gpu, PlanShape, Target, WeightType, wgpu,
 };
 
-/// Tokens of each expert: none, one, a whole skinny item, one more, a tile and a rest, two tiles and a rest.
+/// Tokens of each expert: none, one, a whole skinny item, one more, a tile and a rest, two tiles
+/// and a rest.
 const ROWS: [usize; 6] = [0, 1, 8, 9, 19, 61];
 const TOKENS: usize = 61;
-/// Hidden and intermediate size. Depths are loaded by eights, fours and ones, columns are whole quads and not; no depth is
-/// a whole number of steps but 384, and no number of columns one of panels.
+/// Hidden and intermediate size. Depths are loaded by eights, fours and ones, columns are whole
+/// quads and not; no depth is a whole number of steps but 384, and no number of columns one of
+/// panels.
 const SHAPES: [[u32; 2]; 2] = [[304, 300], [299, 384]];
 
 /// A context for each target: subgroups make no difference here.
@@ -82,7 +85,8 @@ struct Plan<'a> {
     host: &'a HostPlan,
 }
 
-/// Runs a stage: first the skinny items alone, which must leave the tiles' rows as they were, then the tiles too.
+/// Runs a stage: first the skinny items alone, which must leave the tiles' rows as they were, then
+/// the tiles too.
 fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: Stage, gather: bool) {
     let shape = experts.weights.shape();
     let projection = match stage {

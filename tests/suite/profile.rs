@@ -35,7 +35,8 @@ fn times_every_dispatch() {
     assert!(alone.iter().all(|&(name, ms)| name == "gather" && ms > 0.0));
     assert_eq!(alone.len(), 3);
 
-    // On a developer's machine a driver may be at fault; where a GPU is required, timestamps are too.
+    // On a developer's machine a driver may be at fault; where a GPU is required, timestamps are
+    // too.
     let must = required() && lists_timestamps(&gpu);
     for count in [0, 1, 2048, 2049, 5000] {
         match gpu.profile(dispatches.clone().take(count)).unwrap() {

@@ -1,5 +1,6 @@
-//! Expert choice through the whole layer: a batch of sequences of very different lengths, capacities that change between two
-//! recordings, and a token-choice layer turned into an expert-choice one.
+//! Expert choice through the whole layer: a batch of sequences of very different lengths,
+//! capacities that change between two recordings, and a token-choice layer turned into an
+//! expert-choice one.
 use testkit::compare::largest;
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, gpu, random};
@@ -110,7 +111,8 @@ fn run(gpu: &Gpu, step: &BoundLayer) {
     gpu.wait().unwrap();
 }
 
-/// One bound step, recorded twice into one submission, with other capacities in its buffer the second time.
+/// One bound step, recorded twice into one submission, with other capacities in its buffer the
+/// second time.
 #[test]
 fn capacities_change_between_records_of_one_step() {
     // A device of its own: what other tests make would be counted too.
@@ -225,7 +227,7 @@ fn another_rule_shares_the_pages() {
 
         // What is written through the one, the other reads.
         case.host.experts = HostLayer::seeded(&case.host.settings, 900);
-        case.host.write(&gpu.queue, &case.layer.weights()).unwrap();
+        case.host.write(&gpu.queue, case.layer.weights()).unwrap();
         let hidden = gpu.upload(&x);
         for layer in [&case.layer, &retrofit] {
             let what = format!("{variant:?}, {:?}", layer.config().routing);

@@ -51,7 +51,8 @@ fn dispatches_are_few() {
                         [0, 1].map(|_| gpu.upload(&vec![0f32; (tokens * HIDDEN) as usize]));
                     let batch = Batch::new(&x, tokens).into_out(&out);
                     let step = layer.bind(&batch).unwrap();
-                    // Both matmuls, once for each page and shape of kernel: skinny items alone up to 8 tokens.
+                    // Both matmuls, once for each page and shape of kernel: skinny items alone up
+                    // to 8 tokens.
                     let shapes = if tokens <= 8 { 1 } else { 2 };
                     let allowed = most - 2 + (first + second) * shapes;
                     let names: Vec<_> = step.dispatches().map(|d| d.name()).collect();
@@ -116,7 +117,8 @@ fn the_device_chooses_among_equals() {
     found.sort_by_key(|v| format!("{v:?}"));
     all.sort_by_key(|v| format!("{v:?}"));
     assert_eq!(found, all);
-    // `agrees` lets a token in eight differ; here no value lies so close to another that a choice may fall otherwise.
+    // `agrees` lets a token in eight differ; here no value lies so close to another that a choice
+    // may fall otherwise.
     let equal = |c: &Candidate| c.agrees && c.tokens_apart == 0 && c.difference <= 1e-5;
     assert!(tuning.candidates.iter().all(|c| equal(c) && c.ms > 0.0), "{tuning:?}");
     let best = tuning.candidates.iter().find(|c| c.variant == tuning.variant).unwrap();

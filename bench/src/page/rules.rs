@@ -64,7 +64,7 @@ fn table(devices: &[Device<'_>], ids: &[&CaseId], id: &str) -> Markup {
                             td.bar {
                                 @match per_block(d, id) {
                                     Some(ms) => { (time(ms)) (chart::bar(d.pattern, ms / most)) }
-                                    None => span.soft { "not measured" }
+                                    None => span.soft title="not measured" { "–" }
                                 }
                             }
                         }

@@ -1,4 +1,4 @@
-//! The works that `cargo bench --bench moe` calls W1, W2 and OP1 to OP3, in Burn's own tensor operations and in wgmoe, on the
+//! The works that `cargo bench -p benches` calls W1, W2 and OP1 to OP3, in Burn's own tensor operations and in wgmoe, on the
 //! same numbers and in turns: `cargo run --release --example works [PATTERN]`. Prints a table. Each result is checked first.
 //!
 //! Of several ways to write a work in Burn the fastest on a software driver is here. W1 as every expert on every token, or as

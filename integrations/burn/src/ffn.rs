@@ -66,7 +66,8 @@ impl MoeFfn {
             device.moved(values.len() as u64 * 4);
             layer::Tensor::new(ctx, name, &values)
         };
-        let router = { let mut router = Router::new(upload("router", device.read(tensors.router))?); router.bias = tensors.bias.map(|b| upload("bias", device.read(b))).transpose()?; router };
+        let mut router = Router::new(upload("router", device.read(tensors.router))?);
+        router.bias = tensors.bias.map(|b| upload("bias", device.read(b))).transpose()?;
         Ok(Self::from_layer(device, MoeLayer::new(ctx, settings, router, weights)?))
     }
 

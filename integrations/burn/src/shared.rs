@@ -50,11 +50,12 @@ impl MoeDevice {
     ///
     /// [`Error::Device`] where the device is lost.
     pub fn new(device: Device, setup: &WgpuSetup) -> Result<Self> {
+        let ctx = Context::new(&setup.device)?;
         let inner = Inner {
             device,
             queue: setup.queue.clone(),
-            ctx: Context::new(&setup.device)?,
-            scratch: Scratch::new(),
+            scratch: Scratch::new(&ctx),
+            ctx,
             readbacks: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };

@@ -1,11 +1,13 @@
-//! How much device memory a layer's experts need when blocks elect a few of them: the same denoising steps with all experts
-//! on the device, and with a cache that holds a share of them.
+//! How much device memory a layer's experts need when blocks elect a few of them: the same
+//! denoising steps with all experts on the device, and with a cache that holds a share of them.
 //!
-//! Draws blocks of hidden states whose router logits are `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3`, Z standard
-//! normal; from one denoising step to the next, a token's own part keeps the correlation `--agreement` (a first-order
-//! autoregression), the block's part stays. Nothing published says how far consecutive steps agree: the default is an
-//! assumption, and the share of experts that they have in common is printed. Every step runs on both layers, and the outputs must
-//! have the same bits: exits with 1 where they do not. `cargo run --release -p studies --bin expert_memory -- --help`.
+//! Draws blocks of hidden states whose router logits are `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4)
+//! Z[t, e]) - 3`, Z standard normal; from one denoising step to the next, a token's own part keeps
+//! the correlation `--agreement` (a first-order autoregression), the block's part stays. Nothing
+//! published says how far consecutive steps agree: the default is an assumption, and the share of
+//! experts that they have in common is printed. Every step runs on both layers, and the outputs
+//! must have the same bits: exits with 1 where they do not. `cargo run --release -p studies --bin
+//! expert_memory -- --help`.
 use clap::Parser;
 use plotters::prelude as plot;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -24,7 +26,8 @@ use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
 use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
 
-/// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all of them there.
+/// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all
+/// of them there.
 #[derive(Parser)]
 struct Options {
     /// Device memory for experts: a share of what all of them take, or bytes

@@ -1,4 +1,5 @@
-//! Recorded layers of a reference implementation: golden files that hold a whole layer, from hidden states to output.
+//! Recorded layers of a reference implementation: golden files that hold a whole layer, from hidden
+//! states to output.
 use super::{ATOL, File, RTOL};
 use crate::compare::{mismatch, worst};
 use crate::layer::HostLayer;
@@ -16,7 +17,8 @@ pub struct Layer {
     pub x: Vec<f32>,
     /// Offsets of the blocks, of a block-level rule.
     pub blocks: Option<Vec<u32>>,
-    /// `[tokens]`: whether the reference's output is one; not of tokens for which it picked experts arbitrarily.
+    /// `[tokens]`: whether the reference's output is one; not of tokens for which it picked experts
+    /// arbitrarily.
     pub defined: Vec<bool>,
     /// `[tokens, D]`.
     pub y: Vec<f32>,
@@ -155,8 +157,8 @@ impl Layer {
         gpu.download(&out)
     }
 
-    /// The largest difference from the recorded output, and whether every value is within tolerance; over the tokens whose
-    /// output is defined.
+    /// The largest difference from the recorded output, and whether every value is within
+    /// tolerance; over the tokens whose output is defined.
     pub fn compare(&self, got: &[f32]) -> (f32, bool) {
         if got.len() != self.y.len() {
             return (f32::INFINITY, false);

@@ -1,6 +1,6 @@
-//! Golden files: what reference implementations returned on seeded inputs. A file says what it is in its header:
-//! `__metadata__.case` is JSON with a `kind` and the settings. A reader here takes note of each tensor that is asked for, so
-//! that a test can tell which ones nobody looked at.
+//! Golden files: what reference implementations returned on seeded inputs. A file says what it is
+//! in its header: `__metadata__.case` is JSON with a `kind` and the settings. A reader here takes
+//! note of each tensor that is asked for, so that a test can tell which ones nobody looked at.
 mod layer;
 
 pub use layer::{Layer, blocks};
@@ -181,7 +181,8 @@ impl File {
         self.tensors.get(name).is_some_and(|t| t.dtype == Dtype::F32)
     }
 
-    /// The same with another value at one place: a float moved by `by`, a whole number by 1, a flag turned.
+    /// The same with another value at one place: a float moved by `by`, a whole number by 1, a flag
+    /// turned.
     pub fn corrupted(&self, name: &str, at: usize, by: f32) -> Self {
         let mut tensors = self.tensors.clone();
         let tensor = tensors.get_mut(name).expect("a tensor of the file");

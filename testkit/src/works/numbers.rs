@@ -1,7 +1,8 @@
 //! The numbers of all inputs, from a hash of (seed, index).
 //!
-//! W1, W2 and OP1 to OP3 are what other implementations (Burn, ggml, candle, PyTorch) are timed on as well: all of them, in
-//! whatever language, draw their inputs from this hash, so that they compute on the same numbers.
+//! W1, W2 and OP1 to OP3 are what other implementations (Burn, ggml, candle, PyTorch) are timed on
+//! as well: all of them, in whatever language, draw their inputs from this hash, so that they
+//! compute on the same numbers.
 
 /// Seeds that other implementations share.
 pub const X: u32 = 1;

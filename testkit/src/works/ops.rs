@@ -1,5 +1,5 @@
-//! Single operations that other implementations are timed on as well: OP1, a choice; OP2, a grouped matmul. OP3 is a
-//! gather.
+//! Single operations that other implementations are timed on as well: OP1, a choice; OP2, a grouped
+//! matmul. OP3 is a gather.
 use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
 use super::work::round;
@@ -10,7 +10,8 @@ use wgmoe::plan::bits;
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{BoundOp, Context, ExpertWeights, Gpu, WeightType};
 
-/// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and compared whole.
+/// The choice of `capacity` tokens for each expert among `[tokens, experts]` scores, run once and
+/// compared whole.
 pub fn choice(
     gpu: &Gpu,
     ctx: &Context,

@@ -1,9 +1,11 @@
 //! The plan of an assignment, compared with the twin.
+use super::numbers::{SCORES, fill};
 use crate::compare::close;
 use wgmoe::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
+use wgmoe::ops::token_choice;
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::routing::GateRule;
@@ -82,4 +84,11 @@ pub fn plan(
         return Err(format!("statistics: {stats:?}"));
     }
     Ok(Planned { shape, plan, step, host })
+}
+
+/// Logits `[tokens, experts]`, and the bit set of each token's top `top`.
+pub fn chosen(tokens: u32, experts: u32, top: u32) -> (Vec<f32>, Vec<u32>) {
+    let logits = fill(SCORES, tokens * experts, 8.0);
+    let assigned = token_choice::cpu(&logits, experts as usize, top as usize, None, &|_, _| true);
+    (logits, assigned)
 }

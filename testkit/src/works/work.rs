@@ -40,8 +40,8 @@ pub struct Work {
 enum Experts {
     /// Each matrix has numbers of its own, made when asked for.
     Own,
-    /// Each matrix is a window of one pool of its projection, at a place of its own: a layer of any size takes little
-    /// memory and no time to make.
+    /// Each matrix is a window of one pool of its projection, at a place of its own: a layer of any
+    /// size takes little memory and no time to make.
     Pool(Arc<[Vec<bf16>; 3]>),
 }
 
@@ -81,8 +81,8 @@ impl Work {
         Self::new(settings, 32)
     }
 
-    /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed with softmax over all
-    /// experts.
+    /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed
+    /// with softmax over all experts.
     pub fn w2(tokens: u32) -> Self {
         let routing = ExpertChoice::new(8).with_normalise(Normalise::BeforeSelection);
         let settings = {
@@ -95,8 +95,8 @@ impl Work {
         Self::new(settings.with_routing(routing), tokens)
     }
 
-    /// The same with some experts more popular than others: to logits of variance 1, one of variance 1 is added that is each
-    /// expert's own.
+    /// The same with some experts more popular than others: to logits of variance 1, one of
+    /// variance 1 is added that is each expert's own.
     pub fn skewed(mut self) -> Self {
         let width = self.settings.hidden as usize;
         self.x.chunks_exact_mut(width).for_each(|row| row[0] = 1.0);
@@ -112,9 +112,9 @@ impl Work {
         Self::synthetic(llada.with_experts(experts), 32)
     }
 
-    /// A model's layer with synthetic inputs: normal logits `2 (sqrt(0.6) Z_block + sqrt(0.4) Z) - 3`, of which the 32 tokens
-    /// of a block share a part, so that a block of LLaDA2.0-mini uses about as many distinct experts as published (69.5 of
-    /// 256). Weights are bf16.
+    /// A model's layer with synthetic inputs: normal logits `2 (sqrt(0.6) Z_block + sqrt(0.4) Z) -
+    /// 3`, of which the 32 tokens of a block share a part, so that a block of LLaDA2.0-mini uses
+    /// about as many distinct experts as published (69.5 of 256). Weights are bf16.
     pub fn synthetic(settings: LayerConfig, tokens: u32) -> Self {
         let LayerConfig { hidden, intermediate, experts, shared_experts, routing, .. } = settings;
         let unit = 12f32.sqrt(); // variance 1
@@ -232,8 +232,9 @@ impl Work {
         Ok(Bound { settings: *layer.config(), step, hidden, out })
     }
 
-    /// What the twins make of the logits and scores that the device computed, compared with what it chose: logits (whole, or
-    /// in eight tokens where that takes long), scores of eight tokens, coresets and choice whole.
+    /// What the twins make of the logits and scores that the device computed, compared with what it
+    /// chose: logits (whole, or in eight tokens where that takes long), scores of eight tokens,
+    /// coresets and choice whole.
     pub fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
         let settings = bound.settings;
         let (d, e, t) = (settings.hidden as usize, settings.experts as usize, self.tokens as usize);
@@ -448,7 +449,8 @@ impl Choice {
         self.loads().iter().filter(|&&n| n > 0).count() as u32
     }
 
-    /// Experts that the tokens of a block use together: the mean over blocks of 32 tokens, each a column of words.
+    /// Experts that the tokens of a block use together: the mean over blocks of 32 tokens, each a
+    /// column of words.
     pub fn experts_per_block(&self) -> f64 {
         let used = self.assigned.iter().filter(|&&w| w != 0).count();
         used as f64 / self.tokens.div_ceil(32) as f64

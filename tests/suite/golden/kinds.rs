@@ -9,7 +9,8 @@ use wgmoe::{Gpu, Score};
 
 type Outcome = Result<(), String>;
 
-/// Reads a file and compares everything in it, on the twins and, where there is one, on the GPU in every variant.
+/// Reads a file and compares everything in it, on the twins and, where there is one, on the GPU in
+/// every variant.
 type Check = fn(&File, Option<&Gpu>, &mut Report) -> Outcome;
 
 pub(super) const KINDS: &[(&str, Check)] = &[
@@ -25,7 +26,8 @@ pub(super) const KINDS: &[(&str, Check)] = &[
     ("capacity_schedule", capacity_schedule),
 ];
 
-/// Tokens of the blocks whose distinct experts were counted where a file names no blocks of its own.
+/// Tokens of the blocks whose distinct experts were counted where a file names no blocks of its
+/// own.
 const BLOCK: usize = 32;
 
 /// What was compared.
@@ -41,8 +43,9 @@ pub(super) struct Report {
     pub(super) defined: usize,
 }
 
-/// Compares a choice, `[tokens, experts]`. `value(t, e)` is what was chosen by; where a pair differs, the same list (a
-/// token's or an expert's, by `list`) must hold a pair that differs the other way within `ulps` of it.
+/// Compares a choice, `[tokens, experts]`. `value(t, e)` is what was chosen by; where a pair
+/// differs, the same list (a token's or an expert's, by `list`) must hold a pair that differs the
+/// other way within `ulps` of it.
 pub(super) fn compare_choice(
     what: &str,
     (got, want): (&[bool], &[bool]),
@@ -132,7 +135,8 @@ fn compare_dense(
     };
     routing.everywhere(file, gpu, &mut |what, got| {
         let mask = dense(&got.assigned, tokens, experts);
-        // An expert's list in a sequence; a drop is a list of an expert over the batch, compared by gates.
+        // An expert's list in a sequence; a drop is a list of an expert over the batch, compared by
+        // gates.
         let scale_by_expert = |i: usize| (i % experts) * (tokens + 1) + sequence(i / experts);
         let masks = (&mask[..], &want[..]);
         match routing.rule {
@@ -146,7 +150,8 @@ fn compare_dense(
         }
         let gates = chosen_gates(got, &mask);
         compare_gates(what, &gates, &want_gates, |i| mask[i] == want[i], report)?;
-        // Where this side chose otherwise, the recorded gate is still 0 exactly where nothing was selected.
+        // Where this side chose otherwise, the recorded gate is still 0 exactly where nothing was
+        // selected.
         let zero: Vec<bool> = want_gates.iter().map(|&g| g != 0.0).collect();
         same(&zero, &want, &format!("{what}: `gates` beside `selected`"))?;
         let Some(counts) = &before_drop else { return Ok(()) };
@@ -235,8 +240,8 @@ fn token_choice(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome 
     compare_dense(&routing, file, gpu, report)
 }
 
-/// The reference's lists of a token's experts, in an order of its own, as `[tokens, experts]`: which, and their gates. An
-/// empty place is -1 and has no gate.
+/// The reference's lists of a token's experts, in an order of its own, as `[tokens, experts]`:
+/// which, and their gates. An empty place is -1 and has no gate.
 fn lists(file: &File, [tokens, experts, top]: [usize; 3]) -> Result<(Vec<bool>, Vec<f32>), String> {
     let (ids, weights) = (file.i32s("experts")?, file.f32s("weights")?);
     same(&[ids.len(), weights.len()], &[tokens * top; 2], "`experts`, `weights`")?;
@@ -336,20 +341,21 @@ fn block_rule(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome {
     let want_coreset = file.flags("coreset")?;
     let (want, want_gates) = lists(file, [tokens, experts, top])?;
     let unique = file.u32s("unique_experts_per_block")?;
-    // The reference fills up a token that finds too few experts at random; those count among its block's.
+    // The reference fills up a token that finds too few experts at random; those count among its
+    // block's.
     same(&distinct(&want, experts, &offsets), &unique, "`experts` beside their number a block")?;
     let defined = if recorded { file.flags("token_is_defined")? } else { vec![true; tokens] };
     routing.everywhere(file, gpu, &mut |what, got| {
         same(&got.coreset, &want_coreset, &format!("{what}: coreset"))?;
         let mask = dense(&got.assigned, tokens, experts);
         let gates = chosen_gates(got, &mask);
-        for t in 0..tokens {
+        for (t, &defined) in defined.iter().enumerate() {
             let row = t * experts..(t + 1) * experts;
             let full = mask[row.clone()].iter().filter(|&&m| m).count() == top;
-            if recorded && full != defined[t] {
-                return Err(format!("{what}: token {t}: `token_is_defined` is {}", defined[t]));
+            if recorded && full != defined {
+                return Err(format!("{what}: token {t}: `token_is_defined` is {defined}"));
             }
-            if defined[t] {
+            if defined {
                 let what = format!("{what}: token {t}");
                 same(&mask[row.clone()], &want[row.clone()], &what)?;
                 close(&gates[row.clone()], &want_gates[row], ATOL, RTOL, &what)?;
@@ -395,8 +401,8 @@ fn capacity_schedule(file: &File, _: Option<&Gpu>, _: &mut Report) -> Outcome {
     Ok(())
 }
 
-/// From hidden states to output: the router's logits, and the outputs of tokens that the reference defines; of the others
-/// the device's must be the twins'.
+/// From hidden states to output: the router's logits, and the outputs of tokens that the reference
+/// defines; of the others the device's must be the twins'.
 fn whole_layer(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome {
     let Some(layer) = Layer::read(file)? else { return Ok(()) };
     let name = &file.name;

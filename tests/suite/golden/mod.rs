@@ -1,5 +1,5 @@
-//! What the reference implementations returned, on the CPU twins and on the GPU in every variant: every tensor of every
-//! file of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names.
+//! What the reference implementations returned, on the CPU twins and on the GPU in every variant:
+//! every tensor of every file of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names.
 mod kinds;
 mod routing;
 
@@ -56,8 +56,8 @@ fn reference_outputs() {
     assert!(gpu.is_none() || 2 * report.defined > report.tokens);
 }
 
-/// Places of a tensor where another value must be noticed, and by how much a float is moved: first, middle and last place,
-/// or those that have a say. What a reference returned is moved by little.
+/// Places of a tensor where another value must be noticed, and by how much a float is moved: first,
+/// middle and last place, or those that have a say. What a reference returned is moved by little.
 fn places(file: &File, name: &str) -> (Vec<usize>, f32) {
     let len = file.len(name);
     let ends = vec![0, len / 2, len - 1];
@@ -102,7 +102,8 @@ fn of_expert(file: &File, name: &str, t: usize) -> Vec<usize> {
     [0, size / 2, size - 1].map(|i| expert * size + i).to_vec()
 }
 
-/// Each tensor of each file in turn has another value at one place, and the comparison, here with the twins, must fail.
+/// Each tensor of each file in turn has another value at one place, and the comparison, here with
+/// the twins, must fail.
 #[test]
 fn every_tensor_is_compared() {
     let (mut noticed, mut missed) = (0, vec![]);

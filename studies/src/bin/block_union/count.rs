@@ -236,7 +236,8 @@ impl<'a> Scored<'a> {
 }
 
 impl Scored<'_> {
-    /// Routes by a rule on the device and checks it against the twin, which is fed the device's own scores.
+    /// Routes by a rule on the device and checks it against the twin, which is fed the device's own
+    /// scores.
     pub(super) fn run(
         &self,
         rule: &Rule,

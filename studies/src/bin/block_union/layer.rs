@@ -15,11 +15,13 @@ use wgmoe::layer::{
 use wgmoe::ops::expert_union::{self};
 use wgmoe::{Context, Dispatch, Error, Gpu, WeightType};
 
-/// A layer of the model's shape with synthetic weights, and hidden states of one block, whose logits are spread as those
-/// above: the router's weights are normal with deviation 2 / sqrt(D), and read the -3 from the first hidden value, 1.
+/// A layer of the model's shape with synthetic weights, and hidden states of one block, whose
+/// logits are spread as those above: the router's weights are normal with deviation 2 / sqrt(D),
+/// and read the -3 from the first hidden value, 1.
 ///
-/// Each expert's matrix is a window of one pool of random numbers, at a place of its own, so that the layer takes little
-/// memory on the host. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep activations near 1.
+/// Each expert's matrix is a window of one pool of random numbers, at a place of its own, so that
+/// the layer takes little memory on the host. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep
+/// activations near 1.
 pub(super) struct Data {
     pub(super) settings: LayerConfig,
     pub(super) x: Vec<f32>,
@@ -66,8 +68,8 @@ pub(super) fn wall<'a>(
 /// How far an output may be off, as a share of its token's largest value.
 pub(super) const OUTPUT: f32 = 1e-4;
 
-/// One block through the layer under a rule, checked: the choice exactly, the output of two tokens within [`OUTPUT`].
-/// Returns what to time, and how many experts the block used.
+/// One block through the layer under a rule, checked: the choice exactly, the output of two tokens
+/// within [`OUTPUT`]. Returns what to time, and how many experts the block used.
 pub(super) fn check_layer(
     gpu: &Gpu,
     layer: &MoeLayer,
@@ -117,7 +119,8 @@ pub(super) fn check_layer(
     Ok((step, used))
 }
 
-/// Times of one rule: of the layer, of its routing from the logits to the plan, both apart, and of its experts.
+/// Times of one rule: of the layer, of its routing from the logits to the plan, both apart, and of
+/// its experts.
 #[derive(Default)]
 pub(super) struct Laps {
     pub(super) layer: Vec<f64>,

@@ -1,10 +1,12 @@
-//! How many experts a block of tokens uses together under each block-level rule: published beside measured.
+//! How many experts a block of tokens uses together under each block-level rule: published beside
+//! measured.
 //!
-//! Draws synthetic router logits, `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3` with Z standard normal, routes
-//! many blocks of them by every rule on the GPU, checks every choice against the CPU twins exactly, and prints the experts
-//! of a block and the bytes of their weights. Then runs one block of 32 tokens through a layer of LLaDA2.0-mini's shape under
-//! each rule and prints the time: `cargo run --release -p studies --bin block_union -- --help`. Where there is no GPU driver, the
-//! CPU twins count alone. Exits with 1 where a check fails.
+//! Draws synthetic router logits, `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4) Z[t, e]) - 3` with Z
+//! standard normal, routes many blocks of them by every rule on the GPU, checks every choice
+//! against the CPU twins exactly, and prints the experts of a block and the bytes of their weights.
+//! Then runs one block of 32 tokens through a layer of LLaDA2.0-mini's shape under each rule and
+//! prints the time: `cargo run --release -p studies --bin block_union -- --help`. Where there is no
+//! GPU driver, the CPU twins count alone. Exits with 1 where a check fails.
 mod count;
 mod layer;
 mod print;
@@ -22,13 +24,15 @@ use testkit::program::{self, Found, Progress};
 use testkit::synthetic::RHO;
 use wgmoe::{Context, Error, Gpu};
 
-/// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
+/// Experts that a block of tokens uses under each block-level rule, and what that costs: published
+/// beside measured.
 #[derive(Parser)]
 struct Options {
     /// Blocks drawn for each row
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=2048))]
     blocks: u32,
-    /// Routed experts of the layer that is timed, at most 256; with fewer, counts of experts in rules shrink alike
+    /// Routed experts of the layer that is timed, at most 256; with fewer, counts of experts in
+    /// rules shrink alike
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
     experts: u32,
     /// Adapter, by a part of its name or by index
@@ -63,7 +67,8 @@ struct Row {
     /// Tokens of a block.
     block: u32,
     published: Option<f64>,
-    /// Mean over the blocks of what was published: experts that a block's tokens use, or for dMoE those it elects.
+    /// Mean over the blocks of what was published: experts that a block's tokens use, or for dMoE
+    /// those it elects.
     measured: f64,
     /// Mean of the experts a block elects; all where its rule elects none.
     coreset: f64,

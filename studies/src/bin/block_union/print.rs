@@ -65,7 +65,8 @@ pub(super) fn tables(report: &Report) -> String {
     text
 }
 
-/// The experts of a block, published and measured side by side: all rules for 32 tokens, then by block size.
+/// The experts of a block, published and measured side by side: all rules for 32 tokens, then by
+/// block size.
 pub(super) fn picture(rows: &[Row]) -> svg::Document {
     const WIDTH: f64 = 720.0;
     const LEFT: f64 = 150.0;

@@ -31,8 +31,8 @@ pub(super) fn mini() -> Result<LayerConfig, String> {
     Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.settings)
 }
 
-/// Every row, in the order printed. Rules elect their coresets without regard to groups; LLaDA2.0's tokens then choose
-/// within its groups, 4 of 8.
+/// Every row, in the order printed. Rules elect their coresets without regard to groups; LLaDA2.0's
+/// tokens then choose within its groups, 4 of 8.
 pub(super) fn rules() -> Result<Vec<Rule>, String> {
     let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
     let Routing::TokenChoice(own) = mini()?.routing else {

@@ -1,14 +1,17 @@
-//! A masked-diffusion denoising run over one MoE layer: what does it cost to route it by token choice, by expert choice, and
-//! by expert choice whose capacity follows the mask ratio (EC-DLM, arXiv 2604.01622)?
+//! A masked-diffusion denoising run over one MoE layer: what does it cost to route it by token
+//! choice, by expert choice, and by expert choice whose capacity follows the mask ratio (EC-DLM,
+//! arXiv 2604.01622)?
 //!
-//! A batch of sequences starts fully masked; every step unmasks some tokens, at a pace of each sequence's own. The counts of
-//! masked tokens go to the device, become capacities there, and the layer runs with them: one recording a step, bound once,
-//! nothing read back in between. All rules share one set of weights and see the same hidden states, and every schedule is
-//! given the range of k with which it costs as much as `--k` experts per token throughout:
-//! `cargo run --release -p studies --bin denoise -- --help`.
+//! A batch of sequences starts fully masked; every step unmasks some tokens, at a pace of each
+//! sequence's own. The counts of masked tokens go to the device, become capacities there, and the
+//! layer runs with them: one recording a step, bound once, nothing read back in between. All rules
+//! share one set of weights and see the same hidden states, and every schedule is given the range
+//! of k with which it costs as much as `--k` experts per token throughout: `cargo run --release -p
+//! studies --bin denoise -- --help`.
 //!
-//! Weights and hidden states are synthetic. Every routing is checked against the CPU twins; exits with 1 where one differs.
-//! Where there is no GPU driver, the twins run alone, and times are those of their routing.
+//! Weights and hidden states are synthetic. Every routing is checked against the CPU twins; exits
+//! with 1 where one differs. Where there is no GPU driver, the twins run alone, and times are those
+//! of their routing.
 mod on_gpu;
 mod print;
 mod report;
@@ -29,8 +32,8 @@ use wgmoe::layer::LayerConfig;
 use wgmoe::routing::Routing;
 use wgmoe::{Error, Gpu, WeightType};
 
-/// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
-/// shows what each rule costs.
+/// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every
+/// routing against the CPU, and shows what each rule costs.
 #[derive(Parser)]
 struct Options {
     /// Sequences of the batch
@@ -54,10 +57,12 @@ struct Options {
     /// E: experts
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     experts: u32,
-    /// Experts per token of token choice and of the static schedule; what the other schedules cost on average
+    /// Experts per token of token choice and of the static schedule; what the other schedules cost
+    /// on average
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1024))]
     k: u32,
-    /// Difference between most and least experts per token of a schedule; up to 2 less where that meets the cost better
+    /// Difference between most and least experts per token of a schedule; up to 2 less where that
+    /// meets the cost better
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=1023))]
     k_range: u32,
     /// Deviation of the logits that make some experts popular with all tokens
@@ -115,8 +120,8 @@ struct RuleReport {
     tokens_per_s: f64,
     /// (token, expert) pairs computed in all steps.
     slots: u64,
-    /// Rows that a padded batched matmul computes in all steps: for every expert its capacity, or the largest load where
-    /// there is none.
+    /// Rows that a padded batched matmul computes in all steps: for every expert its capacity, or
+    /// the largest load where there is none.
     padded: u64,
     /// Pairs over an expert's capacity.
     dropped: u64,
@@ -135,8 +140,8 @@ struct RuleReport {
 #[derive(Serialize)]
 struct StepReport {
     k: f64,
-    /// Tokens that an expert takes at most: of a sequence (expert choice), or of the batch (token choice; the largest load
-    /// where there is no capacity).
+    /// Tokens that an expert takes at most: of a sequence (expert choice), or of the batch (token
+    /// choice; the largest load where there is no capacity).
     capacity: f64,
     ms: f64,
 }

@@ -45,7 +45,8 @@ pub(super) struct Bound<'a> {
     pub(super) times: Vec<Vec<f64>>,
 }
 
-/// What the checks look at, of one step: logits, s, r, gates, the choice, statistics, capacities, k, and the output.
+/// What the checks look at, of one step: logits, s, r, gates, the choice, statistics, capacities,
+/// k, and the output.
 pub(super) type Log = [wgpu::Buffer; 9];
 
 impl OnGpu<'_> {
@@ -128,7 +129,8 @@ impl OnGpu<'_> {
         Ok(sum_up(rule, self.run, &mut checks, &done))
     }
 
-    /// Capacities and choice exactly, each from what the device computed before; logits of some tokens, and gates.
+    /// Capacities and choice exactly, each from what the device computed before; logits of some
+    /// tokens, and gates.
     pub(super) fn check_step(
         &self,
         checks: &mut Checks<'_>,
@@ -235,7 +237,8 @@ pub(super) fn on_gpu(
         k,
     };
     let mut bound = rules.iter().map(|rule| on.bind(rule)).collect::<Result<Vec<_>, _>>()?;
-    // Rules in turn, so that what else the machine does meets all alike. The first round is not counted.
+    // Rules in turn, so that what else the machine does meets all alike. The first round is not
+    // counted.
     for round in 0..=options.repeats {
         progress.say(format!("denoising, round {round} of {}", options.repeats));
         bound.iter_mut().try_for_each(|bound| on.denoise(bound))?;

@@ -17,7 +17,8 @@ pub(super) struct Rule {
     pub(super) cost: String,
 }
 
-/// Token choice without and with capacities, and expert choice under each schedule, all at the cost of k experts per token.
+/// Token choice without and with capacities, and expert choice under each schedule, all at the cost
+/// of k experts per token.
 pub(super) fn rules(options: &Options, run: &Run) -> Result<Vec<Rule>, Error> {
     let token_choice = |capacity_factor| {
         Routing::TokenChoice({
@@ -74,8 +75,9 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Unmasks the batch step by step. A hidden state is a mixture of a vector of the sequence, one of the token that changes
-    /// a little every step, and one that all masked tokens share or the token has to itself once it is unmasked.
+    /// Unmasks the batch step by step. A hidden state is a mixture of a vector of the sequence, one
+    /// of the token that changes a little every step, and one that all masked tokens share or the
+    /// token has to itself once it is unmasked.
     pub(super) fn new(options: &Options, rng: &mut StdRng) -> Self {
         let d = options.hidden as usize;
         let normals =
@@ -194,7 +196,8 @@ impl Run {
         Ok(schedule.matched(Ratios::Samples(&ratios), &self.shape)?.k_max)
     }
 
-    /// Slots of one step under a schedule, counted here: `E clamp(floor(N k / E), 1, N)` a sequence.
+    /// Slots of one step under a schedule, counted here: `E clamp(floor(N k / E), 1, N)` a
+    /// sequence.
     pub(super) fn scheduled(&self, schedule: &Schedule, step: &DenoisingStep) -> u64 {
         let experts = u64::from(self.shape.experts);
         let of = self.lengths.iter().zip(&step.masked).map(|(&n, &masked)| {

@@ -1,0 +1,40 @@
+//! The single works that the benches time, each compared with its twin in every variant.
+use testkit::prelude::{contexts, gpu, variant_name};
+use testkit::works::{CHOICES, GATHERS, INDEX, PLANS, TABLE, chosen, fill, gather, mix, plan};
+
+#[test]
+fn choices() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for (name, shape) in CHOICES {
+            testkit::works::choice(&gpu, &ctx, shape)
+                .unwrap_or_else(|e| panic!("{name}, {}: {e}", variant_name(&ctx)));
+        }
+    }
+}
+
+#[test]
+fn plans() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for (name, [tokens, experts, top]) in PLANS {
+            let (logits, assigned) = chosen(tokens, experts, top);
+            plan(&gpu, &ctx, [tokens, experts], &logits, &assigned)
+                .unwrap_or_else(|e| panic!("{name}, {}: {e}", variant_name(&ctx)));
+        }
+    }
+}
+
+#[test]
+fn gathers() {
+    let Some(gpu) = gpu() else { return };
+    for (name, [rows, hidden]) in GATHERS {
+        let x = fill(TABLE, rows * hidden, 1.0);
+        let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
+        let x_in = gpu.upload(&x);
+        for ctx in contexts(&gpu) {
+            gather(&gpu, &ctx, (&x_in, &x), hidden, &token_of)
+                .unwrap_or_else(|e| panic!("{name}, {}: {e}", variant_name(&ctx)));
+        }
+    }
+}
