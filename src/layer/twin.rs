@@ -1,6 +1,7 @@
 //! The CPU twin of a layer: what each op's twin makes of the values before it.
 use super::batch::BLOCK;
 use super::config::LayerConfig;
+use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::ops::expert_choice::ranges;
 use crate::ops::plan_count::{self, Scales};
 use crate::ops::{
@@ -72,7 +73,8 @@ pub struct HostRouting {
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `logits` are not whole rows of the configuration's experts, if `scores` or `values` are not as
+/// many, or as the twins of the rule's kernels do; the message names the argument.
 pub fn cpu_routing(
     config: &LayerConfig,
     router: &HostRouter<'_>,
@@ -80,7 +82,9 @@ pub fn cpu_routing(
     [logits, s, r]: [&[f32]; 3],
 ) -> HostRouting {
     let experts = config.experts as usize;
-    let tokens = (logits.len() / experts) as u32;
+    let tokens = expect_rows("logits", logits.len(), "experts", experts) as u32;
+    expect_len("scores", s.len(), logits.len());
+    expect_len("values", r.len(), logits.len());
     let routing = config.routing;
     if let Some(HostSequences { offsets, lengths: Some(lengths), capacity }) = batch.sequences {
         let padded = Padded { offsets, lengths, capacity };
@@ -159,7 +163,7 @@ impl Padded<'_> {
     ) -> HostRouting {
         let experts = config.experts as usize;
         let tokens = selection[0].len() / experts;
-        assert_eq!(self.offsets.len(), self.lengths.len() + 1, "`offsets` and `lengths`");
+        expect_len("lengths", self.lengths.len(), expect_offsets("offsets", self.offsets.len()));
         let mut kept: Vec<usize> = vec![];
         let mut offsets = vec![0];
         for (range, &length) in ranges(self.offsets, tokens).into_iter().zip(self.lengths) {
@@ -212,12 +216,14 @@ fn default_blocks(tokens: u32) -> Vec<u32> {
 pub type HostExperts<'a> =
     &'a (dyn Fn(u32, crate::weights::Projection) -> crate::weights::HostWeights<'a> + Sync);
 
-/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is `x [D]`, given its gates
-/// `[E]` and which experts took it.
+/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is
+/// `x [D]`, given the experts that took it, each with its gate. The shared experts are added, each with
+/// gate 1.
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `x` is not the hidden size long, or if an expert's matrix is not hidden times intermediate size;
+/// the message names the argument.
 pub fn cpu_token(
     config: &LayerConfig,
     experts: HostExperts<'_>,
@@ -225,10 +231,15 @@ pub fn cpu_token(
     chosen: &[(u32, f32)],
 ) -> Vec<f32> {
     use crate::weights::Projection::{Down, Gate, Up};
+    expect_len("x", x.len(), config.hidden as usize);
     let mut out = vec![0f64; x.len()];
     let shared = (config.experts..config.experts + config.shared_experts).map(|e| (e, 1.0));
     for (e, gate) in chosen.iter().copied().chain(shared) {
         let [g, u, d] = [Gate, Up, Down].map(|p| experts(e, p));
+        let size = config.hidden as usize * config.intermediate as usize;
+        for (name, matrix) in [("gate_proj", &g), ("up_proj", &u), ("down_proj", &d)] {
+            expect_len(name, matrix.len(), size);
+        }
         let weights: [&dyn Fn(usize) -> f32; 3] = [&|i| g.get(i), &|i| u.get(i), &|i| d.get(i)];
         let y =
             grouped_matmul::cpu_expert(x, config.intermediate as usize, config.activation, weights);
@@ -244,7 +255,8 @@ pub fn cpu_token(
 ///
 /// # Panics
 ///
-/// If the lengths do not fit together.
+/// If `x` is not whole rows of the hidden size, if `router weight` is not experts times hidden size, or
+/// as [`cpu_routing`] and [`cpu_token`] do; the message names the argument.
 pub fn cpu(
     config: &LayerConfig,
     router: &HostRouter<'_>,
@@ -253,6 +265,7 @@ pub fn cpu(
     x: &[f32],
 ) -> Vec<f32> {
     let (d, e) = (config.hidden as usize, config.experts as usize);
+    expect_len("router weight", router.weight.len(), d * e);
     let logits = logits::cpu(x, router.weight, d);
     let LayerConfig { routing, .. } = config;
     let (s, r) = scores::cpu(&logits, e, routing.score(), routing.by_logits(), router.bias);
