@@ -43,7 +43,7 @@ struct Options {
 
 fn run(options: &Options) -> Result<(), String> {
     let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
-    let [layers, dense] = model.layers;
+    let (layers, dense) = (model.layers, model.dense_layers);
     let most = model.settings.experts;
     let experts = options.experts.unwrap_or(most);
     if experts > most {

@@ -1,5 +1,5 @@
 // out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone
-// (keep)
+// (keep). Where `planned`, token_of is a plan, and slots past those it holds (its first word) are 0.
 //   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
 // Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th Vector of a row.
 // Pieces: common/grid.
@@ -12,6 +12,7 @@ struct Params {
   first_token: u32, // that of x's first row
   first_slot: u32,  // place of out's first row in token_of
   keep: u32,
+  planned: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -31,7 +32,10 @@ fn gather(
     return;
   }
   let to = s * params.vectors;
-  let t = token_of[params.first_slot + s] - params.first_token;
+  var t = token_of[params.first_slot + s] - params.first_token;
+  if params.planned == 1u && s >= token_of[0] {
+    t = params.tokens; // no row
+  }
   let source = t * params.vectors;
   if t < params.tokens {
     for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {

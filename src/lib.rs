@@ -12,6 +12,7 @@ pub mod measure;
 pub mod models;
 pub mod ops;
 pub mod plan;
+pub mod reference;
 pub mod report;
 pub mod routing;
 pub mod weights;

@@ -94,7 +94,7 @@ pub(super) fn token_choice_step(
 }
 
 pub(super) fn bench_token_choice(bench: &Bench, c: &mut Criterion) {
-    let groups = Some(Groups { count: 8, top: 4 });
+    let groups = Some(Groups::new(8, 4));
     let mut group = c.benchmark_group("token_choice");
     for (name, shape, groups) in [
         ("LLaDA2 T32 E256 K8 of 4 of 8 groups", [32, 256, 8], groups),
@@ -119,11 +119,11 @@ pub(super) fn bench_coreset(bench: &Bench, c: &mut Criterion) {
     const EXPERTS: u32 = 256;
     let mut group = c.benchmark_group("coreset");
     for (name, tokens, rule) in [
-        ("mass(0.6, 8) T32 E256", 32, BlockRule::Mass { p: 0.6, floor: 8 }),
+        ("mass(0.6, 8) T32 E256", 32, BlockRule::mass(0.6).with_floor(8)),
         ("capacity(48) T32 E256", 32, BlockRule::Capacity(48)),
         ("vote(38) T32 E256", 32, BlockRule::Vote(38)),
         ("union(3) T32 E256", 32, BlockRule::Union(3)),
-        ("mass(0.6, 8) T4096 E256", 4096, BlockRule::Mass { p: 0.6, floor: 8 }),
+        ("mass(0.6, 8) T4096 E256", 4096, BlockRule::mass(0.6).with_floor(8)),
     ] {
         bench.case(&mut group, name, &bench.contexts, pairs(tokens, EXPERTS), |ctx, what| {
             let gpu = &bench.gpu;
@@ -171,7 +171,7 @@ pub(super) fn bench_sequence_top(bench: &Bench, c: &mut Criterion) {
                 offsets: (&offsets).into(),
                 assigned: (&assigned).into(),
             };
-            let dims = sequence_top::Dims { tokens, experts, sequences: 1, top };
+            let dims = sequence_top::Dims { tokens, experts, sequences: 1, experts_per_token: top };
             let step = sequence_top::SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = sequence_top::cpu(&r, experts as usize, top as usize, &[0, tokens]);

@@ -5,7 +5,7 @@ use testkit::layer::{host_router, outputs};
 use testkit::synthetic::{self, Pool};
 use wgmoe::WeightType;
 use wgmoe::layer::{HostRouter, LayerConfig};
-use wgmoe::routing::{ExpertChoice, Routing, Scope, Score};
+use wgmoe::routing::{Routing, Score};
 use wgmoe::weights::{HostWeights, Projection};
 
 /// Tokens decoded together, and tokens of a sequence.
@@ -104,9 +104,8 @@ impl<'a> Data<'a> {
     /// Tokens that each expert takes of each sequence, for rules that choose within sequences.
     pub(super) fn capacity(&self, routing: Routing) -> Option<Vec<u32>> {
         match routing {
-            Routing::ExpertChoice(rule) if rule.scope == Scope::Sequence => {
-                let k = rule.experts_per_token;
-                let share = |&n: &u32| ExpertChoice::capacity(k, n, self.settings.experts);
+            Routing::ExpertChoice(rule) => {
+                let share = |&n: &u32| rule.capacity(n, self.settings.experts);
                 Some(self.lengths.iter().map(share).collect())
             }
             _ => None,

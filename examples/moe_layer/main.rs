@@ -91,16 +91,12 @@ fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> S
         settings.shared_experts
     );
     if let Routing::TokenChoice(rule) = settings.routing {
-        let _ = write!(line, ", K {}", rule.top);
-        if let Some(Groups { count, top }) = rule.groups {
-            let _ = write!(line, " from {top} of {count} groups");
+        let _ = write!(line, ", K {}", rule.experts_per_token);
+        if let Some(Groups { count, per_token, .. }) = rule.groups {
+            let _ = write!(line, " from {per_token} of {count} groups");
         }
     }
-    let weights = match weights {
-        WeightType::Bf16 => "bf16",
-        WeightType::F16 => "f16",
-        WeightType::F32 => "f32",
-    };
+    let weights = weights.dtype().to_lowercase();
     let from = if subject.stored.is_some() { "from the checkpoint" } else { "synthetic" };
     line + &format!("; {weights} weights, {from}")
 }

@@ -8,7 +8,7 @@ use testkit::compare::{Checks, largest};
 use testkit::program::Progress;
 use testkit::rules::of_main_job;
 use wgmoe::layer::{HostBatch, HostRouting, HostSequences, LayerConfig, cpu_routing};
-use wgmoe::ops::{combine, expert_union, grouped_matmul, scores};
+use wgmoe::ops::{combine, expert_union, scores};
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::routing::Routing;
 use wgmoe::weights::Projection;
@@ -78,7 +78,7 @@ pub(super) fn rule_on_cpu(
         last = now;
     };
     let (score, from_logits) = (routing.score(), routing.by_logits());
-    let logits = logits::cpu(&data.x, &data.router, d);
+    let logits = wgmoe::ops::logits::cpu(&data.x, &data.router, d);
     lap("logits");
     let (s, r) = scores::cpu(&logits, e, score, from_logits, data.bias.as_deref());
     lap("scores");
@@ -112,7 +112,7 @@ pub(super) fn rule_on_cpu(
     for (e, span) in (0..).zip(plan.expert_offsets.windows(2)) {
         let [gate, up, down] = Projection::ALL.map(|p| data.expert(e, p));
         for &t in &plan.token_of[span[0] as usize..span[1] as usize] {
-            y.extend(grouped_matmul::cpu_expert(
+            y.extend(wgmoe::ops::grouped_matmul::cpu_expert(
                 data.row(t as usize),
                 settings.intermediate as usize,
                 settings.activation,
@@ -170,7 +170,7 @@ pub(super) fn check_counts(
     match settings.routing {
         Routing::TokenChoice(rule) => {
             let dropped: u32 = routed.dropped.iter().sum();
-            let all = tokens as u32 * rule.top;
+            let all = tokens as u32 * rule.experts_per_token;
             // A token may find fewer than K experts in its block's coreset.
             let fits = if rule.coreset.is_some() {
                 slots + dropped <= all
@@ -185,7 +185,9 @@ pub(super) fn check_counts(
             let each: u32 = data.capacity(settings.routing).unwrap_or_default().iter().sum();
             checks.same("tokens of an expert", &[of_expert.all(|n| n == each)], &[true]);
         }
-        Routing::SequenceTop(rule) => checks.same("slots", &[slots], &[tokens as u32 * rule.top]),
+        Routing::SequenceTop(rule) => {
+            checks.same("slots", &[slots], &[tokens as u32 * rule.experts_per_token])
+        }
         _ => unreachable!("every rule is listed"),
     }
 }

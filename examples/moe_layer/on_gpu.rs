@@ -12,7 +12,7 @@ use wgmoe::layer::{
     Batch, BoundLayer, HostBatch, HostSequences, LayerConfig, MoeLayer, Sequences, cpu_routing,
     cpu_token,
 };
-use wgmoe::ops::{expert_choice, expert_union, grouped_matmul, scores};
+use wgmoe::ops::{expert_choice, expert_union, scores};
 use wgmoe::plan::{Stats, bits};
 use wgmoe::routing::Routing;
 use wgmoe::weights::Projection;
@@ -134,7 +134,7 @@ impl OnGpu<'_> {
         let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
-            let want = logits::cpu(data.row(t), &data.router, d);
+            let want = wgmoe::ops::logits::cpu(data.row(t), &data.router, d);
             checks.close(&format!("token {t}: logits"), &row(&logits), &want, LOGITS, 1e-5);
             if s == logits {
                 continue; // a rule that needs no scores
@@ -323,7 +323,7 @@ pub(super) fn on_gpu(
     let tokens = data.tokens();
     let all = |n: u32| (0..n).map(|e| (e, 1.0)).collect::<Vec<_>>();
     let k = match settings.routing {
-        Routing::TokenChoice(rule) => rule.top,
+        Routing::TokenChoice(rule) => rule.experts_per_token,
         Routing::ExpertChoice(rule) => rule.experts_per_token,
         _ => 8,
     };

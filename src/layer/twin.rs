@@ -4,7 +4,7 @@ use super::config::LayerConfig;
 use crate::ops::expert_choice::ranges;
 use crate::ops::plan_count::{self, Scales};
 use crate::ops::{
-    coreset, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
+    block_choice, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
 };
 use crate::plan::bits;
 use crate::routing::{GateRule, Routing, TokenChoice, schedule};
@@ -105,17 +105,9 @@ pub fn cpu_routing(
         }) => {
             let ends = default_blocks(tokens);
             let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
-            let own = rule
-                .own_top(top)
-                .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
-            let own = own.unwrap_or_default();
-            let (members, block_of) =
-                coreset::cpu(rule, r, experts, &own, blocks.offsets, blocks.voters);
-            let eligible = |t: usize, e: usize| {
-                let row = block_of[t] as usize * experts.div_ceil(32);
-                block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
-            };
-            let assigned = token_choice::cpu(r, experts, top as usize, groups, &eligible);
+            let top = top as usize;
+            let (assigned, members) =
+                block_choice::cpu(rule, r, experts, top, groups, blocks.offsets, blocks.voters);
             coreset = Some(members);
             assigned
         }

@@ -3,7 +3,7 @@
 //! [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::rule_number;
 use super::token_choice::{groups_of, list_of, sizes};
-use super::{coreset, not_zero, or_nothing};
+use super::{coreset, not_zero, or_nothing, token_choice};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::{BlockRule, Groups, check};
@@ -68,6 +68,35 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
         .piece(piece!("election/votes"))
         .piece(piece!("election/elect"))
         .piece(piece!("choice/experts_of_token"))
+}
+
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` and the coresets
+/// `[blocks, ceil(experts / 32)]`, of any number of tokens. `values` is `[tokens, experts]`, `offsets`
+/// `[blocks + 1]`, `voters` `[tokens]`. It is the twins of [`token_choice`](super::token_choice),
+/// [`coreset`] and [`token_choice`](super::token_choice) one after the other.
+///
+/// # Panics
+///
+/// As theirs; the message names the argument.
+pub fn cpu(
+    rule: BlockRule,
+    values: &[f32],
+    experts: usize,
+    top: usize,
+    groups: Option<Groups>,
+    offsets: &[u32],
+    voters: Option<&[u32]>,
+) -> (Vec<u32>, Vec<u32>) {
+    let own = rule
+        .own_top(top as u32)
+        .map(|top| token_choice::cpu(values, experts, top as usize, None, &|_, _| true));
+    let own = own.unwrap_or_default();
+    let (members, block_of) = coreset::cpu(rule, values, experts, &own, offsets, voters);
+    let eligible = |t: usize, e: usize| {
+        let row = block_of[t] as usize * experts.div_ceil(32);
+        block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
+    };
+    (token_choice::cpu(values, experts, top, groups, &eligible), members)
 }
 
 /// Sizes of one dispatch.

@@ -1,5 +1,6 @@
-//! Rows of the tokens that each slot stands for. (The layer's matmuls gather as they load; this is for engines that run
-//! the experts themselves.)
+//! Rows of the tokens that each slot stands for, by a plan ([`Gather::bind_plan`]) or by a list of
+//! tokens ([`Gather::bind`]). The layer's matmuls gather as they load; this is for engines that run the
+//! experts themselves.
 use super::not_zero;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -20,7 +21,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, slots: u32, vectors: u32, lanes: u32, first_token: u32, first_slot: u32, keep: u32 }
+params! { tokens: u32, slots: u32, vectors: u32, lanes: u32, first_token: u32, first_slot: u32, keep: u32, planned: u32 }
 
 /// f32 of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
 fn widths(target: Target) -> &'static [u32] {
@@ -94,6 +95,20 @@ pub struct Args<'a> {
     pub out: Slice<'a>,
 }
 
+/// Buffers of a dispatch over the slots of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanArgs<'a> {
+    /// `[tokens, hidden]` f32, read.
+    pub x: Slice<'a>,
+    /// A plan of the shape, read where it lies.
+    pub plan: Slice<'a>,
+    /// `[slots, hidden]` f32, all slots of the shape ([`PlanShape::slots`]), written whole: rows past
+    /// the slots that the plan holds are 0.
+    pub out: Slice<'a>,
+    /// Elements of a row.
+    pub hidden: u32,
+}
+
 /// The GPU kernel.
 #[derive(Clone, Debug)]
 pub struct Gather {
@@ -119,7 +134,29 @@ impl Gather {
         Ok(Self { ctx: ctx.clone(), kernels })
     }
 
-    /// Gathers rows.
+    /// Gathers the rows of a plan's slots: what an engine that runs the experts itself reads, in the
+    /// order in which [`combine`](super::combine) takes its results.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`]; zero elements a row, or a slice that does not fit
+    /// ([`Error`](crate::Error)).
+    pub fn bind_plan(&self, shape: &PlanShape, args: PlanArgs<'_>) -> Result<BoundOp> {
+        let at = shape.sections()?;
+        let (tokens, slots, hidden) = (shape.tokens, shape.slots()?, args.hidden);
+        not_zero(&[("hidden", hidden)])?;
+        if slots == 0 {
+            return Ok(BoundOp::default());
+        }
+        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.plan.u32s("plan", &[at.words.into()])?;
+        args.out.f32s("out", &[slots.into(), hidden.into()])?;
+        let params =
+            Params { tokens, slots, first_slot: at.token_of, planned: 1, ..Params::default() };
+        self.dispatch(params, hidden, [args.x, args.plan, args.out])
+    }
+
+    /// Gathers the rows of a list of tokens.
     ///
     /// # Errors
     ///

@@ -17,6 +17,7 @@ pub mod capacity;
 pub mod combine;
 pub mod coreset;
 pub mod expert_choice;
+pub mod expert_lists;
 pub mod expert_union;
 pub mod gather;
 pub mod grouped_matmul;
@@ -57,6 +58,7 @@ pub const SPECS: &[&Spec] = &[
     &matmul_skinny::SPEC,
     &combine::SPEC,
     &expert_union::SPEC,
+    &expert_lists::SPEC,
 ];
 
 /// Optional input: the slice, or the context's stand-in.

@@ -103,13 +103,13 @@ impl Plan {
         let LayerConfig { hidden, intermediate, experts, shared_experts, activation, .. } =
             self.settings;
         let rule = token_choice(&self.settings)?;
-        let groups = rule.groups.map_or([1, 1], |groups| [groups.count, groups.top]);
+        let groups = rule.groups.map_or([1, 1], |groups| [groups.count, groups.per_token]);
         let mut config = json!({
             "model_type": "llada2_moe",
             "hidden_size": hidden,
             "moe_intermediate_size": intermediate,
             "num_experts": experts,
-            "num_experts_per_tok": rule.top,
+            "num_experts_per_tok": rule.experts_per_token,
             "num_shared_experts": shared_experts,
             "num_hidden_layers": self.dense + self.layers,
             "first_k_dense_replace": self.dense,

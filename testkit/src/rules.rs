@@ -1,8 +1,6 @@
 //! The table of routing rules that one layer is run under, for the benches and the bench program, and for the main job.
 use wgmoe::Routing;
-use wgmoe::routing::{
-    BlockRule, ExpertChoice, GateRule, Normalise, Scope, Score, SequenceTop, TokenChoice,
-};
+use wgmoe::routing::{BlockRule, ExpertChoice, GateRule, Score, SequenceTop, TokenChoice};
 
 /// A rule and its name. Names of the counts that stand for 256 experts say the count for the experts there are.
 pub type Rule = (String, Routing);
@@ -11,18 +9,10 @@ pub type Rule = (String, Routing);
 fn by_tokens(own: Routing) -> TokenChoice {
     match own {
         Routing::TokenChoice(rule) => rule,
-        _ => TokenChoice {
-            score: own.score(),
-            gate: match own.score() {
-                Score::Softmax => GateRule::Softmax,
-                Score::Sigmoid => GateRule::Normalised,
-            },
-            top: average(own),
-            groups: None,
-            scale: 1.0,
-            capacity_factor: None,
-            coreset: None,
-        },
+        _ => TokenChoice::new(average(own)).with_score(own.score()).with_gate(match own.score() {
+            Score::Softmax => GateRule::Softmax,
+            _ => GateRule::Normalised,
+        }),
     }
 }
 
@@ -30,38 +20,32 @@ fn by_tokens(own: Routing) -> TokenChoice {
 fn average(routing: Routing) -> u32 {
     match routing {
         Routing::ExpertChoice(rule) => rule.experts_per_token,
-        Routing::TokenChoice(rule) => rule.top,
-        Routing::SequenceTop(rule) => rule.top,
+        Routing::TokenChoice(rule) => rule.experts_per_token,
+        Routing::SequenceTop(rule) => rule.experts_per_token,
         _ => 8,
     }
 }
 
 /// A model's own choice by experts; where tokens choose, as many slots.
-fn by_experts(own: Routing, scope: Scope, most: u32) -> Routing {
+fn by_experts(own: Routing, most: u32) -> Routing {
     let k = average(own).min(most);
     match own {
         Routing::ExpertChoice(_) => own,
-        _ => Routing::ExpertChoice(ExpertChoice {
-            score: own.score(),
-            normalise: Normalise::AfterSelection,
-            scope,
-            experts_per_token: k,
-            max_experts_per_token: k,
-        }),
+        _ => Routing::ExpertChoice(ExpertChoice::new(k).with_score(own.score())),
     }
 }
 
 fn by_pairs(tokens: TokenChoice, top: u32) -> Routing {
     let TokenChoice { score, gate, scale, .. } = tokens;
-    Routing::SequenceTop(SequenceTop { score, gate, top, scale })
+    Routing::SequenceTop(SequenceTop::new(top).with_score(score).with_gate(gate).with_scale(scale))
 }
 
 /// What every model is timed under: each token's own choice (without a coreset, where the model has one), the block rules,
 /// the highest pairs of a sequence, expert choice. A line each.
 pub fn rules(own: Routing, experts: u32) -> Vec<Rule> {
-    let tokens = TokenChoice { coreset: None, ..by_tokens(own) };
-    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..tokens });
-    let of_256 = |n: u32| (n * experts / 256).max(tokens.top).min(experts);
+    let tokens = by_tokens(own).without_coreset();
+    let block = |rule| Routing::TokenChoice(tokens.with_coreset(rule));
+    let of_256 = |n: u32| (n * experts / 256).max(tokens.experts_per_token).min(experts);
     let floor = 8.min(experts);
     let (capacity, vote) = (of_256(48), of_256(38));
     vec![
@@ -70,8 +54,8 @@ pub fn rules(own: Routing, experts: u32) -> Vec<Rule> {
         (format!("capacity({capacity})"), block(BlockRule::Capacity(capacity))),
         (format!("vote({vote})"), block(BlockRule::Vote(vote))),
         ("union(2)".into(), block(BlockRule::Union(2.min(experts)))),
-        ("sequence_top".into(), by_pairs(tokens, tokens.top)),
-        ("expert_choice".into(), by_experts(own, Scope::Batch, u32::MAX)),
+        ("sequence_top".into(), by_pairs(tokens, tokens.experts_per_token)),
+        ("expert_choice".into(), by_experts(own, experts)),
     ]
 }
 
@@ -82,13 +66,13 @@ pub fn of_main_job(own: Routing, experts: u32) -> Vec<(&'static str, Routing)> {
         return vec![("the model's own", own)];
     }
     let tokens = by_tokens(own);
-    let capacity = TokenChoice { capacity_factor: Some(1.25), ..tokens };
-    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..tokens });
+    let capacity = tokens.with_capacity_factor(1.25);
+    let block = |rule| Routing::TokenChoice(tokens.with_coreset(rule));
     let share = |of_256: u32| (experts * of_256).div_ceil(256).max(1);
     let mut rules = vec![
         ("token choice", Routing::TokenChoice(tokens)),
         ("token choice, capacity 1.25", Routing::TokenChoice(capacity)),
-        ("expert choice", by_experts(own, Scope::Sequence, experts)),
+        ("expert choice", by_experts(own, experts)),
     ];
     if matches!(own, Routing::ExpertChoice(_)) {
         rules.rotate_right(1);
@@ -99,7 +83,7 @@ pub fn of_main_job(own: Routing, experts: u32) -> Vec<(&'static str, Routing)> {
         ("block capacity(48/256)", block(BlockRule::Capacity(share(48)))),
         ("block vote(38/256)", block(BlockRule::Vote(share(38)))),
         ("block union(3)", block(BlockRule::Union(3.min(experts)))),
-        ("sequence top", by_pairs(tokens, tokens.top.min(experts))),
+        ("sequence top", by_pairs(tokens, tokens.experts_per_token.min(experts))),
     ]);
     rules
 }

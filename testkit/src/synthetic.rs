@@ -1,10 +1,8 @@
-//! Layers of a model's size without a model: weights that are cheap to make, routers whose scores look like a model's, rules
-//! for fewer experts.
-
+//! Layers of a model's size without a model: weights that are cheap to make, routers whose scores
+//! look like a model's.
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use wgmoe::layer::cached::ExpertSource;
-use wgmoe::routing::{BlockRule, Groups, Routing, SequenceTop, TokenChoice};
 use wgmoe::weights::{HostWeights, MatrixView, Projection};
 use wgmoe::{Error, LayerConfig, WeightType};
 
@@ -89,33 +87,5 @@ impl Pool {
 impl ExpertSource for Pool {
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>, Error> {
         Ok(Self::matrix(self, expert, projection))
-    }
-}
-
-/// A rule for fewer experts: counts of experts shrink in proportion, groups keep their size; where those no longer divide
-/// the experts, there are none.
-pub fn shrink(routing: Routing, from: u32, to: u32) -> Routing {
-    let part = |n: u32| (n * to / from).max(1);
-    match routing {
-        Routing::TokenChoice(rule) => Routing::TokenChoice(TokenChoice {
-            top: rule.top.min(to),
-            groups: rule.groups.and_then(|Groups { count, top }| {
-                let size = from / count;
-                let groups = to / size;
-                let top = (groups * top / count).max(rule.top.div_ceil(size)).max(1);
-                (to.is_multiple_of(size) && top <= groups).then_some(Groups { count: groups, top })
-            }),
-            coreset: rule.coreset.map(|block| match block {
-                BlockRule::Mass { p, floor } => BlockRule::Mass { p, floor: part(floor) },
-                BlockRule::Capacity(n) => BlockRule::Capacity(part(n)),
-                BlockRule::Vote(n) => BlockRule::Vote(part(n)),
-                BlockRule::Union(n) => BlockRule::Union(n.min(to)),
-            }),
-            ..rule
-        }),
-        Routing::SequenceTop(rule) => {
-            Routing::SequenceTop(SequenceTop { top: rule.top.min(to), ..rule })
-        }
-        other => other,
     }
 }

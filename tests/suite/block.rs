@@ -7,14 +7,11 @@ use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
-use wgmoe::ops::token_choice;
-use wgmoe::ops::{block_choice, block_plan, coreset};
+use wgmoe::ops::{block_choice, block_plan};
 use wgmoe::plan::bits;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::Groups;
-use wgmoe::routing::{
-    BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
-};
+use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::{Context, ExpertWeights, Gpu, PlanShape, Target, Variant, WeightType, wgpu};
 
 /// Contexts that differ for kernels without subgroup operations.
@@ -56,26 +53,11 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// The bit set and the coresets, by the twins.
-    fn cpu(&self) -> (Vec<u32>, Vec<u32>) {
-        let Self { rule, experts, top, groups, r, offsets, voters } = *self;
-        let own = rule
-            .own_top(top as u32)
-            .map(|k| token_choice::cpu(r, experts, k as usize, None, &|_, _| true))
-            .unwrap_or_default();
-        let (members, block_of) = coreset::cpu(rule, r, experts, &own, offsets, voters);
-        let eligible = |t: usize, e: usize| {
-            let row = block_of[t] as usize * experts.div_ceil(32);
-            block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
-        };
-        (token_choice::cpu(r, experts, top, groups, &eligible), members)
-    }
-
     #[track_caller]
     fn check(&self, gpu: &Gpu) {
         let Self { rule, experts, top, groups, r, offsets, voters } = *self;
         let (tokens, blocks) = (r.len() / experts, offsets.len() - 1);
-        let want = self.cpu();
+        let want = block_choice::cpu(rule, r, experts, top, groups, offsets, voters);
         let [r, at] = [gpu.upload(r), gpu.upload(offsets)];
         let marked = voters.map(|m| gpu.upload(m));
         for ctx in targets(gpu) {
@@ -105,7 +87,7 @@ impl Case<'_> {
 /// Every rule at counts that suit E experts and K, of each kind once.
 fn rules(experts: u32, top: u32) -> [BlockRule; 4] {
     [
-        BlockRule::Mass { p: 0.6, floor: 8.min(experts) },
+        BlockRule::mass(0.6).with_floor(8.min(experts)),
         BlockRule::Capacity(48.min(experts)),
         BlockRule::Vote(experts.div_ceil(7)),
         BlockRule::Union(3.min(top)),
@@ -120,7 +102,7 @@ fn the_choice_of_a_block_is_that_of_three_kernels() {
         for rule in rules(experts as u32, top as u32) {
             for kind in 0..5 {
                 let r = values(kind, tokens, experts);
-                let groups = (experts % 8 == 0).then_some(Groups { count: 8, top: 4 });
+                let groups = (experts % 8 == 0).then_some(Groups::new(8, 4));
                 for groups in [None, groups.filter(|_| kind % 2 == 1)] {
                     let offsets = &[0, tokens as u32];
                     Case { rule, experts, top, groups, r: &r, offsets, voters: None }.check(&gpu);
@@ -143,7 +125,7 @@ fn several_blocks_of_a_column_and_marks() {
             let r = values(kind, tokens, experts);
             for offsets in offsets {
                 for (voters, groups) in
-                    [(None, None), (Some(&voters[..]), Groups { count: 8, top: 3 }.into())]
+                    [(None, None), (Some(&voters[..]), Groups::new(8, 3).into())]
                 {
                     Case { rule, experts, top: 8, groups, r: &r, offsets, voters }.check(&gpu);
                 }
@@ -159,7 +141,7 @@ fn many_experts_a_token() {
     for (top, rule) in
         [(33, BlockRule::Vote(40)), (64, BlockRule::Union(20)), (1, BlockRule::Vote(5))]
     {
-        for groups in [None, Some(Groups { count: 32, top: 15 })] {
+        for groups in [None, Some(Groups::new(32, 15))] {
             Case { rule, experts: 96, top, groups, r: &r, offsets: &[0, 32], voters: None }
                 .check(&gpu);
         }
@@ -195,7 +177,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
         for (rule, slots, scaled) in [
             (GateRule::Softmax, count, false),
             (GateRule::Normalised, count.div_ceil(2), true),
-            (GateRule::Plain, count + 9, false),
+            (GateRule::Unnormalised, count + 9, false),
         ] {
             let shape = PlanShape {
                 tokens,
@@ -307,17 +289,10 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
     for target in [Target::Wide, Target::Serial] {
         let variant = Variant { target, subgroups: false };
         let ctx = Context::with_variant(&device, variant).unwrap();
-        let rule = TokenChoice {
-            score: Score::Sigmoid,
-            gate: GateRule::Normalised,
-            top: 8,
-            groups: Some(Groups { count: 8, top: 4 }),
-            scale: 2.5,
-            capacity_factor: None,
-            coreset: None,
+        let rule = TokenChoice::new(8).with_score(Score::Sigmoid).with_groups(8, 4).with_scale(2.5);
+        let block = |rule: TokenChoice, coreset: Option<BlockRule>| {
+            Routing::TokenChoice(coreset.map_or(rule, |c| rule.with_coreset(c)))
         };
-        let block =
-            |rule: TokenChoice, coreset| Routing::TokenChoice(TokenChoice { coreset, ..rule });
         for coreset in rules(256, 8) {
             let routing = block(rule, Some(coreset));
             for blocks in [None, Some(1), Some(8)] {
@@ -330,20 +305,13 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
             assert!(!between(&ctx, 32, 392, None, routing).contains(&"block_choice"));
         }
         assert_eq!(between(&ctx, 32, 256, None, block(rule, None)).len(), 3);
-        let experts = ExpertChoice {
-            score: Score::Softmax,
-            normalise: Normalise::AfterSelection,
-            scope: Scope::Batch,
-            experts_per_token: 8,
-            max_experts_per_token: 8,
-        };
+        let experts = ExpertChoice::new(8);
         assert_eq!(between(&ctx, 32, 256, None, Routing::ExpertChoice(experts)).len(), 3);
-        let pairs =
-            SequenceTop { score: Score::Softmax, gate: GateRule::Normalised, top: 8, scale: 1.0 };
+        let pairs = SequenceTop::new(8);
         let names = between(&ctx, 32, 256, None, Routing::SequenceTop(pairs));
         assert_eq!((names[0], *names.last().unwrap()), ("scores", "block_plan"));
         // Drops come between the gates and the plan.
-        let dropping = TokenChoice { capacity_factor: Some(1.0), ..rule };
+        let dropping = rule.with_capacity_factor(1.0);
         assert!(!between(&ctx, 32, 256, None, block(dropping, None)).contains(&"block_plan"));
     }
 }

@@ -5,7 +5,6 @@ use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::cached::{BoundCached, CacheOptions, CacheStats, CachedLayer, ExpertSource};
 use wgmoe::layer::{Batch, LayerConfig};
-use wgmoe::routing::GateRule;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
@@ -17,15 +16,7 @@ fn settings(routing: Routing) -> LayerConfig {
     LayerConfig::new(D as u32, 40, E, routing).with_shared_experts(1)
 }
 
-const TOKEN_CHOICE: TokenChoice = TokenChoice {
-    score: Score::Sigmoid,
-    gate: GateRule::Normalised,
-    top: 2,
-    groups: None,
-    scale: 2.5,
-    capacity_factor: None,
-    coreset: None,
-};
+const TOKEN_CHOICE: TokenChoice = TokenChoice::new(2).with_score(Score::Sigmoid).with_scale(2.5);
 
 /// Budget for this many routed experts, and not a byte more.
 fn budget(settings: &LayerConfig, experts: u64) -> u64 {
@@ -44,11 +35,13 @@ fn equal_bits_whatever_the_budget() {
     let Some(gpu) = gpu() else { return };
     let tokens = 40;
     let x: Vec<Vec<f32>> = (0..3).map(|i| random(60 + i, tokens * D)).collect();
-    let mass = Some(BlockRule::Mass { p: 0.5, floor: 4 });
+    let mass = Some(BlockRule::mass(0.5).with_floor(4));
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
         let ctx = Context::with_variant(&gpu.device, variant).unwrap();
         for coreset in [None, mass, Some(BlockRule::Capacity(6))] {
-            let routing = Routing::TokenChoice(TokenChoice { coreset, ..TOKEN_CHOICE });
+            let routing = Routing::TokenChoice(
+                coreset.map_or(TOKEN_CHOICE, |c| TOKEN_CHOICE.with_coreset(c)),
+            );
             let host = Arc::new(HostLayer::new(settings(routing)));
             let hidden = Output::f32s(&gpu, tokens * D);
             let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();

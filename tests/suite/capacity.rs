@@ -283,14 +283,16 @@ fn wrong_arguments_are_errors() {
     };
     assert_eq!(
         name(Args { source: Source::Ratios { ratios: slice(2), steps: slice(6) }, ..good }),
-        "mask"
+        "ratios"
     );
     assert_eq!(
         name(Args { source: Source::Masked { masked: slice(4), steps: slice(6) }, ..good }),
-        "mask"
+        "masked"
     );
-    assert_eq!(name(Args { source: Source::ExpertsPerToken(slice(2)), ..good }), "mask");
-    for steps in [slice(0), slice(1), slice(5)] {
+    let k = Source::ExpertsPerToken(slice(2));
+    assert_eq!(name(Args { source: k, ..good }), "experts_per_token");
+    let far = Slice { size: u64::MAX, ..slice(6) };
+    for steps in [slice(0), slice(1), slice(5), far] {
         assert_eq!(
             name(Args { source: Source::Ratios { ratios: slice(3), steps }, ..good }),
             "steps"

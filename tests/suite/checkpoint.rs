@@ -12,8 +12,7 @@ use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
 use wgmoe::layer::{Batch, HostBatch, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
-use wgmoe::routing::Groups;
-use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, Score};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, LayerConfig, MoeLayer, WeightType};
 
@@ -29,11 +28,7 @@ pub(crate) fn small() -> LayerConfig {
         70,
         33,
         10,
-        Routing::TokenChoice(TokenChoice {
-            top: 3,
-            groups: Some(Groups { count: 5, top: 3 }),
-            ..mini
-        }),
+        Routing::TokenChoice(mini.with_groups(5, 3).with_experts_per_token(3)),
     )
     .with_shared_experts(2)
 }
@@ -91,7 +86,7 @@ fn ffns(checkpoint: &Checkpoint, layer: u32) -> Vec<[Vec<f32>; 3]> {
 #[test]
 fn presets_come_back_from_their_config() {
     for model in MODELS {
-        let [layers, dense] = model.layers;
+        let (layers, dense) = (model.layers, model.dense_layers);
         let (settings, layout) = (model.settings, Layout::Each);
         let plan = Plan { settings, layers: layers - dense, dense, layout, shards: 1, seed: 0 };
         let Ok(json) = plan.config() else {
@@ -101,7 +96,7 @@ fn presets_come_back_from_their_config() {
         let config = Config::from_json(Path::new("config.json"), json.to_string().as_bytes());
         let config = config.expect("a config");
         assert_eq!(config.settings, settings, "{}", model.name);
-        assert_eq!([config.layers, config.dense], model.layers, "{}", model.name);
+        assert_eq!([config.layers, config.dense], [layers, dense], "{}", model.name);
         let coreset =
             matches!(settings.routing, Routing::TokenChoice(rule) if rule.coreset.is_some());
         assert_eq!(config.block_size, coreset.then_some(32), "{}", model.name);

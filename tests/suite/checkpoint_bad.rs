@@ -341,6 +341,16 @@ fn bad_configs() {
         raw(json.to_string().as_bytes())
     };
     assert_eq!(config("unknown", "field".into()).map(|c| c.settings), Ok(small()));
+    // A model whose fields have the same names and mean something else.
+    assert_eq!(
+        config("model_type", "mixtral".into()).expect_err("not known").to_string(),
+        "dir/config.json: `model_type`: \"mixtral\" is not known: expected one that begins with llada, sdar, qwen3_moe, \
+         qwen3_vl_moe, bailing_moe, deepseek_v3, diffusion_gemma, or no field where the layers are of such a model"
+    );
+    for known in ["llada2_moe", "llada2_moe_veomni", "lladamoe", "sdar_moe", "qwen3_moe"] {
+        assert!(config("model_type", known.into()).is_ok(), "{known}");
+    }
+    assert_eq!(config("model_type", serde_json::Value::Null).map(|c| c.settings), Ok(small()));
     use serde_json::json;
     let absurd = [
         json!(-1),

@@ -67,7 +67,7 @@ impl Case<'_> {
 
 /// Every rule at counts that suit E experts.
 fn rules(experts: u32) -> Vec<BlockRule> {
-    let mass = |p, floor| BlockRule::Mass { p, floor };
+    let mass = |p, floor| BlockRule::mass(p).with_floor(floor);
     let mut all = vec![
         mass(0.0, 1),
         mass(0.0, 0),
@@ -76,8 +76,8 @@ fn rules(experts: u32) -> Vec<BlockRule> {
         mass(0.8, 1),
         mass(0.99, 2),
         mass(1.0, 8),
-        mass(1.5, experts),
-        mass(f32::INFINITY, 1),
+        mass(1.0, experts),
+        mass(1.0, 1),
         mass(0.3, experts),
     ];
     for n in [1, 2, experts * 3 / 16, experts - 1, experts] {
@@ -161,7 +161,7 @@ fn long_blocks_and_many_experts() {
             let r = scores(7 + kind as u64, kind, tokens, experts);
             // Longer than what has a say, where it is 1,025.
             for rule in [
-                BlockRule::Mass { p: 0.7, floor: 1 },
+                BlockRule::mass(0.7).with_floor(1),
                 BlockRule::Capacity(experts.min(48) as u32),
                 BlockRule::Vote(experts.min(38) as u32),
                 BlockRule::Union(1),
@@ -188,8 +188,7 @@ fn many_blocks_in_one_dispatch() {
     let (experts, blocks) = (40, 3000u32);
     let offsets: Vec<u32> = (0..=blocks).map(|b| 2 * b + b % 3 % 2).collect();
     let r = scores(31, 0, 2 * blocks as usize, experts);
-    for rule in [BlockRule::Mass { p: 0.6, floor: 2 }, BlockRule::Capacity(5), BlockRule::Union(2)]
-    {
+    for rule in [BlockRule::mass(0.6).with_floor(2), BlockRule::Capacity(5), BlockRule::Union(2)] {
         let own = own_choice(rule, &r, experts, 4);
         Case { rule, r: &r, experts, own: &own, offsets: &offsets, voters: None }
             .check(&gpu, "many blocks");
@@ -209,9 +208,9 @@ fn the_heaviest_block() {
         }
         let own = vec![u32::MAX; tokens.div_ceil(32) * experts];
         for rule in [
-            BlockRule::Mass { p: 0.5, floor: 1 },
-            BlockRule::Mass { p: 0.9999, floor: 1 },
-            BlockRule::Mass { p: 1.0, floor: 1 },
+            BlockRule::mass(0.5).with_floor(1),
+            BlockRule::mass(0.9999).with_floor(1),
+            BlockRule::mass(1.0).with_floor(1),
             BlockRule::Vote(experts as u32 - 25),
             BlockRule::Capacity(experts as u32 / 2),
         ] {
@@ -238,7 +237,7 @@ fn blocks_of_every_length_and_marks() {
             })
             .collect();
         for rule in [
-            BlockRule::Mass { p: 0.5, floor: 3 },
+            BlockRule::mass(0.5).with_floor(3),
             BlockRule::Capacity(12),
             BlockRule::Vote(12),
             BlockRule::Union(3),
@@ -277,7 +276,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
         }
     }
     // And so they route: the coresets, then each token's choice inside its own, with groups.
-    let groups = Some(wgmoe::routing::Groups { count: 8, top: 4 });
+    let groups = Some(wgmoe::routing::Groups::new(8, 4));
     for rule in rules(96) {
         for ctx in contexts(&gpu) {
             let route = |r: &[f32], offsets: &[u32]| -> Vec<Vec<usize>> {
@@ -382,7 +381,7 @@ fn the_twin_elects_what_the_rules_say() {
 
     // Votes that sum to 0 or less, and none at all: the floor.
     let negative = |r: [f32; 2], own: [u32; 2]| {
-        coreset::cpu(BlockRule::Mass { p: 0.9, floor: 1 }, &r, 2, &own, &[0, 1], None).0[0]
+        coreset::cpu(BlockRule::mass(0.9).with_floor(1), &r, 2, &own, &[0, 1], None).0[0]
     };
     assert_eq!(negative([-0.5, -0.25], [1, 1]), 0b10);
     assert_eq!(negative([f32::NAN, f32::NAN], [1, 1]), 0b01);
@@ -397,9 +396,12 @@ fn the_twin_elects_what_the_rules_say() {
 
 #[test]
 fn wrong_rules_and_slices_are_errors() {
-    let mass = |p, floor| BlockRule::Mass { p, floor }.check(8);
-    assert!(mass(0.6, 8).is_ok() && mass(0.0, 0).is_ok() && mass(f32::INFINITY, 1).is_ok());
-    assert!(mass(f32::NAN, 1).is_err() && mass(-0.1, 1).is_err() && mass(0.5, 9).is_err());
+    let mass = |p, floor| BlockRule::mass(p).with_floor(floor).check(8);
+    assert!(mass(0.6, 8).is_ok() && mass(0.0, 0).is_ok() && mass(1.0, 1).is_ok());
+    for p in [f32::NAN, -0.1, 1.000_001, 60.0, f32::INFINITY] {
+        assert!(mass(p, 1).is_err(), "{p}");
+    }
+    assert!(mass(0.5, 9).is_err());
     for rule in [BlockRule::Capacity, BlockRule::Vote, BlockRule::Union] {
         assert!(rule(0).check(8).is_err() && rule(9).check(8).is_err() && rule(8).check(8).is_ok());
     }

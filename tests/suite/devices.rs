@@ -4,9 +4,9 @@ use testkit::layer::HostLayer;
 use testkit::prelude::*;
 use wgmoe::layer::*;
 use wgmoe::ops::*;
-use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, SequenceTop};
 use wgmoe::wgpu::{self, BufferUsages, Features};
-use wgmoe::{Context, Gpu, Score, Slice, Target, Variant, models};
+use wgmoe::{Context, Gpu, Slice, Target, Variant, models};
 
 fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
@@ -119,26 +119,26 @@ fn a_layer_makes_all_its_pipelines() {
     let base = settings();
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let choice = |rule| Routing::TokenChoice(rule);
-    let coreset = |coreset| choice(TokenChoice { coreset: Some(coreset), ..rule });
+    let coreset = |coreset| choice(rule.with_coreset(coreset));
     let Routing::ExpertChoice(few) = models::find("ec-dlm").unwrap().settings.routing else {
         unreachable!()
     };
-    let few = ExpertChoice { max_experts_per_token: 1, ..few };
-    let pairs = SequenceTop { score: Score::Softmax, gate: rule.gate, top: 8, scale: 1.0 };
+    let few = few.with_max(1);
+    let pairs = SequenceTop::new(8).with_gate(rule.gate);
     for (routing, experts) in [
         (base.routing, 32),
-        (choice(TokenChoice { capacity_factor: Some(1.25), ..rule }), 32),
+        (choice(rule.with_capacity_factor(1.25)), 32),
         (models::find("ec-dlm").unwrap().settings.routing, 32),
         (models::find("ec-dlm").unwrap().settings.routing, 33),
-        (coreset(BlockRule::Mass { p: 0.6, floor: 16 }), 32),
+        (coreset(BlockRule::mass(0.6).with_floor(16)), 32),
         (coreset(BlockRule::Capacity(10)), 512),
         (coreset(BlockRule::Vote(9)), 32),
         (coreset(BlockRule::Union(3)), 32),
         (Routing::SequenceTop(pairs), 32),
         // Narrow, so that many tokens fit.
-        (choice(TokenChoice { top: 1, groups: None, capacity_factor: Some(1.0), ..rule }), 4),
-        (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 4),
-        (Routing::ExpertChoice(ExpertChoice { experts_per_token: 1, ..few }), 5),
+        (choice(rule.without_groups().with_capacity_factor(1.0).with_experts_per_token(1)), 4),
+        (Routing::ExpertChoice(few.with_experts_per_token(1)), 4),
+        (Routing::ExpertChoice(few.with_experts_per_token(1)), 5),
     ] {
         let shared_experts = u32::from(experts > 5);
         let base = {

@@ -92,7 +92,10 @@ fn limits_too_small() {
     let ctx = Context::new(&gpu.device).unwrap();
     let error = ExpertWeights::new(&ctx, settings().expert_shape(WeightType::F32));
     let error = error.unwrap_err().to_string();
-    assert_eq!(error, "`weights`: 8192 needed, page size of this device is 4096");
+    assert_eq!(
+        error,
+        "`weights`: 8192 needed, max_storage_buffer_binding_size of this device is 4096"
+    );
 }
 
 #[test]

@@ -8,13 +8,13 @@ use wgmoe::ops::{assign, assign_lists};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
-use wgmoe::routing::{BlockRule, Routing, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::{Gpu, models, wgpu};
 
 fn settings() -> LayerConfig {
     let settings = models::find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
-    let rule = TokenChoice { top: 3, groups: None, ..rule };
+    let rule = rule.without_groups().with_experts_per_token(3);
     let routing = Routing::TokenChoice(rule);
     {
         let mut config = settings.with_routing(routing);
@@ -158,7 +158,7 @@ fn experts_of_another_engine() {
     let base = settings();
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let coreset = Some(BlockRule::Capacity(5));
-    let block = Routing::TokenChoice(TokenChoice { coreset, ..rule });
+    let block = Routing::TokenChoice(coreset.map_or(rule, |c| rule.with_coreset(c)));
     for ctx in own_contexts(&gpu) {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
             let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
@@ -258,7 +258,8 @@ fn assignments_that_do_not_fit() {
     let LayerConfig { activation, .. } = sample.settings;
     let all = weights.shape().experts;
     let none = MoeExperts::new(&ctx, activation, all, weights.clone()).unwrap_err();
-    assert_eq!(none.to_string(), "`experts`: must not be 0");
+    let text = "`shared_experts`: 13 of only 13 experts, and one must be routed";
+    assert_eq!(none.to_string(), text);
     let experts = MoeExperts::new(&ctx, activation, 1, weights).unwrap();
     let (x, b) = (gpu.upload(&[0f32; 2 * 40]), gpu.upload(&[0u32; 64]));
     let out = gpu.upload(&[0f32; 2 * 40]);
@@ -283,9 +284,18 @@ fn assignments_that_do_not_fit() {
     assert_eq!(bind(2, of_tokens(3, 6)), Ok(()));
     assert_eq!(bind(0, of_tokens(3, 6)), Ok(()));
     assert_eq!(bind(2, of_tokens(0, 6)), Err("`top`: must not be 0".into()));
-    assert_eq!(bind(2, of_tokens(3, 5)), Err("`ids`: expected 24 bytes, got 20".into()));
+    assert_eq!(
+        bind(2, of_tokens(3, 5)),
+        Err("`ids`: expected 24 bytes, [2, 3] u32, got 20".into())
+    );
     assert_eq!(bind(2, of_experts(5, 13, 5)), Ok(()));
     assert_eq!(bind(2, of_experts(0, 13, 5)), Err("`entries`: must not be 0".into()));
-    assert_eq!(bind(2, of_experts(5, 12, 5)), Err("`offsets`: expected 52 bytes, got 48".into()));
-    assert_eq!(bind(2, of_experts(5, 13, 4)), Err("`list`: expected 20 bytes, got 16".into()));
+    assert_eq!(
+        bind(2, of_experts(5, 12, 5)),
+        Err("`offsets`: expected 52 bytes, [13] u32, got 48".into())
+    );
+    assert_eq!(
+        bind(2, of_experts(5, 13, 4)),
+        Err("`list`: expected 20 bytes, [5] u32, got 16".into())
+    );
 }

@@ -4,30 +4,14 @@ use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
 use wgmoe::layer::{Batch, HostBatch, LayerConfig};
 use wgmoe::plan::Stats;
-use wgmoe::routing::GateRule;
-use wgmoe::routing::Groups;
 use wgmoe::routing::{
-    BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, SequenceTop, TokenChoice,
+    BlockRule, ExpertChoice, Normalise, Routing, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::{Activation, Context, Gpu, WeightType};
 
-const TOKEN_CHOICE: TokenChoice = TokenChoice {
-    score: Score::Sigmoid,
-    gate: GateRule::Normalised,
-    top: 4,
-    groups: None,
-    scale: 2.5,
-    capacity_factor: None,
-    coreset: None,
-};
+const TOKEN_CHOICE: TokenChoice = TokenChoice::new(4).with_score(Score::Sigmoid).with_scale(2.5);
 
-const EXPERT_CHOICE: ExpertChoice = ExpertChoice {
-    score: Score::Softmax,
-    normalise: Normalise::AfterSelection,
-    scope: Scope::Batch,
-    experts_per_token: 3,
-    max_experts_per_token: 3,
-};
+const EXPERT_CHOICE: ExpertChoice = ExpertChoice::new(3);
 
 fn settings(
     hidden: u32,
@@ -102,23 +86,12 @@ fn matches_the_twins() {
     let Some(gpu) = gpu() else { return };
     let ec = Routing::ExpertChoice(EXPERT_CHOICE);
     let tc = Routing::TokenChoice(TOKEN_CHOICE);
-    let grouped = Routing::TokenChoice(TokenChoice {
-        groups: Some(Groups { count: 4, top: 2 }),
-        ..TOKEN_CHOICE
-    });
-    let dropping = Routing::TokenChoice(TokenChoice { capacity_factor: Some(1.0), ..TOKEN_CHOICE });
-    let block = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..TOKEN_CHOICE });
-    let pairs = Routing::SequenceTop(SequenceTop {
-        score: Score::Softmax,
-        gate: GateRule::Normalised,
-        top: 4,
-        scale: 1.0,
-    });
-    let sigmoid = Routing::ExpertChoice(ExpertChoice { score: Score::Sigmoid, ..EXPERT_CHOICE });
-    let before = Routing::ExpertChoice(ExpertChoice {
-        normalise: Normalise::BeforeSelection,
-        ..EXPERT_CHOICE
-    });
+    let grouped = Routing::TokenChoice(TOKEN_CHOICE.with_groups(4, 2));
+    let dropping = Routing::TokenChoice(TOKEN_CHOICE.with_capacity_factor(1.0));
+    let block = |rule| Routing::TokenChoice(TOKEN_CHOICE.with_coreset(rule));
+    let pairs = Routing::SequenceTop(SequenceTop::new(4));
+    let sigmoid = Routing::ExpertChoice(EXPERT_CHOICE.with_score(Score::Sigmoid));
+    let before = Routing::ExpertChoice(EXPERT_CHOICE.with_normalise(Normalise::BeforeSelection));
     // A software driver takes seconds to compile a matmul: all rules with one weight type, all types with one rule.
     let rules = [
         (settings(64, 32, 16, 1, tc), 40),
@@ -127,7 +100,7 @@ fn matches_the_twins() {
         (settings(64, 32, 12, 1, dropping), 50),
         (settings(64, 32, 4, 0, sigmoid), 3),
         (settings(64, 32, 6, 1, before), 9),
-        (settings(64, 32, 40, 1, block(BlockRule::Mass { p: 0.4, floor: 6 })), 70),
+        (settings(64, 32, 40, 1, block(BlockRule::mass(0.4).with_floor(6))), 70),
         (settings(64, 32, 40, 1, block(BlockRule::Capacity(10))), 70),
         (settings(64, 32, 40, 1, block(BlockRule::Vote(7))), 70),
         (settings(64, 32, 40, 1, block(BlockRule::Union(2))), 70),

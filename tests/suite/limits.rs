@@ -3,28 +3,13 @@ use testkit::compare::largest;
 use testkit::layer::{HostLayer, chosen};
 use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::{Batch, LayerConfig, MoeLayer, cpu_token};
-use wgmoe::routing::GateRule;
-use wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, wgpu};
 
-const TOKEN_CHOICE: TokenChoice = TokenChoice {
-    score: Score::Sigmoid,
-    gate: GateRule::Normalised,
-    top: 3,
-    groups: None,
-    scale: 2.5,
-    capacity_factor: None,
-    coreset: None,
-};
+const TOKEN_CHOICE: TokenChoice = TokenChoice::new(3).with_score(Score::Sigmoid).with_scale(2.5);
 
-const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
-    score: Score::Softmax,
-    normalise: Normalise::AfterSelection,
-    scope: Scope::Batch,
-    experts_per_token: 3,
-    max_experts_per_token: 3,
-});
+const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice::new(3));
 
 fn settings(hidden: u32, routing: Routing) -> LayerConfig {
     LayerConfig::new(hidden, 40, 12, routing).with_shared_experts(1)
@@ -63,8 +48,10 @@ fn tensors_larger_than_a_binding() {
     const LIMIT: u64 = 48 << 10;
     let small = small(&gpu, LIMIT);
     let tokens = 90;
-    let token_choice = |coreset| Routing::TokenChoice(TokenChoice { coreset, ..TOKEN_CHOICE });
-    let mass = token_choice(Some(BlockRule::Mass { p: 0.5, floor: 4 }));
+    let token_choice = |coreset: Option<BlockRule>| {
+        Routing::TokenChoice(coreset.map_or(TOKEN_CHOICE, |c| TOKEN_CHOICE.with_coreset(c)))
+    };
+    let mass = token_choice(Some(BlockRule::mass(0.5).with_floor(4)));
     // Rows of whole vectors, and rows of which only one in 4 or 8 starts where a binding may.
     let odd = 512 - (gpu.device.limits().min_storage_buffer_offset_alignment / 32).max(1);
     let rules = [(512, token_choice(None)), (512, EXPERT_CHOICE), (512, mass), (odd, mass)];

@@ -4,9 +4,8 @@ use testkit::compare::{close, largest};
 use testkit::layer::round;
 use testkit::prelude::{Output, contexts, gpu, random, run, variant_name};
 use testkit::works::plan;
-use wgmoe::ops::grouped_matmul::{
-    Args, GroupedMatmul, ItemKind, Logits, LogitsArgs, Stage, activate, cpu_logits, cpu_row,
-};
+use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, SlotRows, Stage, activate, cpu_row};
+use wgmoe::ops::logits::{self, Logits};
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{
@@ -86,9 +85,9 @@ struct Plan<'a> {
 /// Runs a stage: first the skinny items alone, which must leave the tiles' rows as they were, then the tiles too.
 fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: Stage, gather: bool) {
     let shape = experts.weights.shape();
-    let (projection, place) = match stage {
-        Stage::GateUp(_) => (Projection::Gate, 0),
-        Stage::Down => (Projection::Down, 1),
+    let projection = match stage {
+        Stage::GateUp(_) => Projection::Gate,
+        Stage::Down => Projection::Down,
     };
     let [columns, depth] = shape.matrix(projection).map(|n| n as usize);
     let slots = plan.host.token_of.len();
@@ -96,27 +95,21 @@ fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: St
     let x_in = gpu.upload(&x);
     let out = Output::f32s(gpu, slots * columns);
     let what = format!("{} {shape:?} {stage:?} gather {gather}", variant_name(ctx));
-    let step = |class| {
-        let op = GroupedMatmul::new(ctx, &shape, stage, class).unwrap();
-        let bind = |page| {
-            let args = Args {
-                x: (&x_in).into(),
-                gather,
-                shape: plan.shape,
-                plan: plan.buffer.into(),
-                weights: &experts.weights,
-                page,
-                places: None,
-                out: out.slice(),
-                slots: 0..slots as u32,
-                columns: 0..columns as u32,
-                x_slot: 0,
-                out_slot: 0,
-            };
-            op.bind(args).unwrap()
-        };
-        let pages = experts.weights.page_counts()[place];
-        (0..pages).map(bind).fold(BoundOp::default(), BoundOp::then)
+    let rows = SlotRows::from(&x_in);
+    let args = Args {
+        x: if gather { Rows::Tokens((&x_in).into()) } else { Rows::Slots(rows) },
+        plan: plan.buffer.into(),
+        weights: &experts.weights,
+        places: None,
+        out: out.slice().into(),
+        slots: 0..slots as u32,
+        columns: 0..columns as u32,
+    };
+    let step = GroupedMatmul::new(ctx, &shape, stage).unwrap().bind(plan.shape, args).unwrap();
+    // The dispatches of one kind of item, on all pages.
+    let of_kind = |kind: &str| {
+        let mine = step.dispatches().iter().filter(|d| d.label().contains(kind));
+        mine.fold(BoundOp::default(), |all, d| all.then(d.clone().into()))
     };
     let want: Vec<Vec<f32>> = (0..ROWS.len())
         .flat_map(|e| {
@@ -131,13 +124,13 @@ fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: St
         let (got, want) = (&got[s * columns..][..columns], &want[s]);
         close(got, want, 2e-5 * largest(want), 2e-5, &format!("{what}: slot {s}"))
     };
-    run(gpu, &step(ItemKind::Skinny));
+    run(gpu, &of_kind("skinny items"));
     let got: Vec<f32> = out.get(gpu);
     let untouched = |s: &usize| got[s * columns..][..columns].iter().all(|v| v.is_nan());
     let (left, done): (Vec<usize>, Vec<usize>) = (0..slots).partition(untouched);
     assert!(!left.is_empty() && !done.is_empty(), "{what}: both lists have items");
     done.into_iter().try_for_each(|s| compare(&got, s)).unwrap();
-    run(gpu, &step(ItemKind::Tile));
+    run(gpu, &of_kind("tile items"));
     let got: Vec<f32> = out.get(gpu);
     (0..slots).try_for_each(|s| compare(&got, s)).unwrap();
 }
@@ -153,7 +146,7 @@ fn deep_expert_matmuls() {
         let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned).unwrap();
         let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
         for [hidden, intermediate] in SHAPES {
-            for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
+            for &weight_type in WeightType::ALL {
                 let shape = ExpertShape { experts, hidden, intermediate, weight_type };
                 let all = Experts::new(&gpu, &ctx, shape, None);
                 check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);
@@ -186,9 +179,9 @@ fn deep_logits() {
                 let x_in = gpu.upload(&x);
                 let out = Output::f32s(&gpu, (tokens * experts) as usize);
                 let (x_in, weights) = ((&x_in).into(), (&weights).into());
-                let args = LogitsArgs { x: x_in, weights, logits: out.slice() };
-                run(&gpu, &op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
-                let want = cpu_logits(&x, &router, hidden as usize);
+                let args = logits::Args { x: x_in, weights, logits: out.slice() };
+                run(&gpu, &op.bind(&logits::Dims { tokens }, args).unwrap());
+                let want = logits::cpu(&x, &router, hidden as usize);
                 let what = format!("{} D {hidden} E {experts} T {tokens}", variant_name(&ctx));
                 let got: Vec<f32> = out.get(&gpu);
                 close(&got, &want, 2e-5 * largest(&want), 2e-5, &what).unwrap();

@@ -1,5 +1,5 @@
 //! What the caller is told: the own argument by its own name, the numbers, the shape. Exact texts.
-use crate::common::*;
+use testkit::prelude::*;
 use wgmoe::ops::gather::{self, Gather};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, GateRule, Groups, Normalise, Routing, Score, SequenceTop, TokenChoice,
@@ -88,14 +88,14 @@ fn builders_set_what_they_say() {
     assert_eq!((rule.score, rule.gate), (Score::Sigmoid, GateRule::Unnormalised));
     assert_eq!((rule.experts_per_token, rule.scale), (8, 2.5));
     assert_eq!((rule.groups, rule.capacity_factor), (Some(Groups::new(8, 4)), Some(1.25)));
-    assert_eq!(rule.coreset, Some(BlockRule::mass(0.6).with_floor(12)));
+    assert_eq!(rule.coreset, Some(BlockRule::Mass { p: 0.6, floor: 12 }));
     let plain = rule.without_groups().without_coreset().with_experts_per_token(2);
     assert_eq!((plain.groups, plain.coreset, plain.experts_per_token), (None, None, 2));
     let new = TokenChoice::new(8);
     assert_eq!((new.score, new.gate, new.scale), (Score::Softmax, GateRule::Normalised, 1.0));
     assert_eq!((new.groups, new.capacity_factor, new.coreset), (None, None, None));
 
-    assert_eq!(BlockRule::mass(0.6), BlockRule::mass(0.6).with_floor(16));
+    assert_eq!(BlockRule::mass(0.6), BlockRule::Mass { p: 0.6, floor: 16 });
     assert_eq!(BlockRule::vote(38).with_floor(3), BlockRule::Vote(38));
 
     let rule = ExpertChoice::new(8).with_score(Score::Sigmoid).with_max(32);
@@ -120,7 +120,9 @@ fn shape(experts: u32, hidden: u32, intermediate: u32) -> ExpertShape {
 fn pages_without_end() {
     let (device, _) = wgpu::Device::noop(&Default::default());
     let ctx = Context::new(&device).unwrap();
-    let new = |shape, limit| message(ExpertWeights::new(&ctx, shape, limit));
+    let new = |shape, limit: Option<u64>| {
+        message(ExpertWeights::with_page_limit(&ctx, shape, limit.unwrap_or(u64::MAX)))
+    };
     assert_eq!(
         new(shape(2, 12, 1 << 31), Some(18_060)),
         "`page_limit`: 18060 bytes a page make 12201612 pages of Gate, at most 16384"
@@ -153,7 +155,7 @@ fn pages_without_end() {
 fn shared_experts_that_are_not_there() {
     let (device, _) = wgpu::Device::noop(&Default::default());
     let ctx = Context::new(&device).unwrap();
-    let weights = ExpertWeights::new(&ctx, shape(17, 8, 8), None).unwrap();
+    let weights = ExpertWeights::new(&ctx, shape(17, 8, 8)).unwrap();
     let new = |shared| MoeExperts::new(&ctx, Activation::Silu, shared, weights.clone());
     assert_eq!(message(new(99)), "`shared_experts`: 99 of only 17 experts, and one must be routed");
     assert_eq!(message(new(17)), "`shared_experts`: 17 of only 17 experts, and one must be routed");
@@ -162,14 +164,14 @@ fn shared_experts_that_are_not_there() {
 
 #[test]
 fn shapes_beside_bytes() {
-    use wgmoe::ops::token_choice::{Args, TokenChoice};
+    use wgmoe::ops::token_choice::{Args, Dims, TokenChoice};
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     let words = |n: usize| gpu.upload(&vec![0u32; n]);
     let (r, short) = (words(8 * 128), words(8 * 3));
-    let args = Args { r: (&r).into(), coresets: None, assigned: (&short).into() };
+    let args = Args { values: (&r).into(), coresets: None, assigned: (&short).into() };
     assert_eq!(
-        message(TokenChoice::new(&ctx, 8, 2, None).unwrap().bind(128, args)),
+        message(TokenChoice::new(&ctx, 8, 2, None).unwrap().bind(&Dims { tokens: 128 }, args)),
         "`assigned`: expected 128 bytes, [8, 4] u32, got 96"
     );
     let args = gather::Args { x: (&short).into(), token_of: (&r).into(), out: (&r).into() };

@@ -1,9 +1,9 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
 use testkit::layer::router;
-use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer};
+use wgmoe::layer::{Batch, BoundLayer, MoeLayer};
 use wgmoe::models::find;
 use wgmoe::ops::*;
-use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, SequenceTop};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
     BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
@@ -42,9 +42,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
     let bits = |i: usize| words(&b[i], columns * e);
     Ok(vec![
         scores::Scores::new(ctx)?.bind(
-            &scores::Dims { tokens, experts },
-            Score::Softmax,
-            false,
+            &scores::Dims { tokens, experts, score: Score::Softmax, by_logits: false },
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
@@ -63,8 +61,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         expert_choice::ExpertChoice::new(ctx)?.bind_drop(
-            tokens,
-            experts,
+            &expert_choice::DropDims { tokens, experts },
             expert_choice::DropArgs {
                 gates: pairs(0),
                 offsets: words(&b[1], 2),
@@ -74,17 +71,12 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         token_choice::TokenChoice::new(ctx, experts, 4, None)?.bind(
-            tokens,
+            &token_choice::Dims { tokens },
             token_choice::Args { values: pairs(0), coresets: None, assigned: bits(1) },
         )?,
-        token_choice::TokenChoice::new(
-            ctx,
-            experts,
-            9,
-            Some(wgmoe::routing::Groups { count: 8, top: 4 }),
-        )?
-        .bind(
-            tokens,
+        token_choice::TokenChoice::new(ctx, experts, 9, Some(wgmoe::routing::Groups::new(8, 5)))?
+            .bind(
+            &token_choice::Dims { tokens },
             token_choice::Args {
                 values: pairs(0),
                 coresets: Some(token_choice::Coresets {
@@ -137,7 +129,13 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             .bind(&shape, plan_count::Args { assigned: bits(0), gates: None, plan })?,
         plan_scan::PlanScan::new(ctx)?.bind(
             &shape,
-            plan_scan::Args { lost: None, offsets: None, plan, stats: words(&b[1], 8 + e) },
+            plan_scan::Args {
+                lost: None,
+                offsets: None,
+                plan,
+                stats: words(&b[1], 8 + e),
+                add_stats: false,
+            },
         )?,
         plan_fill::PlanFill::new(ctx)?
             .bind(&shape, plan_fill::Args { assigned: bits(0), gates: pairs(1), plan })?,
@@ -165,6 +163,16 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 offsets: None,
                 plan: words(&b[7], u64::from(few.sections()?.words)),
                 stats: words(&b[3], 8 + e),
+                add_stats: false,
+            },
+        )?,
+        expert_lists::ExpertLists::new(ctx)?.bind(
+            &expert_lists::Dims { tokens, experts, room: 64 },
+            expert_lists::Args {
+                assigned: bits(0),
+                offsets: words(&b[1], e + 1),
+                list: words(&b[2], 64),
+                lost: words(&b[3], e),
             },
         )?,
         gather::Gather::new(ctx)?.bind(
@@ -221,13 +229,13 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
     );
     let settings = find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
-    let coreset = |coreset| Routing::TokenChoice(TokenChoice { coreset: Some(coreset), ..rule });
-    let pairs = SequenceTop { score: Score::Softmax, gate: rule.gate, top: 8, scale: 1.0 };
+    let coreset = |coreset| Routing::TokenChoice(rule.with_coreset(coreset));
+    let pairs = SequenceTop::new(8).with_gate(rule.gate);
     let rules = [
         settings.routing,
         find("ec-dlm").unwrap().settings.routing,
-        Routing::TokenChoice(TokenChoice { capacity_factor: Some(1.25), ..rule }),
-        coreset(BlockRule::Mass { p: 0.6, floor: 16 }),
+        Routing::TokenChoice(rule.with_capacity_factor(1.25)),
+        coreset(BlockRule::mass(0.6).with_floor(16)),
         coreset(BlockRule::Capacity(48)),
         coreset(BlockRule::Vote(38)),
         coreset(BlockRule::Union(3)),
@@ -308,7 +316,7 @@ fn windows_of_tensors_are_aligned() {
     let ctx = Context::with_variant(&device, Variant::PORTABLE).unwrap();
     let base = find("llada2-mini").unwrap().settings;
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
-    let routing = Routing::TokenChoice(TokenChoice { groups: None, top: 3, ..rule });
+    let routing = Routing::TokenChoice(rule.without_groups().with_experts_per_token(3));
     for hidden in [504, 508, 512] {
         let settings = {
             let mut config = base.with_routing(routing);
@@ -348,7 +356,7 @@ fn no_tokens_are_no_work() {
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
-    assert!(op.bind(0, args).unwrap().dispatches().is_empty());
+    assert!(op.bind(&token_choice::Dims { tokens: 0 }, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
     assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());

@@ -76,7 +76,7 @@ fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &s
     let what = format!("{} {shape:?} {what}", variant_name(ctx));
     let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
     let source = cases::values("random", 77, tokens * experts);
-    let how = (GateRule::Plain, &source[..], 1.0, PLAIN);
+    let how = (GateRule::Unnormalised, &source[..], 1.0, PLAIN);
     let made = make(gpu, ctx, shape, assigned, how, (None, None));
     let want = HostPlan::cpu(shape, assigned, &source);
     let got = HostPlan::from_words(shape, &made.plan).unwrap();
@@ -223,7 +223,7 @@ fn a_cut_leaves_every_token_what_is_there() {
     let Some(gpu) = gpu() else { return };
     for ctx in contexts(&gpu) {
         check(&gpu, &ctx, &shape, &assigned, "cut");
-        let how = (GateRule::Plain, &gates[..], 1.0, PLAIN);
+        let how = (GateRule::Unnormalised, &gates[..], 1.0, PLAIN);
         let stats = make(&gpu, &ctx, &shape, &assigned, how, (None, None)).stats;
         assert_eq!((stats.slots, stats.cut, stats.ignored), (7, 3, 0));
         assert_eq!(stats.tokens_per_expert, [5, 2]);
@@ -316,7 +316,7 @@ fn gates_equal_twin() {
             let scale_by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
             let scale_by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
             for (seed, kind) in cases::KINDS.iter().enumerate() {
-                for rule in [GateRule::Softmax, GateRule::Normalised, GateRule::Plain] {
+                for rule in [GateRule::Softmax, GateRule::Normalised, GateRule::Unnormalised] {
                     let mut source = cases::values(kind, seed as u64, tokens * experts);
                     if rule != GateRule::Softmax {
                         // Scores lie in [0, 1].
@@ -549,7 +549,7 @@ fn statistics_are_added_to_what_is_there() {
             let sums = Output::holding(&gpu, &before);
             let own = Output::u32s(&gpu, 8 + experts);
             let gate_args = Gates {
-                rule: GateRule::Plain,
+                rule: GateRule::Unnormalised,
                 source: (&s).into(),
                 scale: 1.0,
                 scales: Scales { scale_by_count: None, scale_by_expert: None },

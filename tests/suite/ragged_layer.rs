@@ -12,8 +12,8 @@ use wgmoe::plan::bits;
 use wgmoe::report::Report;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{capacity, slot_bound};
-use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
-use wgmoe::{Activation, Context, Gpu, Slice, Variant, WeightType, wgpu};
+use wgmoe::routing::{ExpertChoice, Routing, TokenChoice};
+use wgmoe::{Context, Gpu, Slice, Variant, WeightType, wgpu};
 
 const D: usize = 32;
 const F: usize = 16;
@@ -45,23 +45,10 @@ fn padding() -> Vec<usize> {
     of.flat_map(|(range, n)| range.start + n as usize..range.end).collect()
 }
 
-const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice {
-    score: Score::Softmax,
-    normalise: Normalise::AfterSelection,
-    scope: Scope::Sequence,
-    experts_per_token: 2,
-    max_experts_per_token: K_MAX,
-});
+const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice::new(2).with_max(K_MAX));
 
-const TOKEN_CHOICE: Routing = Routing::TokenChoice(TokenChoice {
-    score: Score::Softmax,
-    gate: GateRule::Softmax,
-    top: 2,
-    groups: None,
-    scale: 1.0,
-    capacity_factor: None,
-    coreset: None,
-});
+const TOKEN_CHOICE: Routing =
+    Routing::TokenChoice(TokenChoice::new(2).with_gate(GateRule::Softmax));
 
 /// A layer, and the same on the host.
 struct Case {

@@ -13,7 +13,9 @@ pub(crate) fn schedules() -> Vec<Schedule> {
         for (k_min, k_max) in [(8, 32), (4, 4), (1, 2), (0, 1024), (3, 10)] {
             let gaussian = matches!(kind, ScheduleKind::Gaussian | ScheduleKind::GaussianReverse);
             let sigmas: &[f64] = if gaussian { &[0.22, 0.2, 1e-3, 10.0] } else { &[0.22] };
-            all.extend(sigmas.iter().map(|&sigma| Schedule { kind, k_min, k_max, sigma }));
+            all.extend(
+                sigmas.iter().map(|&sigma| Schedule::new(kind, k_min, k_max).with_sigma(sigma)),
+            );
         }
     }
     all
@@ -98,11 +100,11 @@ fn senseless_schedules_are_errors() {
     assert_eq!(name(new(ScheduleKind::Static, 8, 9)), "k_min");
     assert_eq!(name(new(ScheduleKind::Cosine, 8, 1025)), "k_max");
     for sigma in [0.0, -0.2, f64::NAN, f64::INFINITY, 1e-9, 100.0] {
-        assert_eq!(name(Schedule { sigma, ..new(ScheduleKind::Gaussian, 1, 8) }), "sigma");
-        assert_eq!(name(Schedule { sigma, ..new(ScheduleKind::GaussianReverse, 1, 8) }), "sigma");
-        assert!(Schedule { sigma, ..new(ScheduleKind::Bell, 1, 8) }.staircase().is_ok());
+        assert_eq!(name(new(ScheduleKind::Gaussian, 1, 8).with_sigma(sigma)), "sigma");
+        assert_eq!(name(new(ScheduleKind::GaussianReverse, 1, 8).with_sigma(sigma)), "sigma");
+        assert!(new(ScheduleKind::Bell, 1, 8).with_sigma(sigma).staircase().is_ok());
         // Total all the same.
-        let k = Schedule { sigma, ..new(ScheduleKind::Gaussian, 1, 8) }.k(0.5);
+        let k = new(ScheduleKind::Gaussian, 1, 8).with_sigma(sigma).k(0.5);
         assert!((1..=8).contains(&k));
     }
     assert_eq!("bell_gaussian".parse::<ScheduleKind>().unwrap(), ScheduleKind::Gaussian);
@@ -196,12 +198,22 @@ fn slot_bounds_hold() {
     assert!(slot_bound([u32::MAX, 1], 1024, 8).is_err());
     assert!(slot_bound_of_any(u32::MAX, 1, 1024, 2).is_err());
     assert!(slot_bound_of_any(1, 1, 0, 2).is_err());
-    assert_eq!(slot_bound_of_any(512, 1, 512, 20).unwrap(), 512 * 20 + 492);
+    // One sequence is as long as all; of 16, 15 have a token each and one has the other 497.
+    assert_eq!(slot_bound_of_any(512, 1, 512, 20).unwrap(), 512 * 20);
+    assert_eq!(slot_bound_of_any(512, 16, 512, 32).unwrap(), 512 * (15 + 31));
+    assert_eq!(slot_bound_of_any(0, 4, 8, 2).unwrap(), 0);
+    assert_eq!(slot_bound_of_any(4, 0, 8, 2).unwrap(), 0);
+    assert_eq!(slot_bound_of_any(3, u32::MAX, 8, 2).unwrap(), 3 * 8);
     for (i, x) in random(3, 2000).chunks_exact(8).enumerate() {
         let lengths: Vec<u32> = x.iter().map(|x| (x.abs().powi(4) * 700.0) as u32).collect();
         let (experts, k_max) = ([3, 17, 40, 512][i % 4], [0, 1, 2, 20, 64, 1024][i % 6]);
         let bound = slot_bound_of_any(lengths.iter().sum(), 8, experts, k_max).unwrap();
         let own = slot_bound(lengths.iter().copied(), experts, k_max).unwrap();
+        // No bound could be less: some sequences make as many.
+        let tokens: u32 = lengths.iter().sum();
+        let short = 7.min(tokens.saturating_sub(1));
+        let worst = (0..short).map(|_| 1).chain([tokens - short]);
+        assert_eq!(slot_bound(worst, experts, k_max).unwrap(), bound);
         assert!(own <= bound, "{lengths:?}, {experts} experts, k {k_max}: {own} > {bound}");
         for k in 0..=k_max {
             assert!(slot_bound(lengths.iter().copied(), experts, k).unwrap() <= own);

@@ -19,7 +19,7 @@ fn on(
         tokens: tokens as u32,
         experts: experts as u32,
         sequences: offsets.len() as u32 - 1,
-        top: top as u32,
+        experts_per_token: top as u32,
     };
     let args = Args { values: (&rs).into(), offsets: (&os).into(), assigned: assigned.slice() };
     run(gpu, &SequenceTop::new(ctx).expect("a kernel").bind(&dims, args).expect("bind"));
@@ -110,14 +110,14 @@ fn wrong_numbers_are_errors() {
     let op = SequenceTop::new(ctx).expect("a kernel");
     let [r, offsets, assigned] = [32 * 8, 2, 8].map(|n| Output::u32s(&gpu, n));
     let args = Args { values: r.slice(), offsets: offsets.slice(), assigned: assigned.slice() };
-    let dims = Dims { tokens: 32, experts: 8, sequences: 1, top: 2 };
+    let dims = Dims { tokens: 32, experts: 8, sequences: 1, experts_per_token: 2 };
     assert_eq!(op.bind(&dims, args).expect("bind").dispatches().len(), 5);
     for wrong in [
         Dims { sequences: 0, ..dims },
         Dims { sequences: 2, ..dims },
         Dims { experts: 0, ..dims },
-        Dims { top: 0, ..dims },
-        Dims { top: 9, ..dims },
+        Dims { experts_per_token: 0, ..dims },
+        Dims { experts_per_token: 9, ..dims },
         Dims { tokens: 33, ..dims },
     ] {
         assert!(op.bind(&wrong, args).is_err(), "{wrong:?}");

@@ -4,33 +4,20 @@ use testkit::layer::HostLayer;
 use testkit::prelude::{assert_close, contexts, gpu, random};
 use wgmoe::layer::{Batch, MoeLayer};
 use wgmoe::measure::tune::{Candidate, tune};
-use wgmoe::routing::GateRule;
-use wgmoe::routing::{ExpertChoice, Normalise, Scope, Score, TokenChoice};
-use wgmoe::{Activation, BlockRule, Context, Gpu, LayerConfig, Routing, Variant, WeightType};
+use wgmoe::routing::{ExpertChoice, Score, TokenChoice};
+use wgmoe::{BlockRule, Context, Gpu, LayerConfig, Routing, Variant, WeightType};
 
 const HIDDEN: u32 = 64;
 const EXPERTS: u32 = 40;
 
 fn expert_choice() -> Routing {
-    Routing::ExpertChoice(ExpertChoice {
-        score: Score::Sigmoid, // with scores of its own: the longest way
-        normalise: Normalise::AfterSelection,
-        scope: Scope::Sequence,
-        experts_per_token: 3,
-        max_experts_per_token: 3,
-    })
+    Routing::ExpertChoice(ExpertChoice::new(3).with_score(Score::Sigmoid))
 }
 
 fn block(rule: BlockRule) -> Routing {
-    Routing::TokenChoice(TokenChoice {
-        score: Score::Sigmoid,
-        gate: GateRule::Normalised,
-        top: 4,
-        groups: None,
-        scale: 2.5,
-        capacity_factor: None,
-        coreset: Some(rule),
-    })
+    Routing::TokenChoice(
+        TokenChoice::new(4).with_score(Score::Sigmoid).with_scale(2.5).with_coreset(rule),
+    )
 }
 
 fn host(routing: Routing) -> HostLayer {
@@ -48,7 +35,7 @@ fn dispatches_are_few() {
     let Some(gpu) = gpu() else { return };
     let rules = [
         (9, expert_choice()),
-        (12, block(BlockRule::Mass { p: 0.6, floor: 4 })),
+        (12, block(BlockRule::mass(0.6).with_floor(4))),
         (12, block(BlockRule::Capacity(12))),
         (12, block(BlockRule::Vote(12))),
         (12, block(BlockRule::Union(2))),

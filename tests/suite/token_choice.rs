@@ -85,7 +85,7 @@ fn groups() {
     ] {
         for (seed, kind) in cases::KINDS.iter().enumerate() {
             let r = cases::values(kind, seed as u64, tokens * experts);
-            let groups = Some(Groups { count, top: group_top });
+            let groups = Some(Groups::new(count, group_top));
             let choice = Choice { r: &r, experts, top, groups, coresets: None };
             let twin = choice.twin();
             for ctx in contexts(&gpu) {
@@ -102,7 +102,7 @@ fn a_group_of_one_is_valued_by_its_expert() {
     // As many groups as experts: the choice is that without groups, NaN and all.
     for (seed, kind) in cases::KINDS.iter().enumerate() {
         let r = cases::values(kind, seed as u64, 40 * 4);
-        let groups = Some(Groups { count: 4, top: 2 });
+        let groups = Some(Groups::new(4, 2));
         let want = cpu(&r, 4, 2, None, &|_, _| true);
         for ctx in contexts(&gpu) {
             let choice = Choice { r: &r, experts: 4, top: 2, groups, coresets: None };
@@ -111,7 +111,7 @@ fn a_group_of_one_is_valued_by_its_expert() {
     }
     // Larger groups still need two: of the first only one expert is eligible.
     let r = [9.0, 9.0, 1.0, 1.0];
-    let groups = Some(Groups { count: 2, top: 1 });
+    let groups = Some(Groups::new(2, 1));
     let coresets = Some((&[0b1101][..], &[0][..]));
     for ctx in contexts(&gpu) {
         let choice = Choice { r: &r, experts: 4, top: 1, groups, coresets };
@@ -125,8 +125,8 @@ fn coresets() {
     for (tokens, experts, top, groups) in [
         (70usize, 64usize, 8, None),
         (70, 40, 4, None),
-        (70, 256, 8, Some(Groups { count: 8, top: 4 })),
-        (45, 48, 6, Some(Groups { count: 4, top: 2 })),
+        (70, 256, 8, Some(Groups::new(8, 4))),
+        (45, 48, 6, Some(Groups::new(4, 2))),
     ] {
         // Blocks of every kind: no expert, fewer than K, all, random; some tokens name a block that is none.
         let words = experts.div_ceil(32);
@@ -156,11 +156,9 @@ fn coresets() {
 #[test]
 fn long_batches() {
     let Some(gpu) = gpu() else { return };
-    for (tokens, experts, top, groups) in [
-        (65_537, 8, 2, None),
-        (2_100_000, 1, 1, None),
-        (4096, 256, 8, Some(Groups { count: 8, top: 4 })),
-    ] {
+    for (tokens, experts, top, groups) in
+        [(65_537, 8, 2, None), (2_100_000, 1, 1, None), (4096, 256, 8, Some(Groups::new(8, 4)))]
+    {
         let r = cases::values("random", 1, tokens * experts);
         let choice = Choice { r: &r, experts, top, groups, coresets: None };
         let twin = choice.twin();

@@ -21,12 +21,12 @@ fn all(_: usize, _: usize) -> bool {
 }
 
 fn token_choice(r: &[f32], experts: usize, top: usize, groups: Option<[u32; 2]>) {
-    let groups = groups.map(|[count, top]| Groups { count, top });
+    let groups = groups.map(|[count, top]| Groups::new(count, top));
     token_choice::cpu(r, experts, top, groups, &all);
 }
 
 fn count(assigned: &[u32], source: &[f32], experts: usize, scales: Scales<&[f32]>) {
-    plan_count::cpu(assigned, source, experts, GateRule::Plain, 1.0, scales);
+    plan_count::cpu(assigned, source, experts, GateRule::Unnormalised, 1.0, scales);
 }
 
 fn election(rule: BlockRule, r: &[f32], experts: usize, own: &[u32], offsets: &[u32]) {

@@ -3,23 +3,14 @@
 use burn::tensor::{Distribution, Tensor};
 use std::time::{Duration, Instant};
 use wgmoe_burn::wgmoe::layer::LayerConfig;
-use wgmoe_burn::wgmoe::routing::GateRule;
-use wgmoe_burn::wgmoe::routing::{Routing, Score, TokenChoice};
+use wgmoe_burn::wgmoe::routing::{Routing, TokenChoice};
 use wgmoe_burn::wgmoe::{Activation, WeightType};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};
 
 const TOKENS: usize = 64;
 const ROUNDS: usize = 7;
 const TOP: u32 = 8;
-const SETTINGS: LayerConfig = LayerConfig::new(512, 256, 64, Routing::TokenChoice(TokenChoice {
-        score: Score::Softmax,
-        gate: GateRule::Normalised,
-        top: TOP,
-        groups: None,
-        scale: 1.0,
-        capacity_factor: None,
-        coreset: None,
-    })).with_shared_experts(1);
+const SETTINGS: LayerConfig = LayerConfig::new(512, 256, 64, Routing::TokenChoice(TokenChoice::new(TOP))).with_shared_experts(1);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = MoeDevice::open()?;

@@ -2,21 +2,12 @@
 use burn::tensor::{Distribution, Tensor};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, LayerConfig};
-use wgmoe_burn::wgmoe::routing::GateRule;
-use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
+use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
-use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, model};
+use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, models};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference, place};
 
-const RULE: TokenChoice = TokenChoice {
-    score: Score::Softmax,
-    gate: GateRule::Normalised,
-    top: 3,
-    groups: None,
-    scale: 1.0,
-    capacity_factor: None,
-    coreset: None,
-};
+const RULE: TokenChoice = TokenChoice::new(3);
 
 const SETTINGS: LayerConfig = LayerConfig::new(64, 32, 8, Routing::TokenChoice(RULE)).with_shared_experts(1);
 
@@ -74,11 +65,11 @@ fn cpu(settings: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
 fn equals_the_twin_under_every_kind_of_rule() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
-    let block = TokenChoice { coreset: Some(BlockRule::Capacity(4)), ..RULE };
+    let block = RULE.with_coreset(BlockRule::Capacity(4));
     for routing in [
         SETTINGS.routing,
         Routing::TokenChoice(block),
-        models::find("ec-dlm").expect("a model").settings.routing,
+        models::find("ec-dlm").expect("a model").with_experts(8).routing,
     ] {
         let settings = SETTINGS.with_routing(routing);
         let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();

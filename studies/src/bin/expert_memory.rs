@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::time::Instant;
 use testkit::layer::{router, upload};
 use testkit::program::{self, Found, Progress};
-use testkit::synthetic::{self, Pool, RHO, shrink};
+use testkit::synthetic::{self, Pool, RHO};
 use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer};
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
-use wgmoe::routing::{BlockRule, Routing, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
 
 /// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all of them there.
@@ -123,17 +123,17 @@ fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
     let Routing::TokenChoice(own) = mini.routing else {
         return Err("llada2-mini does not route by token choice".into());
     };
-    let elect = |rule| Routing::TokenChoice(TokenChoice { coreset: Some(rule), ..own });
+    let elect = |rule| Routing::TokenChoice(own.with_coreset(rule));
     let rules = [
         ("original", mini.routing),
         ("DES-V, vote(38)", elect(BlockRule::Vote(38))),
-        ("dMoE, mass(0.6, 8)", elect(BlockRule::Mass { p: 0.6, floor: 8 })),
+        ("dMoE, mass(0.6, 8)", elect(BlockRule::mass(0.6).with_floor(8))),
         ("LLaDA2.2, capacity(48)", trained),
     ];
     rules
         .into_iter()
         .map(|(name, routing)| {
-            let routing = shrink(routing, mini.experts, experts);
+            let routing = routing.with_fewer_experts(mini.experts, experts);
             routing.check(experts).map_err(|e| format!("--experts {experts}: {name}: {e}"))?;
             Ok((name, routing))
         })

@@ -3,8 +3,8 @@ use super::{ATOL, File, RTOL};
 use crate::compare::{mismatch, worst};
 use crate::layer::HostLayer;
 use wgmoe::layer::{Batch, Blocks, HostBatch, HostBlocks, LayerConfig};
-use wgmoe::ops::{grouped_matmul, scores};
-use wgmoe::routing::{Activation, BlockRule, GateRule, Groups, Routing, TokenChoice};
+use wgmoe::ops::{logits, scores};
+use wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe::{Context, Gpu};
 
 /// A recorded layer of LLaDA2: what went in, its weights, what came out.
@@ -85,18 +85,16 @@ impl Layer {
             file.number("hidden")?,
             file.number("intermediate")?,
             file.number("experts")?,
-            Routing::TokenChoice(TokenChoice {
-                score: file.score()?,
-                gate: GateRule::Normalised,
-                top: file.number("experts_per_token")?,
-                groups: Some(Groups {
-                    count: file.number("groups")?,
-                    top: file.number("groups_per_token")?,
-                }),
-                scale: file.real("routed_scaling_factor").ok_or("no `routed_scaling_factor`")?
-                    as f32,
-                capacity_factor: None,
-                coreset,
+            Routing::TokenChoice({
+                let mut rule = TokenChoice::new(file.number("experts_per_token")?)
+                    .with_score(file.score()?)
+                    .with_groups(file.number("groups")?, file.number("groups_per_token")?)
+                    .with_scale(
+                        file.real("routed_scaling_factor").ok_or("no `routed_scaling_factor`")?
+                            as f32,
+                    );
+                rule.coreset = coreset;
+                rule
             }),
         )
         .with_shared_experts(file.number("shared_experts")?);

@@ -214,12 +214,12 @@ pub fn schedules(file: &File) -> Result<(Vec<f32>, Vec<Row>), String> {
         };
         let said = |e: String| format!("`{key}`: {e}");
         let number = |n: &str| n.parse::<u32>().map_err(|e| said(e.to_string()));
-        let schedule = Schedule {
-            kind: kind.parse().map_err(|_| said("no such schedule".into()))?,
-            k_min: number(k_min)?,
-            k_max: number(k_max)?,
-            sigma: sigma.parse().map_err(|_| said(format!("sigma {sigma}")))?,
-        };
+        let schedule = Schedule::new(
+            kind.parse().map_err(|_| said("no such schedule".into()))?,
+            number(k_min)?,
+            number(k_max)?,
+        )
+        .with_sigma(sigma.parse().map_err(|_| said(format!("sigma {sigma}")))?);
         let row = file.u32s(key)?;
         if row.len() != ratios.len() {
             return Err(said(format!("{} values for {} ratios", row.len(), ratios.len())));

@@ -15,8 +15,7 @@ use wgmoe::ops::scores;
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
-use wgmoe::routing::GateRule;
-use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{ExpertChoice, Normalise, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
 
@@ -77,15 +76,7 @@ impl Work {
 
     /// Decoding one block: T 32, D 2048, F 512, E 32, K 8, softmax, the gates of the 8 normalised.
     pub fn w1() -> Self {
-        let routing = Routing::TokenChoice(TokenChoice {
-            score: Score::Softmax,
-            gate: GateRule::Normalised,
-            top: 8,
-            groups: None,
-            scale: 1.0,
-            capacity_factor: None,
-            coreset: None,
-        });
+        let routing = TokenChoice::new(8);
         let settings = LayerConfig::new(2048, 512, 32, routing);
         Self::new(settings, 32)
     }
@@ -93,13 +84,7 @@ impl Work {
     /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed with softmax over all
     /// experts.
     pub fn w2(tokens: u32) -> Self {
-        let routing = Routing::ExpertChoice(ExpertChoice {
-            score: Score::Softmax,
-            normalise: Normalise::BeforeSelection,
-            scope: Scope::Batch,
-            experts_per_token: 8,
-            max_experts_per_token: 8,
-        });
+        let routing = ExpertChoice::new(8).with_normalise(Normalise::BeforeSelection);
         let settings = {
             let mut config = Self::w1().settings;
             config.hidden = 512;

@@ -158,7 +158,7 @@ fn compare_dense(
 
 fn gate_rule(file: &File) -> Result<(GateRule, bool), String> {
     match (file.text("normalise")?, file.score()?) {
-        ("before_selection", _) => Ok((GateRule::Plain, false)),
+        ("before_selection", _) => Ok((GateRule::Unnormalised, false)),
         ("after_selection", Score::Softmax) => Ok((GateRule::Softmax, true)),
         ("after_selection", Score::Sigmoid) => Ok((GateRule::Normalised, true)),
         (other, _) => Err(format!("normalise `{other}`")),
@@ -293,7 +293,7 @@ fn by_token(
     coreset: Option<(BlockRule, Vec<u32>)>,
 ) -> Result<Routing, String> {
     let groups = match file.number("groups") {
-        Ok(count) => Some(Groups { count, top: file.number("groups_per_token")? }),
+        Ok(count) => Some(Groups::new(count, file.number("groups_per_token")?)),
         Err(_) => None,
     };
     let normalised = file.flag("normalise_weights") != Some(false);
@@ -305,7 +305,7 @@ fn by_token(
         score: file.score()?,
         from_logits: false,
         rule: Rule::Tokens { top: file.size("experts_per_token")?, groups, coreset },
-        gates: if normalised { GateRule::Normalised } else { GateRule::Plain },
+        gates: if normalised { GateRule::Normalised } else { GateRule::Unnormalised },
         scale: file.real("routed_scaling_factor").ok_or("no `routed_scaling_factor`")? as f32,
         scale_by_count: None,
         drop: None,

@@ -180,7 +180,8 @@ impl Routing {
                 let sequences = offsets.len() as u32 - 1;
                 let top = *top as u32;
                 let offsets = gpu.upload(offsets);
-                let dims = sequence_top::Dims { tokens, experts, sequences, top };
+                let dims =
+                    sequence_top::Dims { tokens, experts, sequences, experts_per_token: top };
                 let (offsets, assigned) = ((&offsets).into(), assigned.slice());
                 let args = sequence_top::Args { values: r.slice(), offsets, assigned };
                 run(gpu, &SequenceTop::new(ctx).unwrap().bind(&dims, args).unwrap());

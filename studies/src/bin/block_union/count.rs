@@ -170,8 +170,12 @@ impl<'a> Scored<'a> {
         let choice = |top, groups| token_choice::TokenChoice::new(ctx, experts, top, groups);
         match rule.routing {
             Routing::SequenceTop(pairs) => {
-                let dims =
-                    sequence_top::Dims { tokens, experts, sequences: blocks, top: pairs.top };
+                let dims = sequence_top::Dims {
+                    tokens,
+                    experts,
+                    sequences: blocks,
+                    experts_per_token: pairs.experts_per_token,
+                };
                 let args = sequence_top::Args {
                     values: (&self.r).into(),
                     offsets: (&self.offsets).into(),
@@ -185,14 +189,15 @@ impl<'a> Scored<'a> {
                 let mut elected = None;
                 if let Some(block) = inside.coreset {
                     // Read before the final choice is written to the same place.
-                    let own = block.own_top(inside.top);
+                    let own = block.own_top(inside.experts_per_token);
                     if let Some(top) = own {
                         let args = token_choice::Args {
                             values: (&self.r).into(),
                             coresets: None,
                             assigned: (&assigned).into(),
                         };
-                        step = step.then(choice(top, None)?.bind(tokens, args)?);
+                        step = step
+                            .then(choice(top, None)?.bind(&token_choice::Dims { tokens }, args)?);
                     }
                     let members = self.poisoned(blocks as usize * experts.div_ceil(32) as usize);
                     let block_of = self.poisoned(tokens as usize);
@@ -219,7 +224,10 @@ impl<'a> Scored<'a> {
                     coresets,
                     assigned: (&assigned).into(),
                 };
-                step = step.then(choice(inside.top, inside.groups)?.bind(tokens, args)?);
+                step = step.then(
+                    choice(inside.experts_per_token, inside.groups)?
+                        .bind(&token_choice::Dims { tokens }, args)?,
+                );
                 Ok(Chosen { step, coreset: elected.map(|(members, _)| members), assigned })
             }
             other => Err(Error::Invalid { name: "rule", reason: format!("{other:?}") }),
@@ -252,9 +260,9 @@ impl Scored<'_> {
             members: (&members).into(),
             counts: (&counts).into(),
             bytes: (&bytes).into(),
-            totals: None,
+            totals: Some((&totals).into()),
         };
-        let union = ExpertUnion::new(self.ctx)?.bind_mean(&dims, args, (&totals).into())?;
+        let union = ExpertUnion::new(self.ctx)?.bind(&dims, args)?;
         gpu.run(&chosen.step.then(union))?;
         let got = Routed {
             coreset: chosen.coreset.map(|c| gpu.download(&c)).transpose()?,

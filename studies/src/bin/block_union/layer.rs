@@ -8,7 +8,7 @@ use testkit::compare::{Checks, largest};
 use testkit::layer::{host_router, outputs, router, upload};
 use testkit::program::Progress;
 use testkit::statistics::median;
-use testkit::synthetic::{self, Pool, shrink};
+use testkit::synthetic::{self, Pool};
 use wgmoe::layer::{
     Batch, Blocks, BoundLayer, HostBatch, HostBlocks, LayerConfig, MoeLayer, cpu_routing,
 };
@@ -156,7 +156,7 @@ pub(super) fn time_rules(
     progress: &Progress,
 ) -> Result<String, Error> {
     let from = settings.experts;
-    let routing = |rule: &Rule| shrink(rule.routing, from, options.experts);
+    let routing = |rule: &Rule| rule.routing.with_fewer_experts(from, options.experts);
     let settings = {
         let mut config = settings.with_routing(routing(&rules[0]));
         config.experts = options.experts;

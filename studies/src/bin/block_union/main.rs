@@ -19,7 +19,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use testkit::program::{self, Found, Progress};
-use testkit::synthetic::{RHO, shrink};
+use testkit::synthetic::RHO;
 use wgmoe::{Context, Error, Gpu};
 
 /// Experts that a block of tokens uses under each block-level rule, and what that costs: published beside measured.
@@ -92,7 +92,8 @@ struct Times {
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let (settings, rules) = (mini()?, rules()?);
     for rule in rules.iter().filter(|r| r.block == BLOCK) {
-        shrink(rule.routing, settings.experts, options.experts)
+        rule.routing
+            .with_fewer_experts(settings.experts, options.experts)
             .check(options.experts)
             .map_err(|e| format!("--experts {}: {}: {e}", options.experts, rule.name))?;
     }

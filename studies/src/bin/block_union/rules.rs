@@ -1,7 +1,7 @@
 //! The rows of the table: rules, and what was published of them.
 use wgmoe::layer::LayerConfig;
 use wgmoe::models;
-use wgmoe::routing::{BlockRule, Routing, SequenceTop, TokenChoice};
+use wgmoe::routing::{BlockRule, Routing, SequenceTop};
 
 /// Tokens that LLaDA2.x decodes together.
 pub(super) const BLOCK: u32 = 32;
@@ -45,19 +45,24 @@ pub(super) fn rules() -> Result<Vec<Rule>, String> {
         published: Some(published),
         marked: false,
     };
-    let choose = |name, block, published, coreset| {
-        rule(name, block, published, Routing::TokenChoice(TokenChoice { coreset, ..own }))
+    let choose = |name, block, published, coreset: Option<BlockRule>| {
+        rule(
+            name,
+            block,
+            published,
+            Routing::TokenChoice(coreset.map_or(own, |c| own.with_coreset(c))),
+        )
     };
     let elect = |name, published, elected| choose(name, BLOCK, published, Some(elected));
     // The paper's code has a floor of 16, above what the paper reports of p 0.4 to 0.6.
     let mass = |p| BlockRule::Mass { p, floor: 8 };
-    let top_4 = Routing::TokenChoice(TokenChoice { top: 4, ..own });
-    let pairs = Routing::SequenceTop(SequenceTop {
-        score: own.score,
-        gate: own.gate,
-        top: own.top,
-        scale: own.scale,
-    });
+    let top_4 = Routing::TokenChoice(own.with_experts_per_token(4));
+    let pairs = Routing::SequenceTop(
+        SequenceTop::new(own.experts_per_token)
+            .with_score(own.score)
+            .with_gate(own.gate)
+            .with_scale(own.scale),
+    );
     let unpublished = |rule| Rule { published: None, ..rule };
     Ok(vec![
         choose("original", BLOCK, 69.5, None),

@@ -27,7 +27,7 @@ use testkit::program::{self, Found, Progress};
 use testkit::synthetic::Pool;
 use wgmoe::layer::LayerConfig;
 use wgmoe::routing::Routing;
-use wgmoe::{Activation, Error, Gpu, WeightType};
+use wgmoe::{Error, Gpu, WeightType};
 
 /// Denoises a batch of sequences under each routing rule at equal expected FLOPs, checks every routing against the CPU, and
 /// shows what each rule costs.

@@ -9,7 +9,7 @@ use testkit::program::Progress;
 use testkit::statistics::{median, spread};
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Scratch, Sequences};
 use wgmoe::ops::capacity::{self, Capacity, HostSource, Source};
-use wgmoe::ops::{expert_choice, grouped_matmul};
+use wgmoe::ops::{expert_choice, logits};
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::routing::Routing;
@@ -226,7 +226,7 @@ pub(super) fn on_gpu(
         weights,
         run,
         progress,
-        scratch: Scratch::new(),
+        scratch: Scratch::new(&ctx),
         offsets: gpu.upload(&run.offsets),
         hidden: gpu.upload(&run.steps[0].hidden),
         masked,

@@ -5,9 +5,9 @@ use std::time::Instant;
 use testkit::compare::Checks;
 use testkit::layer::host_router;
 use testkit::program::Progress;
-use wgmoe::layer::{HostBatch, HostRouting, HostSequences, LayerConfig, cpu_routing};
+use wgmoe::layer::{HostBatch, HostRouting, HostSequences, cpu_routing};
 use wgmoe::ops::capacity::{self, HostSource};
-use wgmoe::ops::grouped_matmul;
+use wgmoe::ops::logits;
 use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::report::Report;
@@ -47,11 +47,15 @@ pub(super) fn sum_up(rule: &Rule, run: &Run, checks: &mut Checks<'_>, done: &[Do
                 let most = choice.capacity(tokens, experts);
                 let within = most.is_none_or(|most| figures.load.max <= most);
                 checks.same(&format!("step {i}: loads within the capacity"), &[within], &[true]);
-                let wanted = u64::from(tokens) * u64::from(choice.top);
+                let wanted = u64::from(tokens) * u64::from(choice.experts_per_token);
                 let what = format!("step {i}: slots and drops");
                 checks.same(&what, &[slots + u64::from(stats.dropped)], &[wanted]);
                 let rows = most.unwrap_or(figures.load.max);
-                (f64::from(choice.top), f64::from(rows), u64::from(rows) * u64::from(experts))
+                (
+                    f64::from(choice.experts_per_token),
+                    f64::from(rows),
+                    u64::from(rows) * u64::from(experts),
+                )
             }
             (_, Some((capacities, k)), Some(schedule)) => {
                 let scheduled = run.scheduled(&schedule, step);

@@ -5,7 +5,7 @@ use rand_distr::StandardNormal;
 use wgmoe::Error;
 use wgmoe::routing::GateRule;
 use wgmoe::routing::schedule::{CostShape, Ratios, Schedule, ScheduleKind, mask_ratio};
-use wgmoe::routing::{ExpertChoice, Normalise, Routing, Scope, Score, TokenChoice};
+use wgmoe::routing::{ExpertChoice, Routing, TokenChoice};
 
 /// A routing rule to run.
 pub(super) struct Rule {
@@ -20,14 +20,10 @@ pub(super) struct Rule {
 /// Token choice without and with capacities, and expert choice under each schedule, all at the cost of k experts per token.
 pub(super) fn rules(options: &Options, run: &Run) -> Result<Vec<Rule>, Error> {
     let token_choice = |capacity_factor| {
-        Routing::TokenChoice(TokenChoice {
-            score: Score::Softmax,
-            gate: GateRule::Softmax,
-            top: options.k,
-            groups: None,
-            scale: 1.0,
-            capacity_factor,
-            coreset: None,
+        Routing::TokenChoice({
+            let mut rule = TokenChoice::new(options.k).with_gate(GateRule::Softmax);
+            rule.capacity_factor = capacity_factor;
+            rule
         })
     };
     let mut rules = vec![];
@@ -50,13 +46,7 @@ pub(super) fn rules(options: &Options, run: &Run) -> Result<Vec<Rule>, Error> {
         };
         rules.push(Rule {
             name: format!("expert choice, {}", kind.name()),
-            routing: Routing::ExpertChoice(ExpertChoice {
-                score: Score::Softmax,
-                normalise: Normalise::AfterSelection,
-                scope: Scope::Sequence,
-                experts_per_token: k_max,
-                max_experts_per_token: k_max,
-            }),
+            routing: Routing::ExpertChoice(ExpertChoice::new(k_max)),
             schedule: Some(schedule),
             cost,
         });
