@@ -1,7 +1,9 @@
-// rows[t] = 1 where a sequence b holds token t and t - (start of b) < lengths[b]: the tokens that are not padding
+// rows[t] = 1 where a sequence b holds token t and t - (start of b) < lengths[b]: the tokens that are not
+// padding
 //   offsets [sequences + 1] u32, clamped; lengths [sequences] u32
 //   rows [ceil(tokens / 32)] bit set, written whole
-//   capacity [1] u32 = capacity_of[how many those tokens are], where has_capacity; capacity_of [tokens + 1] u32
+//   capacity [1] u32 = capacity_of[how many those tokens are], where has_capacity; capacity_of [tokens + 1]
+//     u32
 // Grid: ceil((ceil(tokens / 32) + 1) / WG) groups; one lane a word of 32 tokens, and a last one that counts.
 // Pieces: common/grid.
 

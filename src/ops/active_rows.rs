@@ -1,8 +1,9 @@
 //! Which tokens of a batch are not padding, a bit a token: what choices read to leave the others out.
 use super::not_zero;
 use crate::device::Kernel;
+use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::{BoundOp, Context, Error, Result, Slice};
+use crate::{BoundOp, Context, Result, Slice};
 use std::sync::Arc;
 
 /// See `shaders/active_rows.wgsl`.
@@ -24,9 +25,6 @@ params! { tokens: u32, sequences: u32, has_capacity: u32 }
 
 /// Lanes of a workgroup, as in the WGSL.
 const WG: u64 = 32;
-/// Most sequences: a lane comes round at most three times for each, within the 65,535 rounds that
-/// Mesa's software driver (22.3) gives an invocation.
-pub const MAX_SEQUENCES: u32 = 20_000;
 
 fn prelude() -> Prelude {
     Prelude::new("one lane a word").piece(piece!("common/grid"))
@@ -60,7 +58,7 @@ pub fn cpu(tokens: usize, offsets: &[u32], lengths: &[u32]) -> Vec<u32> {
 pub struct Dims {
     /// Tokens; 0 is a no-op.
     pub tokens: u32,
-    /// Sequences, at most [`MAX_SEQUENCES`].
+    /// Sequences.
     pub sequences: u32,
 }
 
@@ -99,7 +97,7 @@ impl ActiveRows {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where wgpu refuses it.
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
     }
@@ -108,14 +106,14 @@ impl ActiveRows {
     ///
     /// # Errors
     ///
-    /// Zero or too many sequences, or a slice that does not fit ([`Error`]).
+    /// Zero sequences, more than a software driver's loops can pass, or a slice that does not fit
+    /// ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, sequences } = *dims;
         not_zero(&[("sequences", sequences)])?;
-        if sequences > MAX_SEQUENCES {
-            let reason = format!("{sequences}, at most {MAX_SEQUENCES}");
-            return Err(Error::invalid("sequences", reason));
-        }
+        // Lanes that run in step pass different sequences in turn: at most all before their first
+        // token, all once more between them, and the one that counts all again.
+        check_loops(&self.ctx, "sequences", sequences, 3 * u64::from(sequences) + 32)?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }

@@ -1,7 +1,7 @@
-//! Padding: under every rule, tokens past the lengths of their sequences get no expert and have no say in any choice.
+//! Padding: under every rule, tokens past the lengths of their sequences get no expert and have no
+//! say in any choice.
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
-use testkit::rules::{Rule, rules};
 use wgmoe::layer::{
     Batch, Blocks, BoundLayer, HostBatch, HostBlocks, HostRouting, HostSequences, LayerConfig,
     MoeRouting, Scratch, Sequences,
@@ -9,27 +9,41 @@ use wgmoe::layer::{
 use wgmoe::ops::active_rows::{self, ActiveRows, Args, Capacities, Dims};
 use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::{Stats, bits};
-use wgmoe::routing::{BlockRule, GateRule, Routing, Score, TokenChoice, schedule};
-use wgmoe::{Context, Gpu, Slice};
+use wgmoe::routing::{
+    BlockRule, ExpertChoice, GateRule, Normalise, Routing, Score, SequenceTop, TokenChoice,
+    schedule,
+};
+use wgmoe::{Context, Gpu, Slice, wgpu};
 
 const D: usize = 64;
 const E: usize = 48;
 const K: u32 = 3;
 
-/// Every rule of the table, over plain token choice, with groups, and with a capacity factor.
-fn every_rule() -> Vec<Rule> {
+/// Every rule: each kind of token choice with each coreset, the highest pairs, expert choice.
+fn every_rule() -> Vec<(String, Routing)> {
     let plain = TokenChoice::new(K).with_gate(GateRule::Softmax);
     let grouped = TokenChoice::new(K).with_score(Score::Sigmoid).with_groups(8, 3).with_scale(2.5);
     let dropping = plain.with_capacity_factor(0.8);
-    let more = plain.with_coreset(BlockRule::mass(1.0).with_floor(4));
-    [("", plain), (", groups", grouped), (", capacity factor", dropping)]
-        .into_iter()
-        .flat_map(|(suffix, own)| {
-            let all = rules(Routing::TokenChoice(own), E as u32).into_iter();
-            all.map(move |(name, routing)| (name + suffix, routing))
-        })
-        .chain([("mass(1, 4)".into(), Routing::TokenChoice(more))])
-        .collect()
+    let coresets = [
+        BlockRule::mass(0.6).with_floor(8),
+        BlockRule::mass(1.0).with_floor(4),
+        BlockRule::capacity(9),
+        BlockRule::vote(7),
+        BlockRule::union(2),
+    ];
+    let mut rules: Vec<(String, Routing)> = vec![];
+    for (kind, rule) in [("plain", plain), ("groups", grouped), ("capacity factor", dropping)] {
+        rules.push((kind.into(), rule.into()));
+        let with = |coreset| (format!("{kind}, {coreset:?}"), rule.with_coreset(coreset).into());
+        rules.extend(coresets.map(with));
+    }
+    let before = ExpertChoice::new(K).with_normalise(Normalise::BeforeSelection);
+    rules.extend([
+        ("sequence top".into(), SequenceTop::new(K).into()),
+        ("expert choice".into(), ExpertChoice::new(K).into()),
+        ("expert choice, before".into(), before.into()),
+    ]);
+    rules
 }
 
 /// A batch on the host. The router is such that a token's logits are the first values of its row.
@@ -42,7 +56,8 @@ struct Case {
 }
 
 impl Case {
-    /// Padding is louder than the other tokens, and its last row is NaN: whatever listens to it goes wrong.
+    /// Padding is louder than the other tokens, and its last row is NaN: whatever listens to it goes
+    /// wrong.
     fn new(tokens: usize, offsets: &[u32], lengths: &[u32]) -> Self {
         let mut x = random(tokens as u64, tokens * D);
         let rows = active_rows::cpu(tokens, offsets, lengths);
@@ -189,8 +204,9 @@ fn masked(gates: &[f32], assigned: &[u32], tokens: usize) -> Vec<f32> {
     pairs.map(gate).collect()
 }
 
-/// Sequences of 20, 70 and 1,100 tokens: one, ragged ones, empty ones, lengths of 0 and past the sequence, offsets that
-/// decrease, tokens outside all sequences. The largest first: what it leaves in the scratch is stale for the others.
+/// Sequences of 20, 70 and 1,100 tokens: one, ragged ones, empty ones, lengths of 0 and past the
+/// sequence, offsets that decrease, tokens outside all sequences. The largest first: what it leaves
+/// in the scratch is stale for the others.
 fn cases() -> Vec<Case> {
     let long = Case::new(1100, &[0, 1, 8, 520, 1033, 1053, 1100], &[1, 5, 500, 513, 0, 7]);
     let one = Case::new(70, &[0, 70], &[61]);
@@ -198,7 +214,6 @@ fn cases() -> Vec<Case> {
     vec![
         long.with_blocks(&[0, 1, 8, 200, 520, 1033, 1040, 1053, 1100], true),
         long,
-        Case::new(1100, &[0, 1100], &[1000]),
         one.with_blocks(&[0, 32, 64, 70], true),
         one.with_blocks(&[2, 30, 60, 65, 69], false),
         one,
@@ -221,6 +236,10 @@ fn every_rule_leaves_padding_out() {
             let op = MoeRouting::new(&ctx, host.settings, host.router(&ctx).unwrap()).unwrap();
             for case in cases() {
                 let tokens = case.tokens();
+                // The long ones cost the twins most, which groups do not change.
+                if tokens > 1000 && name.starts_with("groups,") {
+                    continue;
+                }
                 let what = format!(
                     "{name}, {:?}, {tokens} tokens, {:?} of {:?}, blocks {:?}",
                     ctx.variant(),
@@ -265,7 +284,7 @@ fn pairs() -> Vec<(Case, Case)> {
         }
     };
     vec![
-        pair(1100, &[0, 300, 1100], &[300, 700], false),
+        pair(330, &[0, 100, 330], &[100, 170], false),
         pair(70, &[0, 70], &[61], false),
         pair(70, &[0, 70], &[61], true),
         pair(70, &[0, 25, 70], &[25, 36], false),
@@ -332,9 +351,10 @@ fn outputs_of_padding_come_from_shared_experts_alone() {
     case.x.iter_mut().filter(|v| v.is_nan()).for_each(|v| *v = 0.5);
     let (tokens, rows) = (case.tokens(), case.rows());
     let residual = random(9, tokens * D);
-    let every: Vec<Rule> = every_rule();
+    let mut every = every_rule();
+    every.retain(|(name, _)| !name.starts_with("groups") && !name.starts_with("capacity factor,"));
     for ctx in contexts(&gpu) {
-        for (name, routing) in &every[..7] {
+        for (name, routing) in &every {
             for shared in [0, 1] {
                 let config = layer(*routing).settings.with_shared_experts(shared);
                 let host = HostLayer::scripted(config);
@@ -414,9 +434,11 @@ fn errors_name_the_sequences() {
     assert!(offsets.contains("`offsets`"), "{offsets}");
     let none = error(Sequences::new(0, part(0, 1)).with_lengths(part(0, 1)));
     assert!(none.contains("`sequences`"), "{none}");
-    let many = active_rows::MAX_SEQUENCES + 1;
-    let many = error(Sequences::new(many, part(0, 2)).with_lengths(part(0, 1)));
-    assert!(many.contains("`sequences`") && many.contains("20001"), "{many}");
+    // Only software drivers limit their number; others come to the offsets.
+    let many = error(Sequences::new(30_000, part(0, 2)).with_lengths(part(0, 1)));
+    let software = gpu.info.device_type == wgpu::DeviceType::Cpu;
+    let argument = if software { "`sequences`: 30000" } else { "`offsets`" };
+    assert!(many.contains(argument), "{many}");
 }
 
 fn rows_on(gpu: &Gpu, ctx: &Context, tokens: usize, offsets: &[u32], lengths: &[u32]) -> Vec<u32> {
@@ -468,11 +490,12 @@ fn active_rows_match_the_twin() {
     }
 }
 
-/// As many sequences as a binding takes: within what a software driver lets one invocation's loops do.
+/// Nearly as many sequences as `bind` takes: within what a software driver lets one invocation's
+/// loops do.
 #[test]
 fn many_sequences() {
     let Some(gpu) = gpu() else { return };
-    let n = active_rows::MAX_SEQUENCES;
+    let n = 21_000u32;
     for each in [1, 3, 40] {
         let tokens = n * each;
         let offsets: Vec<u32> = (0..=n).map(|b| b * each).collect();

@@ -1,7 +1,7 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
 // Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters,
-// own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that are not
-// padding. Experts <= MOST.
+// own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that are
+// not padding. Experts <= MOST.
 const MASS: u32 = 1u;
 const CAPACITY: u32 = 2u;
 const VOTE: u32 = 3u;
