@@ -22,6 +22,7 @@ pub use config::Config;
 pub use names::{ExpertNames, Names};
 
 use crate::device::Context;
+use crate::layer::cached::ExpertSource;
 use crate::layer::{MoeLayer, Router};
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
@@ -30,6 +31,22 @@ use files::{Files, Tensor};
 use names::{fill, is_stacked};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A layer's experts where they lie in a mapped checkpoint.
+#[derive(Clone, Debug)]
+pub struct CheckpointExperts {
+    /// The checkpoint.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Number of the layer.
+    pub layer: u32,
+}
+
+impl ExpertSource for CheckpointExperts {
+    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
+        self.checkpoint.expert(self.layer, expert, projection)
+    }
+}
 
 /// A checkpoint on disk, its files mapped.
 #[derive(Debug)]

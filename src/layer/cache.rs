@@ -16,23 +16,6 @@ pub trait ExpertSource: Send + Sync {
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>>;
 }
 
-/// A layer's experts where they lie in a mapped checkpoint.
-#[cfg(feature = "checkpoint")]
-#[derive(Clone, Debug)]
-pub struct CheckpointExperts {
-    /// The checkpoint.
-    pub checkpoint: Arc<crate::checkpoint::Checkpoint>,
-    /// Number of the layer.
-    pub layer: u32,
-}
-
-#[cfg(feature = "checkpoint")]
-impl ExpertSource for CheckpointExperts {
-    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
-        self.checkpoint.expert(self.layer, expert, projection)
-    }
-}
-
 /// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheOptions {

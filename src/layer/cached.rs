@@ -43,8 +43,6 @@
 //!     Ok(())
 //! }
 //! ```
-#[cfg(feature = "checkpoint")]
-pub use super::cache::CheckpointExperts;
 pub use super::cache::{CacheOptions, CacheStats, ExpertCache, ExpertSource};
 
 use super::batch::Batch;

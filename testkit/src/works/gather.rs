@@ -8,7 +8,7 @@ const WHOLE: u64 = 64 << 20;
 /// Rows that are read back of a larger one.
 const SAMPLE: usize = 64;
 
-/// `x[token_of]`, run once and compared: whole, or in [`SAMPLE`] rows where it is large. `x_in`
+/// `x[token_of]`, run once and compared: whole, or in `SAMPLE` rows where it is large. `x_in`
 /// holds `x [tokens, hidden]`.
 pub fn gather(
     gpu: &Gpu,
