@@ -78,7 +78,7 @@ const CASES: &[Case] = &[
     ("coreset", || election(UNION, &R10, 0, &[], &[0, 3]), "`experts`: expected 1 or more, got 0"),
     ("coreset", || election(UNION, &R10, 2, &[0; 3], &[0, 5]), "`own_choice`: expected 2 values, got 3"),
     ("coreset", || election(UNION, &R10, 2, &[0; 2], &[]), "`offsets`: expected one value more than there are ranges, got 0"),
-    ("coreset", || election(BlockRule::Vote(3), &R10, 2, &[0; 2], &[0, 5]), "`vote`: 3, at most the 2 experts"),
+    ("coreset", || election(BlockRule::Vote(3), &R10, 2, &[0; 2], &[0, 5]), "`vote`: 3 of only 2 experts"),
     ("coreset", || { coreset::cpu(UNION, &R10, 2, &[0; 2], &[0, 5], Some(&[1; 4])); }, "`voters`: expected 5 values, got 4"),
     ("assign", || { assign::cpu(&[0; 7], &R10[..7], 2, 3); }, "`ids`: expected rows of 2 values, got 7"),
     ("assign", || { assign::cpu(&[0; 6], &R10, 2, 3); }, "`weights`: expected 6 values, got 10"),
