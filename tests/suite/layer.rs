@@ -202,8 +202,5 @@ fn a_cut_batch_adds_up_and_keeps_its_shared_expert() {
         let kept = bits::from_lists(tokens as usize, &lists);
         let want = host.outputs(&x, &kept, &gates);
         assert_close(&out.get(&gpu), &want, 2e-5 * largest(&want), 2e-5, &what);
-        assert!(
-            (0..tokens as usize).any(|t| bits::experts_of(&kept, tokens as usize, t).is_empty())
-        );
     }
 }
