@@ -173,7 +173,7 @@
 //! }
 //! ```
 //!
-//! The guide to [embedding](embedding) says what the device needs, who owns what, and what fails
+//! The guide to [embedding] says what the device needs, who owns what, and what fails
 //! how. A [`Slice`] is a range of a buffer, so tensors that an engine keeps in larger buffers are
 //! bound where they lie. The same weights run under another rule with [`MoeLayer::with_routing`].
 //! [`profile`](measure::profile) says where a step's time goes. [`Gpu`] opens a device of its

@@ -28,7 +28,7 @@
 //! assert_eq!((mini.hidden, mini.experts), (2048, 256));
 //! // The same model as dMoE decodes it: blocks of tokens elect the experts that they share.
 //! let Routing::TokenChoice(rule) = mini.routing else { unreachable!("LLaDA2 routes tokens") };
-//! let shared = wgmoe::LayerConfig { routing: rule.with_coreset(models::dmoe_v2()).into(), ..mini };
+//! let shared = mini.with_routing(rule.with_coreset(models::dmoe_v2()));
 //! assert!(shared.routing.check(shared.experts).is_ok());
 //! ```
 use crate::layer::LayerConfig;

@@ -1,4 +1,6 @@
 //! The file of results: what it holds (docs/bench-format.md), how it is written and read.
+//!
+//! Long: the whole of one file format.
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::Path;

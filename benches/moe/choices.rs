@@ -23,7 +23,7 @@ pub(super) fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let args = scores::Args {
                 logits: (&logits_in).into(),
                 bias: Some((&bias_in).into()),
-                scores: (&s).into(),
+                score_of: (&s).into(),
                 values: (&r).into(),
             };
             let op = scores::Scores::new(ctx).unwrap();
@@ -83,7 +83,7 @@ pub(super) fn token_choice_step(
     let args =
         token_choice::Args { values: (&r_in).into(), coresets: None, assigned: (&assigned).into() };
     let op = token_choice::TokenChoice::new(ctx, experts, top, groups).unwrap();
-    let step = op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap();
+    let step = op.bind(&token_choice::Dims { tokens }, args).unwrap();
     gpu.run(&step).unwrap();
     let want = token_choice::cpu(&r, experts as usize, top as usize, groups, &|_, _| true);
     same(&bench.download(&assigned), &want, what).unwrap();

@@ -125,7 +125,7 @@ impl OnGpu<'_> {
         let (gpu, data) = (self.gpu, self.data);
         let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
         let none = || Error::Device("an empty step".into());
-        let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
+        let [logits, s, r] = testkit::layer::selection(step).ok_or_else(none)?;
         let [logits, s, r]: [Vec<f32>; 3] =
             [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
         let gates: Vec<f32> = gpu.download(step.gates().ok_or_else(none)?)?;

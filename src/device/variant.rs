@@ -11,7 +11,7 @@ pub enum Target {
     Serial,
 }
 
-/// Which of the variants of its kernels a [`Context`] uses. All give the same choices, and outputs equal within rounding.
+/// Which of the variants of its kernels a [`Context`](super::Context) uses. All give the same choices, and outputs equal within rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Variant {

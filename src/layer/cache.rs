@@ -33,7 +33,7 @@ impl ExpertSource for CheckpointExperts {
     }
 }
 
-/// How much memory a [`CachedLayer`] takes.
+/// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheOptions {
     /// Most bytes of the cache on the device: the pages of experts, shared ones included, and a word for each expert.
@@ -55,7 +55,7 @@ impl CacheOptions {
     }
 }
 
-/// What a cache did since it was made, or since [`CachedLayer::reset_stats`].
+/// What a cache did since it was made, or since [`CachedLayer::reset_stats`](super::cached::CachedLayer::reset_stats).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheStats {
     /// Steps run.

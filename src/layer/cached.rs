@@ -74,7 +74,7 @@ impl CachedLayer {
     ///
     /// # Errors
     ///
-    /// As [`MoeLayer::new`](crate::MoeLayer::new) and [`ExpertWeights::new`]; [`Error::Invalid`] naming `budget` where it holds no routed expert
+    /// As [`MoeLayer::new`](crate::MoeLayer::new) and [`ExpertWeights::new`](crate::ExpertWeights::new); [`Error::Invalid`] naming `budget` where it holds no routed expert
     /// besides the shared ones; what the source fails with.
     pub fn new(
         ctx: &Context,

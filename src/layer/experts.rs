@@ -44,6 +44,9 @@ pub(super) struct ExpertSteps {
     pub(super) down: Vec<(Vec<BoundOp>, Vec<BoundOp>)>,
 }
 
+/// Slots, and their rows of `h`.
+type Stretch = (Range<u32>, Tensor);
+
 /// A plan, and the experts that the weights hold: what the stretches below have in common.
 struct Planned<'a> {
     shape: &'a PlanShape,
@@ -123,7 +126,7 @@ impl Experts {
         planned: &Planned<'_>,
         x: Slice<'_>,
         scratch: &Scratch,
-    ) -> Result<(Vec<BoundOp>, Vec<(Range<u32>, Tensor)>)> {
+    ) -> Result<(Vec<BoundOp>, Vec<Stretch>)> {
         let &Planned { shape, plan, places } = planned;
         let [intermediate, hidden] = self.weights.shape().gate_up_matrix();
         let slots = shape.slots()?;
@@ -175,7 +178,7 @@ impl Experts {
     fn bind_down(
         &self,
         planned: &Planned<'_>,
-        stretches: &[(Range<u32>, Tensor)],
+        stretches: &[Stretch],
         in_out: InOut<'_>,
         scratch: &Scratch,
     ) -> Result<Vec<(Vec<BoundOp>, Vec<BoundOp>)>> {

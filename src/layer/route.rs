@@ -103,8 +103,8 @@ impl MoeRouting {
             tile_rows: tile_rows(ctx),
             skinny_rows: SKINNY_ROWS,
         };
-        let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let (mut parts, selection) = self.bind_router(batch, &scratch)?;
+        let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let assigned = &tensors.assigned;
         let input = ChoiceInput { tokens, experts, values: selection.values(), assigned };
         let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
@@ -166,7 +166,7 @@ impl MoeRouting {
         let args = scores::Args {
             logits: logits.slice(),
             bias: self.router.bias.as_ref().map(Tensor::slice),
-            scores: s.slice(),
+            score_of: s.slice(),
             values: r.slice(),
         };
         let (score, by_logits) = (routing.score(), routing.by_logits());

@@ -43,7 +43,7 @@ pub struct HostBlocks<'a> {
     pub voters: Option<&'a [u32]>,
 }
 
-/// What a batch brings of its own, on the host; as in [`Batch`] where absent.
+/// What a batch brings of its own, on the host; as in [`Batch`](super::Batch) where absent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostBatch<'a> {
     /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop); padding of any rule.

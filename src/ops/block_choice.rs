@@ -43,7 +43,7 @@ pub const MAX_TOKENS: u32 = 32;
 /// Most experts, by workgroup memory.
 pub const MAX_EXPERTS: u32 = 384;
 /// Most blocks: the loops of one lane go over the experts and tokens of each in turn, and software drivers limit their iterations
-/// ([`LOOP_ITERATIONS`](crate::device::quirks::LOOP_ITERATIONS)).
+/// (`LOOP_ITERATIONS` in `device/quirks.rs`).
 pub const MAX_BLOCKS: u32 = 8;
 
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
@@ -72,8 +72,8 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
 
 /// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` and the coresets
 /// `[blocks, ceil(experts / 32)]`, of any number of tokens. `values` is `[tokens, experts]`, `offsets`
-/// `[blocks + 1]`, `voters` `[tokens]`. It is the twins of [`token_choice`](super::token_choice),
-/// [`coreset`] and [`token_choice`](super::token_choice) one after the other.
+/// `[blocks + 1]`, `voters` `[tokens]`. It is the twins of [`token_choice`],
+/// [`coreset`] and [`token_choice`] one after the other.
 ///
 /// # Panics
 ///

@@ -76,7 +76,7 @@ pub fn cpu(
     (members, counts, bytes)
 }
 
-/// A running mean of the experts of a block, as [`ExpertUnion::bind_mean`] keeps it on the device: exact, in any order.
+/// A running mean of the experts of a block, as [`Args::totals`] keeps it on the device: exact, in any order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Distinct experts, summed over blocks that have tokens.

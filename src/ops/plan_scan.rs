@@ -86,7 +86,7 @@ impl PlanScan {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where wgpu refuses it.
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
         for tokens in [1, u32::MAX] {
@@ -104,7 +104,7 @@ impl PlanScan {
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`]).
+    /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         shape.slots()?;

@@ -110,7 +110,7 @@ pub struct Args<'a> {
     /// `[experts]` f32, read.
     pub bias: Option<Slice<'a>>,
     /// `[tokens, experts]` f32, written whole.
-    pub scores: Slice<'a>,
+    pub score_of: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
     pub values: Slice<'a>,
 }
@@ -148,7 +148,7 @@ impl Scores {
         if let Some(bias) = args.bias {
             bias.f32s("bias", &[experts.into()])?;
         }
-        args.scores.f32s("scores", &shape)?;
+        args.score_of.f32s("score_of", &shape)?;
         args.values.f32s("values", &shape)?;
         let params = Params {
             tokens,
@@ -158,7 +158,7 @@ impl Scores {
             has_bias: u32::from(args.bias.is_some()),
         };
         let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
-        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
+        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.score_of, args.values];
         Ok(self
             .kernel
             .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?

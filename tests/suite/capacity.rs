@@ -1,4 +1,6 @@
 //! Capacities on the device, and expert choice with them.
+//!
+//! Long: every source of capacities shares one comparison.
 use crate::schedule::{odd_ratios, schedules};
 use testkit::golden::{self, File};
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
@@ -450,7 +452,7 @@ fn recorded_capacities_per_sequence() {
             let args = scores::Args {
                 logits: (&logits).into(),
                 bias: None,
-                scores: s.slice(),
+                score_of: s.slice(),
                 values: r.slice(),
             };
             let step = scores::Scores::new(&ctx).unwrap();

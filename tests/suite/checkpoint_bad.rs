@@ -97,7 +97,7 @@ fn missing_and_misshapen_tensors() {
     each(
         |path| with_tensor(path, UP, |t| t["dtype"] = "I16".into()),
         Some(UP),
-        "is I16, expected BF16, F16 or F32",
+        "is I16, expected one of F32, F16, BF16",
     );
     let gate = "model.layers.1.mlp.gate.weight";
     each(|path| with_tensor(path, gate, |t| t["shape"] = [d, 10].into()), Some(gate), "has shape");

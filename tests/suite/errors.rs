@@ -93,9 +93,9 @@ fn slices_that_overlap() {
     );
     let dims = scores::Dims { tokens: 4, experts: 8, score: Score::Softmax, by_logits: true };
     let logits = f32s(&gpu, 32);
-    let args = scores::Args { logits: (&logits).into(), bias: None, scores: x, values: x };
+    let args = scores::Args { logits: (&logits).into(), bias: None, score_of: x, values: x };
     let op = Scores::new(&ctx).unwrap();
-    assert_eq!(message(op.bind(&dims, args)), "`s` is written and overlaps `r`");
+    assert_eq!(message(op.bind(&dims, args)), "`score_of` is written and overlaps `values`");
 }
 
 #[test]
@@ -130,14 +130,14 @@ fn slices_of_one_buffer() {
         let args = scores::Args {
             logits: args.x,
             bias: None,
-            scores: Slice::new(&whole, 8192, 1680),
+            score_of: Slice::new(&whole, 8192, 1680),
             values: Slice::new(&whole, 12_288, 1680),
         };
         let dims = scores::Dims { tokens: 70, experts: 6, score: Score::Softmax, by_logits: true };
         let op = Scores::new(&ctx).unwrap();
         run(&gpu, &op.bind(&dims, args).unwrap());
         let (s, r) = scores::cpu(&x, 6, Score::Softmax, true, None);
-        assert_close(&floats(read(args.scores)), &s, 2e-38, 2e-6, "scores");
+        assert_close(&floats(read(args.score_of)), &s, 2e-38, 2e-6, "scores");
         assert_same(&floats(read(args.values)), &r, "scores");
 
         let args = token_choice::Args {
@@ -206,7 +206,7 @@ fn dimensions_that_make_no_sense() {
         "`experts_per_token`: 4 of only 2 experts, those of 1 of 8 groups"
     );
 
-    let args = scores::Args { logits: all, bias: None, scores: all, values: all };
+    let args = scores::Args { logits: all, bias: None, score_of: all, values: all };
     let dims = scores::Dims { tokens: 1, experts: 0, score: Score::Softmax, by_logits: true };
     assert_eq!(message(Scores::new(&ctx).unwrap().bind(&dims, args)), "`experts`: must not be 0");
     let args = expert_choice::Args {

@@ -283,7 +283,7 @@ fn assignments_that_do_not_fit() {
     };
     assert_eq!(bind(2, of_tokens(3, 6)), Ok(()));
     assert_eq!(bind(0, of_tokens(3, 6)), Ok(()));
-    assert_eq!(bind(2, of_tokens(0, 6)), Err("`top`: must not be 0".into()));
+    assert_eq!(bind(2, of_tokens(0, 6)), Err("`experts_per_token`: must not be 0".into()));
     assert_eq!(
         bind(2, of_tokens(3, 5)),
         Err("`ids`: expected 24 bytes, [2, 3] u32, got 20".into())

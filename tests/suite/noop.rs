@@ -46,7 +46,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
-                scores: pairs(2),
+                score_of: pairs(2),
                 values: pairs(3),
             },
         )?,
@@ -164,6 +164,15 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 plan: words(&b[7], u64::from(few.sections()?.words)),
                 stats: words(&b[3], 8 + e),
                 add_stats: false,
+            },
+        )?,
+        active_rows::ActiveRows::new(ctx)?.bind(
+            &active_rows::Dims { tokens, sequences: 2 },
+            active_rows::Args {
+                offsets: words(&b[0], 3),
+                lengths: words(&b[1], 2),
+                rows: words(&b[2], columns),
+                capacities: None,
             },
         )?,
         expert_lists::ExpertLists::new(ctx)?.bind(
@@ -351,7 +360,7 @@ fn no_tokens_are_no_work() {
     let b = buffer(&device, 64);
     let nothing = words(&b, 0);
     let dims = scores::Dims { tokens: 0, experts: 4, score: Score::Sigmoid, by_logits: true };
-    let args = scores::Args { logits: nothing, bias: None, scores: nothing, values: nothing };
+    let args = scores::Args { logits: nothing, bias: None, score_of: nothing, values: nothing };
     let step = scores::Scores::new(&ctx).unwrap().bind(&dims, args).unwrap();
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };

@@ -1,5 +1,7 @@
 //! Padding: under every rule, tokens past the lengths of their sequences get no expert and have no
 //! say in any choice.
+//!
+//! Long: every rule is compared in one table of batches.
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
 use wgmoe::layer::{

@@ -1,4 +1,6 @@
 //! The three plan kernels together.
+//!
+//! Long: the plan's cases share one comparison of every section.
 use testkit::{cases, prelude::*};
 use wgmoe::ops::block_plan;
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};

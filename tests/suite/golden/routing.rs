@@ -125,7 +125,7 @@ impl Routing {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: bias.as_ref().map(Into::into),
-            scores: s.slice(),
+            score_of: s.slice(),
             values: r.slice(),
         };
         let dims =
@@ -199,7 +199,7 @@ impl Routing {
                 let args =
                     token_choice::Args { values: r.slice(), coresets, assigned: assigned.slice() };
                 let op = TokenChoice::new(ctx, experts, *top as u32, *groups).unwrap();
-                run(gpu, &op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
+                run(gpu, &op.bind(&token_choice::Dims { tokens }, args).unwrap());
                 elected.map_or(vec![], |elected| self.members(&elected.members.get::<u32>(gpu)))
             }
         }
@@ -226,7 +226,7 @@ impl Routing {
             let args =
                 token_choice::Args { values: r.slice(), coresets: None, assigned: own.slice() };
             let op = TokenChoice::new(ctx, experts, k, None).unwrap();
-            step = step.then(op.bind(&token_choice::Dims { tokens: tokens }, args).unwrap());
+            step = step.then(op.bind(&token_choice::Dims { tokens }, args).unwrap());
         }
         let offsets: wgpu::Buffer = gpu.upload(offsets);
         let args = coreset::Args {

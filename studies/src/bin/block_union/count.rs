@@ -143,7 +143,7 @@ impl<'a> Scored<'a> {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: None,
-            scores: (&s).into(),
+            score_of: (&s).into(),
             values: (&r).into(),
         };
         let dims = scores::Dims {

@@ -84,7 +84,7 @@ impl OnGpu<'_> {
 
     pub(super) fn watched<'s>(&'s self, step: &'s BoundLayer) -> Result<[Slice<'s>; 9], Error> {
         let none = || Error::Device("an empty step".into());
-        let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
+        let [logits, s, r] = testkit::layer::selection(step).ok_or_else(none)?;
         let gates = step.gates().ok_or_else(none)?;
         let assigned = step.assigned().ok_or_else(none)?;
         let [capacity, k, out] = [&self.capacity, &self.k, &self.out].map(Slice::from);
