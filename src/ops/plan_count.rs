@@ -5,7 +5,7 @@
 //! of that sum in f32: for a token of n experts at most about `(n + 6) 2^-24` of the gate where the
 //! terms have one sign, as softmax's and sigmoid's have. Scores of the caller's own may have both:
 //! the bound then grows by `(sum of |s|) / |sum of s|`. Of 1,000 experts of mixed sign, gates off by
-//! 3.5e-6 of their value were seen.
+//! 4.6e-6 of their value were seen.
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};

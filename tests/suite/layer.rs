@@ -2,8 +2,8 @@
 use testkit::compare::largest;
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
-use wgmoe::layer::{Batch, HostBatch, LayerConfig};
-use wgmoe::plan::Stats;
+use wgmoe::layer::{Batch, HostBatch, LayerConfig, Sequences};
+use wgmoe::plan::{HostPlan, Stats, bits};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, Normalise, Routing, Score, SequenceTop, TokenChoice,
 };
@@ -156,5 +156,51 @@ fn gelu_and_page_sizes() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_cut_batch_adds_up_and_keeps_its_shared_expert() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts, d) = (64, 32, 16);
+    let settings = settings(16, 8, experts, 1, Routing::ExpertChoice(ExpertChoice::new(4)));
+    let host = HostLayer::new(settings);
+    let x = random(3, tokens as usize * d);
+    let [hidden, offsets, capacity] =
+        [gpu.upload(&x), gpu.upload(&[0, tokens]), gpu.upload(&[30u32])];
+    for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+        let what = format!("{:?}", ctx.variant());
+        let layer = host.layer(&ctx, &gpu.queue).unwrap();
+        let out = Output::f32s(&gpu, tokens as usize * d);
+        // Experts take 30 tokens each; there is room for 8.
+        let sequences = Sequences::new(1, &offsets).with_capacity(&capacity);
+        let batch = Batch::new(&hidden, tokens).into_out(out.slice()).with_sequences(sequences);
+        let step = layer.bind(&batch).unwrap();
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        step.encode(&mut encoder);
+        gpu.queue.submit([encoder.finish()]);
+
+        let stats = Stats::from_words(&gpu.download(step.stats()).unwrap()).unwrap();
+        assert_eq!((stats.slots, stats.cut), (256, 704), "{what}");
+        assert_eq!((stats.ignored, stats.dropped, stats.untouched), (0, 0, 0), "{what}");
+        assert_eq!(stats.tokens_per_expert.iter().sum::<u32>(), 256, "{what}");
+
+        let (shape, plan) = step.plan().unwrap();
+        assert_eq!((shape.routed_slots, shape.slots().unwrap()), (256, 256 + tokens));
+        let plan = HostPlan::from_words(&shape, &gpu.download(plan).unwrap()).unwrap();
+        let assigned: Vec<u32> = gpu.download(step.assigned().unwrap()).unwrap();
+        let gates: Vec<f32> = gpu.download(step.gates().unwrap()).unwrap();
+        assert_eq!(plan, HostPlan::cpu(&shape, &assigned, &gates), "{what}");
+
+        // What the plan holds, and the shared expert for every token.
+        let lists: Vec<&[u32]> = plan
+            .expert_offsets
+            .windows(2)
+            .take(experts as usize)
+            .map(|span| &plan.token_of[span[0] as usize..span[1] as usize])
+            .collect();
+        let kept = bits::from_lists(tokens as usize, &lists);
+        let want = host.outputs(&x, &kept, &gates);
+        assert_close(&out.get(&gpu), &want, 2e-5 * largest(&want), 2e-5, &what);
     }
 }
