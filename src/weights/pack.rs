@@ -71,14 +71,6 @@ impl<'a> MatrixView<'a> {
         self.shape[0] as u64 * self.shape[1] as u64 * self.weight_type.bytes()
     }
 
-    /// The values in row-major order, where they lie that way.
-    pub fn contiguous(&self) -> Option<&'a [u8]> {
-        let [rows, columns] = self.shape;
-        let dense =
-            (columns <= 1 || self.strides[1] == 1) && (rows <= 1 || self.strides[0] == columns);
-        dense.then(|| &self.bytes[..self.size() as usize])
-    }
-
     /// A value, widened exactly.
     ///
     /// # Panics
