@@ -32,8 +32,8 @@ impl Tensor<'_> {
     /// The storage type, where it is one of ours.
     pub(super) fn weight_type(&self, name: &str) -> Result<WeightType> {
         let dtype = format!("{:?}", self.dtype);
-        WeightType::of_dtype(&dtype).ok_or_else(|| {
-            let known: Vec<_> = WeightType::ALL.iter().map(|t| t.dtype()).collect();
+        WeightType::of_name(&dtype).ok_or_else(|| {
+            let known: Vec<_> = WeightType::ALL.iter().map(|t| t.name()).collect();
             let reason = format!("is {dtype}, expected one of {}", known.join(", "));
             failed(self.file, Some(name), reason)
         })

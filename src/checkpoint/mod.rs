@@ -469,8 +469,9 @@ fn view<'a>(
     strides: [u64; 2],
 ) -> Result<HostWeights<'a>> {
     let weight_type = tensor.weight_type(name)?;
-    let bytes =
-        usize::try_from(from * weight_type.bytes()).ok().and_then(|at| tensor.bytes.get(at..));
+    let bytes = usize::try_from(from * weight_type.block_bytes())
+        .ok()
+        .and_then(|at| tensor.bytes.get(at..));
     let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides);
     view.map(HostWeights::View).map_err(|e| failed(tensor.file, Some(name), e.to_string()))
 }

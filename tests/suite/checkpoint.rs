@@ -279,7 +279,7 @@ fn every_type_converts() {
         for to in [None, Some(WeightType::F32), Some(WeightType::F16), Some(WeightType::Bf16)] {
             let layer = load(&gpu, &ctx, dir.path(), 1, to);
             let shape = layer.weights().shape();
-            assert_eq!(shape.weight_type, to.unwrap_or(of_file));
+            assert_eq!(shape.types, to.unwrap_or(of_file).into());
             let want = ExpertWeights::with_page_limit(&ctx, shape, 40_000).expect("pages");
             for (e, matrices) in (0..).zip(ffns(&checkpoint, 1)) {
                 for (p, matrix) in Projection::ALL.into_iter().zip(&matrices) {
