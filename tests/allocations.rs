@@ -46,7 +46,7 @@ fn a_layer_of_any_size_loads_in_128_mib() {
     };
     let load = Load { progress: Some(&mut progress), ..Load::default() };
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, load).expect("loaded");
-    let experts = settings.expert_shape(layer.weights().shape().weight_type);
+    let experts = settings.expert_shape(layer.weights().shape().types);
     assert_eq!(seen, (65 * experts.expert_bytes(), 65 * experts.expert_bytes()), "all is done");
     assert_eq!(layer.weights().bytes(), 65 * experts.expert_bytes(), "no padding in this shape");
     let staged = most_buffers - buffers();

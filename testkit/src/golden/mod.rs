@@ -17,7 +17,6 @@ pub const RTOL: f32 = 1e-4;
 
 /// Kinds that the crate does not compute yet, each with what it waits for.
 pub const LATER: &[(&str, &str)] = &[
-    ("quantized", "quantized experts"),
     ("gguf", "quantized experts"),
     ("bias_update", "training"),
     ("gradient_block_coreset", "training"),
@@ -151,6 +150,10 @@ impl File {
 
     pub fn f32s(&self, name: &str) -> Result<Vec<f32>, String> {
         self.values(name, Dtype::F32)
+    }
+
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, String> {
+        self.values(name, Dtype::U8)
     }
 
     pub fn i32s(&self, name: &str) -> Result<Vec<i32>, String> {
