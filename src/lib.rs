@@ -102,19 +102,13 @@
 //! assert!((gates[2] + gates[3] - 1.0).abs() < 1e-6 && gates[3] > gates[2]);
 //!
 //! // The plan: the tokens of each expert, one after the other.
-//! let shape = PlanShape {
-//!     tokens: 4,
-//!     experts: 2,
-//!     shared_experts: 0,
-//!     routed_slots: 4,
-//!     tile_rows: 16,
-//!     skinny_rows: 8,
-//! };
+//! let shape = PlanShape::on_host(4, 2, 4);
 //! let plan = HostPlan::cpu(&shape, &assigned, &gates);
 //! assert_eq!(plan.expert_offsets, [0, 2, 4]);
 //! assert_eq!(plan.token_of, [0, 1, 1, 2]);
 //!
-//! // What the experts made of the four slots, rows of one value, weighed and summed for each token. No expert took token 3.
+//! // What the experts made of the four slots, rows of one value, weighed and summed for each token.
+//! // No expert took token 3.
 //! let out = combine::cpu(&plan, &[10.0, 20.0, 30.0, 40.0], 1, None);
 //! assert_eq!((out[0], out[2], out[3]), (10.0, 40.0, 0.0));
 //! assert!((out[1] - (gates[2] * 20.0 + gates[3] * 30.0)).abs() < 1e-5);

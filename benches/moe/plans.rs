@@ -27,7 +27,7 @@ pub(super) fn bench_assign(bench: &Bench, c: &mut Criterion) {
                 gates: (&gates).into(),
                 ignored: (&ignored).into(),
             };
-            let dims = assign::Dims { tokens, experts, top: TOP };
+            let dims = assign::Dims { tokens, experts, experts_per_token: TOP };
             let step = assign::Assign::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);

@@ -86,7 +86,7 @@ pub(super) fn rule_on_cpu(
     let sequences = capacity.as_ref().map(|capacity| HostSequences {
         offsets: &data.offsets,
         lengths: None,
-        capacity,
+        capacity: Some(capacity),
     });
     let routed = cpu_routing(
         &settings,
@@ -97,14 +97,9 @@ pub(super) fn rule_on_cpu(
     lap("choice");
     let slots: u32 = routed.assigned.iter().map(|w| w.count_ones()).sum();
     check_counts(&mut checks, data, &settings, &routed, slots);
-    let shape = PlanShape {
-        tokens: tokens as u32,
-        experts: settings.experts,
-        shared_experts: settings.shared_experts,
-        routed_slots: slots,
-        tile_rows: 16,
-        skinny_rows: 8,
-    };
+    let shape = PlanShape::on_host(tokens as u32, settings.experts, slots)
+        .with_item_rows(16, 8)
+        .with_shared_experts(settings.shared_experts);
     shape.sections()?;
     let plan = HostPlan::cpu(&shape, &routed.assigned, &routed.gates);
     lap("plan");

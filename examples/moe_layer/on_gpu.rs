@@ -158,7 +158,7 @@ impl OnGpu<'_> {
         let sequences = capacity.as_ref().map(|capacity| HostSequences {
             offsets: &data.offsets,
             lengths: None,
-            capacity,
+            capacity: Some(capacity),
         });
         let want = cpu_routing(
             &free,

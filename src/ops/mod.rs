@@ -1,7 +1,8 @@
 //! The kernels, one a file: what it computes, its CPU twin, its arguments, and how it is recorded.
 //!
-//! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
-//! checks them, and makes its uniform and bind group), and recorded as a [`BoundOp`](crate::BoundOp) any number of times.
+//! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to
+//! [`Slice`](crate::Slice)s (which checks them, and makes its uniform and bind group), and recorded
+//! as a [`BoundOp`](crate::BoundOp) any number of times.
 use crate::Target;
 use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::Spec;
@@ -69,21 +70,33 @@ pub(crate) fn or_nothing<'a>(
     slice.unwrap_or_else(|| ctx.nothing())
 }
 
+impl crate::PlanShape {
+    /// A plan of tokens, routed experts and at most so many routed slots, for the matmuls of a
+    /// context: its items have as many rows as those take.
+    pub fn new(ctx: &crate::Context, tokens: u32, experts: u32, routed_slots: u32) -> Self {
+        use grouped_matmul::{SKINNY_ROWS, tile_rows};
+        Self::on_host(tokens, experts, routed_slots).with_item_rows(tile_rows(ctx), SKINNY_ROWS)
+    }
+}
+
 impl crate::Variant {
-    /// This variant, or one with more lanes where one lane's loops could take more iterations than software drivers allow.
+    /// This variant, or one with more lanes where one lane's loops could take more iterations than
+    /// software drivers allow.
     pub(crate) fn within_loops(self, iterations: u64) -> Self {
         let target = if iterations > LOOP_ITERATIONS { Target::Wide } else { self.target };
         Self { target, ..self }
     }
 
-    /// The variant for the parts of a plan, of which one lane of few reads the columns of the bit set (32 tokens each) or the
-    /// counts of as many tokens, twice. A quarter of the iterations there are: the items of its experts need the rest.
+    /// The variant for the parts of a plan, of which one lane of few reads the columns of the bit
+    /// set (32 tokens each) or the counts of as many tokens, twice. A quarter of the iterations
+    /// there are: the items of its experts need the rest.
     pub(crate) fn for_tokens(self, tokens: u32) -> Self {
         self.within_loops(4 * 2 * u64::from(tokens.div_ceil(32)))
     }
 }
 
-/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
+/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers
+/// (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
     match width {
         8 => "vec4<u64>",

@@ -1,4 +1,5 @@
-//! The plan: what the expert matmuls and the combination read, in one `u32` buffer with sections known to the host.
+//! The plan: what the expert matmuls and the combination read, in one `u32` buffer with sections
+//! known to the host.
 //!
 //! | section | words | what |
 //! |---|---|---|
@@ -14,26 +15,26 @@
 //!
 //! # Slots
 //!
-//! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones: each
-//! takes every token.
+//! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones:
+//! each takes every token.
 //!
 //! A plan has room for [`PlanShape::routed_slots`] routed slots. Where more pairs are assigned, the
-//! last ones in that order are cut: the highest experts lose their tokens first, and of the one expert
-//! that keeps some the last tokens go. What is cut is in no list, is not computed, and adds nothing to
-//! `out`; [`Stats::cut`] counts it. Shared experts' slots are reserved, and never cut.
+//! last ones in that order are cut: the highest experts lose their tokens first, and of the one
+//! expert that keeps some the last tokens go. What is cut is in no list, is not computed, and adds
+//! nothing to `out`; [`Stats::cut`] counts it. Shared experts' slots are reserved, and never cut.
 //!
 //! # Items
 //!
-//! An item is what one workgroup of a matmul computes: an expert, and its first slot. An expert with n
-//! slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than `tile_rows`, is one
-//! item of the skinny kernel where it is at most [`PlanShape::skinny_rows`] slots, and else one more
-//! item of the tile kernel. The three kernels that make items, the matmuls that read them and
-//! [`HostPlan::cpu`] all follow this rule.
+//! An item is what one workgroup of a matmul computes: an expert, and its first slot. An expert
+//! with n slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than
+//! `tile_rows`, is one item of the skinny kernel where it is at most [`PlanShape::skinny_rows`]
+//! slots, and else one more item of the tile kernel. The three kernels that make items, the matmuls
+//! that read them and [`HostPlan::cpu`] all follow this rule.
 pub mod bits;
 mod host;
 mod stats;
 
-pub use host::HostPlan;
+pub use host::{HostPlan, Items};
 pub use stats::Stats;
 
 use crate::error::{bytes_of, not_zero};
@@ -41,7 +42,11 @@ use crate::routing::check;
 use crate::{Error, Result};
 
 /// Sizes of a plan: everything the host must know of it.
+///
+/// [`PlanShape::new`] makes one for the matmuls of a [`Context`](crate::Context), whose items have
+/// as many rows as its kernels take. [`PlanShape::on_host`] is for the CPU twins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct PlanShape {
     /// T: tokens.
     pub tokens: u32,
@@ -77,6 +82,27 @@ pub struct Sections {
 }
 
 impl PlanShape {
+    /// A plan of tokens, routed experts and at most so many routed slots that is not for the
+    /// matmuls of a context: for the CPU twins, or for kernels of the caller's own. Items of 16
+    /// rows, and of 8.
+    pub const fn on_host(tokens: u32, experts: u32, routed_slots: u32) -> Self {
+        let (tile_rows, skinny_rows) = (16, 8);
+        Self { tokens, experts, shared_experts: 0, routed_slots, tile_rows, skinny_rows }
+    }
+
+    /// The same with shared experts: each takes every token with gate 1.
+    #[must_use]
+    pub const fn with_shared_experts(self, shared_experts: u32) -> Self {
+        Self { shared_experts, ..self }
+    }
+
+    /// The same with items of `tile_rows` rows, and rests of at most `skinny_rows` (0: none) in
+    /// items of their own: for kernels of the caller's own.
+    #[must_use]
+    pub const fn with_item_rows(self, tile_rows: u32, skinny_rows: u32) -> Self {
+        Self { tile_rows, skinny_rows, ..self }
+    }
+
     /// Routed and shared experts.
     pub fn all_experts(&self) -> u32 {
         self.experts.saturating_add(self.shared_experts)
@@ -123,8 +149,8 @@ impl PlanShape {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS), or a plan of 2^32
-    /// words or more.
+    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than
+    /// [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS), or a plan of 2^32 words or more.
     pub fn sections(&self) -> Result<Sections> {
         not_zero(&[("tokens", self.tokens), ("tile_rows", self.tile_rows)])?;
         check::few_experts(self.experts)?;

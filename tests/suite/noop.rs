@@ -27,16 +27,13 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
     let (t, e) = (u64::from(tokens), u64::from(experts));
     let columns = t.div_ceil(32);
     let b: Vec<wgpu::Buffer> = (0..8).map(|_| buffer(ctx.device(), (t * e).max(1 << 22))).collect();
-    let shape = PlanShape {
-        tokens,
-        experts,
-        shared_experts: 1,
-        routed_slots: 4 * tokens,
-        tile_rows: 32,
-        skinny_rows: 8,
+    let of = |n| {
+        let shape = PlanShape::on_host(n, experts, 4 * tokens).with_item_rows(32, 8);
+        shape.with_shared_experts(1)
     };
+    let shape = of(tokens);
     let plan = words(&b[7], u64::from(shape.sections()?.words));
-    let few = PlanShape { tokens: tokens.min(32), ..shape };
+    let few = of(tokens.min(32));
     let few_pairs = |i: usize| words(&b[i], u64::from(few.tokens) * e);
     let pairs = |i: usize| words(&b[i], t * e);
     let bits = |i: usize| words(&b[i], columns * e);
@@ -46,7 +43,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
-                score_of: pairs(2),
+                scores: pairs(2),
                 values: pairs(3),
             },
         )?,
@@ -88,7 +85,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         assign::Assign::new(ctx)?.bind(
-            &assign::Dims { tokens, experts, top: 4 },
+            &assign::Dims { tokens, experts, experts_per_token: 4 },
             assign::Args {
                 ids: words(&b[0], 4 * t),
                 weights: words(&b[1], 4 * t),
@@ -360,7 +357,7 @@ fn no_tokens_are_no_work() {
     let b = buffer(&device, 64);
     let nothing = words(&b, 0);
     let dims = scores::Dims { tokens: 0, experts: 4, score: Score::Sigmoid, by_logits: true };
-    let args = scores::Args { logits: nothing, bias: None, score_of: nothing, values: nothing };
+    let args = scores::Args { logits: nothing, bias: None, scores: nothing, values: nothing };
     let step = scores::Scores::new(&ctx).unwrap().bind(&dims, args).unwrap();
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };

@@ -9,11 +9,9 @@ use wgmoe::layer::{
     MoeRouting, Scratch, Sequences,
 };
 use wgmoe::ops::active_rows::{self, ActiveRows, Args, Capacities, Dims};
-use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::{Stats, bits};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, GateRule, Normalise, Routing, Score, SequenceTop, TokenChoice,
-    schedule,
 };
 use wgmoe::{Context, Gpu, Slice, wgpu};
 
@@ -90,16 +88,6 @@ impl Case {
             Some(lengths) => active_rows::cpu(self.tokens(), &self.offsets, lengths),
             None => vec![u32::MAX; self.tokens().div_ceil(32)],
         }
-    }
-
-    /// What expert choice takes where the batch says nothing.
-    fn capacities(&self) -> Vec<u32> {
-        let of = ranges(&self.offsets, self.tokens()).into_iter().enumerate();
-        of.map(|(b, range)| {
-            let length = self.lengths.as_ref().map_or(u32::MAX, |l| l[b]);
-            schedule::capacity((range.len() as u32).min(length), K, E as u32)
-        })
-        .collect()
     }
 }
 
@@ -185,12 +173,9 @@ fn route(gpu: &Gpu, op: &MoeRouting, scratch: &Scratch, case: &Case) -> Routed {
 }
 
 fn twin(host: &HostLayer, case: &Case, selection: &[Vec<f32>; 3]) -> HostRouting {
-    let capacity = case.capacities();
-    let sequences = HostSequences {
-        offsets: &case.offsets,
-        lengths: case.lengths.as_deref(),
-        capacity: &capacity,
-    };
+    // What expert choice takes where the batch says nothing.
+    let (offsets, lengths) = (&case.offsets, case.lengths.as_deref());
+    let sequences = HostSequences { offsets, lengths, capacity: None };
     let blocks = case
         .blocks
         .as_ref()

@@ -167,7 +167,7 @@ fn capacities_change_between_records_of_one_step() {
                 let sequences = HostSequences {
                     offsets: &offsets,
                     lengths: Some(&LENGTHS),
-                    capacity: &capacity,
+                    capacity: Some(&capacity),
                 };
                 let settings = case.layer.config();
                 let (want_bits, want) = case.twin(settings, &x, [&logits, &s, &r], Some(sequences));

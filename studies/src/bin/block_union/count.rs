@@ -75,7 +75,7 @@ impl Routed {
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
-            sequences: Some(HostSequences { offsets, lengths: None, capacity: &[] }),
+            sequences: Some(HostSequences { offsets, lengths: None, capacity: None }),
             blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
         };
         let routed = cpu_routing(&settings, &router, batch, [&draw.logits, s, r]);
@@ -143,7 +143,7 @@ impl<'a> Scored<'a> {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: None,
-            score_of: (&s).into(),
+            scores: (&s).into(),
             values: (&r).into(),
         };
         let dims = scores::Dims {

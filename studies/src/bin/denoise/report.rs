@@ -101,7 +101,7 @@ pub(super) fn twin(
     let settings = weights.settings.with_routing(routing);
     let router = host_router(&weights.router, None);
     let sequences =
-        capacity.map(|capacity| HostSequences { offsets: &run.offsets, lengths: None, capacity });
+        capacity.map(|_| HostSequences { offsets: &run.offsets, lengths: None, capacity });
     cpu_routing(&settings, &router, HostBatch { sequences, ..HostBatch::default() }, selection)
 }
 
