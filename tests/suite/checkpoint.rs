@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use testkit::layer::{chosen, host_router};
 use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
+use wgmoe::layer::cached::CacheOptions;
 use wgmoe::layer::{Batch, HostBatch, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
 use wgmoe::routing::{BlockRule, Routing, Score};
@@ -352,6 +353,40 @@ fn a_loaded_layer_runs() {
             );
         }
     }
+}
+
+/// The router alone is the file's, and a layer with four of its ten experts gives the bits of one with
+/// all.
+#[test]
+fn routers_and_cached_layers_load() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).expect("a context");
+    let dir = written(&plan(Layout::Each, 1));
+    let checkpoint = std::sync::Arc::new(Checkpoint::open(dir.path()).expect("opened"));
+    let router = checkpoint.load_router(&ctx, &gpu.queue, 1).expect("loaded");
+    let got: Vec<f32> = gpu.download(router.weight.slice()).expect("read back");
+    assert_same(&got, &values(checkpoint.router(1).expect("a router")), "router");
+    let got: Vec<f32> = gpu.download(router.bias.expect("one").slice()).expect("read back");
+    let want = values(checkpoint.bias(1).expect("a bias").expect("sigmoid has one"));
+    assert_same(&got, &want, "bias");
+    assert!(checkpoint.load_router(&ctx, &gpu.queue, 0).is_err(), "a dense layer");
+
+    let weight_type = checkpoint.weight_type(1).expect("a type");
+    let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default()).expect("loaded");
+    let each = small().expert_shape(weight_type).device_bytes();
+    let options = CacheOptions { weight_type, ..CacheOptions::new(6 * each + 4 * 12) };
+    let mut cached = checkpoint.load_cached(&ctx, &gpu.queue, 1, options).expect("loaded");
+    assert_eq!(cached.cache().capacity(), 4);
+    let tokens = 45;
+    let x = random(3, tokens * small().hidden as usize);
+    let hidden = gpu.upload(&x);
+    let outs = [(); 2].map(|()| gpu.upload(&vec![f32::NAN; x.len()]));
+    let batch = |out| Batch::new(&hidden, tokens as u32).into_out(out);
+    gpu.run_layer(&layer.bind(&batch(&outs[0])).expect("bound")).expect("run");
+    let mut step = cached.bind(&batch(&outs[1])).expect("bound");
+    cached.run(&gpu.queue, &mut step).expect("run");
+    let [want, got] = outs.map(|out| gpu.download::<u32>(&out).expect("read back"));
+    assert_same(&got, &want, "out");
 }
 
 #[test]
