@@ -136,7 +136,7 @@
 //!     matrix: impl Fn(u32, Projection) -> Vec<half::bf16>,
 //! ) -> Result<MoeLayer> {
 //!     let ctx = Context::new(device)?;
-//!     let config = models::find("llada2-mini").expect("a model of this name").settings;
+//!     let config = models::find("llada2-mini").expect("a model of this name").config;
 //!     let shape = config.expert_shape(WeightType::Bf16);
 //!     let weights = ExpertWeights::new(&ctx, shape)?;
 //!     for expert in 0..shape.experts {

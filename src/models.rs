@@ -24,7 +24,7 @@
 //! ```
 //! use wgmoe::{models, routing::Routing};
 //!
-//! let mini = models::find("llada2-mini").expect("a model of the table").settings;
+//! let mini = models::find("llada2-mini").expect("a model of the table").config;
 //! assert_eq!((mini.hidden, mini.experts), (2048, 256));
 //! // The same model as dMoE decodes it: blocks of tokens elect the experts that they share.
 //! let Routing::TokenChoice(rule) = mini.routing else { unreachable!("LLaDA2 routes tokens") };
@@ -41,7 +41,7 @@ pub struct Model {
     /// Name, in lower case with dashes.
     pub name: &'static str,
     /// One MoE layer of it.
-    pub settings: LayerConfig,
+    pub config: LayerConfig,
     /// Layers in all.
     pub layers: u32,
     /// How many of the first layers are dense.
@@ -54,9 +54,9 @@ impl Model {
     /// A layer of the model with fewer experts, for machines that cannot hold all:
     /// [`Routing::with_fewer_experts`]. As many experts as the model has, or more, give the model's own layer.
     pub fn with_experts(&self, experts: u32) -> LayerConfig {
-        let own = self.settings.experts;
-        let routing = self.settings.routing.with_fewer_experts(own, experts);
-        LayerConfig { experts: experts.min(own), routing, ..self.settings }
+        let own = self.config.experts;
+        let routing = self.config.routing.with_fewer_experts(own, experts);
+        LayerConfig { experts: experts.min(own), routing, ..self.config }
     }
 }
 
@@ -96,12 +96,12 @@ const fn flash(mini: LayerConfig) -> LayerConfig {
 
 const fn model(
     name: &'static str,
-    settings: LayerConfig,
+    config: LayerConfig,
     layers: u32,
     dense_layers: u32,
     source: &'static str,
 ) -> Model {
-    Model { name, settings, layers, dense_layers, source }
+    Model { name, config, layers, dense_layers, source }
 }
 
 const LLADA20: &str = "config.json of the released LLaDA2.0 checkpoints; arXiv 2512.15745";
@@ -185,8 +185,8 @@ mod tests {
     use super::*;
     use crate::routing::Groups;
 
-    fn tokens(settings: LayerConfig) -> TokenChoice {
-        match settings.routing {
+    fn tokens(config: LayerConfig) -> TokenChoice {
+        match config.routing {
             Routing::TokenChoice(rule) => rule,
             other => panic!("{other:?} routes no tokens"),
         }
@@ -195,14 +195,14 @@ mod tests {
     #[test]
     fn fewer_experts_make_a_rule_that_holds() {
         for model in MODELS {
-            let own = model.settings.experts;
+            let own = model.config.experts;
             for all in [own, own + 1, u32::MAX] {
-                assert_eq!(model.with_experts(all), model.settings);
+                assert_eq!(model.with_experts(all), model.config);
             }
             for experts in [1, 7, 20, 32, 64] {
-                let settings = model.with_experts(experts);
-                assert_eq!(settings.experts, experts);
-                assert_eq!(settings.routing.check(experts), Ok(()), "{} of {experts}", model.name);
+                let config = model.with_experts(experts);
+                assert_eq!(config.experts, experts);
+                assert_eq!(config.routing.check(experts), Ok(()), "{} of {experts}", model.name);
             }
             assert!(model.with_experts(0).routing.check(0).is_err());
         }
@@ -214,7 +214,7 @@ mod tests {
     #[test]
     fn a_floor_is_a_share_but_never_below_k() {
         let fewer = |rule, to| {
-            let rule = tokens(find("llada2-mini").unwrap().settings).with_coreset(rule);
+            let rule = tokens(find("llada2-mini").unwrap().config).with_coreset(rule);
             match Routing::from(rule).with_fewer_experts(256, to) {
                 Routing::TokenChoice(rule) => rule.coreset.unwrap(),
                 other => panic!("{other:?}"),
@@ -241,7 +241,7 @@ mod tests {
         let names: Vec<&str> = lines.iter().map(|l| l[0].trim_end_matches('`')).collect();
         assert_eq!(names, MODELS.iter().map(|m| m.name).collect::<Vec<_>>());
         for (line, model) in lines.iter().zip(MODELS) {
-            let LayerConfig { hidden, intermediate, experts, routing, .. } = model.settings;
+            let LayerConfig { hidden, intermediate, experts, routing, .. } = model.config;
             let k = match routing {
                 Routing::TokenChoice(rule) => rule.experts_per_token,
                 Routing::ExpertChoice(rule) => rule.experts_per_token,

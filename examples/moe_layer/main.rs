@@ -66,7 +66,7 @@ struct Options {
 /// The layer that is run.
 struct Subject {
     name: String,
-    settings: LayerConfig,
+    config: LayerConfig,
     /// Experts of the model it is of.
     of: u32,
     stored: Option<StoredLayer>,
@@ -82,17 +82,17 @@ impl Subject {
 }
 
 /// What a layer is, in a line.
-fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> String {
+fn describe(subject: &Subject, config: &LayerConfig, weights: WeightType) -> String {
     let mut line = format!(
         "{}: {} of {} experts, D {}, F {}, {} shared",
         subject.name,
-        settings.experts,
+        config.experts,
         subject.of,
-        settings.hidden,
-        settings.intermediate,
-        settings.shared_experts
+        config.hidden,
+        config.intermediate,
+        config.shared_experts
     );
-    if let Routing::TokenChoice(rule) = settings.routing {
+    if let Routing::TokenChoice(rule) = config.routing {
         let _ = write!(line, ", K {}", rule.experts_per_token);
         if let Some(Groups { count, per_token, .. }) = rule.groups {
             let _ = write!(line, " from {per_token} of {count} groups");
@@ -137,25 +137,25 @@ fn replay(
 fn subject(options: &Options) -> Result<Subject, String> {
     if let Some(dir) = &options.checkpoint {
         let stored = StoredLayer::open(dir, options.layer)?;
-        let settings = *stored.config();
+        let config = *stored.config();
         let name = format!("{}, layer {}", dir.display(), stored.number());
-        return Ok(Subject { name, settings, of: settings.experts, stored: Some(stored) });
+        return Ok(Subject { name, config, of: config.experts, stored: Some(stored) });
     }
     let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
-    let of = model.settings.experts;
+    let of = model.config.experts;
     if options.experts > of {
         return Err(format!("--experts {}: {} has {of}", options.experts, model.name));
     }
-    let settings = model.with_experts(options.experts);
-    Ok(Subject { name: model.name.into(), settings, of, stored: None })
+    let config = model.with_experts(options.experts);
+    Ok(Subject { name: model.name.into(), config, of, stored: None })
 }
 
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let subject = subject(options)?;
-    let settings = &subject.settings;
-    for (name, rule) in of_main_job(settings.routing, settings.experts) {
-        rule.check(settings.experts)
-            .map_err(|e| format!("{} experts: {name}: {e}", settings.experts))?;
+    let config = &subject.config;
+    for (name, rule) in of_main_job(config.routing, config.experts) {
+        rule.check(config.experts)
+            .map_err(|e| format!("{} experts: {name}: {e}", config.experts))?;
     }
     progress.say("opening the device");
     match pollster::block_on(Gpu::open(options.adapter.as_deref())) {

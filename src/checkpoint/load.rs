@@ -120,7 +120,7 @@ impl Checkpoint {
         // Sizes are known to be those of tensors in the files before anything is made of these
         // sizes.
         self.check_layer(layer)?;
-        let settings = self.config.settings;
+        let config = self.config.layer;
         let weight_type = match load.weight_type {
             Some(weight_type) => weight_type,
             None => self.weight_type(layer)?,
@@ -128,9 +128,9 @@ impl Checkpoint {
         let mut uploader = Uploader::of_files(ctx.device());
         let router = self.upload_router(ctx, queue, layer, &mut uploader)?;
         let limit = load.page_limit.unwrap_or(u64::MAX);
-        let shape = settings.expert_shape(weight_type);
+        let shape = config.expert_shape(weight_type);
         let weights = ExpertWeights::with_page_limit(ctx, shape, limit)?;
-        let all = settings.experts + settings.shared_experts;
+        let all = config.experts + config.shared_experts;
         let mut done = 0;
         let mut total = 0;
         for expert in 0..all {
@@ -149,7 +149,7 @@ impl Checkpoint {
             }
         }
         uploader.finish(queue)?;
-        MoeLayer::new(ctx, settings, router, weights)
+        MoeLayer::new(ctx, config, router, weights)
     }
 
     /// Loads a layer's router alone, in f32, for engines that run the experts themselves

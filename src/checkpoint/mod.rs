@@ -105,7 +105,7 @@ impl Checkpoint {
 
     /// Shape and routing of an MoE layer.
     pub fn layer_config(&self) -> &LayerConfig {
-        &self.config.settings
+        &self.config.layer
     }
 
     /// Storage type of a layer's experts: that of its first one's down projection.
@@ -129,7 +129,7 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn router(&self, layer: u32) -> Result<HostWeights<'_>> {
-        let LayerConfig { experts, hidden, .. } = self.config.settings;
+        let LayerConfig { experts, hidden, .. } = self.config.layer;
         let name = fill(&self.names(layer)?.router, layer, 0);
         self.plain(&name, [experts, hidden], &[experts, hidden])
     }
@@ -140,7 +140,7 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn bias(&self, layer: u32) -> Result<Option<HostWeights<'_>>> {
-        let experts = self.config.settings.experts;
+        let experts = self.config.layer.experts;
         let name = fill(&self.names(layer)?.bias, layer, 0);
         let wanted = self.config.bias.unwrap_or_else(|| self.files.has(&name));
         wanted.then(|| self.plain(&name, [1, experts], &[experts])).transpose()
@@ -160,8 +160,7 @@ impl Checkpoint {
         expert: u32,
         projection: Projection,
     ) -> Result<HostWeights<'_>> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } =
-            self.config.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config.layer;
         let all = experts + shared_experts;
         if expert >= all {
             return Err(Error::invalid("expert", format!("{expert} of {all}")));
@@ -187,7 +186,7 @@ impl Checkpoint {
     pub fn check_layer(&self, layer: u32) -> Result<()> {
         self.router(layer)?;
         self.bias(layer)?;
-        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { experts, shared_experts, .. } = self.config.layer;
         for expert in 0..experts + shared_experts {
             for projection in Projection::ALL {
                 self.expert(layer, expert, projection)?;

@@ -252,11 +252,11 @@ fn between(
     blocks: Option<u32>,
     routing: Routing,
 ) -> Vec<&'static str> {
-    let settings = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
-    let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32)).unwrap();
+    let config = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
+    let weights = ExpertWeights::new(ctx, config.expert_shape(WeightType::F32)).unwrap();
     let e = experts as usize;
     let router = router(ctx, &vec![0.0; 4 * e], Some(&vec![0.0; e])).unwrap();
-    let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let layer = MoeLayer::new(ctx, config, router, weights).unwrap();
     let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
     let [hidden, out, offsets] = [tensor(4 * tokens), tensor(4 * tokens), tensor(65)];
     let blocks = blocks.map(|count| {

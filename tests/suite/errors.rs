@@ -263,8 +263,8 @@ fn sizes_at_the_end_of_32_bits() {
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
     let shape = ExpertShape { hidden: u32::MAX, ..shape };
     assert_eq!([shape.expert_bytes(), shape.device_bytes()], [u64::MAX; 2]);
-    let settings = models::find("llada2-mini").unwrap().settings;
-    let many = settings.with_shared_experts(u32::MAX);
+    let config = models::find("llada2-mini").unwrap().config;
+    let many = config.with_shared_experts(u32::MAX);
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }
 

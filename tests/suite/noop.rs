@@ -233,13 +233,13 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
         buffer(ctx.device(), 64 * u64::from(tokens)),
         buffer(ctx.device(), 64 * u64::from(tokens)),
     );
-    let settings = find("llada2-mini").unwrap().settings;
-    let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
+    let config = find("llada2-mini").unwrap().config;
+    let Routing::TokenChoice(rule) = config.routing else { unreachable!() };
     let coreset = |coreset| Routing::TokenChoice(rule.with_coreset(coreset));
     let pairs = SequenceTop::new(8).with_gate(rule.gate);
     let rules = [
-        settings.routing,
-        find("ec-dlm").unwrap().settings.routing,
+        config.routing,
+        find("ec-dlm").unwrap().config.routing,
         Routing::TokenChoice(rule.with_capacity_factor(1.25)),
         coreset(BlockRule::mass(0.6).with_floor(16)),
         coreset(BlockRule::Capacity(48)),
@@ -250,16 +250,16 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
     rules
         .into_iter()
         .map(|routing| {
-            let settings = {
-                let mut config = settings.with_routing(routing);
+            let config = {
+                let mut config = config.with_routing(routing);
                 config.hidden = 64;
                 config.intermediate = 32;
                 config.experts = 64;
                 config
             };
-            let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16))?;
+            let weights = ExpertWeights::new(ctx, config.expert_shape(WeightType::Bf16))?;
             let router = router(ctx, &[0.0; 64 * 64], None)?;
-            let layer = MoeLayer::new(ctx, settings, router, weights)?;
+            let layer = MoeLayer::new(ctx, config, router, weights)?;
             let n = 64 * u64::from(tokens);
             layer.bind(&Batch::new(words(&x, n), tokens).into_out(words(&out, n)))
         })
@@ -320,20 +320,20 @@ fn windows_of_tensors_are_aligned() {
         ..Default::default()
     });
     let ctx = Context::with_variant(&device, Variant::PORTABLE).unwrap();
-    let base = find("llada2-mini").unwrap().settings;
+    let base = find("llada2-mini").unwrap().config;
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let routing = Routing::TokenChoice(rule.without_groups().with_experts_per_token(3));
     for hidden in [504, 508, 512] {
-        let settings = {
+        let config = {
             let mut config = base.with_routing(routing);
             config.hidden = hidden;
             config.intermediate = 40;
             config.experts = 12;
             config
         };
-        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16)).unwrap();
+        let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::Bf16)).unwrap();
         let router = router(&ctx, &vec![0.0; 12 * hidden as usize], None).unwrap();
-        let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
+        let layer = MoeLayer::new(&ctx, config, router, weights).unwrap();
         let tokens = 90;
         let [x, out] = [0; 2].map(|_| buffer(&device, 64 + 90 * u64::from(hidden)));
         let slice = |b| Slice::new(b, 256, 4 * 90 * u64::from(hidden));

@@ -95,10 +95,10 @@ struct Times {
 }
 
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
-    let (settings, rules) = (mini()?, rules()?);
+    let (config, rules) = (mini()?, rules()?);
     for rule in rules.iter().filter(|r| r.block == BLOCK) {
         rule.routing
-            .with_fewer_experts(settings.experts, options.experts)
+            .with_fewer_experts(config.experts, options.experts)
             .check(options.experts)
             .map_err(|e| format!("--experts {}: {}: {e}", options.experts, rule.name))?;
     }
@@ -119,7 +119,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         ),
         format!(
             "nothing but that {RHO} was fitted. {} experts, means of {} blocks. published: arXiv 2605.30876 and LLaDA2.2, of real scores.",
-            settings.experts, options.blocks
+            config.experts, options.blocks
         ),
         "measured: of dMoE the experts elected (coreset), else those used, which a model's groups may make fewer than elected."
             .into(),
@@ -127,7 +127,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     ];
     let Some(gpu) = gpu else {
         head.push("adapter: none (CPU twins)".into());
-        let rows = count_on_cpu(options, &settings, &rules, progress);
+        let rows = count_on_cpu(options, &config, &rules, progress);
         return Ok(Report { rules: rows, head, layer: None });
     };
     let say = |e: Error| e.to_string();
@@ -136,8 +136,8 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         "adapter: {}, {} {}, {}",
         gpu.info.name, gpu.info.driver, gpu.info.driver_info, gpu.info.backend
     ));
-    let mut rows = count_on_gpu(options, &settings, &gpu, &ctx, &rules, progress).map_err(say)?;
-    let layer = time_rules(options, &settings, (&gpu, &ctx), &rules, &mut rows, progress);
+    let mut rows = count_on_gpu(options, &config, &gpu, &ctx, &rules, progress).map_err(say)?;
+    let layer = time_rules(options, &config, (&gpu, &ctx), &rules, &mut rows, progress);
     Ok(Report { rules: rows, head, layer: Some(layer.map_err(say)?) })
 }
 

@@ -28,13 +28,13 @@ impl Rule {
 
 /// The layer whose experts are counted.
 pub(super) fn mini() -> Result<LayerConfig, String> {
-    Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.settings)
+    Ok(models::find("llada2-mini").ok_or("no llada2-mini")?.config)
 }
 
 /// Every row, in the order printed. Rules elect their coresets without regard to groups; LLaDA2.0's
 /// tokens then choose within its groups, 4 of 8.
 pub(super) fn rules() -> Result<Vec<Rule>, String> {
-    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
+    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.config.routing;
     let Routing::TokenChoice(own) = mini()?.routing else {
         return Err("llada2-mini does not route by token choice".into());
     };
