@@ -280,13 +280,9 @@ impl BlockChoice {
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.f32s("values", &[tokens.into(), experts.into()])?;
-        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
-        if let Some(voters) = args.voters {
-            voters.u32s("voters", &[tokens.into()])?;
-        }
+        let slices = [args.values, args.offsets, args.members];
+        coreset::check_election([tokens, experts, blocks], slices, args.voters)?;
         args.assigned.u32s("assigned", &[experts.into()])?;
-        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
