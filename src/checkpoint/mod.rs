@@ -1,8 +1,9 @@
-//! Layers from checkpoints: a directory with `config.json` and safetensors files, as Hugging Face has them (feature
-//! `checkpoint`).
+//! Layers from checkpoints: `config.json` and safetensors files (feature `checkpoint`).
 //!
-//! Files are mapped, not read: an expert's matrix is a view of the map, in any of the layouts of [`Names`], and is packed
-//! straight into memory that the device copies from. Whatever a layer's size, the host allocates a few tens of megabytes.
+//! A checkpoint is a directory as Hugging Face has them. Files are mapped, not read: an expert's
+//! matrix is a view of the map, in any of the layouts of [`Names`], and is packed straight into
+//! memory that the device copies from. Whatever a layer's size, the host allocates a few tens of
+//! megabytes.
 //!
 //! ```no_run
 //! # fn main() -> wgmoe::Result<()> {
