@@ -7,8 +7,8 @@
 //! | [`Tensor`] | a buffer that is kept, such as a router's weights |
 //! | [`BoundOp`] | an op with its arguments: a list of [`Dispatch`]es, recorded as often as it is to run |
 //!
-//! `record` writes into a compute pass of the caller's, `encode` makes a pass of its own in an
-//! encoder.
+//! `record` writes into a compute pass of the caller's. Layers also have `encode`, which makes a
+//! pass of their own in an encoder.
 //!
 //! ```
 //! use wgmoe::ops::gather::{Args, Dims, Gather};
@@ -24,7 +24,7 @@
 //! let gather = Gather::new(&ctx)?.bind(&Dims { tokens: 4, slots: 2, hidden: 2 }, args)?;
 //!
 //! let mut encoder = gpu.device.create_command_encoder(&Default::default());
-//! gather.encode(&mut encoder);
+//! gather.record(&mut encoder.begin_compute_pass(&Default::default()));
 //! gpu.queue.submit([encoder.finish()]);
 //! assert_eq!(gpu.download::<f32>(&out)?, [0.0; 4]);
 //! # Ok(())
