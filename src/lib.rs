@@ -7,6 +7,18 @@
 //! caller's encoder or pass. Layers and ops never submit, wait or read back; [`CachedLayer`], the
 //! loading of checkpoints, [`tune`](measure::tune::tune) and the helpers of [`Gpu`] do.
 //!
+//! # Where to start
+//!
+//! | to | see |
+//! |---|---|
+//! | run a layer | the example of [`layer`], and `examples/quickstart.rs` |
+//! | put it into an engine | the guide to [embedding], `examples/embed` |
+//! | pick a routing rule | [`routing`], [`models`] |
+//! | load a model | the module `checkpoint` (Cargo feature of that name) |
+//! | use one kernel | [`ops`], `examples/single_op.rs` |
+//! | compute without a GPU, or test kernels of your own | [`mod@reference`] |
+//! | find out what is slow | [`measure`], and the program `wgmoe-bench` |
+//!
 //! # Words
 //!
 //! | word | meaning |

@@ -1,15 +1,15 @@
-//! Layers from checkpoints: a directory with `config.json` and safetensors files, as Hugging Face
-//! has them (feature `checkpoint`).
+//! Layers from checkpoints: `config.json` and safetensors files (feature `checkpoint`).
+//!
+//! A checkpoint is a directory as Hugging Face has them. Files are mapped, not read: an expert's
+//! matrix is a view of the map, in any of the layouts of [`Names`], and is packed straight into
+//! memory that the device copies from. Whatever a layer's size, the host allocates a few tens of
+//! megabytes.
 //!
 //! | call | what it loads |
 //! |---|---|
 //! | [`Checkpoint::load_layer`] | a layer with all its experts |
-//! | [`Checkpoint::load_cached`] | a layer with as many experts as a budget holds; the others stay in the files |
+//! | [`Checkpoint::load_cached`] | as many experts as a budget holds; the others stay in the files |
 //! | [`Checkpoint::load_router`] | the router alone |
-//!
-//! Files are mapped, not read: an expert's matrix is a view of the map, in any of the layouts of
-//! [`Names`], and is packed straight into memory that the device copies from. Whatever a layer's
-//! size, the host allocates a few tens of megabytes.
 //!
 //! ```no_run
 //! # fn main() -> wgmoe::Result<()> {

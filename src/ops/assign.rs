@@ -1,4 +1,4 @@
-//! Assignments of somebody else's router, brought into the bit set.
+//! Imports another router's choice into the bit set: the expert ids and gates of each token.
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::quirks::check_loops;

@@ -1,4 +1,4 @@
-//! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
+//! Imports another router's choice into the bit set: the tokens and gates of each expert.
 use super::few_experts;
 use crate::device::Kernel;
 use crate::device::quirks::{check_loops, offset_iterations};

@@ -1,5 +1,7 @@
-//! The plan: what the expert matmuls and the combination read, in one `u32` buffer with sections
-//! known to the host.
+//! The plan: which slots there are, by expert and by token, and the items of work they make.
+//!
+//! The expert matmuls and the combination read it. It is one `u32` buffer on the device, with
+//! sections that the host knows ([`PlanShape::sections`]); nothing of it is read back.
 //!
 //! | section | words | what |
 //! |---|---|---|
@@ -12,6 +14,25 @@
 //! | `ranks` | E x ceil(T / 32) | slots of an expert below each word of its bits |
 //! | `token_of`, `gate_of` | S each | token, gate (f32 bits) of each slot |
 //! | `slot_of` | S | slots of each token: routed experts ascending, then shared |
+//!
+//! X is the number of experts, shared ones included. An engine that runs the experts itself reads
+//! `expert_offsets`, `token_of` and `gate_of`; [`HostPlan`] is a plan on the host, read back or made
+//! by the CPU twin:
+//!
+//! ```
+//! use wgmoe::plan::{HostPlan, PlanShape, bits};
+//!
+//! // 3 tokens, 2 experts: the first expert takes tokens 0 and 2, the second token 2.
+//! let assigned = bits::from_lists(3, &[vec![0, 2], vec![2]]);
+//! let gates = [1.0, 0.0, 0.0, 0.0, 0.25, 0.75]; // [tokens, experts]
+//! let shape = PlanShape::on_host(3, 2, 3);
+//! let plan = HostPlan::cpu(&shape, &assigned, &gates);
+//! assert_eq!(plan.expert_offsets, [0, 2, 3]);
+//! assert_eq!(plan.token_of, [0, 2, 2]);
+//! assert_eq!(plan.gate_of, [1.0, 0.25, 0.75]);
+//! // The slots of each token: the first has slot 0, the second none, the third 1 and 2.
+//! assert_eq!((&plan.token_offsets[..], &plan.slot_of[..]), (&[0, 1, 1, 3][..], &[0, 1, 2][..]));
+//! ```
 //!
 //! # Slots
 //!

@@ -10,7 +10,7 @@ use wgmoe::layer::{HostBatch, HostBlocks, HostSequences, LayerConfig, cpu_routin
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
-use wgmoe::routing::{BlockRule, Routing, Score};
+use wgmoe::routing::{Routing, Score};
 use wgmoe::{BoundOp, Context, Error, Gpu, WeightType, wgpu};
 
 /// Checks of one row; what failed is said on stderr.
@@ -93,18 +93,16 @@ impl Routed {
         let mean =
             |words: &[u32]| words.iter().map(|w| f64::from(w.count_ones())).sum::<f64>() / blocks;
         let coreset = self.coreset.as_deref().map_or(draw.experts.into(), mean);
-        let used = self.totals.mean();
-        let by_coreset = matches!(rule.coreset(), Some(BlockRule::Mass { .. }));
         Row {
             rule: rule.name,
             block: rule.block,
             published: rule.published,
-            measured: if by_coreset { coreset } else { used },
+            kept: rule.kept,
+            measured: self.totals.mean(),
             coreset,
             bytes: self.bytes.iter().map(|&b| b as f64).sum::<f64>() / blocks,
             layer_ms: None,
             ok,
-            used,
             times: None,
         }
     }

@@ -82,7 +82,7 @@ pub(super) fn check_layer(
     let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
     let mut batch = Batch::new(&hidden, BLOCK).into_out(&out);
     let marked = rule.marked.then(|| (&voters).into());
-    batch.blocks = Some({
+    batch.blocks = rule.elects().then(|| {
         let mut blocks = Blocks::new(1, &ends);
         blocks.voters = marked;
         blocks
