@@ -44,7 +44,7 @@ fuzz_target!(|input: &[u8]| {
         std::fs::remove_file(list).expect("removed");
     }
     let Ok(checkpoint) = opened else { return };
-    let settings = *checkpoint.config();
+    let config = *checkpoint.layer_config();
     let layers = checkpoint.config().layers;
     let Some(layer) = (0..layers).find(|&layer| !checkpoint.config().is_dense(layer)) else {
         return;
@@ -60,7 +60,7 @@ fuzz_target!(|input: &[u8]| {
     {
         sum += (0..matrix.len()).map(|i| matrix.get(i)).sum::<f32>();
     }
-    for expert in 0..settings.experts + settings.shared_experts + 1 {
+    for expert in 0..config.experts + config.shared_experts + 1 {
         for projection in Projection::ALL {
             if let Ok(matrix) = checkpoint.expert(layer, expert, projection) {
                 sum += (0..matrix.len()).map(|i| matrix.get(i)).sum::<f32>();

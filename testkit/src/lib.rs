@@ -6,6 +6,7 @@ pub mod checkpoint_writer;
 pub mod compare;
 pub mod device;
 pub mod golden;
+pub mod house;
 pub mod layer;
 pub mod program;
 pub mod rules;

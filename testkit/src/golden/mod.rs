@@ -77,8 +77,8 @@ impl File {
 
     fn parse(name: &str, bytes: &[u8]) -> Result<Self, String> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
-        let settings = header.metadata().as_ref().and_then(|m| m.get("case"));
-        let case = serde_json::from_str(settings.ok_or("no `case` in the header")?)
+        let config = header.metadata().as_ref().and_then(|m| m.get("case"));
+        let case = serde_json::from_str(config.ok_or("no `case` in the header")?)
             .map_err(|e| format!("`case`: {e}"))?;
         let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
         let tensor = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
