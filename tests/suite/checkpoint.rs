@@ -373,7 +373,8 @@ fn routers_and_cached_layers_load() {
     let weight_type = checkpoint.weight_type(1).expect("a type");
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default()).expect("loaded");
     let each = small().expert_shape(weight_type).device_bytes();
-    let options = CacheOptions { weight_type, ..CacheOptions::new(6 * each + 4 * 12) };
+    let options =
+        CacheOptions { types: weight_type.into(), ..CacheOptions::new(6 * each + 4 * 12) };
     let mut cached = checkpoint.load_cached(&ctx, &gpu.queue, 1, options).expect("loaded");
     assert_eq!(cached.cache().capacity(), 4);
     let tokens = 45;
