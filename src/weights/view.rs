@@ -176,8 +176,13 @@ impl<'a> MatrixView<'a> {
             fn run<F: Format>(self) -> f32 {
                 let Self(matrix, row, column) = self;
                 let block = column / F::VALUES;
-                let mut values = vec![0.0; F::VALUES];
                 let blocks = matrix.blocks::<F>(row, block..block + 1);
+                if F::VALUES == 1 {
+                    let mut value = [0.0];
+                    F::widen(&blocks[0], &mut value);
+                    return value[0];
+                }
+                let mut values = vec![0.0; F::VALUES];
                 F::widen(&blocks[0], &mut values);
                 values[column % F::VALUES]
             }
