@@ -12,13 +12,11 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("layer");
     group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
     let gpu = &bench.gpu;
-    for (name, work, weight_type, slots) in [
-        ("W1 f32", Work::w1(), WeightType::F32, 32 * 8),
-        ("W1 bf16", Work::w1(), WeightType::Bf16, 32 * 8),
-        ("W2 f32", Work::w2(512), WeightType::F32, 64 * 64),
-    ] {
+    let w1 = |&t: &WeightType| (format!("W1 {}", t.name().to_lowercase()), Work::w1(), t, 32 * 8);
+    let w2 = ("W2 f32".to_string(), Work::w2(512), WeightType::F32, 64 * 64);
+    for (name, work, weight_type, slots) in WeightType::ALL.iter().map(w1).chain([w2]) {
         let flops = Throughput::Elements(work.flops(slots));
-        bench.case(&mut group, name, bench.best(), flops, |ctx, what| {
+        bench.case(&mut group, &name, bench.best(), flops, |ctx, what| {
             let weights = work.weights(gpu, ctx, weight_type).unwrap();
             layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
         });

@@ -25,11 +25,13 @@ pub(super) fn bench_gather(bench: &Bench, c: &mut Criterion) {
 pub(super) fn bench_matmul(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("matmul");
     group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
-    for (name, weight_type) in
-        [("OP2 32x[64,2048]x[2048,512] f32", WeightType::F32), ("OP2 bf16", WeightType::Bf16)]
-    {
+    for &weight_type in WeightType::ALL {
+        let name = match weight_type {
+            WeightType::F32 => "OP2 32x[64,2048]x[2048,512] f32".to_string(),
+            _ => format!("OP2 {}", weight_type.name().to_lowercase()),
+        };
         let flops = 2 * OP2.iter().map(|&n| u64::from(n)).product::<u64>();
-        bench.case(&mut group, name, bench.best(), Throughput::Elements(flops), |ctx, what| {
+        bench.case(&mut group, &name, bench.best(), Throughput::Elements(flops), |ctx, what| {
             let step = grouped_matmul(&bench.gpu, ctx, weight_type);
             step.unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
