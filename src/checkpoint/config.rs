@@ -8,14 +8,14 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Largest hidden or intermediate size: a thousand times that of models of today would not fit a file.
-const MOST_SIZE: u32 = 1 << 20;
+pub(super) const MOST_SIZE: u32 = 1 << 20;
 /// What the `model_type` of models begins with whose routing and experts are as this module reads them. Others have fields of
 /// the same names and mean something else: Mixtral and others have no `norm_topk_prob` and normalise all the same, Qwen2-MoE
 /// weighs its shared experts by a gate, DeepSeek-V2 values groups by their highest expert.
 const KNOWN: [&str; 7] =
     ["llada", "sdar", "qwen3_moe", "qwen3_vl_moe", "bailing_moe", "deepseek_v3", "diffusion_gemma"];
 /// Most layers.
-const MOST_LAYERS: u32 = 1 << 16;
+pub(super) const MOST_LAYERS: u32 = 1 << 16;
 
 /// What `config.json` says of a model's MoE layers.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,5 +1,6 @@
-//! Layers from checkpoints: a directory with `config.json` and safetensors files, as Hugging Face has them (feature
-//! `checkpoint`).
+//! Layers from checkpoints (feature `checkpoint`): a directory with `config.json` and safetensors
+//! files, as Hugging Face has them, or a GGUF file, as llama.cpp has them. What is in a GGUF file is
+//! read the same way, and nothing but [`Checkpoint::open`] tells one from the other.
 //!
 //! Files are mapped, not read: an expert's matrix is a view of the map, in any of the layouts of [`Names`], and is packed
 //! straight into memory that the device copies from. Whatever a layer's size, the host allocates a few tens of megabytes.
@@ -16,6 +17,8 @@
 //! ```
 mod config;
 mod files;
+mod gguf;
+mod header;
 mod names;
 
 pub use config::Config;
@@ -97,11 +100,11 @@ pub struct Progress {
 pub fn load_layer(
     ctx: &Context,
     queue: &wgpu::Queue,
-    dir: impl AsRef<Path>,
+    path: impl AsRef<Path>,
     layer: u32,
     load: Load<'_>,
 ) -> Result<MoeLayer> {
-    Checkpoint::open(dir)?.load_layer(ctx, queue, layer, load)
+    Checkpoint::open(path)?.load_layer(ctx, queue, layer, load)
 }
 
 /// Opens a checkpoint and loads some layers: [`Checkpoint::open`], [`Checkpoint::load_layers`].
@@ -112,11 +115,11 @@ pub fn load_layer(
 pub fn load_layers(
     ctx: &Context,
     queue: &wgpu::Queue,
-    dir: impl AsRef<Path>,
+    path: impl AsRef<Path>,
     layers: Range<u32>,
     load: Load<'_>,
 ) -> Result<Vec<MoeLayer>> {
-    Checkpoint::open(dir)?.load_layers(ctx, queue, layers, load)
+    Checkpoint::open(path)?.load_layers(ctx, queue, layers, load)
 }
 
 /// The error about a file, and a tensor or field in it.
@@ -132,13 +135,19 @@ impl Checkpoint {
     /// Opens a directory: reads its `config.json`, maps `model.safetensors` or all files that
     /// `model.safetensors.index.json` names, and checks their headers. Tensors are found by [`Names::known`].
     ///
+    /// Or opens a GGUF file, or a directory with one and no safetensors files: its metadata says what
+    /// `config.json` says elsewhere. Of a split one (`NAME-00001-of-00003.gguf`) the first part is
+    /// the one to open, and the others lie beside it. Little-endian, versions 2 and 3, of the
+    /// architectures `bailingmoe2` (LLaDA2.x), `llada-moe`, `qwen3moe` (SDAR too) and `qwen3vlmoe`.
+    /// Tensors are found by [`Names::gguf`].
+    ///
     /// The files must not be cut short while they are open: reading what is no longer there ends the process.
     ///
     /// # Errors
     ///
     /// [`Error::Checkpoint`], naming the file, for what is missing or malformed.
-    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        Self::with_names(dir, Names::known())
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::opened(path.as_ref(), None)
     }
 
     /// As [`Checkpoint::open`], tensors called by the first of `names` whose tensors are there.
@@ -146,14 +155,23 @@ impl Checkpoint {
     /// # Errors
     ///
     /// As [`Checkpoint::open`].
-    pub fn with_names(dir: impl AsRef<Path>, names: Vec<Names>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let config_path = dir.join("config.json");
-        let config = Config::from_json(&config_path, &files::read_json_file(&config_path)?)?;
-        Ok(Self { config_path, config, files: Files::open(dir)?, names })
+    pub fn with_names(path: impl AsRef<Path>, names: Vec<Names>) -> Result<Self> {
+        Self::opened(path.as_ref(), Some(names))
     }
 
-    /// What `config.json` says.
+    fn opened(path: &Path, names: Option<Vec<Names>>) -> Result<Self> {
+        if let Some(file) = gguf::find(path)? {
+            let (files, config) = gguf::open(file)?;
+            let names = names.unwrap_or_else(Names::gguf);
+            return Ok(Self { config_path: files.list.clone(), config, files, names });
+        }
+        let config_path = path.join("config.json");
+        let config = Config::from_json(&config_path, &files::read_json_file(&config_path)?)?;
+        let names = names.unwrap_or_else(Names::known);
+        Ok(Self { config_path, config, files: Files::open(path)?, names })
+    }
+
+    /// What `config.json` or a GGUF file's metadata says.
     pub fn config(&self) -> &Config {
         &self.config
     }

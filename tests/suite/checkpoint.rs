@@ -62,17 +62,23 @@ fn bytes_as(dtype: Dtype, values: &[f32]) -> Vec<u8> {
 }
 
 /// The bytes of all pages.
-fn pages(gpu: &Gpu, weights: &ExpertWeights) -> Vec<Vec<u32>> {
+pub(crate) fn pages(gpu: &Gpu, weights: &ExpertWeights) -> Vec<Vec<u32>> {
     weights.buffers().map(|buffer| gpu.download(buffer).expect("read back")).collect()
 }
 
-fn load(gpu: &Gpu, ctx: &Context, dir: &Path, layer: u32, to: Option<WeightType>) -> MoeLayer {
+pub(crate) fn load(
+    gpu: &Gpu,
+    ctx: &Context,
+    dir: &Path,
+    layer: u32,
+    to: Option<WeightType>,
+) -> MoeLayer {
     let load = Load { weight_type: to, page_limit: Some(40_000), progress: None };
     checkpoint::load_layer(ctx, &gpu.queue, dir, layer, load).expect("loaded")
 }
 
 /// Every value of a matrix.
-fn values(matrix: HostWeights<'_>) -> Vec<f32> {
+pub(crate) fn values(matrix: HostWeights<'_>) -> Vec<f32> {
     (0..matrix.len()).map(|i| matrix.get(i)).collect()
 }
 

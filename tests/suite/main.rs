@@ -18,6 +18,8 @@ mod expert_union;
 mod failure;
 mod gates;
 mod gather;
+mod gguf;
+mod gguf_bad;
 mod golden;
 mod halves;
 mod house;
