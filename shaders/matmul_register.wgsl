@@ -9,9 +9,12 @@
 // Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/register/eight,
 //   matmul/register/eight_scalar | matmul/register/eight_vec4 | matmul/register/eight_wide,
 //   matmul/register/share_none | matmul/register/share_shuffle,
-//   matmul/unpack_f32 | matmul/unpack_f16 | matmul/unpack_bf16, matmul/layout | matmul/layout_rows,
+//   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
+//   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
+//   matmul/run_blocks | nothing, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows | matmul/register/words_wide, matmul/register/words_plain | nothing,
-//   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows,
+//   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows |
+//   matmul/register/pair_blocks,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/register/block.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
@@ -46,39 +49,59 @@ fn matmul_register(
 // with all lanes off.
 fn stretch(tile: Tile, column: u32, x0: RowBases, x1: RowBases) {
   let block = block_at(tile.expert, column);
-  let steps = steps_of(tile);
+  let runs = runs_of(tile);
   var s0 = Octet();
   var s1 = Octet();
   var k = 0u;
   if TILE_ROWS > 8u {
     loop {
-      let w = load_pairs(block, k);
-      add_octet(&s0, w, load_rows(x0, k));
-      add_octet(&s1, w, load_rows(x1, k));
-      continuing { k += 1u; break if k >= steps; }
+      let run = load_pairs(block, k);
+      var e = 0u;
+      loop {
+        let w = open_pairs(run, e);
+        add_octet(&s0, w, load_rows(x0, k * RUN_STEPS + e));
+        add_octet(&s1, w, load_rows(x1, k * RUN_STEPS + e));
+        continuing { e += 1u; break if e >= RUN_STEPS; }
+      }
+      continuing { k += 1u; break if k >= runs; }
     }
   } else if tile.rows <= 2u {
     loop {
-      let w = load_pairs(block, k);
-      let x = load_rows(x0, k);
-      s0.r0 = add(s0.r0, w, row_of(x, 0u));
-      s0.r1 = add(s0.r1, w, row_of(x, 1u));
-      continuing { k += 1u; break if k >= steps; }
+      let run = load_pairs(block, k);
+      var e = 0u;
+      loop {
+        let w = open_pairs(run, e);
+        let x = load_rows(x0, k * RUN_STEPS + e);
+        s0.r0 = add(s0.r0, w, row_of(x, 0u));
+        s0.r1 = add(s0.r1, w, row_of(x, 1u));
+        continuing { e += 1u; break if e >= RUN_STEPS; }
+      }
+      continuing { k += 1u; break if k >= runs; }
     }
   } else if tile.rows <= 4u {
     loop {
-      let w = load_pairs(block, k);
-      let x = load_rows(x0, k);
-      s0.r0 = add(s0.r0, w, row_of(x, 0u));
-      s0.r1 = add(s0.r1, w, row_of(x, 1u));
-      s0.r2 = add(s0.r2, w, row_of(x, 2u));
-      s0.r3 = add(s0.r3, w, row_of(x, 3u));
-      continuing { k += 1u; break if k >= steps; }
+      let run = load_pairs(block, k);
+      var e = 0u;
+      loop {
+        let w = open_pairs(run, e);
+        let x = load_rows(x0, k * RUN_STEPS + e);
+        s0.r0 = add(s0.r0, w, row_of(x, 0u));
+        s0.r1 = add(s0.r1, w, row_of(x, 1u));
+        s0.r2 = add(s0.r2, w, row_of(x, 2u));
+        s0.r3 = add(s0.r3, w, row_of(x, 3u));
+        continuing { e += 1u; break if e >= RUN_STEPS; }
+      }
+      continuing { k += 1u; break if k >= runs; }
     }
   } else {
     loop {
-      add_octet(&s0, load_pairs(block, k), load_rows(x0, k));
-      continuing { k += 1u; break if k >= steps; }
+      let run = load_pairs(block, k);
+      var e = 0u;
+      loop {
+        add_octet(&s0, open_pairs(run, e), load_rows(x0, k * RUN_STEPS + e));
+        continuing { e += 1u; break if e >= RUN_STEPS; }
+      }
+      continuing { k += 1u; break if k >= runs; }
     }
   }
   store_octet(tile, 0u, column, s0);

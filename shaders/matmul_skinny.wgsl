@@ -7,7 +7,9 @@
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 2 * COLUMNS, GATED COLUMNS.
 // Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/x_vec4 | matmul/x_scalar,
-//   matmul/unpack_f32 | matmul/unpack_f16 | matmul/unpack_bf16,
+//   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
+//   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
+//   matmul/run_words | matmul/run_blocks,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows.
 //
@@ -18,14 +20,12 @@
 const WG: u32 = COLUMNS * SPLIT;
 const MATRICES: u32 = select(1u, 2u, GATED);
 const OUT_COLUMNS: u32 = COLUMNS * 2u / MATRICES;
-const RUN: u32 = 4u;                                  // vectors of a column in a step, all under way at once
-const STEP_CHUNKS: u32 = RUN * SPLIT;
-const STEP_DEPTH: u32 = STEP_CHUNKS * WEIGHT_LANES;
+const STEP_DEPTH: u32 = SPLIT * RUN_DEPTH;             // a run of each part
 // Rows that the workgroup brings with one load a lane: TILE_ROWS or more (then copies of the last). No branch
 // around the load of x: with one, the weights waited behind it.
 const X_ROWS: u32 = WG * 4u / STEP_DEPTH;
-const_assert X_ROWS >= TILE_ROWS;                       // so COLUMNS >= TILE_ROWS * WEIGHT_LANES
-const RUN_FOURS: u32 = RUN * WEIGHT_LANES / 4u;         // fours of k in a run
+const_assert X_ROWS >= TILE_ROWS;                       // so 4 COLUMNS >= TILE_ROWS * RUN_DEPTH
+const RUN_FOURS: u32 = RUN_DEPTH / 4u;                  // fours of k in a run
 
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
@@ -37,13 +37,6 @@ var<workgroup> x_tile: array<array<array<array<array<array<f32, 4>, X_ROWS / 4u>
 // Sums that half of the parts hand to the other half: two vectors a lane.
 var<workgroup> handed: array<array<vec4<f32>, 2>, WG / 2u>;
 
-struct Run {
-  w0: vec4<u32>,
-  w1: vec4<u32>,
-  w2: vec4<u32>,
-  w3: vec4<u32>,
-}
-
 // Sums of a lane: rows 0 to 3 (top) and 4 to 7 of its first (left) and second column (GATED: left gate, right
 // up).
 struct Sums {
@@ -51,22 +44,6 @@ struct Sums {
   top_right: vec4<f32>,
   bottom_left: vec4<f32>,
   bottom_right: vec4<f32>,
-}
-
-fn load_run(up: bool, base: u32, chunk: u32) -> Run {
-  return Run(
-    load_weights(up, base, chunk), load_weights(up, base, chunk + 1u),
-    load_weights(up, base, chunk + 2u), load_weights(up, base, chunk + 3u));
-}
-
-// The first `left` vectors of a run, zeros after them.
-fn load_run_tail(up: bool, base: u32, chunk: u32, left: u32) -> Run {
-  var run: Run;
-  if left > 0u { run.w0 = load_weights(up, base, chunk); }
-  if left > 1u { run.w1 = load_weights(up, base, chunk + 1u); }
-  if left > 2u { run.w2 = load_weights(up, base, chunk + 2u); }
-  if left > 3u { run.w3 = load_weights(up, base, chunk + 3u); }
-  return run;
 }
 
 fn put_x(tile: u32, four: u32, row: u32, v: vec4<f32>) {
@@ -106,21 +83,32 @@ fn add_four(sums: Sums, tile: u32, part: u32, k4: u32, left: vec4<f32>, right: v
   return add_one(next, tile, part, k4, 3u, left.w, right.w);
 }
 
-// Vector `index` of a run.
-fn add_vector(sums: Sums, tile: u32, part: u32, index: u32, left: vec4<u32>, right: vec4<u32>) -> Sums {
-  const FOURS = WEIGHT_LANES / 4u;
-  var next = add_four(sums, tile, part, index * FOURS, unpack_low(left), unpack_low(right));
-  if FOURS > 1u {
-    next = add_four(next, tile, part, index * FOURS + 1u, unpack_high(left), unpack_high(right));
-  }
-  return next;
+struct Pair {
+  left: Run,
+  right: Run,
+  left_scale: vec4<f32>,
+  right_scale: vec4<f32>,
+}
+
+fn add_run_four(sums: Sums, tile: u32, part: u32, i: u32, pair: Pair) -> Sums {
+  return add_four(
+    sums, tile, part, i,
+    run_four(pair.left, pair.left_scale, i), run_four(pair.right, pair.right_scale, i));
 }
 
 fn add_run(sums: Sums, tile: u32, part: u32, left: Run, right: Run) -> Sums {
-  var next = add_vector(sums, tile, part, 0u, left.w0, right.w0);
-  next = add_vector(next, tile, part, 1u, left.w1, right.w1);
-  next = add_vector(next, tile, part, 2u, left.w2, right.w2);
-  return add_vector(next, tile, part, 3u, left.w3, right.w3);
+  let pair = Pair(left, right, scale_of(left), scale_of(right));
+  var next = add_run_four(sums, tile, part, 0u, pair);
+  next = add_run_four(next, tile, part, 1u, pair);
+  next = add_run_four(next, tile, part, 2u, pair);
+  next = add_run_four(next, tile, part, 3u, pair);
+  if RUN_FOURS > 4u {
+    next = add_run_four(next, tile, part, 4u, pair);
+    next = add_run_four(next, tile, part, 5u, pair);
+    next = add_run_four(next, tile, part, 6u, pair);
+    next = add_run_four(next, tile, part, 7u, pair);
+  }
+  return next;
 }
 
 // The sum over the parts of two vectors, in pairs, halving, always in this order; right in part 0.
@@ -188,24 +176,20 @@ fn matmul_skinny(
 
   // The last step goes first: only its loads need guards, and the loop has none.
   let steps = (params.depth - 1u) / STEP_DEPTH;
-  let chunks = weight_chunks();
   var sums: Sums;
   {
-    let chunk = steps * STEP_CHUNKS + part * RUN;
-    let count = select(0u, chunks - chunk, chunk < chunks);
-    let left = load_run_tail(false, left_at, chunk, count);
-    let right = load_run_tail(GATED, right_at, chunk, count);
+    let left = load_run_tail(false, left_at, steps * SPLIT + part);
+    let right = load_run_tail(GATED, right_at, steps * SPLIT + part);
     put_x(steps % 2u, four, row, load_x_tail(x_row, steps * STEP_DEPTH + k));
     workgroupBarrier();
     sums = add_run(sums, steps % 2u, part, left, right);
   }
   for (var i = steps; i > 0u; i--) {
     let step = i - 1u;
-    let chunk = step * STEP_CHUNKS + part * RUN;
     // x first: loads return in order, and x must be there before the barrier, the weights only after it.
     let brought = load_x(x_row, step * STEP_DEPTH + k);
-    let left = load_run(false, left_at, chunk);
-    let right = load_run(GATED, right_at, chunk);
+    let left = load_run(false, left_at, step * SPLIT + part);
+    let right = load_run(GATED, right_at, step * SPLIT + part);
     put_x(step % 2u, four, row, brought);
     workgroupBarrier();
     sums = add_run(sums, step % 2u, part, left, right);

@@ -7,7 +7,9 @@
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 128, GATED 64.
 // Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/x_vec4 | matmul/x_scalar,
-//   matmul/unpack_f32 | matmul/unpack_f16 | matmul/unpack_bf16,
+//   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
+//   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
+//   matmul/run_blocks | nothing, matmul/tile/bring_words | matmul/tile/bring_blocks,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows, matmul/out_vec4 | matmul/out_scalar.
 //
@@ -18,8 +20,6 @@ const WG: u32 = 128u;
 const LANES_X: u32 = 16u;                   // lanes along columns; each has four at c and four at c + 64
 const LANE_ROWS: u32 = TILE_ROWS / 8u;      // 8 or 4
 const OUT_COLUMNS: u32 = select(WG, WG / 2u, GATED);
-// Two vectors of weights a lane and step. Deeper: more workgroup memory, fewer waves.
-const TILE_DEPTH: u32 = 2u * WEIGHT_LANES;
 const X_PER_ROW: u32 = TILE_DEPTH / 4u;     // vectors of x in a row of a step
 const X_ROWS: u32 = WG / X_PER_ROW;         // rows that one load a lane covers
 // One more than needed: stores of lanes along K spread over the banks.
@@ -34,12 +34,11 @@ const W_FOURS: u32 = WG / 4u;
 var<workgroup> x_tile: array<array<array<array<f32, 4>, X_FOURS>, 4>, TILE_DEPTH / 4u>;
 var<workgroup> w_tile: array<array<array<array<f32, 4>, W_FOURS>, 4>, TILE_DEPTH / 4u>;
 
-// What a lane brings to the next step: one or two vectors of x, two of weights.
+// What a lane brings to the next step: one or two vectors of x, and weights.
 struct Ahead {
   x0: vec4<f32>,
   x1: vec4<f32>,
-  w0: vec4<u32>,
-  w1: vec4<u32>,
+  w: Brought,
 }
 
 // Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64.. (right; GATED: left gate,
@@ -65,14 +64,6 @@ fn put_four(k4: u32, column: u32, v: vec4<f32>) {
   w_tile[k4][3][column / 4u][column % 4u] = v.w;
 }
 
-fn put_weights(chunk: u32, column: u32, w: vec4<u32>) {
-  const FOURS = WEIGHT_LANES / 4u;
-  put_four(chunk * FOURS, column, unpack_low(w));
-  if FOURS > 1u {
-    put_four(chunk * FOURS + 1u, column, unpack_high(w));
-  }
-}
-
 fn put(lane: u32, next: Ahead) {
   let row = lane / X_PER_ROW;
   if X_ROWS <= TILE_ROWS || row < TILE_ROWS {
@@ -81,13 +72,7 @@ fn put(lane: u32, next: Ahead) {
   if X_ROWS < TILE_ROWS {
     put_x(lane % X_PER_ROW, row + X_ROWS, next.x1);
   }
-  if GATED {
-    put_weights(lane / 64u, lane % 64u, next.w0);
-    put_weights(lane / 64u, lane % 64u + 64u, next.w1);
-  } else {
-    put_weights(0u, lane, next.w0);
-    put_weights(1u, lane, next.w1);
-  }
+  put_brought(lane, next.w);
 }
 
 fn add_outer(m: mat4x4<f32>, rows: vec4<f32>, columns: vec4<f32>) -> mat4x4<f32> {
@@ -185,23 +170,15 @@ fn matmul_tile(
   let x1 = x_base(x_row_of(tile.first + min(row + X_ROWS, tile.rows - 1u)));
   let column = min(first_column + lane % OUT_COLUMNS, params.columns - 1u);
   let w = weight_base(tile.expert, column);
-  // GATED: a lane has the same word of both matrices, else two words of one.
-  let odd = select(0u, lane / 64u, GATED);
 
   // The last step goes first: only its loads need guards, and the loop has none.
   let steps = (params.depth - 1u) / TILE_DEPTH;
-  let chunks = weight_chunks();
   var next: Ahead;
   next.x0 = load_x_tail(x0, steps * TILE_DEPTH + k);
   if X_ROWS < TILE_ROWS {
     next.x1 = load_x_tail(x1, steps * TILE_DEPTH + k);
   }
-  if 2u * steps + odd < chunks {
-    next.w0 = load_weights(false, w, 2u * steps + odd);
-  }
-  if 2u * steps + select(1u, odd, GATED) < chunks {
-    next.w1 = load_weights(GATED, w, 2u * steps + select(1u, odd, GATED));
-  }
+  next.w = bring_tail(w, lane, steps);
 
   // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole waves less.
   let r = lane / LANES_X * LANE_ROWS;
@@ -214,8 +191,7 @@ fn matmul_tile(
     if X_ROWS < TILE_ROWS {
       next.x1 = load_x(x1, i * TILE_DEPTH + k);
     }
-    next.w0 = load_weights(false, w, 2u * i + odd);
-    next.w1 = load_weights(GATED, w, 2u * i + select(1u, odd, GATED));
+    next.w = bring(w, lane, i);
     if r < tile.rows {
       block = add_step(lane, block);
     }

@@ -23,7 +23,7 @@ pub fn look(opened: Result<Checkpoint>) {
     };
     let _ = (
         checkpoint.check_layer(layer),
-        checkpoint.weight_type(layer),
+        checkpoint.expert_shape(layer),
         checkpoint.check_layer(layers),
     );
     let mut sum = 0.0;

@@ -45,8 +45,8 @@ pub(super) struct Tensor<'a> {
 impl Tensor<'_> {
     /// The storage type, where it is one of ours.
     pub(super) fn weight_type(&self, name: &str) -> Result<WeightType> {
-        WeightType::of_dtype(self.dtype).ok_or_else(|| {
-            let known: Vec<_> = WeightType::ALL.iter().map(|t| t.dtype()).collect();
+        WeightType::of_name(self.dtype).ok_or_else(|| {
+            let known: Vec<_> = WeightType::ALL.iter().map(|t| t.name()).collect();
             let reason = format!("is {}, expected one of {}", self.dtype, known.join(", "));
             failed(self.file, Some(name), reason)
         })

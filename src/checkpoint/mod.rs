@@ -17,8 +17,10 @@
 //! ```
 mod config;
 mod files;
+mod fp8;
 mod gguf;
 mod header;
+mod matrix;
 mod names;
 
 pub use config::Config;
@@ -28,10 +30,11 @@ use crate::device::Context;
 use crate::layer::cached::ExpertSource;
 use crate::layer::{MoeLayer, Router};
 use crate::weights::upload::Uploader;
-use crate::weights::{ExpertWeights, HostWeights, MatrixView, Projection};
+use crate::weights::{ExpertShape, ExpertTypes, ExpertWeights, HostWeights, Projection};
 use crate::{Error, LayerConfig, Result, WeightType};
-use files::{Files, Tensor};
-use names::{fill, is_stacked};
+use files::Files;
+use matrix::Size;
+use names::fill;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,7 +66,7 @@ pub struct Checkpoint {
 /// How to load layers. The default keeps the files' type, pages as large as the device allows, and says nothing.
 #[derive(Default)]
 pub struct Load<'a> {
-    /// Storage type on the device; that of the files ([`Checkpoint::weight_type`]) if absent.
+    /// Storage type on the device; those of the files ([`Checkpoint::expert_shape`]) if absent.
     pub weight_type: Option<WeightType>,
     /// As [`ExpertWeights::new`] takes it.
     pub page_limit: Option<u64>,
@@ -181,19 +184,26 @@ impl Checkpoint {
         &self.config.settings
     }
 
-    /// Storage type of a layer's experts: that of its first one's down projection.
+    /// Shape of a layer's experts, in the storage types of the file: of the first routed expert and
+    /// of the shared ones. Where a file has the gate and the up projection in two types, both are f32
+    /// here, which holds any of them exactly.
     ///
     /// # Errors
     ///
-    /// [`Error::Checkpoint`] for a layer that is dense or not there, or a tensor of another type.
-    pub fn weight_type(&self, layer: u32) -> Result<WeightType> {
-        let names = self.names(layer)?;
-        let name = match &names.experts {
-            ExpertNames::Apart { down, .. } | ExpertNames::Fused { down, .. } => {
-                fill(down, layer, 0)
-            }
+    /// As [`Checkpoint::expert`].
+    pub fn expert_shape(&self, layer: u32) -> Result<ExpertShape> {
+        let types = |expert| -> Result<ExpertTypes> {
+            let of = |p| Ok(self.expert(layer, expert, p)?.weight_type());
+            let (gate, up) = (of(Projection::Gate)?, of(Projection::Up)?);
+            let gate_up = if gate == up { gate } else { WeightType::F32 };
+            Ok(ExpertTypes { gate_up, down: of(Projection::Down)? })
         };
-        self.files.tensor(&name)?.weight_type(&name)
+        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
+        let shape = self.config.settings.expert_shape(types(0)?);
+        if shared_experts == 0 {
+            return Ok(shape);
+        }
+        Ok(shape.with_last_types(shared_experts, types(experts)?))
     }
 
     /// A layer's router `[E, D]`.
@@ -224,7 +234,7 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`Error::Checkpoint`], naming file and tensor: a layer that is dense or not there; a tensor that is missing, of another
-    /// shape or of a type that is not bf16, f16 or f32. [`Error::Invalid`] for an expert that is not there.
+    /// shape or of a type that is no [`WeightType`]; 8-bit floats without scales. [`Error::Invalid`] for an expert that is not there.
     pub fn expert(
         &self,
         layer: u32,
@@ -312,9 +322,9 @@ impl Checkpoint {
         // Sizes are known to be those of tensors in the files before anything is made of these sizes.
         self.check_layer(layer)?;
         let settings = self.config.settings;
-        let weight_type = match load.weight_type {
-            Some(weight_type) => weight_type,
-            None => self.weight_type(layer)?,
+        let shape = match load.weight_type {
+            Some(weight_type) => settings.expert_shape(weight_type),
+            None => self.expert_shape(layer)?,
         };
         let mut uploader = Uploader::of_files(ctx.device());
         let mut router = Router::new(uploader.floats(ctx, queue, "router", self.router(layer)?)?);
@@ -322,7 +332,6 @@ impl Checkpoint {
             router = router.with_bias(uploader.floats(ctx, queue, "bias", bias)?);
         }
         let limit = load.page_limit.unwrap_or(u64::MAX);
-        let shape = settings.expert_shape(weight_type);
         let weights = ExpertWeights::with_page_limit(ctx, shape, limit)?;
         let all = settings.experts + settings.shared_experts;
         let mut done = 0;
@@ -364,131 +373,4 @@ impl Checkpoint {
         let best = self.names.iter().rev().max_by_key(there);
         best.ok_or_else(|| Error::invalid("names", "none are given"))
     }
-
-    /// A tensor that is one matrix.
-    fn plain(&self, name: &str, matrix: [u32; 2], shape: &[u32]) -> Result<HostWeights<'_>> {
-        let tensor = self.files.tensor(name)?;
-        if !same(tensor.shape, shape) {
-            let reason = format!("has shape {:?}, expected {shape:?}", tensor.shape);
-            return Err(failed(tensor.file, Some(name), reason));
-        }
-        view(&tensor, name, 0, matrix, [matrix[1].into(), 1])
-    }
-
-    /// A projection among tensors of these names: of an expert among so many, or of a part of a shared FFN.
-    fn matrix(
-        &self,
-        names: &ExpertNames,
-        layer: u32,
-        expert: Option<[u32; 2]>,
-        projection: Projection,
-        Size { hidden, intermediate, part, at }: Size,
-    ) -> Result<HostWeights<'_>> {
-        let [index, count] = expert.unwrap_or_default();
-        let find = |name: &str| -> Result<Found<'_>> {
-            let stacked = expert.is_some() && is_stacked(name);
-            let name = fill(name, layer, index);
-            let tensor = self.files.tensor(&name)?;
-            Ok(Found { tensor, name, stacked: stacked.then_some(count) })
-        };
-        let (wide, narrow) = ([intermediate, hidden], [hidden, intermediate]);
-        let (found, matrix, turned) = match (names, projection) {
-            (ExpertNames::Apart { gate: name, .. }, Projection::Gate)
-            | (ExpertNames::Apart { up: name, .. }, Projection::Up) => {
-                (find(name)?.expect(&[wide])?, wide, false)
-            }
-            (ExpertNames::Apart { down, .. }, Projection::Down) => {
-                (find(down)?.expect(&[narrow])?, narrow, false)
-            }
-            (ExpertNames::Fused { gate_up, down }, _) => {
-                let double = [2 * intermediate, hidden];
-                let [wide, narrow_turned] = [double, narrow].map(|[rows, columns]| [columns, rows]);
-                let (gate_up, down) = (find(gate_up)?, find(down)?);
-                // Either shape alone may fit both ways; not both.
-                gate_up.check(&[double, wide])?;
-                down.check(&[narrow, narrow_turned])?;
-                let turned = gate_up.is(wide) && down.is(narrow_turned);
-                let both = if turned { [wide, narrow_turned] } else { [double, narrow] };
-                if !gate_up.is(both[0]) || !down.is(both[1]) {
-                    let reason = format!(
-                        "has shape {:?}, which does not go with {:?} of `{}`",
-                        down.tensor.shape, gate_up.tensor.shape, gate_up.name
-                    );
-                    return Err(failed(down.tensor.file, Some(&down.name), reason));
-                }
-                match projection {
-                    Projection::Down => (down, narrow, turned),
-                    Projection::Gate | Projection::Up => (gate_up, double, turned),
-                }
-            }
-        };
-        let fused_up = matches!(names, ExpertNames::Fused { .. }) && projection == Projection::Up;
-        let (start, shape) = match projection {
-            Projection::Down => ([0, at], [hidden, part]),
-            _ => ([at + if fused_up { intermediate } else { 0 }, 0], [part, hidden]),
-        };
-        let [rows, columns] = matrix.map(u64::from);
-        let strides = if turned { [1, rows] } else { [columns, 1] };
-        let before = if found.stacked.is_some() { u64::from(index) * rows * columns } else { 0 };
-        let from = before + u64::from(start[0]) * strides[0] + u64::from(start[1]) * strides[1];
-        view(&found.tensor, &found.name, from, shape, strides)
-    }
-}
-
-/// Sizes of the tensors of an FFN, and which part of its intermediate size is meant.
-#[derive(Clone, Copy)]
-struct Size {
-    hidden: u32,
-    intermediate: u32,
-    part: u32,
-    at: u32,
-}
-
-/// A tensor by its name, and how many experts it has a matrix of, where it is stacked.
-struct Found<'a> {
-    tensor: Tensor<'a>,
-    name: String,
-    stacked: Option<u32>,
-}
-
-impl Found<'_> {
-    fn shape(&self, matrix: [u32; 2]) -> Vec<u32> {
-        self.stacked.into_iter().chain(matrix).collect()
-    }
-
-    fn is(&self, matrix: [u32; 2]) -> bool {
-        same(self.tensor.shape, &self.shape(matrix))
-    }
-
-    fn check(&self, any: &[[u32; 2]]) -> Result<()> {
-        if any.iter().any(|&matrix| self.is(matrix)) {
-            return Ok(());
-        }
-        let want: Vec<_> = any.iter().map(|&matrix| format!("{:?}", self.shape(matrix))).collect();
-        let reason = format!("has shape {:?}, expected {}", self.tensor.shape, want.join(" or "));
-        Err(failed(self.tensor.file, Some(&self.name), reason))
-    }
-
-    fn expect(self, any: &[[u32; 2]]) -> Result<Self> {
-        self.check(any).map(|()| self)
-    }
-}
-
-fn same(shape: &[usize], want: &[u32]) -> bool {
-    shape.len() == want.len() && shape.iter().zip(want).all(|(&n, &w)| n as u64 == u64::from(w))
-}
-
-/// A matrix of a tensor, `from` values behind its beginning.
-fn view<'a>(
-    tensor: &Tensor<'a>,
-    name: &str,
-    from: u64,
-    shape: [u32; 2],
-    strides: [u64; 2],
-) -> Result<HostWeights<'a>> {
-    let weight_type = tensor.weight_type(name)?;
-    let bytes =
-        usize::try_from(from * weight_type.bytes()).ok().and_then(|at| tensor.bytes.get(at..));
-    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides);
-    view.map(HostWeights::View).map_err(|e| failed(tensor.file, Some(name), e.to_string()))
 }

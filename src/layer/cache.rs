@@ -2,7 +2,7 @@
 use super::config::LayerConfig;
 use crate::device::wait::Wait;
 use crate::weights::upload::Uploader;
-use crate::weights::{ExpertShape, HostWeights, Projection};
+use crate::weights::{ExpertShape, ExpertTypes, HostWeights, Projection};
 use crate::{Context, Error, ExpertWeights, Result, WeightType};
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ pub struct CacheOptions {
     /// host writes.
     pub staging: u64,
     /// What experts are stored as on the device.
-    pub weight_type: WeightType,
+    pub types: ExpertTypes,
     /// Bytes that a page may have at most; the device's limit where absent.
     pub page_limit: Option<u64>,
 }
@@ -34,7 +34,8 @@ pub struct CacheOptions {
 impl CacheOptions {
     /// bf16, and 64 MiB of uploads at once.
     pub const fn new(budget: u64) -> Self {
-        Self { budget, staging: 64 << 20, weight_type: WeightType::Bf16, page_limit: None }
+        let types = ExpertTypes { gate_up: WeightType::Bf16, down: WeightType::Bf16 };
+        Self { budget, staging: 64 << 20, types, page_limit: None }
     }
 }
 
@@ -99,7 +100,7 @@ impl ExpertCache {
         options: CacheOptions,
     ) -> Result<Self> {
         let LayerConfig { experts, shared_experts, .. } = *config;
-        let shape = config.expert_shape(options.weight_type);
+        let shape = config.expert_shape(options.types);
         shape.check()?;
         let (each, map) = (shape.device_bytes(), 4 * u64::from(shape.experts));
         let fixed = each.saturating_mul(shared_experts.into()).saturating_add(map);

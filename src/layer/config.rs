@@ -1,7 +1,7 @@
 //! A layer as plain data, and the router's own weights.
 use crate::device::Tensor;
 use crate::routing::{Activation, BlockRule, Routing, TokenChoice};
-use crate::weights::{ExpertShape, WeightType};
+use crate::weights::{ExpertShape, ExpertTypes};
 use crate::{Error, Result};
 
 /// The shape of a layer and its routing rule.
@@ -74,13 +74,9 @@ impl LayerConfig {
     }
 
     /// Shape of the layer's weights, shared experts included.
-    pub fn expert_shape(&self, weight_type: WeightType) -> ExpertShape {
-        ExpertShape {
-            experts: self.experts.saturating_add(self.shared_experts),
-            hidden: self.hidden,
-            intermediate: self.intermediate,
-            weight_type,
-        }
+    pub fn expert_shape(&self, types: impl Into<ExpertTypes>) -> ExpertShape {
+        let experts = self.experts.saturating_add(self.shared_experts);
+        ExpertShape::new(experts, self.hidden, self.intermediate, types)
     }
 }
 

@@ -65,7 +65,9 @@ impl MoeLayer {
         not_zero(&[("intermediate", config.intermediate)])?;
         let routing = MoeRouting::new(ctx, config, router)?;
         let shape = weights.shape();
-        if shape != config.expert_shape(shape.weight_type) {
+        let expected =
+            config.expert_shape(shape.types).with_last_types(shape.last, shape.last_types);
+        if shape != expected {
             return Err(Error::invalid("weights", format!("{shape:?} do not fit {config:?}")));
         }
         Ok(Self { routing, experts: Experts::new(ctx, config.activation, weights)? })

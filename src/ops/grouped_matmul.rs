@@ -11,7 +11,7 @@ use crate::device::Kernel;
 use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
-use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
 use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -118,8 +118,8 @@ pub struct Args<'a> {
 pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
-    /// By kind of item.
-    kernels: [(Specialization, Arc<Kernel>); 2],
+    /// For each storage type that experts have, by kind of item.
+    kernels: Vec<(WeightType, [(Specialization, Arc<Kernel>); 2])>,
 }
 
 /// What one page contributes to a matmul.
@@ -137,12 +137,17 @@ impl GroupedMatmul {
     ///
     /// [`Error::Device`] where wgpu refuses a kernel.
     pub fn new(ctx: &Context, shape: &ExpertShape, stage: Stage) -> Result<Self> {
-        let matrix = shape.matrix(stage.projection());
-        let make = |kind| {
-            let problem = Specialization::of_experts(stage, shape.weight_type, matrix, kind);
+        let projection = stage.projection();
+        let matrix = shape.matrix(projection);
+        let make = |weight_type, kind| {
+            let problem = Specialization::of_experts(stage, weight_type, matrix, kind);
             Ok::<_, Error>((problem, problem.kernel(ctx)?))
         };
-        let kernels = [make(ItemKind::Skinny)?, make(ItemKind::Tile)?];
+        let mut kernels = vec![];
+        for weight_type in shape.types_there(projection) {
+            let both = [make(weight_type, ItemKind::Skinny)?, make(weight_type, ItemKind::Tile)?];
+            kernels.push((weight_type, both));
+        }
         Ok(Self { ctx: ctx.clone(), stage, kernels })
     }
 
@@ -164,7 +169,13 @@ impl GroupedMatmul {
         let mut step = BoundOp::default();
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };
-            for kernel in &self.kernels[..kinds] {
+            let kernels = self.kernels.iter().find(|(t, _)| *t == page.weight_type);
+            let Some((_, kernels)) = kernels else {
+                let name = page.weight_type.name();
+                let reason = format!("{name}, the op was made for other storage types");
+                return Err(Error::invalid("weights", reason));
+            };
+            for kernel in &kernels[..kinds] {
                 step = step.then(self.bind_page(shape, &args, &of, kernel)?);
             }
         }

@@ -9,9 +9,28 @@ pub(crate) fn tile(problem: &Specialization) -> Piece {
     if problem.dense { piece!("matmul/tile_dense") } else { piece!("matmul/tile_plan") }
 }
 
-/// How 16 bytes of weights become values.
+/// How words of weights become values.
 pub(crate) fn unpack(problem: &Specialization) -> Piece {
     problem.weight_type.unpack()
+}
+
+/// What a lane loads of a column at once, and its values.
+pub(crate) fn run(problem: &Specialization) -> Piece {
+    blocks(problem).unwrap_or(piece!("matmul/run_words"))
+}
+
+/// The same for kernels that load floats in ways of their own.
+pub(crate) fn blocks(problem: &Specialization) -> Option<Piece> {
+    problem.weight_type.has_blocks().then_some(piece!("matmul/run_blocks"))
+}
+
+/// What a lane brings to a step of the tile kernel.
+pub(crate) fn bring(problem: &Specialization) -> Piece {
+    if problem.weight_type.has_blocks() {
+        piece!("matmul/tile/bring_blocks")
+    } else {
+        piece!("matmul/tile/bring_words")
+    }
 }
 
 /// Where the weights of a column lie.
@@ -59,9 +78,11 @@ pub(crate) fn eight(problem: &Specialization, wide: bool) -> Piece {
 
 /// Eight values of two neighbouring columns, for the register kernel.
 pub(crate) fn pair(problem: &Specialization) -> Piece {
-    match (problem.layout, problem.weight_type.lanes()) {
-        (Layout::AnyRows, _) => piece!("matmul/register/pair_rows"),
-        (_, 4) => piece!("matmul/register/pair_f32"),
+    let weight_type = problem.weight_type;
+    match (problem.layout, weight_type.has_blocks(), weight_type.device_depth()) {
+        (Layout::AnyRows, ..) => piece!("matmul/register/pair_rows"),
+        (_, true, _) => piece!("matmul/register/pair_blocks"),
+        (_, _, 4) => piece!("matmul/register/pair_f32"),
         _ => piece!("matmul/register/pair_halves"),
     }
 }

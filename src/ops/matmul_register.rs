@@ -106,7 +106,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
     let wide_weights = features.wide
         && match layout {
             Layout::Packed => true,
-            Layout::Rows => weight_type.lanes() == 4 && depth_lanes % 8 == 0,
+            Layout::Rows => weight_type.device_depth() == 4 && depth_lanes % 8 == 0,
             Layout::AnyRows => false,
         };
     let wide_x = features.wide && depth_lanes % 8 == 0;
@@ -126,7 +126,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .constant("ITEMS", span(problem)[1])
         .constant("TILE_ROWS", rows(problem))
         // Whether a row holds an even number of 16-byte words, so that steps of eight values are whole.
-        .flag("WHOLE_STEPS", weight_type.lanes() != 4 || depth_lanes % 8 == 0)
+        .flag("WHOLE_STEPS", weight_type.device_depth() != 4 || depth_lanes % 8 == 0)
         .piece(piece!("common/grid"))
         .piece(piece!("matmul/params"))
         .piece(pieces::tile(problem))
@@ -138,6 +138,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
             piece!("matmul/register/share_none")
         })
         .piece(pieces::unpack(problem))
+        .maybe_piece(pieces::blocks(problem))
         .piece(pieces::layout(problem))
         .piece(if wide_weights {
             piece!("matmul/register/words_wide")

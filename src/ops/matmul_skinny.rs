@@ -51,6 +51,7 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::tile(problem))
         .piece(pieces::x(problem))
         .piece(pieces::unpack(problem))
+        .piece(pieces::run(problem))
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))

@@ -43,6 +43,8 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::tile(problem))
         .piece(pieces::x(problem))
         .piece(pieces::unpack(problem))
+        .maybe_piece(pieces::blocks(problem))
+        .piece(pieces::bring(problem))
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))

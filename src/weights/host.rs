@@ -39,7 +39,10 @@ impl<'a> HostWeights<'a> {
 
     /// Bytes of the values.
     pub fn size(&self) -> u64 {
-        self.len() as u64 * self.weight_type().bytes()
+        match self {
+            Self::View(view) => view.size(),
+            _ => self.len() as u64 * self.weight_type().block_bytes(),
+        }
     }
 
     /// Whether there are none.

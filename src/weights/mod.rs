@@ -1,4 +1,5 @@
 //! Expert weights: storage types, packing, pages on the device, and uploads.
+mod blocks;
 mod format;
 mod host;
 mod pack;
@@ -7,6 +8,6 @@ pub(crate) mod upload;
 
 pub use format::{PANEL, WeightType};
 pub use host::HostWeights;
-pub use pack::MatrixView;
+pub use pack::{MatrixView, TileScales};
 pub(crate) use pages::Page;
-pub use pages::{ExpertShape, ExpertWeights, Projection};
+pub use pages::{ExpertShape, ExpertTypes, ExpertWeights, Projection};

@@ -1,58 +1,151 @@
-//! Packing: matrices on the host, in any storage type and layout, into the panels that the kernels read (see
-//! [`crate::weights`]).
+//! Packing: matrices on the host, in any storage type and layout, into the panels that the kernels
+//! read (see [`crate::weights`]).
 use super::PANEL;
-use super::format::{ForValue, Value};
+use super::blocks::Fp8;
+use super::format::{ForFormat, Format, Word, zeros};
 use crate::error::bytes_of;
 use crate::{Error, Result, WeightType};
-use bytemuck::Zeroable;
+use std::borrow::Cow;
 use std::ops::Range;
 use wgpu::WriteOnly;
 
-/// A matrix inside the bytes of a tensor: little-endian values at any alignment, rows and columns at any distance. So one
-/// expert of a stacked tensor, a transposed matrix, or some columns of a wider one need no copy.
+/// A matrix inside the bytes of a tensor: little-endian values at any alignment, rows and columns at
+/// any distance. So one expert of a stacked tensor, a transposed matrix, or some columns of a wider one
+/// need no copy. Blocks of a type of blocks run along a row.
 #[derive(Clone, Copy, Debug)]
 pub struct MatrixView<'a> {
     bytes: &'a [u8],
     weight_type: WeightType,
     shape: [usize; 2],
+    /// From row to row and from column to column, in values where `scales` lie apart, else in blocks.
     strides: [usize; 2],
+    scales: Option<TileScales<'a>>,
+}
+
+/// Scales of a matrix of 8-bit floats that lie in a tensor of their own, one for each tile.
+#[derive(Clone, Copy, Debug)]
+pub struct TileScales<'a> {
+    values: &'a [u8],
+    tile: [u32; 2],
+    first_row: u32,
+}
+
+impl<'a> TileScales<'a> {
+    /// f32, little endian, row-major `[ceil(out / tile[0]), ceil(in / tile[1])]`. Each value of a tile
+    /// is multiplied by its scale. DeepSeek and LLaDA2.0-Uni-FP8 have tiles of 128 x 128
+    /// (`weight_scale_inv`); a scale a row is a tile of `[1, in]`, one for all `[out, in]`.
+    pub fn new(values: &'a [u8], tile: [u32; 2]) -> Self {
+        Self { values, tile, first_row: 0 }
+    }
+
+    /// For a matrix that begins at this row of the tensor whose scales these are.
+    pub fn from_row(self, first_row: u32) -> Self {
+        Self { first_row, ..self }
+    }
+
+    /// Errors for a matrix that they do not cover.
+    fn check(&self, [rows, depth]: [u32; 2]) -> Result<()> {
+        let [height, width] = self.tile;
+        if height == 0 || width == 0 || (width < depth && !width.is_multiple_of(128)) {
+            let reason = format!("tiles of {:?}, rows of {depth}: a multiple of 128", self.tile);
+            return Err(Error::invalid("scales", reason));
+        }
+        let down = u64::from(self.first_row) + u64::from(rows);
+        let shape = [down.div_ceil(height.into()), depth.div_ceil(width).into()];
+        let (need, got) = (bytes_of("scales", &shape, 4)?, self.values.len() as u64);
+        if need > got { Err(Error::size("scales", need, got)) } else { Ok(()) }
+    }
+
+    /// The bytes of the scale of a value.
+    fn of(&self, row: usize, k: usize, depth: usize) -> [u8; 4] {
+        let [height, width] = self.tile.map(|n| n as usize);
+        let across = depth.div_ceil(width);
+        let at = (row + self.first_row as usize) / height * across + k / width;
+        let mut scale = [0; 4];
+        scale.copy_from_slice(&self.values[4 * at..4 * at + 4]);
+        scale
+    }
 }
 
 impl<'a> MatrixView<'a> {
-    /// The matrix of `shape` `[out, in]` whose value `[row, column]` is value `row * strides[0] + column * strides[1]` of
-    /// `bytes`.
+    /// The matrix of `shape` `[out, in]` whose value `[row, column]` is value
+    /// `row * strides[0] + column * strides[1]` of `bytes`.
+    ///
+    /// In a type of blocks rows are whole blocks ([`WeightType::row_bytes`]), the last one perhaps longer
+    /// than the row: `strides[0]` is a multiple of [`WeightType::block_values`], `strides[1]` is 1.
     ///
     /// # Errors
     ///
-    /// A matrix that reaches past the end of `bytes`.
+    /// A matrix that reaches past the end of `bytes`, or strides that cut blocks.
     pub fn new(
         bytes: &'a [u8],
         weight_type: WeightType,
         shape: [u32; 2],
         strides: [u64; 2],
     ) -> Result<Self> {
-        let value = weight_type.bytes();
-        let need = if shape.contains(&0) {
+        let values = u64::from(weight_type.block_values());
+        let [down, along] = strides;
+        // A stride that is never taken may be any number.
+        let cut = (shape[0] > 1 && !down.is_multiple_of(values)) || (shape[1] > 1 && along != 1);
+        if weight_type.has_blocks() && cut {
+            let reason = format!(
+                "{strides:?}, expected a multiple of {values} and 1: blocks of {} run along a row",
+                weight_type.name()
+            );
+            return Err(Error::invalid("strides", reason));
+        }
+        let blocks = [shape[0].into(), u64::from(shape[1]).div_ceil(values)];
+        let block = weight_type.block_bytes();
+        Self::within(bytes, weight_type, shape, blocks, [down / values, along], block)
+    }
+
+    /// A matrix of 8-bit floats (e4m3) whose scales lie apart.
+    ///
+    /// # Errors
+    ///
+    /// A matrix that reaches past the end of `bytes` or of its scales, tiles that are no multiple of
+    /// 128 along a row, or values of a row that are not neighbours.
+    pub fn with_tile_scales(
+        bytes: &'a [u8],
+        shape: [u32; 2],
+        strides: [u64; 2],
+        scales: TileScales<'a>,
+    ) -> Result<Self> {
+        scales.check(shape)?;
+        if shape[1] > 1 && strides[1] != 1 {
+            return Err(Error::invalid("strides", format!("{strides:?}, expected 1 along a row")));
+        }
+        let values = shape.map(u64::from);
+        let view = Self::within(bytes, WeightType::Fp8, shape, values, strides, 1)?;
+        Ok(Self { scales: Some(scales), ..view })
+    }
+
+    /// A view of `items` of `size` bytes each.
+    fn within(
+        bytes: &'a [u8],
+        weight_type: WeightType,
+        shape: [u32; 2],
+        items: [u64; 2],
+        strides: [u64; 2],
+        size: u64,
+    ) -> Result<Self> {
+        let need = if items.contains(&0) {
             0
         } else {
-            let last = |axis: usize| {
-                bytes_of("strides", &[u64::from(shape[axis] - 1), strides[axis]], value)
-            };
-            let need = last(0)?.checked_add(last(1)?).and_then(|n| n.checked_add(value));
+            let last = |axis: usize| bytes_of("strides", &[items[axis] - 1, strides[axis]], size);
+            let need = last(0)?.checked_add(last(1)?).and_then(|n| n.checked_add(size));
             need.ok_or_else(|| Error::invalid("strides", format!("{strides:?} overflow")))?
         };
         if need > bytes.len() as u64 {
-            let got = bytes.len() as u64;
-            return Err(Error::size("bytes", need, got));
+            return Err(Error::size("bytes", need, bytes.len() as u64));
         }
-        // A stride that is never taken may be any number.
-        let stride = |axis: usize| if shape[axis] > 1 { strides[axis] as usize } else { 1 };
-        let whole = bytes.len() - bytes.len() % value as usize;
+        let stride = |axis: usize| if items[axis] > 1 { strides[axis] as usize } else { 1 };
         Ok(Self {
-            bytes: &bytes[..whole],
+            bytes: &bytes[..bytes.len() - bytes.len() % size as usize],
             weight_type,
             shape: shape.map(|n| n as usize),
             strides: [stride(0), stride(1)],
+            scales: None,
         })
     }
 
@@ -66,9 +159,12 @@ impl<'a> MatrixView<'a> {
         self.weight_type
     }
 
-    /// Bytes of the values that are part of the matrix.
+    /// Bytes of the values that are part of the matrix, scales that lie apart not among them.
     pub fn size(&self) -> u64 {
-        self.shape[0] as u64 * self.shape[1] as u64 * self.weight_type.bytes()
+        let [rows, depth] = self.shape();
+        let row =
+            if self.scales.is_some() { depth.into() } else { self.weight_type.row_bytes(depth) };
+        u64::from(rows) * row
     }
 
     /// A value, widened exactly.
@@ -77,32 +173,53 @@ impl<'a> MatrixView<'a> {
     ///
     /// Outside the matrix.
     pub fn get(&self, row: usize, column: usize) -> f32 {
-        assert!(
-            row < self.shape[0] && column < self.shape[1],
-            "[{row}, {column}] of {:?}",
-            self.shape
-        );
-        let i = row * self.strides[0] + column * self.strides[1];
-        self.weight_type.run(Get(self.bytes, i))
+        struct Get<'a>(&'a MatrixView<'a>, usize, usize);
+        impl ForFormat for Get<'_> {
+            type Output = f32;
+            fn run<F: Format>(self) -> f32 {
+                let Self(matrix, row, column) = self;
+                let block = column / F::VALUES;
+                let mut values = [0.0; WINDOW];
+                let blocks = matrix.blocks::<F>(row, block..block + 1);
+                F::widen(&blocks[0], &mut values[..F::VALUES]);
+                values[column % F::VALUES]
+            }
+        }
+        let [rows, columns] = self.shape;
+        assert!(row < rows && column < columns, "[{row}, {column}] of {:?}", self.shape);
+        self.weight_type.run(Get(self, row, column))
     }
-}
 
-/// One value of some bytes, widened.
-struct Get<'a>(&'a [u8], usize);
-
-impl ForValue for Get<'_> {
-    type Output = f32;
-    fn run<V: Value>(self) -> f32 {
-        V::widen(cast::<V>(self.0)[self.1])
+    /// Some blocks of a row.
+    fn blocks<S: Format>(&self, row: usize, blocks: Range<usize>) -> Cow<'a, [S::Block]> {
+        let [down, along] = self.strides;
+        let first = row * down;
+        if let Some(scales) = self.scales {
+            let block = |b: usize| {
+                let k = b * S::VALUES..((b + 1) * S::VALUES).min(self.shape[1]);
+                let mut block = zeros::<S>();
+                let (scale, values) = bytemuck::bytes_of_mut(&mut block).split_at_mut(Fp8::SCALE);
+                scale.copy_from_slice(&scales.of(row, k.start, self.shape[1]));
+                values[..k.len()].copy_from_slice(&self.bytes[first + k.start..first + k.end]);
+                block
+            };
+            return blocks.map(block).collect();
+        }
+        let all: &[S::Block] = bytemuck::cast_slice(self.bytes);
+        if along == 1 {
+            Cow::Borrowed(&all[first + blocks.start..first + blocks.end])
+        } else {
+            blocks.map(|b| all[first + b * along]).collect()
+        }
     }
 }
 
 /// Packing from the type that it is run for, to this one.
 struct PackFrom(WeightType);
 
-impl ForValue for PackFrom {
+impl ForFormat for PackFrom {
     type Output = PackAs;
-    fn run<S: Value>(self) -> PackAs {
+    fn run<S: Format>(self) -> PackAs {
         self.0.run(PackTo(std::marker::PhantomData::<S>))
     }
 }
@@ -110,35 +227,28 @@ impl ForValue for PackFrom {
 /// Packing from `S` to the type that it is run for.
 struct PackTo<S>(std::marker::PhantomData<S>);
 
-impl<S: Value> ForValue for PackTo<S> {
+impl<S: Format> ForFormat for PackTo<S> {
     type Output = PackAs;
-    fn run<T: Value>(self) -> PackAs {
+    fn run<T: Format>(self) -> PackAs {
         pack_as::<S, T>
     }
 }
 
-fn cast<S: Value>(bytes: &[u8]) -> &[S::Bytes] {
-    bytemuck::cast_slice(bytes)
-}
+/// Bytes of the 16-byte words that the columns of a panel have side by side.
+const ROW: usize = PANEL as usize * 16;
 
-/// The same bits where the types are the same, NaN included.
-fn convert<S: Value, T: Value>(bytes: S::Bytes) -> T::Bytes {
-    if std::any::TypeId::of::<S>() == std::any::TypeId::of::<T>() {
-        bytemuck::cast(bytes)
-    } else {
-        T::narrow(S::widen(bytes))
-    }
+/// Bytes of a unit: a block of every column of a panel.
+pub(crate) const fn unit_bytes(to: WeightType) -> usize {
+    to.device_words() as usize * ROW
 }
-
-/// Bytes of a unit: the 16-byte words that the columns of a panel have side by side.
-pub(crate) const UNIT: usize = PANEL as usize * 16;
 
 /// Units that `columns` packed columns of `depth` values take.
 pub(crate) fn units(to: WeightType, columns: usize, depth: usize) -> usize {
-    columns.div_ceil(PANEL as usize) * depth.div_ceil(to.lanes() as usize)
+    columns.div_ceil(PANEL as usize) * depth.div_ceil(to.device_depth() as usize)
 }
 
-/// Packs columns `columns` (rows of the `[out, in]` matrix), of which the units `units` are wanted, into `packed`.
+/// Packs columns `columns` (rows of the `[out, in]` matrix), of which the units `units` are wanted, into
+/// `packed`.
 ///
 /// # Panics
 ///
@@ -150,18 +260,20 @@ pub(crate) fn pack(
     units: Range<usize>,
     packed: WriteOnly<'_, [u8]>,
 ) {
-    assert_eq!(packed.len(), units.len() * UNIT, "bytes of the packed units");
+    let unit = unit_bytes(to);
+    assert_eq!(packed.len(), units.len() * unit, "bytes of the packed units");
     let pack = matrix.weight_type.run(PackFrom(to));
     // Small matrices are done before a thread has started.
-    const LEAST: usize = (256 << 10) / UNIT;
+    let least = ((256 << 10) / unit).max(1);
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = cores.min(units.len() / LEAST).clamp(1, 8);
+    let threads = cores.min(units.len() / least).clamp(1, 8);
     let share = units.len().div_ceil(threads).max(1);
-    let mut packed: Vec<Unit<'_>> = packed.into_chunks::<UNIT>().0.into_iter().collect();
+    let rows = share * (unit / ROW);
+    let mut packed: Vec<Row<'_>> = packed.into_chunks::<ROW>().0.into_iter().collect();
     std::thread::scope(|scope| {
         let mut end = units.end;
-        while packed.len() > share {
-            let mine = packed.split_off(packed.len() - share);
+        while packed.len() > rows {
+            let mine = packed.split_off(packed.len() - rows);
             end -= share;
             let columns = columns.clone();
             scope.spawn(move || pack(matrix, columns, end, mine));
@@ -170,69 +282,76 @@ pub(crate) fn pack(
     });
 }
 
-/// Memory for a unit. One by one, as wgpu lets a slice of write-only memory not go to another thread.
-type Unit<'a> = WriteOnly<'a, [u8; UNIT]>;
-type PackAs = fn(&MatrixView<'_>, Range<usize>, usize, Vec<Unit<'_>>);
+/// Memory for a row of words. One by one, as wgpu lets a slice of write-only memory not go to another
+/// thread.
+type Row<'a> = WriteOnly<'a, [u8; ROW]>;
+type PackAs = fn(&MatrixView<'_>, Range<usize>, usize, Vec<Row<'_>>);
 
-/// Columns and depth of the square that is converted at a time: few enough bytes to stay close to the core, enough that a
-/// line of the source is read once.
-const TILE: usize = PANEL as usize;
+/// Values of a column that are packed at a time: whole blocks of every type, few enough that those of a
+/// panel stay close to the core.
+const WINDOW: usize = 256;
 
 /// Packs the units from `unit` on.
-fn pack_as<S: Value, T: Value>(
+fn pack_as<S: Format, T: Format>(
     matrix: &MatrixView<'_>,
     columns: Range<usize>,
     mut unit: usize,
-    packed: Vec<Unit<'_>>,
+    packed: Vec<Row<'_>>,
 ) {
-    let lanes = 16 / size_of::<T::Bytes>();
     let depth = matrix.shape[1];
-    let chunks = depth.div_ceil(lanes);
+    let blocks = depth.div_ceil(T::DEPTH);
     let mut packed = packed.into_iter();
+    let mut words = vec![[[0u8; 16]; PANEL as usize]; WINDOW / T::DEPTH * T::WORDS];
     while packed.len() > 0 {
-        let (panel, chunk) = (unit / chunks, unit % chunks);
-        let count = (TILE / lanes).min(chunks - chunk).min(packed.len());
-        let first = columns.start + panel * TILE;
-        let rows = first..(first + TILE).min(columns.end);
-        let k = chunk * lanes;
-        let tile = convert_tile::<S, T>(matrix, rows, k..(k + count * lanes).min(depth));
-        for (chunk, out) in packed.by_ref().take(count).enumerate() {
-            let mut words = [0u8; UNIT];
-            for (word, row) in words.chunks_exact_mut(16).zip(&tile) {
-                word.copy_from_slice(bytemuck::cast_slice(&row[chunk * lanes..][..lanes]));
+        let (panel, block) = (unit / blocks, unit % blocks);
+        let count = (WINDOW - block * T::DEPTH % WINDOW) / T::DEPTH;
+        let count = count.min(blocks - block).min(packed.len() / T::WORDS);
+        let first = columns.start + panel * PANEL as usize;
+        let k = block * T::DEPTH..((block + count) * T::DEPTH).min(depth);
+        let words = &mut words[..count * T::WORDS];
+        words.fill([[0; 16]; PANEL as usize]);
+        for column in 0..(PANEL as usize).min(columns.end - first) {
+            let blocks = stored::<S, T>(matrix, first + column, k.clone());
+            let each = blocks.chunks(T::DEPTH / T::VALUES);
+            for (blocks, words) in each.zip(words.chunks_exact_mut(T::WORDS)) {
+                let mut own = [Word::default(); MOST_WORDS];
+                T::place(blocks, &mut own[..T::WORDS]);
+                for (row, word) in words.iter_mut().zip(own) {
+                    row[column] = word;
+                }
             }
-            out.write(words);
+        }
+        for (row, out) in words.iter().zip(packed.by_ref()) {
+            out.write(bytemuck::cast(*row));
         }
         unit += count;
     }
 }
 
-/// Values `[rows, k]` of a matrix, converted; zero past them.
+/// Most words of a block.
+const MOST_WORDS: usize = 17;
+
+/// Values `k` of a row in the blocks of another type; the same bits where the types are the same.
+/// `k` begins with a block of `T`.
 #[inline]
-fn convert_tile<S: Value, T: Value>(
-    matrix: &MatrixView<'_>,
-    rows: Range<usize>,
+fn stored<'a, S: Format, T: Format>(
+    matrix: &MatrixView<'a>,
+    row: usize,
     k: Range<usize>,
-) -> [[T::Bytes; TILE]; TILE] {
-    let mut tile = [[T::Bytes::zeroed(); TILE]; TILE];
-    let values = cast::<S>(matrix.bytes);
-    let [down, along] = matrix.strides;
-    if along == 1 {
-        for (row, out) in rows.zip(&mut tile) {
-            let line = &values[row * down + k.start..][..k.len()];
-            for (out, &value) in out.iter_mut().zip(line) {
-                *out = convert::<S, T>(value);
-            }
-        }
-    } else {
-        // A transposed matrix: neighbours lie across the rows.
-        for (i, k) in k.enumerate() {
-            for (row, out) in rows.clone().zip(&mut tile) {
-                out[i] = convert::<S, T>(values[row * down + k * along]);
-            }
-        }
+) -> Cow<'a, [T::Block]> {
+    let whole = k.start / S::VALUES * S::VALUES;
+    let blocks = matrix.blocks::<S>(row, k.start / S::VALUES..k.end.div_ceil(S::VALUES));
+    if std::any::TypeId::of::<S>() == std::any::TypeId::of::<T>() {
+        return match blocks {
+            Cow::Borrowed(blocks) => Cow::Borrowed(bytemuck::cast_slice(blocks)),
+            Cow::Owned(blocks) => blocks.into_iter().map(bytemuck::cast).collect(),
+        };
     }
-    tile
+    let mut values = [0.0; WINDOW];
+    for (block, values) in blocks.iter().zip(values.chunks_exact_mut(S::VALUES)) {
+        S::widen(block, values);
+    }
+    values[k.start - whole..k.end - whole].chunks(T::VALUES).map(T::narrow).collect()
 }
 
 #[cfg(test)]
@@ -242,7 +361,7 @@ mod tests {
 
     fn packed(matrix: &MatrixView<'_>, to: WeightType, columns: Range<usize>) -> Vec<u8> {
         let all = 0..units(to, columns.len(), matrix.shape[1]);
-        let mut bytes = vec![0xff; all.len() * UNIT];
+        let mut bytes = vec![0xff; all.len() * unit_bytes(to)];
         pack(matrix, to, columns, all, (&mut bytes[..]).into());
         bytes
     }
@@ -277,24 +396,34 @@ mod tests {
         for &to in WeightType::ALL {
             let whole = packed(&matrix, to, 0..rows);
             // A value at a time, as the module says.
-            let lanes = to.lanes() as usize;
+            let lanes = to.device_depth() as usize;
             let chunks = depth.div_ceil(lanes);
             for (row, k) in [(0, 0), (31, 4099), (32, 8), (69, 4096), (69, 4099), (5, 2049)] {
                 let word = (row / 32 * chunks + k / lanes) * 32 + row % 32;
-                let bytes = to.bytes() as usize;
-                let got = &whole[word * 16 + k % lanes * bytes..][..bytes];
                 let v = w[row * depth + k];
                 let want = match to {
                     WeightType::F32 => v.to_le_bytes().to_vec(),
                     WeightType::F16 => f16::from_f32(v).to_le_bytes().to_vec(),
                     WeightType::Bf16 => bf16::from_f32(v).to_le_bytes().to_vec(),
+                    _ => continue,
                 };
+                let got = &whole[word * 16 + k % lanes * want.len()..][..want.len()];
                 assert_eq!(got, want, "[{row}, {k}] as {to:?}");
             }
+            // As files have it: the same bytes, without a conversion.
+            let file = to.encode(&w, depth);
+            let stride = depth.next_multiple_of(to.block_values() as usize) as u64;
+            let stored = MatrixView::new(&file, to, [70, 4100], [stride, 1]).unwrap();
+            assert!(packed(&stored, to, 0..rows) == whole, "stored differs, {to:?}");
+            let values = to.decode(&file, depth);
+            for (row, k) in [(0, 0), (31, 4099), (69, 4099)] {
+                assert_eq!(stored.get(row, k), values[row * depth + k], "[{row}, {k}] of {to:?}");
+            }
             // In parts of a few units.
+            let unit = unit_bytes(to);
             let mut parts = vec![0xff; whole.len()];
-            for (i, part) in parts.chunks_mut(7 * UNIT).enumerate() {
-                let units = i * 7..i * 7 + part.len() / UNIT;
+            for (i, part) in parts.chunks_mut(7 * unit).enumerate() {
+                let units = i * 7..i * 7 + part.len() / unit;
                 pack(&matrix, to, 0..rows, units, part.into());
             }
             assert!(parts == whole, "parts differ, {to:?}");
@@ -309,6 +438,49 @@ mod tests {
         }
     }
 
+    /// Every type to every other, by values.
+    #[test]
+    fn packs_every_type_from_every_type() {
+        let (rows, depth) = (33usize, 300usize);
+        let w: Vec<f32> =
+            (0..rows * depth).map(|i| (i * 7919 % 2003) as f32 / 1001.5 - 1.0).collect();
+        for &from in WeightType::ALL {
+            let file = from.encode(&w, depth);
+            let stride = depth.next_multiple_of(from.block_values() as usize) as u64;
+            let view = MatrixView::new(&file, from, [33, 300], [stride, 1]).unwrap();
+            let values = from.decode(&file, depth);
+            for &to in WeightType::ALL {
+                let widened = self::view(&values, [33, 300]);
+                let got = packed(&view, to, 0..rows);
+                let want = packed(&widened, to, 0..rows);
+                assert!(from == to || got == want, "{from:?} to {to:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn scales_in_tiles() {
+        // Two tiles down, two along, the last ones short; the matrix begins in row 100 of the tensor.
+        let codes: Vec<u8> = (0..50 * 200).map(|i| (i * 37 % 251) as u8 & 0x7e).collect();
+        let scales: Vec<u8> = [1f32, 2.0, 4.0, 8.0].iter().flat_map(|s| s.to_le_bytes()).collect();
+        let tiles = TileScales::new(&scales, [128, 128]).from_row(100);
+        let view = MatrixView::with_tile_scales(&codes, [50, 200], [200, 1], tiles).unwrap();
+        let own = |row: usize, k: usize| {
+            let (code, scale) = (codes[row * 200 + k], [1.0, 2.0, 4.0, 8.0]);
+            let mut block = [0; 132];
+            block[..4].copy_from_slice(&f32::to_le_bytes(scale[row / 28 * 2 + k / 128]));
+            block[4] = code;
+            WeightType::Fp8.decode(&block, 128)[0]
+        };
+        for (row, k) in [(0, 0), (27, 127), (27, 128), (28, 127), (49, 199)] {
+            assert_eq!(view.get(row, k), own(row, k), "[{row}, {k}]");
+        }
+        let short = TileScales::new(&scales[..12], [128, 128]).from_row(100);
+        assert!(MatrixView::with_tile_scales(&codes, [50, 200], [200, 1], short).is_err());
+        let narrow = TileScales::new(&scales, [128, 64]);
+        assert!(MatrixView::with_tile_scales(&codes, [50, 200], [200, 1], narrow).is_err());
+    }
+
     #[test]
     fn views_stay_inside() {
         let bytes = [0u8; 24];
@@ -321,5 +493,12 @@ mod tests {
         assert!(view([2, 2], [u64::MAX / 4, u64::MAX / 4]).is_err());
         assert!(view([u32::MAX, u32::MAX], [u64::MAX, u64::MAX]).is_err());
         assert!(view([0, u32::MAX], [u64::MAX, u64::MAX]).is_ok());
+        let blocks = |shape, strides| MatrixView::new(&[0; 68], WeightType::Q8_0, shape, strides);
+        assert!(blocks([2, 32], [32, 1]).is_ok());
+        assert!(blocks([2, 20], [32, 1]).is_ok());
+        assert!(blocks([3, 32], [32, 1]).is_err());
+        assert!(blocks([2, 33], [64, 1]).is_err());
+        assert!(blocks([2, 32], [48, 1]).is_err());
+        assert!(blocks([32, 2], [1, 32]).is_err());
     }
 }

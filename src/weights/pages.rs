@@ -4,7 +4,7 @@
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
 //! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
 //! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
-use super::pack::{self, UNIT};
+use super::pack;
 use super::{HostWeights, MatrixView, PANEL, WeightType};
 use crate::device::guard::{alive, scoped};
 use crate::{Context, Error, Result};
@@ -27,8 +27,35 @@ impl Projection {
     pub const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
 }
 
+/// Storage types of an expert's matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExpertTypes {
+    /// Of the gate and the up projection.
+    pub gate_up: WeightType,
+    /// Of the down projection.
+    pub down: WeightType,
+}
+
+impl ExpertTypes {
+    /// The type of a projection.
+    pub fn of(self, projection: Projection) -> WeightType {
+        match projection {
+            Projection::Gate | Projection::Up => self.gate_up,
+            Projection::Down => self.down,
+        }
+    }
+}
+
+/// One type for all.
+impl From<WeightType> for ExpertTypes {
+    fn from(weight_type: WeightType) -> Self {
+        Self { gate_up: weight_type, down: weight_type }
+    }
+}
+
 /// Shape of the experts of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct ExpertShape {
     /// Experts, shared ones included: those follow the routed ones.
     pub experts: u32,
@@ -36,11 +63,49 @@ pub struct ExpertShape {
     pub hidden: u32,
     /// F: intermediate size of one expert.
     pub intermediate: u32,
-    /// Storage type.
-    pub weight_type: WeightType,
+    /// Storage types.
+    pub types: ExpertTypes,
+    /// Experts at the end, such as the shared ones, whose storage types are others.
+    pub last: u32,
+    /// The storage types of those.
+    pub last_types: ExpertTypes,
 }
 
 impl ExpertShape {
+    /// Experts of one set of storage types, or of one type: `[F, D]`, `[F, D]`, `[D, F]` each.
+    pub fn new(
+        experts: u32,
+        hidden: u32,
+        intermediate: u32,
+        types: impl Into<ExpertTypes>,
+    ) -> Self {
+        let types = types.into();
+        Self { experts, hidden, intermediate, types, last: 0, last_types: types }
+    }
+
+    /// The same with other types for the last experts: files often keep shared experts in better ones.
+    pub fn with_last_types(self, last: u32, types: impl Into<ExpertTypes>) -> Self {
+        let last_types = types.into();
+        let last = if last_types == self.types { 0 } else { last };
+        Self { last, last_types, ..self }
+    }
+
+    /// Storage types of an expert.
+    pub fn types_of(&self, expert: u32) -> ExpertTypes {
+        if expert < self.first_of_last() { self.types } else { self.last_types }
+    }
+
+    /// The storage types of a projection that some expert has.
+    pub(crate) fn types_there(&self, projection: Projection) -> Vec<WeightType> {
+        let [first, last] = [self.types, self.last_types].map(|types| types.of(projection));
+        let all = [(self.first_of_last() > 0, first), (self.last > 0 && last != first, last)];
+        all.into_iter().filter(|(there, _)| *there).map(|(_, t)| t).collect()
+    }
+
+    fn first_of_last(&self) -> u32 {
+        self.experts.saturating_sub(self.last)
+    }
+
     /// Rows and columns `[out, in]` of a projection.
     pub fn matrix(&self, projection: Projection) -> [u32; 2] {
         match projection {
@@ -54,42 +119,49 @@ impl ExpertShape {
         self.matrix(Projection::Gate)
     }
 
-    /// Bytes of one expert's three matrices, unpadded: what a checkpoint holds.
+    /// Bytes of a routed expert's three matrices, unpadded: what a file holds. `u64::MAX` where they do
+    /// not fit 64 bits.
     pub fn expert_bytes(&self) -> u64 {
-        let values = u64::from(self.hidden) * u64::from(self.intermediate);
-        values.saturating_mul(3 * self.weight_type.bytes())
+        self.sum(|[rows, depth], t| u64::from(rows).saturating_mul(t.row_bytes(depth)))
+    }
+
+    /// Bytes of a routed expert's three matrices on the device, padded and packed. `u64::MAX` where they
+    /// do not fit 64 bits.
+    pub fn device_bytes(&self) -> u64 {
+        self.sum(packed_bytes)
+    }
+
+    fn sum(&self, bytes: impl Fn([u32; 2], WeightType) -> u64) -> u64 {
+        let each = Projection::ALL.map(|p| bytes(self.matrix(p), self.types.of(p)));
+        each.into_iter().fold(0, u64::saturating_add)
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        let Self { experts, hidden, intermediate, .. } = *self;
+        let Self { experts, hidden, intermediate, last, last_types, .. } = *self;
         crate::error::not_zero(&[
             ("experts", experts),
             ("hidden", hidden),
             ("intermediate", intermediate),
         ])?;
+        if last > experts {
+            return Err(Error::invalid("last", format!("{last} of {experts} experts")));
+        }
         // Padded and packed they are more.
-        if self.device_bytes().checked_mul(experts.into()).is_none() {
+        let most = self.device_bytes().max(Self { types: last_types, ..*self }.device_bytes());
+        if most.checked_mul(experts.into()).is_none() {
             let shape = [hidden, intermediate, experts];
             return Err(Error::invalid("hidden", format!("{shape:?} overflows")));
         }
         Ok(())
     }
+}
 
-    /// Bytes of one expert's three matrices on the device, padded and packed. `u64::MAX` where they do not fit 64 bits.
-    pub fn device_bytes(&self) -> u64 {
-        Projection::ALL
-            .map(|p| self.matrix(p))
-            .iter()
-            .map(|&[columns, depth]| self.packed_bytes(columns, depth))
-            .fold(0, u64::saturating_add)
-    }
-
-    /// Bytes of `columns` packed columns of a matrix whose rows hold `depth` values, or `u64::MAX`.
-    fn packed_bytes(&self, columns: u32, depth: u32) -> u64 {
-        u64::from(columns)
-            .next_multiple_of(PANEL.into())
-            .saturating_mul(16 * u64::from(depth.div_ceil(self.weight_type.lanes())))
-    }
+/// Bytes of packed columns of a matrix whose rows hold `depth` values, or `u64::MAX`.
+fn packed_bytes([columns, depth]: [u32; 2], weight_type: WeightType) -> u64 {
+    let blocks = depth.div_ceil(weight_type.device_depth());
+    u64::from(columns)
+        .next_multiple_of(PANEL.into())
+        .saturating_mul(16 * u64::from(blocks) * u64::from(weight_type.device_words()))
 }
 
 /// Most pages of a projection. Each is a buffer and a dispatch; a layer of 64 GiB in pages of 4 MiB has as many.
@@ -100,6 +172,7 @@ const MAX_PAGES: u64 = 1 << 14;
 pub(crate) struct Page {
     pub(crate) experts: Range<u32>,
     pub(crate) columns: Range<u32>,
+    pub(crate) weight_type: WeightType,
     /// The projection's packed weights; for gate pages, the up weights of the same experts and columns too.
     pub(crate) buffer: wgpu::Buffer,
     pub(crate) up: Option<wgpu::Buffer>,
@@ -134,31 +207,30 @@ impl ExpertWeights {
         shape.check()?;
         alive(ctx.device())?;
         let limit = PageLimit::new(page_limit, ctx.max_binding());
+        let buffer = |label, size| {
+            scoped(ctx.device(), || {
+                ctx.device().create_buffer(&wgpu::BufferDescriptor {
+                    label: Some(label),
+                    size,
+                    usage: wgpu::BufferUsages::STORAGE
+                        | wgpu::BufferUsages::COPY_DST
+                        | wgpu::BufferUsages::COPY_SRC,
+                    mapped_at_creation: false,
+                })
+            })
+        };
         let pages = |projection: Projection| -> Result<Arc<[Page]>> {
             let gated = projection == Projection::Gate;
-            ranges(&shape, projection, limit)?
-                .into_iter()
-                .map(|(experts, columns)| {
-                    let depth = shape.matrix(projection)[1];
-                    let bytes = shape.packed_bytes(columns.end - columns.start, depth)
-                        * u64::from(experts.end - experts.start);
-                    let buffer = |label| {
-                        scoped(ctx.device(), || {
-                            ctx.device().create_buffer(&wgpu::BufferDescriptor {
-                                label: Some(label),
-                                size: bytes,
-                                usage: wgpu::BufferUsages::STORAGE
-                                    | wgpu::BufferUsages::COPY_DST
-                                    | wgpu::BufferUsages::COPY_SRC,
-                                mapped_at_creation: false,
-                            })
-                        })
-                    };
-                    let up = if gated { Some(buffer("up")?) } else { None };
-                    let buffer = buffer(if gated { "gate" } else { "down" })?;
-                    Ok(Page { experts, columns, buffer, up })
-                })
-                .collect()
+            let depth = shape.matrix(projection)[1];
+            let page = |PageRange { experts, columns, weight_type }| {
+                let width = columns.end - columns.start;
+                let bytes = packed_bytes([width, depth], weight_type)
+                    * u64::from(experts.end - experts.start);
+                let up = if gated { Some(buffer("up", bytes)?) } else { None };
+                let buffer = buffer(if gated { "gate" } else { "down" }, bytes)?;
+                Ok(Page { experts, columns, weight_type, buffer, up })
+            };
+            all_ranges(&shape, projection, limit)?.into_iter().map(page).collect()
         };
         Ok(Self { shape, gate_up: pages(Projection::Gate)?, down: pages(Projection::Down)? })
     }
@@ -225,7 +297,6 @@ impl ExpertWeights {
             return Err(Error::invalid("expert", format!("{expert} of {}", self.shape.experts)));
         }
         let matrix = weights.matrix(self.shape.matrix(projection))?;
-        let weight_type = self.shape.weight_type;
         let pages = if projection == Projection::Down { &self.down } else { &self.gate_up };
         Ok(pages.iter().filter(move |p| p.experts.contains(&expert)).map(move |page| {
             let buffer = match (projection, &page.up) {
@@ -233,8 +304,10 @@ impl ExpertWeights {
                 _ => &page.buffer,
             };
             let columns = page.columns.start as usize..page.columns.end as usize;
-            let mut part = Part { buffer, offset: 0, matrix, weight_type, columns };
-            part.offset = u64::from(expert - page.experts.start) * (part.units() * UNIT) as u64;
+            let mut part =
+                Part { buffer, offset: 0, matrix, weight_type: page.weight_type, columns };
+            let each = (part.units() * part.unit_bytes()) as u64;
+            part.offset = u64::from(expert - page.experts.start) * each;
             part
         }))
     }
@@ -250,15 +323,21 @@ pub(crate) struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Pieces of [`UNIT`] bytes that it is made of.
+    /// Pieces of [`Part::unit_bytes`] that it is made of.
     pub(crate) fn units(&self) -> usize {
         pack::units(self.weight_type, self.columns.len(), self.matrix.shape()[1] as usize)
     }
 
+    /// Bytes of a unit.
+    pub(crate) fn unit_bytes(&self) -> usize {
+        pack::unit_bytes(self.weight_type)
+    }
+
     /// Packs some of its units straight into memory that wgpu copies to the page with the next submission.
     pub(crate) fn write(&self, queue: &wgpu::Queue, units: Range<usize>) -> Result<()> {
-        let offset = self.offset + (units.start * UNIT) as u64;
-        let Some(size) = wgpu::BufferSize::new((units.len() * UNIT) as u64) else {
+        let unit = self.unit_bytes();
+        let offset = self.offset + (units.start * unit) as u64;
+        let Some(size) = wgpu::BufferSize::new((units.len() * unit) as u64) else {
             return Ok(());
         };
         let refused = || Error::Device(format!("no staging memory of {size} bytes"));
@@ -307,31 +386,60 @@ impl PageLimit {
     }
 }
 
-/// The experts and columns of each page of a projection.
-fn ranges(
+/// What a page has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PageRange {
+    experts: Range<u32>,
+    columns: Range<u32>,
+    weight_type: WeightType,
+}
+
+/// What each page of a projection has, page by page.
+fn all_ranges(
     shape: &ExpertShape,
     projection: Projection,
     limit: PageLimit,
-) -> Result<Vec<(Range<u32>, Range<u32>)>> {
-    let [columns, depth] = shape.matrix(projection);
-    let expert = shape.packed_bytes(columns, depth);
+) -> Result<Vec<PageRange>> {
+    let [first, last] = [shape.types, shape.last_types].map(|types| types.of(projection));
+    let (end, all) = (shape.first_of_last(), 0..shape.experts);
+    let matrix = shape.matrix(projection);
+    if first == last {
+        return ranges(matrix, all, first, projection, limit);
+    }
+    let mut pages = ranges(matrix, 0..end, first, projection, limit)?;
+    pages.extend(ranges(matrix, end..all.end, last, projection, limit)?);
+    Ok(pages)
+}
+
+/// The same of some experts of one type.
+fn ranges(
+    [columns, depth]: [u32; 2],
+    all: Range<u32>,
+    weight_type: WeightType,
+    projection: Projection,
+    limit: PageLimit,
+) -> Result<Vec<PageRange>> {
+    let expert = packed_bytes([columns, depth], weight_type);
     let fit = u32::try_from(limit.bytes / expert).unwrap_or(u32::MAX);
-    let starts = |n: u32, step: u32| {
-        (0..n).step_by(step as usize).map(move |i| i..(i.saturating_add(step)).min(n))
+    let starts = |all: Range<u32>, step: u32| {
+        let end = all.end;
+        all.step_by(step as usize).map(move |i| i..i.saturating_add(step).min(end))
     };
+    let page = |experts, columns| PageRange { experts, columns, weight_type };
+    let count = all.end - all.start;
     if fit > 0 {
-        limit.few(shape.experts.div_ceil(fit).into(), projection)?;
-        return Ok(starts(shape.experts, fit).map(|e| (e, 0..columns)).collect());
+        limit.few(count.div_ceil(fit).into(), projection)?;
+        return Ok(starts(all, fit).map(|e| page(e, 0..columns)).collect());
     }
     // One expert is too large: pages of its columns, in whole panels.
-    let panel = shape.packed_bytes(PANEL, depth);
+    let panel = packed_bytes([PANEL, depth], weight_type);
     let panels = limit.bytes / panel;
     let step = u32::try_from(panels * u64::from(PANEL)).unwrap_or(u32::MAX / PANEL * PANEL);
     if step == 0 {
         return Err(limit.too_small(panel));
     }
-    limit.few(u64::from(shape.experts) * u64::from(columns.div_ceil(step)), projection)?;
-    Ok((0..shape.experts).flat_map(|e| starts(columns, step).map(move |c| (e..e + 1, c))).collect())
+    limit.few(u64::from(count) * u64::from(columns.div_ceil(step)), projection)?;
+    Ok(all.flat_map(|e| starts(0..columns, step).map(move |c| page(e..e + 1, c))).collect())
 }
 
 #[cfg(test)]
@@ -340,13 +448,29 @@ mod tests {
 
     #[test]
     fn pages_stay_within_the_limit() {
-        let shape =
-            ExpertShape { experts: 5, hidden: 64, intermediate: 96, weight_type: WeightType::Bf16 };
-        let ranges = |limit| ranges(&shape, Projection::Gate, PageLimit::new(limit, 1 << 30));
+        let ranges = |limit| {
+            let limit = PageLimit::new(limit, 1 << 30);
+            let pages = ranges([96, 64], 0..5, WeightType::Bf16, Projection::Gate, limit)?;
+            Ok::<_, Error>(pages.into_iter().map(|p| (p.experts, p.columns)).collect::<Vec<_>>())
+        };
         let whole = ranges(2 * 96 * 64 * 2).unwrap();
         assert_eq!(whole, [(0..2, 0..96), (2..4, 0..96), (4..5, 0..96)]);
         let split = ranges(70 * 64 * 2).unwrap();
         assert_eq!(split[..3], [(0..1, 0..64), (0..1, 64..96), (1..2, 0..64)]);
         assert!(ranges(31 * 64 * 2).is_err());
+    }
+
+    #[test]
+    fn pages_hold_one_type() {
+        let types = ExpertTypes { gate_up: WeightType::Q4_K, down: WeightType::Bf16 };
+        let last = ExpertTypes { gate_up: WeightType::Q8_0, down: WeightType::Bf16 };
+        let shape = ExpertShape::new(5, 256, 32, types).with_last_types(1, last);
+        let pages = |projection| {
+            let pages = all_ranges(&shape, projection, PageLimit::new(1 << 20, 1 << 30)).unwrap();
+            pages.into_iter().map(|p| (p.experts, p.weight_type)).collect::<Vec<_>>()
+        };
+        let apart = [(0..4, WeightType::Q4_K), (4..5, WeightType::Q8_0)];
+        assert_eq!(pages(Projection::Gate), apart);
+        assert_eq!(pages(Projection::Down), [(0..5, WeightType::Bf16)]);
     }
 }

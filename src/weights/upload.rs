@@ -1,5 +1,4 @@
 //! Uploads of any size through a bounded amount of memory.
-use super::pack::UNIT;
 use super::{ExpertWeights, HostWeights, Projection};
 use crate::Result;
 use crate::device::guard::scoped;
@@ -54,11 +53,11 @@ impl Uploader {
         projection: Projection,
         weights: HostWeights<'_>,
     ) -> Result<()> {
-        let step = PIECE as usize / UNIT;
         for part in to.parts(expert, projection, weights)? {
+            let step = (PIECE as usize / part.unit_bytes()).max(1);
             for start in (0..part.units()).step_by(step) {
                 let units = start..(start + step).min(part.units());
-                let bytes = (units.len() * UNIT) as u64;
+                let bytes = (units.len() * part.unit_bytes()) as u64;
                 scoped(&self.device, || part.write(queue, units))??;
                 self.wrote(queue, bytes)?;
             }

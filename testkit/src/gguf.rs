@@ -95,21 +95,6 @@ impl Header {
 /// Where tensors begin: multiples of this.
 pub const ALIGNMENT: u64 = 32;
 
-/// ggml's number of a type.
-pub fn kind(weights: WeightType) -> Result<u32> {
-    match weights.dtype() {
-        "F32" => Ok(0),
-        "F16" => Ok(1),
-        "Q4_0" => Ok(2),
-        "Q8_0" => Ok(8),
-        "Q4_K" => Ok(12),
-        "Q6_K" => Ok(14),
-        "BF16" => Ok(30),
-        "MXFP4" => Ok(39),
-        other => Err(Error::other(format!("GGUF files have no {other}"))),
-    }
-}
-
 /// A tensor and what it is made of.
 struct Tensor {
     name: String,
@@ -121,14 +106,29 @@ struct Tensor {
 }
 
 impl Tensor {
-    fn bytes(&self) -> u64 {
-        let row = self.shape.last().copied().unwrap_or(1);
-        row_bytes(self.weights, row) * self.shape.iter().rev().skip(1).product::<u64>()
+    fn row(&self) -> u64 {
+        self.shape.last().copied().unwrap_or(1)
     }
-}
 
-fn row_bytes(weights: WeightType, row: u64) -> u64 {
-    weights.bytes() * row
+    fn bytes(&self) -> u64 {
+        let rows: u64 = self.shape.iter().rev().skip(1).product();
+        self.weights.row_bytes(self.row() as u32) * rows
+    }
+
+    /// ggml's number of its type.
+    fn kind(&self) -> Result<u32> {
+        let weights = self.weights;
+        let [row, block] = [self.row(), weights.block_values().into()];
+        if !row.is_multiple_of(block) {
+            return Err(Error::other(format!(
+                "{}: rows of {row} values are no whole blocks of {block} of {}",
+                self.name,
+                weights.name()
+            )));
+        }
+        let none = || Error::other(format!("GGUF files have no {}", weights.name()));
+        weights.ggml_type().ok_or_else(none)
+    }
 }
 
 impl Plan {
@@ -244,7 +244,7 @@ impl Plan {
             header.tensors.push(Info {
                 name: tensor.name.clone(),
                 shape: tensor.shape.iter().rev().copied().collect(),
-                kind: kind(tensor.weights)?,
+                kind: tensor.kind()?,
                 offset,
             });
             offset = (offset + tensor.bytes()).next_multiple_of(ALIGNMENT);
@@ -258,7 +258,9 @@ impl Plan {
             for &matrix in &tensor.matrices {
                 self.values(tensor.layer, matrix, &mut |values| {
                     let values: Vec<f32> = values.iter().map(|v| v.to_f32()).collect();
-                    let bytes = tensor.weights.encode(&values);
+                    // Whole blocks, if not whole rows.
+                    let block = tensor.weights.block_values() as usize;
+                    let bytes = tensor.weights.encode(&values, block);
                     progress(bytes.len() as u64);
                     file.write_all(&bytes)
                 })?;

@@ -76,12 +76,14 @@ pub fn outputs(
     })
 }
 
-/// A weight as it is stored.
-pub fn round(v: f32, weight_type: WeightType) -> f32 {
+/// Rows of `depth` weights as they are stored. Types of blocks are the crate's own; recorded values of
+/// reference implementations hold those down.
+pub fn stored(values: &[f32], depth: u32, weight_type: WeightType) -> Vec<f32> {
     match weight_type {
-        WeightType::F16 => f16::from_f32(v).to_f32(),
-        WeightType::Bf16 => bf16::from_f32(v).to_f32(),
-        _ => v,
+        WeightType::F32 => values.to_vec(),
+        WeightType::F16 => values.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+        WeightType::Bf16 => values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+        _ => weight_type.round(values, depth as usize),
     }
 }
 
@@ -135,8 +137,11 @@ impl HostLayer {
     /// The experts as a storage type holds them: what the twins must compute on.
     pub fn stored_as(&self, weight_type: WeightType) -> Self {
         let mut rounded = self.clone();
-        for v in rounded.experts.iter_mut().flatten().flatten() {
-            *v = round(*v, weight_type);
+        let LayerConfig { hidden, intermediate, .. } = self.settings;
+        for matrices in &mut rounded.experts {
+            for (matrix, depth) in matrices.iter_mut().zip([hidden, hidden, intermediate]) {
+                *matrix = stored(matrix, depth, weight_type);
+            }
         }
         rounded
     }

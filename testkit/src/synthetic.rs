@@ -58,12 +58,16 @@ const STRIDE: usize = 1009;
 impl Pool {
     pub fn new(rng: &mut StdRng, settings: &LayerConfig, weight_type: WeightType) -> Self {
         let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
-        let count = hidden as usize * intermediate as usize;
-        let all = count + 3 * (experts + shared_experts) as usize * STRIDE;
+        let block = weight_type.block_values();
+        let padded = |rows: u32, row: u32| rows as usize * row.next_multiple_of(block) as usize;
+        let count = padded(intermediate, hidden).max(padded(hidden, intermediate));
+        let windows = 3 * (experts + shared_experts) as usize * STRIDE;
+        let all = count + windows * block as usize;
         let mut pool = |width: u32| {
             let most = (3.0 / width as f32).sqrt();
             let values: Vec<f32> = (0..all).map(|_| rng.random_range(-most..most)).collect();
-            weight_type.encode(&values)
+            let row = weight_type.block_values() as usize;
+            weight_type.encode(&values[..all / row * row], row)
         };
         let pools = [pool(hidden), pool(intermediate)];
         let shapes = [[intermediate, hidden], [hidden, intermediate]];
@@ -76,10 +80,11 @@ impl Pool {
             Projection::Up => (0, 1),
             Projection::Down => (1, 2),
         };
-        let at = (3 * expert as usize + place) * STRIDE * self.weight_type.bytes() as usize;
+        let at = (3 * expert as usize + place) * STRIDE * self.weight_type.block_bytes() as usize;
         let shape = self.shapes[pool];
         let bytes = &self.pools[pool][at..];
-        let view = MatrixView::new(bytes, self.weight_type, shape, [shape[1].into(), 1]);
+        let row = shape[1].next_multiple_of(self.weight_type.block_values());
+        let view = MatrixView::new(bytes, self.weight_type, shape, [row.into(), 1]);
         HostWeights::View(view.expect("a window inside the pool"))
     }
 }

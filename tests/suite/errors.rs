@@ -270,9 +270,9 @@ fn sizes_at_the_end_of_32_bits() {
     // 2^32 / 1, cut to the tokens; not to what is left of it in 32 bits.
     assert_eq!(routing::schedule::capacity(1 << 16, 1 << 16, 1), 1 << 16);
     let weight_type = WeightType::F32;
-    let shape = ExpertShape { experts: 1, hidden: 1, intermediate: u32::MAX, weight_type };
+    let shape = ExpertShape::new(1, 1, u32::MAX, weight_type);
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
-    let shape = ExpertShape { hidden: u32::MAX, ..shape };
+    let shape = ExpertShape::new(1, u32::MAX, u32::MAX, weight_type);
     assert_eq!([shape.expert_bytes(), shape.device_bytes()], [u64::MAX; 2]);
     let settings = models::find("llada2-mini").unwrap().settings;
     let many = settings.with_shared_experts(u32::MAX);

@@ -16,6 +16,7 @@ mod expert_choice;
 mod expert_lists;
 mod expert_union;
 mod failure;
+mod fp8;
 mod gates;
 mod gather;
 mod gguf;

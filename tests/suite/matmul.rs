@@ -2,7 +2,7 @@
 //! the longest step is 128 (16-bit weights in `matmul_skinny`), and a depth of one or two runs
 //! hardly any of the loop.
 use testkit::compare::{close, largest};
-use testkit::layer::round;
+use testkit::layer::stored;
 use testkit::prelude::{Output, contexts, gpu, random, run, variant_name};
 use testkit::works::plan;
 use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, SlotRows, Stage, activate, cpu_row};
@@ -58,7 +58,7 @@ impl Experts {
             host.push(Projection::ALL.map(|p| {
                 let values = random(u64::from(3 * e) + p as u64, size);
                 weights.write(&gpu.queue, e, p, HostWeights::F32(&values)).unwrap();
-                values.into_iter().map(|v| round(v, shape.weight_type)).collect()
+                stored(&values, shape.matrix(p)[1], shape.types.of(p))
             }));
         }
         Self { weights, host }
@@ -151,14 +151,14 @@ fn deep_expert_matmuls() {
         let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
         for [hidden, intermediate] in SHAPES {
             for &weight_type in WeightType::ALL {
-                let shape = ExpertShape { experts, hidden, intermediate, weight_type };
+                let shape = ExpertShape::new(experts, hidden, intermediate, weight_type);
                 let all = Experts::new(&gpu, &ctx, shape, None);
                 check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);
                 check(&gpu, &ctx, &all, &plan, Stage::Down, false);
             }
             // Pages of some experts, and of some columns; rows of x that are slots.
             let weight_type = WeightType::Bf16;
-            let shape = ExpertShape { experts, hidden, intermediate, weight_type };
+            let shape = ExpertShape::new(experts, hidden, intermediate, weight_type);
             for limit in [2 * shape.device_bytes() / 3, 100 * u64::from(hidden.max(intermediate))] {
                 let paged = Experts::new(&gpu, &ctx, shape, Some(limit));
                 assert!(paged.weights.page_counts().iter().all(|&n| n > 1), "{limit}: one page");

@@ -112,7 +112,7 @@ fn builders_set_what_they_say() {
 }
 
 fn shape(experts: u32, hidden: u32, intermediate: u32) -> ExpertShape {
-    ExpertShape { experts, hidden, intermediate, weight_type: WeightType::F32 }
+    ExpertShape::new(experts, hidden, intermediate, WeightType::F32)
 }
 
 /// Without a limit that is seen first, these would take memory without end.

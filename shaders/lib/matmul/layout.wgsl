@@ -1,9 +1,9 @@
 // Where weights lie: a matrix is cut into panels of PANEL columns, the last one padded; 16-byte word c *
-// PANEL + n of a panel holds the c-th WEIGHT_LANES values of its column n. PANEL 1 is row-major [N, K] in
-// place.
+// PANEL + n of a panel is word c of its column n: blocks of BLOCK_WORDS words, BLOCK_DEPTH values of K each,
+// the last one padded. PANEL 1 is row-major [N, K] in place.
 // Twin of layout_rows.wgsl.
 fn weight_chunks() -> u32 {
-  return (params.depth + WEIGHT_LANES - 1u) / WEIGHT_LANES;
+  return (params.depth + BLOCK_DEPTH - 1u) / BLOCK_DEPTH * BLOCK_WORDS;
 }
 
 // First word of a column of an expert's matrix.

@@ -113,6 +113,13 @@ impl File {
         self.case[key].as_str().ok_or_else(|| format!("no `{key}` in the header"))
     }
 
+    /// The texts of a list in a setting that is a map of lists.
+    pub fn texts(&self, key: &str, entry: &str) -> Result<Vec<&str>, String> {
+        let list = self.case[key][entry].as_array();
+        let list = list.and_then(|list| list.iter().map(|v| v.as_str()).collect());
+        list.ok_or_else(|| format!("no `{key}` of `{entry}` in the header"))
+    }
+
     pub fn flag(&self, key: &str) -> Option<bool> {
         self.case[key].as_bool()
     }

@@ -13,4 +13,4 @@ pub use numbers::{BIAS, GATE, INDEX, SCORES, TABLE, X, fill, mix};
 pub use ops::{OP2, choice, grouped_matmul};
 pub use plan::{Planned, chosen, plan};
 pub use table::{CHOICES, GATHERS, PLANS};
-pub use work::{Bound, Choice, Matrix, Part, Work, round};
+pub use work::{Bound, Choice, Matrix, Part, Work};

@@ -2,8 +2,8 @@
 //! matmul. OP3 is a gather.
 use super::numbers::{GATE, SCORES, X, fill};
 use super::plan::plan;
-use super::work::round;
 use crate::compare::{close, same};
+use crate::layer::stored;
 use wgmoe::ops::expert_choice::{self, ExpertChoice};
 use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, SlotRows, Stage, cpu_row};
 use wgmoe::plan::bits;
@@ -55,7 +55,7 @@ pub fn grouped_matmul(
     let planned =
         plan(gpu, ctx, [tokens, experts], &fill(SCORES, tokens * experts, 1.0), &assigned)?;
     let (x, w) = (fill(X, tokens * depth, 1.0), fill(GATE, experts * columns * depth, 1.0));
-    let shape = ExpertShape { experts, hidden: columns, intermediate: depth, weight_type };
+    let shape = ExpertShape::new(experts, columns, depth, weight_type);
     let weights = ExpertWeights::new(ctx, shape).map_err(say)?;
     for (e, w) in (0..).zip(w.chunks_exact((columns * depth) as usize)) {
         weights.write(&gpu.queue, e, Projection::Down, HostWeights::F32(w)).map_err(say)?;
@@ -78,7 +78,8 @@ pub fn grouped_matmul(
     for slot in (0..tokens as usize).step_by(131) {
         let first = slot / rows as usize * (columns * depth) as usize;
         let row = &x[slot * depth as usize..][..depth as usize];
-        let weight = |i: usize| round(w[first + i], weight_type);
+        let w = stored(&w[first..][..(columns * depth) as usize], depth, weight_type);
+        let weight = |i: usize| w[i];
         let want: Vec<f32> =
             cpu_row(row, &weight, columns as usize).into_iter().map(|v| v as f32).collect();
         let got = &got[slot * columns as usize..][..columns as usize];

@@ -1,7 +1,7 @@
 //! A layer and its input, on the device and for the CPU twins.
 use super::numbers::{BIAS, BLOCK, DOWN, GATE, ROUTER, UP, X, fill, stretch, uniform};
 use crate::compare::{close, largest, same};
-use crate::layer::selection;
+use crate::layer::{selection, stored};
 use crate::statistics::{on_every_core, spread, threads};
 use half::bf16;
 use std::collections::HashMap;
@@ -325,7 +325,7 @@ impl Work {
     ) -> Result<(), String> {
         let settings = bound.settings;
         let (d, e) = (settings.hidden as usize, settings.experts as usize);
-        let weight_type = layer.weights().shape().weight_type;
+        let shape = layer.weights().shape();
         let got: Vec<f32> = gpu.download(&bound.out).map_err(|e| e.to_string())?;
         let tokens: Vec<(usize, Vec<(u32, f32)>)> = spread(choice.tokens, sample)
             .into_iter()
@@ -342,7 +342,8 @@ impl Work {
             for p in PROJECTIONS {
                 experts.entry((e, p)).or_insert_with(|| match self.expert(e, p) {
                     Matrix::Own(values) => {
-                        Matrix::Own(values.into_iter().map(|v| round(v, weight_type)).collect())
+                        let weight_type = shape.types_of(e).of(p);
+                        Matrix::Own(stored(&values, shape.matrix(p)[1], weight_type))
                     }
                     window => window,
                 });
@@ -455,9 +456,4 @@ impl Choice {
         let used = self.assigned.iter().filter(|&&w| w != 0).count();
         used as f64 / self.tokens.div_ceil(32) as f64
     }
-}
-
-/// A weight as it is stored.
-pub fn round(v: f32, weight_type: WeightType) -> f32 {
-    weight_type.round(v)
 }

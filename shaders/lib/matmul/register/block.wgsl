@@ -79,12 +79,22 @@ fn block_at(expert: u32, column: u32) -> Block {
     columns_at(expert, column + offset), columns_at(expert, column + offset + 2u * WG));
 }
 
-fn load_pairs(b: Block, step: u32) -> Pairs {
-  return Pairs(
-    load_pair(false, b.p, step), load_pair(false, b.q, step),
-    load_pair(GATED, b.r, step), load_pair(GATED, b.t, step));
+// What is loaded of them for a run of RUN_STEPS steps.
+struct Loads { p: Loaded, q: Loaded, r: Loaded, t: Loaded }
+
+fn load_pairs(b: Block, run: u32) -> Loads {
+  return Loads(
+    load_pair(false, b.p, run), load_pair(false, b.q, run),
+    load_pair(GATED, b.r, run), load_pair(GATED, b.t, run));
 }
 
-// Steps of eight values of k. Times min(rows, 1): for loop bounds made of uniforms alone lavapipe specialises
-// the shader anew at each dispatch (4 ms).
-fn steps_of(tile: Tile) -> u32 { return (params.depth + 7u) / 8u * min(tile.rows, 1u); }
+fn open_pairs(l: Loads, step: u32) -> Pairs {
+  return Pairs(open(l.p, step), open(l.q, step), open(l.r, step), open(l.t, step));
+}
+
+// Runs of eight values of k, times RUN_STEPS. Times min(rows, 1): for loop bounds made of uniforms alone
+// lavapipe specialises the shader anew at each dispatch (4 ms).
+fn runs_of(tile: Tile) -> u32 {
+  const DEPTH = 8u * RUN_STEPS;
+  return (params.depth + DEPTH - 1u) / DEPTH * min(tile.rows, 1u);
+}
