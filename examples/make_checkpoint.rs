@@ -20,7 +20,7 @@ fn layouts() -> impl TypedValueParser<Value = Layout> {
 /// The types of GGUF files by name.
 fn weights() -> impl TypedValueParser<Value = WeightType> {
     let types = WeightType::ALL.iter().filter(|t| t.ggml_type().is_some());
-    PossibleValuesParser::new(types.map(|t| t.name().to_lowercase()))
+    PossibleValuesParser::new(types.map(|t| t.name()))
         .try_map(|name| WeightType::of_name(&name).ok_or("no such type"))
 }
 
@@ -47,7 +47,7 @@ struct Options {
     #[arg(long, conflicts_with = "layout")]
     gguf: bool,
     /// Storage type of the experts of a GGUF file
-    #[arg(long, default_value = "bf16", requires = "gguf", value_parser = weights())]
+    #[arg(long, default_value = "BF16", ignore_case = true, requires = "gguf", value_parser = weights())]
     weights: WeightType,
     /// Files to spread the tensors over; with more than one, an index says what is where, or, of a
     /// GGUF file, each part's own number
