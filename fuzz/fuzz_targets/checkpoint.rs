@@ -1,7 +1,8 @@
 //! Opens what may be a checkpoint and reads all of one layer that it says it has.
 //!
-//! An input is `config.json`, a NUL, an index (empty: a single file), a NUL, and a safetensors file. Where that begins with a
-//! brace it is the header's text alone, up to the last brace, and then the data: so mutations need not keep its length right.
+//! An input is `config.json`, a NUL, an index (empty: a single file), a NUL, and a safetensors
+//! file. Where that begins with a brace it is the header's text alone, up to the last brace, and
+//! then the data: so mutations need not keep its length right.
 #![no_main]
 mod look;
 

@@ -12,8 +12,8 @@ pub fn folder() -> &'static std::path::Path {
     FOLDER.get_or_init(|| make().expect("a folder")).path()
 }
 
-/// Reads all of one layer that it says it has: no panic, no read outside the map, no allocation by a
-/// number that nothing has checked (`-rss_limit_mb` catches those).
+/// Reads all of one layer that it says it has: no panic, no read outside the map, no allocation by
+/// a number that nothing has checked (`-rss_limit_mb` catches those).
 pub fn look(opened: Result<Checkpoint>) {
     let Ok(checkpoint) = opened else { return };
     let settings = checkpoint.config().settings;

@@ -50,7 +50,7 @@ pub(super) fn scales<'a>(
     };
     if part.shape[1] != columns && tile[1] < columns {
         return fail(format!(
-            "is for tiles of {TILE} x {TILE}, which are not cut into those of several shared experts"
+            "is for tiles of {TILE} x {TILE}, not cut into those of several shared experts"
         ));
     }
     let count: u64 = one.iter().map(|&n| u64::from(n)).product();

@@ -55,8 +55,8 @@ pub(super) fn read(
     Ok(infos.map(entry).collect())
 }
 
-/// Checks what a header says: tensors that lie one behind the other, are as large as their shapes, and fill what the file has
-/// behind its header.
+/// Checks what a header says: tensors that lie one behind the other, are as large as their shapes,
+/// and fill what the file has behind its header.
 fn check(path: &Path, tensors: Vec<(&str, &TensorInfo)>, have: usize) -> Result<()> {
     let mut end = 0;
     for (name, info) in tensors {
@@ -111,8 +111,10 @@ pub(super) fn files_of_index(path: &Path, json: &[u8]) -> Result<BTreeMap<String
         let Some(file) = file.as_str() else {
             return Err(failed(path, Some(tensor), format!("expected a file's name, got {file}")));
         };
-        // Backslashes and drives, too: a path that is plain on one system must not lead away on another.
-        let plain = matches!(Path::new(file).components().collect::<Vec<_>>()[..], [Component::Normal(name)] if name == file);
+        // Backslashes and drives, too: a path that is plain on one system must not lead away on
+        // another.
+        let components: Vec<_> = Path::new(file).components().collect();
+        let plain = matches!(components[..], [Component::Normal(name)] if name == file);
         if !plain || file.contains(['/', '\\', ':', '\0']) {
             return Err(failed(
                 path,

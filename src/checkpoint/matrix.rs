@@ -1,4 +1,5 @@
-//! Matrices of experts where they lie in tensors: stacked, fused, transposed, or parts of a wider one.
+//! Matrices of experts where they lie in tensors: stacked, fused, transposed, or parts of a wider
+//! one.
 use super::files::Tensor;
 use super::names::{fill, is_stacked};
 use super::{Checkpoint, ExpertNames, failed, fp8};
@@ -21,7 +22,8 @@ impl Checkpoint {
         self.view(&tensor, name, Part::of(matrix))
     }
 
-    /// A projection among tensors of these names: of an expert among so many, or of a part of a shared FFN.
+    /// A projection among tensors of these names: of an expert among so many, or of a part of a
+    /// shared FFN.
     pub(super) fn matrix(
         &self,
         names: &ExpertNames,

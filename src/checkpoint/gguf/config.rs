@@ -183,8 +183,8 @@ impl Keys<'_> {
         }
     }
 
-    /// The shared FFN as so many experts of the routed ones' size. The converter writes the width of
-    /// all of them, llama.cpp's loader takes it for that of one: a width of one expert is that.
+    /// The shared FFN as so many experts of the routed ones' size. The converter writes the width
+    /// of all of them, llama.cpp's loader takes it for that of one: a width of one expert is that.
     fn shared_experts(&self, intermediate: u32) -> Result<u32> {
         let shared = self.number("expert_shared_count", MAX_EXPERTS)?.unwrap_or(0);
         let name = "expert_shared_feed_forward_length";

@@ -111,8 +111,8 @@ impl Info<'_> {
     }
 }
 
-/// Where the tensors lie. As ggml has it, they lie in the order of the header, one behind the other,
-/// each at the next multiple of the alignment: so none overlaps another.
+/// Where the tensors lie. As ggml has it, they lie in the order of the header, one behind the
+/// other, each at the next multiple of the alignment: so none overlaps another.
 fn place(
     path: &Path,
     infos: &[Info<'_>],
