@@ -61,15 +61,15 @@ struct Options {
 fn run(options: &Options) -> Result<(), String> {
     let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
     let (layers, dense) = (model.layers, model.dense_layers);
-    let most = model.settings.experts;
+    let most = model.config.experts;
     let experts = options.experts.unwrap_or(most);
     if experts > most {
         return Err(format!("--experts {experts}: {} has {most}", model.name));
     }
-    let settings = model.with_experts(experts);
-    settings.routing.check(experts).map_err(|e| format!("--experts {experts}: {e}"))?;
+    let config = model.with_experts(experts);
+    config.routing.check(experts).map_err(|e| format!("--experts {experts}: {e}"))?;
     let plan = Plan {
-        settings,
+        config,
         layers: options.layers.unwrap_or(layers - dense),
         dense,
         layout: options.layout,

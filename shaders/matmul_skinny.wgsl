@@ -9,7 +9,7 @@
 // Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/x_vec4 | matmul/x_scalar,
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
 //   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
-//   matmul/run_words | matmul/run_blocks,
+//   matmul/run_words | matmul/run_blocks, matmul/load_blocks | nothing,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows.
 //

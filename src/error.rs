@@ -1,7 +1,8 @@
 //! What can go wrong because of the caller's data or machine.
 
-/// Everything that can go wrong because of the caller's data or machine. A WGSL source of ours that does not compile is a
-/// bug and panics instead. Every variant that speaks of an argument names it as the documentation does.
+/// Everything that can go wrong because of the caller's data or machine. A WGSL source of ours that
+/// does not compile is a bug and panics instead. Every variant that speaks of an argument names it
+/// as the documentation does.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -98,7 +99,8 @@ pub enum Error {
         /// What is wrong, and what was expected.
         reason: String,
     },
-    /// wgpu refused an object: out of memory, a lost device, a destroyed buffer, a buffer of another device.
+    /// wgpu refused an object: out of memory, a lost device, a destroyed buffer, a buffer of
+    /// another device.
     #[error("wgpu: {0}")]
     Device(String),
 }
@@ -114,6 +116,47 @@ impl Error {
 
     pub(crate) fn invalid(name: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { name, reason: reason.into() }
+    }
+
+    /// The same error about what the caller gave: where an argument of a kernel is another one of
+    /// the caller's, `names` say which, as (the kernel's, the caller's).
+    pub(crate) fn renamed(self, names: &[(&'static str, &'static str)]) -> Self {
+        let of = |name: &'static str| {
+            names.iter().find(|(own, _)| *own == name).map_or(name, |&(_, given)| given)
+        };
+        // Names inside a text: one after the other in one pass, since names may change places.
+        let within = |text: String| {
+            let words = text.split('`').enumerate();
+            // Every other part stands between two of them.
+            let words = words.map(|(i, word)| match names.iter().find(|(own, _)| *own == word) {
+                Some((_, given)) if i % 2 == 1 => *given,
+                _ => word,
+            });
+            words.collect::<Vec<_>>().join("`")
+        };
+        match self {
+            Self::Size { name, expected, got, shape } => {
+                Self::Size { name: of(name), expected, got, shape }
+            }
+            Self::OutOfBuffer { name, offset, end, size } => {
+                Self::OutOfBuffer { name: of(name), offset, end, size }
+            }
+            Self::Alignment { name, offset, alignment } => {
+                Self::Alignment { name: of(name), offset, alignment }
+            }
+            Self::Usage { name, missing } => Self::Usage { name: of(name), missing },
+            Self::Overlap { written, other } => {
+                Self::Overlap { written: of(written), other: of(other) }
+            }
+            Self::Invalid { name, reason } => {
+                Self::Invalid { name: of(name), reason: within(reason) }
+            }
+            Self::Limit { name, limit, need, have } => {
+                Self::Limit { name: of(name), limit, need, have }
+            }
+            Self::Device(text) => Self::Device(within(text)),
+            other => other,
+        }
     }
 }
 

@@ -1,4 +1,14 @@
 //! A headless device for tests, benches and examples. Applications bring their own.
+//!
+//! ```
+//! # fn main() -> wgmoe::Result<()> {
+//! # if wgmoe::Gpu::new().is_err() { return Ok(()) }
+//! let gpu = wgmoe::Gpu::new()?; // or `Gpu::open(Some("a part of its name"))`
+//! let buffer = gpu.upload(&[1u32, 2, 3]);
+//! assert_eq!(gpu.download::<u32>(&buffer)?, [1, 2, 3]);
+//! # Ok(())
+//! # }
+//! ```
 use crate::layer::BoundLayer;
 use crate::{BoundOp, Error, Result};
 

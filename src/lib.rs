@@ -7,6 +7,18 @@
 //! caller's encoder or pass. Layers and ops never submit, wait or read back; [`CachedLayer`], the
 //! loading of checkpoints, [`tune`](measure::tune::tune) and the helpers of [`Gpu`] do.
 //!
+//! # Where to start
+//!
+//! | to | see |
+//! |---|---|
+//! | run a layer | the example of [`layer`], and `examples/quickstart.rs` |
+//! | put it into an engine | the guide to [embedding], `examples/embed` |
+//! | pick a routing rule | [`routing`], [`models`] |
+//! | load a model | the module `checkpoint` (Cargo feature of that name) |
+//! | use one kernel | [`ops`], `examples/single_op.rs` |
+//! | compute without a GPU, or test kernels of your own | [`mod@reference`] |
+//! | find out what is slow | [`measure`], and the program `wgmoe-bench` |
+//!
 //! # Words
 //!
 //! | word | meaning |
@@ -102,19 +114,13 @@
 //! assert!((gates[2] + gates[3] - 1.0).abs() < 1e-6 && gates[3] > gates[2]);
 //!
 //! // The plan: the tokens of each expert, one after the other.
-//! let shape = PlanShape {
-//!     tokens: 4,
-//!     experts: 2,
-//!     shared_experts: 0,
-//!     routed_slots: 4,
-//!     tile_rows: 16,
-//!     skinny_rows: 8,
-//! };
+//! let shape = PlanShape::on_host(4, 2, 4);
 //! let plan = HostPlan::cpu(&shape, &assigned, &gates);
 //! assert_eq!(plan.expert_offsets, [0, 2, 4]);
 //! assert_eq!(plan.token_of, [0, 1, 1, 2]);
 //!
-//! // What the experts made of the four slots, rows of one value, weighed and summed for each token. No expert took token 3.
+//! // What the experts made of the four slots, rows of one value, weighed and summed for each token.
+//! // No expert took token 3.
 //! let out = combine::cpu(&plan, &[10.0, 20.0, 30.0, 40.0], 1, None);
 //! assert_eq!((out[0], out[2], out[3]), (10.0, 40.0, 0.0));
 //! assert!((out[1] - (gates[2] * 20.0 + gates[3] * 30.0)).abs() < 1e-5);
@@ -142,7 +148,7 @@
 //!     matrix: impl Fn(u32, Projection) -> Vec<half::bf16>,
 //! ) -> Result<MoeLayer> {
 //!     let ctx = Context::new(device)?;
-//!     let config = models::find("llada2-mini").expect("a model of this name").settings;
+//!     let config = models::find("llada2-mini").expect("a model of this name").config;
 //!     let shape = config.expert_shape(WeightType::Bf16);
 //!     let weights = ExpertWeights::new(&ctx, shape)?;
 //!     for expert in 0..shape.experts {

@@ -1,5 +1,6 @@
-//! The CPU twins: what every kernel, and a whole layer, computes, as plain loops on the host. A twin is
-//! the specification of its kernel, of order, ties and NaN too, and what a device is tested against.
+//! The CPU twins: what every kernel, and a whole layer, computes, as plain loops on the host. A
+//! twin is the specification of its kernel, of order, ties and NaN too, and what a device is tested
+//! against.
 //!
 //! Each panics where its arguments do not fit together, with the name of the argument, what was
 //! expected and what was given. Shapes: T tokens, E experts, S slots, D hidden, B sequences.
@@ -46,14 +47,7 @@
 //! let gates = reference::gates(&assigned, &scores, 3, rule, 1.0, Scales::default());
 //! assert_eq!(gates[3..], [0.0, 0.5, 0.5]);
 //!
-//! let shape = PlanShape {
-//!     tokens: 2,
-//!     experts: 3,
-//!     shared_experts: 0,
-//!     routed_slots: 4,
-//!     tile_rows: 8,
-//!     skinny_rows: 0,
-//! };
+//! let shape = PlanShape::on_host(2, 3, 4);
 //! let plan = reference::plan(&shape, &assigned, &gates);
 //! assert_eq!(plan.token_of, [0, 1, 0, 1]);
 //!

@@ -1,17 +1,21 @@
-//! What a routing did to a batch: the figures that EC-DLM reports of expert choice, of token choice, and of a checkpoint
+//! What a routing did to a batch: loads of the experts, dropped pairs, padded rows.
+//!
+//! These are the figures that EC-DLM reports of expert choice, of token choice, and of a checkpoint
 //! moved from one to the other (arXiv 2604.01622, "retrofit").
 //!
 //! ```
 //! use wgmoe::{plan::Stats, report::Report};
 //!
-//! let stats = Stats { slots: 8, tokens_per_expert: vec![4, 2, 2, 0], untouched: 1, ..Stats::default() };
+//! let tokens_per_expert = vec![4, 2, 2, 0];
+//! let stats = Stats { slots: 8, tokens_per_expert, untouched: 1, ..Stats::default() };
 //! let report = Report::new(&stats, 4);
 //! assert_eq!((report.untouched_share, report.load.max, report.load.imbalance()), (0.25, 4, 2.0));
 //! // Of two devices, the one with the first two experts has 6 of 8 slots, 1.5 times the mean.
 //! assert_eq!(report.devices, [(2, 1.5), (4, 2.0)]);
 //! ```
 //!
-//! What of EC-DLM's figures for eight GPUs one device can show, and what it cannot, is in `docs/balance.md`.
+//! What of EC-DLM's figures for eight GPUs one device can show, and what it cannot, is in
+//! `docs/balance.md`.
 use crate::plan::Stats;
 use crate::{Error, Result};
 

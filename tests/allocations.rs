@@ -23,10 +23,10 @@ fn a_layer_of_any_size_loads_in_128_mib() {
         }
     };
     let mini = models::find("llada2-mini").expect("a model");
-    let mut settings = mini.settings;
-    settings.experts = 64;
+    let mut config = mini.config;
+    config.experts = 64;
     let layout = Layout::Fused;
-    let plan = Plan { settings, layers: 1, dense: 1, layout, shards: 1, seed: 1 };
+    let plan = Plan { config, layers: 1, dense: 1, layout, shards: 1, seed: 1 };
     let total = plan.bytes().expect("its size");
     assert!(total > 3 * MOST as u64, "a layer much larger than what may be allocated");
     let dir = tempfile::tempdir().expect("a folder");
@@ -46,7 +46,7 @@ fn a_layer_of_any_size_loads_in_128_mib() {
     };
     let load = Load { progress: Some(&mut progress), ..Load::default() };
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, load).expect("loaded");
-    let experts = settings.expert_shape(layer.weights().shape().weight_type);
+    let experts = config.expert_shape(layer.weights().shape().types);
     assert_eq!(seen, (65 * experts.expert_bytes(), 65 * experts.expert_bytes()), "all is done");
     assert_eq!(layer.weights().bytes(), 65 * experts.expert_bytes(), "no padding in this shape");
     let staged = most_buffers - buffers();

@@ -9,7 +9,7 @@ use wgmoe::models::{self, MODELS, Model};
 #[derive(Clone, Debug)]
 pub(crate) struct Layer {
     pub(crate) model: Model,
-    pub(crate) settings: LayerConfig,
+    pub(crate) config: LayerConfig,
     /// Why fewer experts than the model has.
     pub(crate) reduced: Option<String>,
     pub(crate) loads: Vec<(Load, u32)>,
@@ -42,7 +42,7 @@ const QUICK: [(&str, u32, usize); 2] = [("llada2-mini", 32, 1), ("ec-dlm", 64, 2
 pub(crate) fn layers(quick: bool) -> Vec<Layer> {
     let whole = |model: &Model, loads: usize| Layer {
         model: *model,
-        settings: model.settings,
+        config: model.config,
         reduced: None,
         loads: LOADS[..loads].to_vec(),
     };
@@ -58,10 +58,10 @@ pub(crate) fn layers(quick: bool) -> Vec<Layer> {
 impl Layer {
     /// With at most this many routed experts, and the reason if that is fewer than there are.
     pub(crate) fn with_experts(self, most: u32, why: &str) -> Self {
-        if most >= self.settings.experts {
+        if most >= self.config.experts {
             return self;
         }
-        Self { settings: self.model.with_experts(most), reduced: Some(why.into()), ..self }
+        Self { config: self.model.with_experts(most), reduced: Some(why.into()), ..self }
     }
 
     /// Its groups, load by load, the model's own rule first.
@@ -69,8 +69,8 @@ impl Layer {
     /// Every part under the model's own rule; under the others, what differs: the routing, and in
     /// decoding, where the choice decides which weights are read, the layer.
     pub(crate) fn groups(&self) -> Vec<Group> {
-        let own = self.settings.routing;
-        let mut all = rules(own, self.settings.experts);
+        let own = self.config.routing;
+        let mut all = rules(own, self.config.experts);
         // A rule of the model's own that is none of these, or is one of them under its name.
         let own_name = match all.iter().position(|(_, routing)| *routing == own) {
             Some(i) => all.remove(i).0,
@@ -104,8 +104,8 @@ impl Layer {
     pub(crate) fn case(&self, group: &Group, part: Part) -> CaseId {
         CaseId {
             model: self.model.name.into(),
-            experts: self.settings.experts,
-            experts_of_model: self.model.settings.experts,
+            experts: self.config.experts,
+            experts_of_model: self.model.config.experts,
             load: group.load,
             tokens: group.tokens,
             rule: group.rule.clone(),
@@ -126,7 +126,7 @@ mod tests {
             let mut seen = std::collections::HashSet::new();
             for layer in layers(quick) {
                 for group in layer.groups() {
-                    group.routing.check(layer.settings.experts).expect("a rule");
+                    group.routing.check(layer.config.experts).expect("a rule");
                     for &part in &group.parts {
                         assert!(seen.insert(layer.case(&group, part)), "{group:?} {part:?}");
                     }

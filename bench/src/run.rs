@@ -288,7 +288,7 @@ fn effort(quick: bool, tokens: u32) -> Effort {
 /// What a group takes at half the device's ceilings: every input once, and each part that runs the
 /// experts six times.
 fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Ceilings) -> f64 {
-    let settings = &layer.settings;
+    let config = &layer.config;
     let heavy = group.parts.iter().filter(|p| matches!(p, Part::Experts | Part::Layer));
     let heavy = heavy.count();
     if heavy == 0 {
@@ -298,12 +298,12 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
         wgmoe::Routing::ExpertChoice(rule) => rule.experts_per_token,
         wgmoe::Routing::TokenChoice(rule) => rule.experts_per_token,
         wgmoe::Routing::SequenceTop(rule) => rule.experts_per_token,
-        _ => settings.experts,
+        _ => config.experts,
     };
     let tokens = f64::from(group.tokens);
-    let slots = tokens * f64::from(top + settings.shared_experts);
-    let shape = settings.expert_shape(WeightType::Bf16);
-    let flops = 6.0 * slots * f64::from(settings.hidden) * f64::from(settings.intermediate);
+    let slots = tokens * f64::from(top + config.shared_experts);
+    let shape = config.expert_shape(WeightType::Bf16);
+    let flops = 6.0 * slots * f64::from(config.hidden) * f64::from(config.intermediate);
     let bytes = shape.expert_bytes() as f64 * slots.min(f64::from(shape.experts));
     let over = |amount: f64, giga: Option<f64>| giga.map_or(0.0, |giga| amount / giga / 1e9);
     let rate = ceilings::bandwidth(ceilings);

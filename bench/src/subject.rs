@@ -30,16 +30,16 @@ pub(crate) fn load(
     memory: u64,
     inputs: u32,
 ) -> Result<Loaded, String> {
-    let shape = layer.settings.expert_shape(WeightType::Bf16);
+    let shape = layer.config.expert_shape(WeightType::Bf16);
     let fit = memory / shape.expert_bytes();
     if u64::from(shape.experts) > fit {
-        let routed = (fit as u32).saturating_sub(layer.settings.shared_experts);
+        let routed = (fit as u32).saturating_sub(layer.config.shared_experts);
         // Groups of experts stay whole.
         let most = if routed == 0 { 0 } else { 1 << routed.ilog2() };
         layer = layer.with_experts(most, &format!("{} MiB for weights", memory >> 20));
     }
     loop {
-        let experts = layer.settings.experts;
+        let experts = layer.config.experts;
         if experts < FEWEST_EXPERTS {
             return Err(format!("no room for {FEWEST_EXPERTS} experts"));
         }
@@ -63,7 +63,7 @@ fn upload(
     inputs: u32,
 ) -> Result<(Work, Vec<MoeLayer>), Error> {
     let gpu = &device.gpu;
-    let work = Work::synthetic(layer.settings, 32);
+    let work = Work::synthetic(layer.config, 32);
     let first = work.weights(gpu, ctx, WeightType::Bf16)?;
     let bytes = first.bytes();
     let count = BEYOND_CACHES.div_ceil(bytes).min(memory / bytes).clamp(1, inputs.into());
@@ -254,7 +254,7 @@ impl Input {
         work: &Work,
         plan: &HostPlan,
     ) -> Result<(), String> {
-        let hidden = self.bound.settings.hidden;
+        let hidden = self.bound.config.hidden;
         let limits = gpu.device.limits();
         let most = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let rows = plan.token_of.len().min((most / (4 * u64::from(hidden))) as usize);
@@ -277,15 +277,15 @@ impl Input {
     }
 
     fn work(&self, part: Part, choice: &Choice) -> file::Work {
-        let settings = self.bound.settings;
-        let (d, f) = (f64::from(settings.hidden), f64::from(settings.intermediate));
-        let (e, shared) = (f64::from(settings.experts), f64::from(settings.shared_experts));
+        let config = self.bound.config;
+        let (d, f) = (f64::from(config.hidden), f64::from(config.intermediate));
+        let (e, shared) = (f64::from(config.experts), f64::from(config.shared_experts));
         let t = choice.tokens() as f64;
         let routed = f64::from(choice.slots());
         let slots = routed + shared * t;
         let touched = f64::from(choice.unique_experts());
         let weights =
-            (touched + shared) * settings.expert_shape(WeightType::Bf16).expert_bytes() as f64;
+            (touched + shared) * config.expert_shape(WeightType::Bf16).expert_bytes() as f64;
         let bits = 4.0 * choice.assigned.len() as f64;
         let matmuls = 6.0 * slots * d * f;
         // In words of 4 bytes but for the weights.
@@ -360,12 +360,8 @@ pub(crate) mod tests {
         let Some(device) = open() else { return };
         let ctx = Context::new(&device.gpu.device).unwrap();
         let model = models::find("ec-dlm").unwrap();
-        let layer = Layer {
-            model,
-            settings: model.settings,
-            reduced: None,
-            loads: vec![(Load::Block, 32)],
-        };
+        let layer =
+            Layer { model, config: model.config, reduced: None, loads: vec![(Load::Block, 32)] };
         let layer = layer.with_experts(16, "a test");
         let loaded = load(&device, &ctx, layer, 1 << 30, 1).unwrap();
         let stop = AtomicBool::new(false);
@@ -383,7 +379,7 @@ pub(crate) mod tests {
         }
 
         // One value of each expert's last matrix, behind the twin's back.
-        for e in 0..loaded.layer.settings.experts {
+        for e in 0..loaded.layer.config.experts {
             let matrix = loaded.work.expert(e, Projection::Down);
             let mut values: Vec<f32> =
                 (0..matrix.host().len()).map(|i| matrix.host().get(i)).collect();

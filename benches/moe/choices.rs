@@ -23,7 +23,7 @@ pub(super) fn bench_scores(bench: &Bench, c: &mut Criterion) {
             let args = scores::Args {
                 logits: (&logits_in).into(),
                 bias: Some((&bias_in).into()),
-                score_of: (&s).into(),
+                scores: (&s).into(),
                 values: (&r).into(),
             };
             let op = scores::Scores::new(ctx).unwrap();

@@ -68,7 +68,7 @@ pub(super) fn bench_rules(
     wanted: &dyn Fn(&str) -> bool,
 ) {
     let gpu = &bench.gpu;
-    let mut rules = rules(work.settings.routing, work.settings.experts);
+    let mut rules = rules(work.config.routing, work.config.experts);
     rules.retain(|(rule, _)| wanted(rule));
     for (variant, ctx) in bench.best() {
         let name = |rule: &str| format!("{what}, {rule}");
@@ -95,14 +95,14 @@ pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -
         work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
     });
     let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
-    let (settings, unique) = (layer.config(), choice.unique_experts());
+    let (config, unique) = (layer.config(), choice.unique_experts());
     let loads = choice.loads();
     eprintln!(
         "{what}: {} slots, {unique} of {} routed experts used, at most {} slots each, weights of {:.1} MB read",
         choice.slots(),
-        settings.experts,
+        config.experts,
         loads.iter().max().unwrap_or(&0),
-        f64::from(unique + settings.shared_experts) * layer.weights().shape().expert_bytes() as f64
+        f64::from(unique + config.shared_experts) * layer.weights().shape().expert_bytes() as f64
             / 1e6
     );
     // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an

@@ -34,6 +34,7 @@ fn all(c: &mut Criterion) {
     rows::bench_matmul(&bench, c);
     rows::bench_combine(&bench, c);
     plans::bench_expert_union(&bench, c);
+    plans::bench_expert_lists(&bench, c);
     layers::bench_layer(&bench, c);
 }
 

@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use testkit::compare::same;
 use testkit::works::{INDEX, PLANS, Planned, SCORES, chosen, fill, mix, plan};
 use wgmoe::Context;
-use wgmoe::ops::{assign, assign_lists, expert_union};
+use wgmoe::ops::{assign, assign_lists, expert_lists, expert_union};
 
 pub(super) fn bench_assign(bench: &Bench, c: &mut Criterion) {
     const TOP: u32 = 8;
@@ -27,7 +27,7 @@ pub(super) fn bench_assign(bench: &Bench, c: &mut Criterion) {
                 gates: (&gates).into(),
                 ignored: (&ignored).into(),
             };
-            let dims = assign::Dims { tokens, experts, top: TOP };
+            let dims = assign::Dims { tokens, experts, experts_per_token: TOP };
             let step = assign::Assign::new(ctx).unwrap().bind(&dims, args).unwrap();
             gpu.run(&step).unwrap();
             let want = assign::cpu(&ids, &weights, TOP as usize, experts as usize);
@@ -129,6 +129,35 @@ pub(super) fn bench_expert_union(bench: &Bench, c: &mut Criterion) {
             same(&bench.download(&members), &want.0, &format!("{what}: members")).unwrap();
             same(&bench.download(&counts), &want.1, &format!("{what}: counts")).unwrap();
             same(&bench.download(&bytes), &want.2, &format!("{what}: bytes")).unwrap();
+            step.into()
+        });
+    }
+}
+
+pub(super) fn bench_expert_lists(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("expert_lists");
+    for (name, tokens, experts) in [("T32 E256 K8", 32, 256), ("T4096 E256 K8", 4096u32, 256u32)] {
+        bench.case(&mut group, name, &bench.contexts, pairs(tokens, experts), |ctx, what| {
+            let gpu = &bench.gpu;
+            let (_, assigned) = chosen(tokens, experts, 8);
+            let room = tokens * 8;
+            let assigned_in = gpu.upload(&assigned);
+            let (offsets, list) = (bench.poisoned(experts + 1), bench.poisoned(room));
+            let lost = bench.poisoned(experts);
+            let args = expert_lists::Args {
+                assigned: (&assigned_in).into(),
+                offsets: (&offsets).into(),
+                list: (&list).into(),
+                lost: (&lost).into(),
+            };
+            let dims = expert_lists::Dims { tokens, experts, room };
+            let step = expert_lists::ExpertLists::new(ctx).unwrap().bind(&dims, args).unwrap();
+            gpu.run(&step).unwrap();
+            let [t, e, room] = [tokens, experts, room].map(|n| n as usize);
+            let want = expert_lists::cpu(&assigned, t, e, room);
+            same(&bench.download(&offsets), &want.0, &format!("{what}: offsets")).unwrap();
+            same(&bench.download(&list), &want.1, &format!("{what}: list")).unwrap();
+            same(&bench.download(&lost), &want.2, &format!("{what}: lost")).unwrap();
             step.into()
         });
     }

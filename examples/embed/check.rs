@@ -16,18 +16,18 @@ pub(crate) fn input() -> Vec<f32> {
 }
 
 /// `[E, D]`: the router of a block.
-pub(crate) fn router(settings: &LayerConfig, block: u64) -> Vec<f32> {
-    random(1 + block, settings.experts * HIDDEN, 0.5)
+pub(crate) fn router(config: &LayerConfig, block: u64) -> Vec<f32> {
+    random(1 + block, config.experts * HIDDEN, 0.5)
 }
 
 /// An expert's matrix, `[out, in]`.
-pub(crate) fn matrix(settings: &LayerConfig, block: u64, e: u32, p: Projection) -> Vec<f32> {
+pub(crate) fn matrix(config: &LayerConfig, block: u64, e: u32, p: Projection) -> Vec<f32> {
     let seed = ((block << 16 | u64::from(e)) << 8) | (p as u64 + 1);
-    random(seed << 16, HIDDEN * settings.intermediate, 0.3)
+    random(seed << 16, HIDDEN * config.intermediate, 0.3)
 }
 
 /// Compares each block's output with what the CPU makes of its input; `x` holds the first input and all outputs.
-pub(crate) fn blocks(settings: &LayerConfig, x: &[f32]) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn blocks(config: &LayerConfig, x: &[f32]) -> Result<(), Box<dyn std::error::Error>> {
     let mut worst = 0f32;
     let stretches: Vec<&[f32]> = x.chunks((TOKENS * HIDDEN) as usize).collect();
     for (block, pair) in (0..BLOCKS).zip(stretches.windows(2)) {
@@ -36,14 +36,14 @@ pub(crate) fn blocks(settings: &LayerConfig, x: &[f32]) -> Result<(), Box<dyn st
             row.iter().map(|v| v / (square / HIDDEN as f32 + 1e-6).sqrt()).collect()
         };
         let hidden: Vec<f32> = pair[0].chunks(HIDDEN as usize).flat_map(norm).collect();
-        let weight = router(settings, block);
+        let weight = router(config, block);
         let router =
             HostRouter { weight: &weight, bias: None, scale_by_count: None, scale_by_expert: None };
-        let matrices: Vec<_> = (0..settings.experts + settings.shared_experts)
-            .map(|e| Projection::ALL.map(|p| matrix(settings, block, e, p)))
+        let matrices: Vec<_> = (0..config.experts + config.shared_experts)
+            .map(|e| Projection::ALL.map(|p| matrix(config, block, e, p)))
             .collect();
         let experts = |e: u32, p: Projection| HostWeights::F32(&matrices[e as usize][p as usize]);
-        let out = layer::cpu(settings, &router, HostBatch::default(), &experts, &hidden);
+        let out = layer::cpu(config, &router, HostBatch::default(), &experts, &hidden);
         for ((x, y), got) in pair[0].iter().zip(out).zip(pair[1]) {
             let error = (got - (x + y)).abs() / (1.0 + got.abs());
             worst = if worst.is_nan() || error <= worst { worst } else { error };

@@ -60,9 +60,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
 
     // Our layers: one context, one scratch, and for each block a layer, bound once.
-    let settings = models::find("llada2-mini").ok_or("no such model")?.settings;
-    let settings = {
-        let mut config = settings;
+    let config = models::find("llada2-mini").ok_or("no such model")?.config;
+    let config = {
+        let mut config = config;
         config.hidden = HIDDEN;
         config.intermediate = 32;
         config.experts = 64;
@@ -71,17 +71,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let ctx = Context::new(&device)?;
     let (scratch, mut steps) = (Scratch::new(&ctx), vec![]);
     for block in 0..BLOCKS {
-        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16))?;
+        let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::Bf16))?;
         for expert in 0..weights.shape().experts {
             for p in Projection::ALL {
-                let values = check::matrix(&settings, block, expert, p);
+                let values = check::matrix(&config, block, expert, p);
                 weights.write(&queue, expert, p, HostWeights::F32(&values))?;
             }
         }
-        let weight = Tensor::new(&ctx, "router", &check::router(&settings, block))?;
+        let weight = Tensor::new(&ctx, "router", &check::router(&config, block))?;
         let router = Router::new(weight);
         let start = Instant::now();
-        let layer = MoeLayer::new(&ctx, settings, router, weights)?;
+        let layer = MoeLayer::new(&ctx, config, router, weights)?;
         println!("layer {block}: {:.1?}, {} pipelines so far", start.elapsed(), ctx.pipelines());
         let batch = Batch::new(hidden, TOKENS).into_out(out).with_scratch(&scratch);
         steps.push(layer.bind(&batch)?);
@@ -102,5 +102,5 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     encoder.map_buffer_on_submit(&read, wgpu::MapMode::Read, .., |done| done.expect("a mapping"));
     queue.submit([encoder.finish()]);
     device.poll(wgpu::PollType::wait_indefinitely())?;
-    check::blocks(&settings, bytemuck::cast_slice(&read.get_mapped_range(..)?))
+    check::blocks(&config, bytemuck::cast_slice(&read.get_mapped_range(..)?))
 }

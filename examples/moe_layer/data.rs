@@ -13,21 +13,12 @@ pub(super) const BLOCK: u32 = 32;
 
 pub(super) const SEQUENCE: u32 = 128;
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-pub(super) enum Weights {
-    Bf16,
-    F16,
-    F32,
-}
-
-impl Weights {
-    pub(super) fn weight_type(self) -> WeightType {
-        match self {
-            Self::Bf16 => WeightType::Bf16,
-            Self::F16 => WeightType::F16,
-            Self::F32 => WeightType::F32,
-        }
-    }
+/// A storage type by its name, such as bf16 or q4_k.
+pub(super) fn weight_type(name: &str) -> Result<WeightType, String> {
+    WeightType::of_name(name).ok_or_else(|| {
+        let known: Vec<String> = WeightType::ALL.iter().map(|t| t.name().to_lowercase()).collect();
+        format!("expected one of {}", known.join(", "))
+    })
 }
 
 /// The data of a layer on the host.
@@ -44,7 +35,7 @@ impl Weights {
 /// the token; the router's weights are normal with deviation 2 / sqrt(D), and read the -3 from the
 /// first hidden value, which is 1. `make_checkpoint`'s routers do the same.
 pub(super) struct Data<'a> {
-    pub(super) settings: LayerConfig,
+    pub(super) config: LayerConfig,
     pub(super) x: Vec<f32>,
     pub(super) router: Vec<f32>,
     pub(super) bias: Option<Vec<f32>>,
@@ -62,25 +53,25 @@ pub(super) enum Experts<'a> {
 /// Where a layer's weights come from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
-    Synthetic(Weights),
+    Synthetic(WeightType),
     Stored(&'a StoredLayer),
 }
 
 impl<'a> Data<'a> {
-    pub(super) fn new(settings: LayerConfig, tokens: u32, source: Source<'a>, seed: u64) -> Self {
+    pub(super) fn new(config: LayerConfig, tokens: u32, source: Source<'a>, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let x = synthetic::hidden_states(&mut rng, tokens, BLOCK, settings.hidden);
+        let x = synthetic::hidden_states(&mut rng, tokens, BLOCK, config.hidden);
         let (router, bias, experts) = match source {
             Source::Stored(layer) => {
                 let (router, bias) = layer.router();
                 (router, bias, Experts::Stored(layer))
             }
-            Source::Synthetic(weights) => made(&settings, weights, &mut rng),
+            Source::Synthetic(weight_type) => made(&config, weight_type, &mut rng),
         };
         let offsets: Vec<u32> =
             (0..tokens).step_by(SEQUENCE as usize).chain(std::iter::once(tokens)).collect();
         let lengths = offsets.windows(2).map(|w| w[1] - w[0]).collect();
-        Self { settings, x, router, bias, experts, offsets, lengths }
+        Self { config, x, router, bias, experts, offsets, lengths }
     }
 
     pub(super) fn expert(&self, e: u32, projection: Projection) -> HostWeights<'_> {
@@ -91,12 +82,12 @@ impl<'a> Data<'a> {
     }
 
     pub(super) fn row(&self, t: usize) -> &[f32] {
-        let d = self.settings.hidden as usize;
+        let d = self.config.hidden as usize;
         &self.x[t * d..][..d]
     }
 
     pub(super) fn tokens(&self) -> usize {
-        self.x.len() / self.settings.hidden as usize
+        self.x.len() / self.config.hidden as usize
     }
 
     pub(super) fn host_router(&self) -> HostRouter<'_> {
@@ -107,7 +98,7 @@ impl<'a> Data<'a> {
     pub(super) fn capacity(&self, routing: Routing) -> Option<Vec<u32>> {
         match routing {
             Routing::ExpertChoice(rule) => {
-                let share = |&n: &u32| rule.capacity(n, self.settings.experts);
+                let share = |&n: &u32| rule.capacity(n, self.config.experts);
                 Some(self.lengths.iter().map(share).collect())
             }
             _ => None,
@@ -117,36 +108,35 @@ impl<'a> Data<'a> {
     /// The twin of some tokens' output, on every core.
     pub(super) fn twin(
         &self,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         assigned: &[u32],
         gates: &[f32],
         sample: &[usize],
     ) -> Vec<Vec<f32>> {
-        outputs(settings, &|e, p| self.expert(e, p), &self.x, (assigned, gates), sample)
+        outputs(config, &|e, p| self.expert(e, p), &self.x, (assigned, gates), sample)
     }
 }
 
 /// Router, bias and experts.
 pub(super) fn made(
-    settings: &LayerConfig,
-    weights: Weights,
+    config: &LayerConfig,
+    weight_type: WeightType,
     rng: &mut StdRng,
 ) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
-    let router = synthetic::router(rng, settings);
-    let sigmoid = match settings.routing {
+    let router = synthetic::router(rng, config);
+    let sigmoid = match config.routing {
         Routing::TokenChoice(rule) => rule.score == Score::Sigmoid,
         _ => false,
     };
-    let bias = sigmoid.then(|| {
-        (0..settings.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>()
-    });
-    (router, bias, Experts::Synthetic(Pool::new(rng, settings, weights.weight_type())))
+    let bias = sigmoid
+        .then(|| (0..config.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>());
+    (router, bias, Experts::Synthetic(Pool::new(rng, config, weight_type)))
 }
 
 /// Useful multiply-adds of the experts, times 2.
-pub(super) fn flops(settings: &LayerConfig, tokens: u32, slots: u32) -> f64 {
-    let rows = f64::from(slots) + f64::from(tokens) * f64::from(settings.shared_experts);
-    2.0 * 3.0 * rows * f64::from(settings.hidden) * f64::from(settings.intermediate)
+pub(super) fn flops(config: &LayerConfig, tokens: u32, slots: u32) -> f64 {
+    let rows = f64::from(slots) + f64::from(tokens) * f64::from(config.shared_experts);
+    2.0 * 3.0 * rows * f64::from(config.hidden) * f64::from(config.intermediate)
 }
 
 /// Mean over the full blocks, or the only one.

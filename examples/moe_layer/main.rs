@@ -13,7 +13,7 @@ mod report;
 mod stored_layer;
 
 use clap::Parser;
-use data::{Source, Weights};
+use data::Source;
 use report::{Golden, Report, finite, tables};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -25,6 +25,7 @@ use testkit::rules::of_main_job;
 use wgmoe::layer::LayerConfig;
 use wgmoe::models::{self, MODELS};
 use wgmoe::routing::{Groups, Routing};
+use wgmoe::weights::ExpertTypes;
 use wgmoe::{Context, Gpu, WeightType};
 
 #[global_allocator]
@@ -49,9 +50,10 @@ struct Options {
     /// Tokens, in sequences of 128
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
-    /// Type the experts are stored as on the device; bf16 by default, or a checkpoint's own
-    #[arg(long, value_enum)]
-    weights: Option<Weights>,
+    /// Type the experts are stored as on the device, such as f32, q8_0, q4_k or f8_e4m3; bf16 by default, or a
+    /// checkpoint's own
+    #[arg(long, value_parser = data::weight_type)]
+    weights: Option<WeightType>,
     /// Adapter, by a part of its name or by index
     #[arg(long, value_name = "NAME|INDEX")]
     adapter: Option<String>,
@@ -66,39 +68,43 @@ struct Options {
 /// The layer that is run.
 struct Subject {
     name: String,
-    settings: LayerConfig,
+    config: LayerConfig,
     /// Experts of the model it is of.
     of: u32,
     stored: Option<StoredLayer>,
 }
 
 impl Subject {
-    fn source(&self, weights: Option<Weights>) -> Source<'_> {
+    fn source(&self, weights: Option<WeightType>) -> Source<'_> {
         match &self.stored {
             Some(layer) => Source::Stored(layer),
-            None => Source::Synthetic(weights.unwrap_or(Weights::Bf16)),
+            None => Source::Synthetic(weights.unwrap_or(WeightType::Bf16)),
         }
     }
 }
 
 /// What a layer is, in a line.
-fn describe(subject: &Subject, settings: &LayerConfig, weights: WeightType) -> String {
+fn describe(subject: &Subject, config: &LayerConfig, weights: ExpertTypes) -> String {
     let mut line = format!(
         "{}: {} of {} experts, D {}, F {}, {} shared",
         subject.name,
-        settings.experts,
+        config.experts,
         subject.of,
-        settings.hidden,
-        settings.intermediate,
-        settings.shared_experts
+        config.hidden,
+        config.intermediate,
+        config.shared_experts
     );
-    if let Routing::TokenChoice(rule) = settings.routing {
+    if let Routing::TokenChoice(rule) = config.routing {
         let _ = write!(line, ", K {}", rule.experts_per_token);
         if let Some(Groups { count, per_token, .. }) = rule.groups {
             let _ = write!(line, " from {per_token} of {count} groups");
         }
     }
-    let weights = weights.dtype().to_lowercase();
+    let ExpertTypes { gate_up, down } = weights;
+    let mut weights = gate_up.name().to_lowercase();
+    if down != gate_up {
+        weights += &format!(" and {}", down.name().to_lowercase());
+    }
     let from = if subject.stored.is_some() { "from the checkpoint" } else { "synthetic" };
     line + &format!("; {weights} weights, {from}")
 }
@@ -137,25 +143,25 @@ fn replay(
 fn subject(options: &Options) -> Result<Subject, String> {
     if let Some(dir) = &options.checkpoint {
         let stored = StoredLayer::open(dir, options.layer)?;
-        let settings = *stored.config();
+        let config = *stored.config();
         let name = format!("{}, layer {}", dir.display(), stored.number());
-        return Ok(Subject { name, settings, of: settings.experts, stored: Some(stored) });
+        return Ok(Subject { name, config, of: config.experts, stored: Some(stored) });
     }
     let model = models::find(&options.model).ok_or("no such model")?; // clap has checked it
-    let of = model.settings.experts;
+    let of = model.config.experts;
     if options.experts > of {
         return Err(format!("--experts {}: {} has {of}", options.experts, model.name));
     }
-    let settings = model.with_experts(options.experts);
-    Ok(Subject { name: model.name.into(), settings, of, stored: None })
+    let config = model.with_experts(options.experts);
+    Ok(Subject { name: model.name.into(), config, of, stored: None })
 }
 
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let subject = subject(options)?;
-    let settings = &subject.settings;
-    for (name, rule) in of_main_job(settings.routing, settings.experts) {
-        rule.check(settings.experts)
-            .map_err(|e| format!("{} experts: {name}: {e}", settings.experts))?;
+    let config = &subject.config;
+    for (name, rule) in of_main_job(config.routing, config.experts) {
+        rule.check(config.experts)
+            .map_err(|e| format!("{} experts: {name}: {e}", config.experts))?;
     }
     progress.say("opening the device");
     match pollster::block_on(Gpu::open(options.adapter.as_deref())) {

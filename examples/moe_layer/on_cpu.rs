@@ -21,30 +21,30 @@ pub(super) fn on_cpu(
     subject: &Subject,
     progress: &Progress,
 ) -> Result<Report, String> {
-    let settings = subject.settings;
+    let config = subject.config;
     let mut notes = vec![];
     let golden = replay(progress, None, &mut notes)?;
     // A stored layer is as wide as it is.
     let narrow = match subject.stored {
-        Some(_) => settings,
+        Some(_) => config,
         None => {
-            let mut config = settings;
-            config.hidden = settings.hidden.min(128);
-            config.intermediate = settings.intermediate.min(32);
+            let mut config = config;
+            config.hidden = config.hidden.min(128);
+            config.intermediate = config.intermediate.min(32);
             config
         }
     };
     let tokens = options.tokens.min(if subject.stored.is_some() { 8 } else { 128 });
     let data = Data::new(narrow, tokens, subject.source(options.weights), options.seed);
     let weight_type = data.expert(0, Projection::Gate).weight_type();
-    notes.push(format!("{}; {tokens} tokens", describe(subject, &narrow, weight_type)));
+    notes.push(format!("{}; {tokens} tokens", describe(subject, &narrow, weight_type.into())));
     notes.push(format!(
         "checked: tokens of each expert and experts of each token by the rule; experts token by token against expert by expert, within {OUTPUT:e} of a token's largest value"
     ));
     notes.push(
         "kernel times: of the CPU twins, which are written to be read, not to be fast".into(),
     );
-    let reports = of_main_job(settings.routing, settings.experts)
+    let reports = of_main_job(config.routing, config.experts)
         .into_iter()
         .map(|(name, routing)| {
             progress.say(format!("{name} on the CPU twins"));
@@ -67,8 +67,8 @@ pub(super) fn rule_on_cpu(
     routing: Routing,
     progress: &Progress,
 ) -> Result<RuleReport, Error> {
-    let settings = data.settings.with_routing(routing);
-    let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
+    let config = data.config.with_routing(routing);
+    let (tokens, e, d) = (data.tokens(), config.experts as usize, config.hidden as usize);
     let mut checks = Checks::new(name, progress);
     let mut kernels = vec![];
     let mut last = Instant::now();
@@ -86,25 +86,20 @@ pub(super) fn rule_on_cpu(
     let sequences = capacity.as_ref().map(|capacity| HostSequences {
         offsets: &data.offsets,
         lengths: None,
-        capacity,
+        capacity: Some(capacity),
     });
     let routed = cpu_routing(
-        &settings,
+        &config,
         &data.host_router(),
         HostBatch { sequences, ..HostBatch::default() },
         [&logits, &s, &r],
     );
     lap("choice");
     let slots: u32 = routed.assigned.iter().map(|w| w.count_ones()).sum();
-    check_counts(&mut checks, data, &settings, &routed, slots);
-    let shape = PlanShape {
-        tokens: tokens as u32,
-        experts: settings.experts,
-        shared_experts: settings.shared_experts,
-        routed_slots: slots,
-        tile_rows: 16,
-        skinny_rows: 8,
-    };
+    check_counts(&mut checks, data, &config, &routed, slots);
+    let shape = PlanShape::on_host(tokens as u32, config.experts, slots)
+        .with_item_rows(16, 8)
+        .with_shared_experts(config.shared_experts);
     shape.sections()?;
     let plan = HostPlan::cpu(&shape, &routed.assigned, &routed.gates);
     lap("plan");
@@ -114,8 +109,8 @@ pub(super) fn rule_on_cpu(
         for &t in &plan.token_of[span[0] as usize..span[1] as usize] {
             y.extend(wgmoe::ops::grouped_matmul::cpu_expert(
                 data.row(t as usize),
-                settings.intermediate as usize,
-                settings.activation,
+                config.intermediate as usize,
+                config.activation,
                 [&|i| gate.get(i), &|i| up.get(i), &|i| down.get(i)],
             ));
         }
@@ -127,8 +122,7 @@ pub(super) fn rule_on_cpu(
 
     let all: Vec<usize> = (0..tokens).collect();
     let mut max_error = 0f32;
-    for (t, want) in data.twin(&settings, &routed.assigned, &routed.gates, &all).iter().enumerate()
-    {
+    for (t, want) in data.twin(&config, &routed.assigned, &routed.gates, &all).iter().enumerate() {
         let what = format!("token {t}: output");
         max_error = max_error.max(checks.close(
             &what,
@@ -144,11 +138,11 @@ pub(super) fn rule_on_cpu(
     Ok(RuleReport {
         rule: name,
         tokens: tokens as u32,
-        experts: settings.experts,
+        experts: config.experts,
         slots,
         unique_experts_per_block: mean_of_blocks(&counts, tokens as u32),
         wall_ms,
-        gflops: flops(&settings, tokens as u32, slots) / (wall_ms * 1e6),
+        gflops: flops(&config, tokens as u32, slots) / (wall_ms * 1e6),
         max_error: finite(max_error.into()),
         ok: checks.ok,
         kernels: kernel_times(kernels),
@@ -160,14 +154,14 @@ pub(super) fn rule_on_cpu(
 pub(super) fn check_counts(
     checks: &mut Checks<'_>,
     data: &Data<'_>,
-    settings: &LayerConfig,
+    config: &LayerConfig,
     routed: &HostRouting,
     slots: u32,
 ) {
     let tokens = data.tokens();
-    let mut of_expert = (0..settings.experts as usize)
+    let mut of_expert = (0..config.experts as usize)
         .map(|e| bits::tokens_of(&routed.assigned, tokens, e).len() as u32);
-    match settings.routing {
+    match config.routing {
         Routing::TokenChoice(rule) => {
             let dropped: u32 = routed.dropped.iter().sum();
             let all = tokens as u32 * rule.experts_per_token;
@@ -178,11 +172,11 @@ pub(super) fn check_counts(
                 slots + dropped == all
             };
             checks.same("slots and dropped", &[fits], &[true]);
-            let most = rule.capacity(tokens as u32, settings.experts).unwrap_or(u32::MAX);
+            let most = rule.capacity(tokens as u32, config.experts).unwrap_or(u32::MAX);
             checks.same("experts over capacity", &[of_expert.any(|n| n > most)], &[false]);
         }
         Routing::ExpertChoice(_) => {
-            let each: u32 = data.capacity(settings.routing).unwrap_or_default().iter().sum();
+            let each: u32 = data.capacity(config.routing).unwrap_or_default().iter().sum();
             checks.same("tokens of an expert", &[of_expert.all(|n| n == each)], &[true]);
         }
         Routing::SequenceTop(rule) => {

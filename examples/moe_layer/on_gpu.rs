@@ -1,5 +1,5 @@
 //! All of it on a GPU.
-use crate::data::{BLOCK, Data, Source, Weights, flops, mean_of_blocks};
+use crate::data::{BLOCK, Data, Source, flops, mean_of_blocks};
 use crate::report::{Report, RuleReport, finite, kernel_times};
 use crate::{ALLOCATED, Options, Subject, describe, replay};
 use std::time::Instant;
@@ -58,8 +58,8 @@ impl OnGpu<'_> {
         let (gpu, data, progress) = (self.gpu, self.data, self.progress);
         progress.say(format!("{}: first run, which compiles the kernels", name));
         let layer = self.layer.with_routing(routing)?;
-        let settings = *layer.config();
-        let (tokens, d) = (data.tokens(), settings.hidden as usize);
+        let config = *layer.config();
+        let (tokens, d) = (data.tokens(), config.hidden as usize);
         let out = gpu.upload(&vec![f32::NAN; tokens * d]);
         let mut batch = Batch::new(&self.hidden, tokens as u32).into_out(&out);
         let capacity = data.capacity(routing);
@@ -73,9 +73,9 @@ impl OnGpu<'_> {
 
         progress.say(format!("{}: checking {} tokens", name, self.sample.len()));
         let mut checks = Checks::new(name, progress);
-        let (assigned, stats) = self.check_routing(&mut checks, &settings, &step)?;
-        let max_error = self.check_output(&mut checks, &settings, &step, &assigned, &got)?;
-        let unique_experts_per_block = self.unions(&mut checks, &settings, &step, &assigned)?;
+        let (assigned, stats) = self.check_routing(&mut checks, &config, &step)?;
+        let max_error = self.check_output(&mut checks, &config, &step, &assigned, &got)?;
+        let unique_experts_per_block = self.unions(&mut checks, &config, &step, &assigned)?;
 
         progress.say(format!("{}: timing", name));
         let first = wall(gpu, &step)?;
@@ -102,11 +102,11 @@ impl OnGpu<'_> {
         Ok(RuleReport {
             rule: name,
             tokens: tokens as u32,
-            experts: settings.experts,
+            experts: config.experts,
             slots: stats.slots,
             unique_experts_per_block,
             wall_ms,
-            gflops: flops(&settings, tokens as u32, stats.slots) / (wall_ms * 1e6),
+            gflops: flops(&config, tokens as u32, stats.slots) / (wall_ms * 1e6),
             max_error: finite(max_error.into()),
             ok: checks.ok,
             kernels: kernel_times(names.zip(kernels.into_iter().map(|(_, ms)| ms))),
@@ -119,11 +119,11 @@ impl OnGpu<'_> {
     pub(super) fn check_routing(
         &self,
         checks: &mut Checks<'_>,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         step: &BoundLayer,
     ) -> Result<(Vec<u32>, Stats), Error> {
         let (gpu, data) = (self.gpu, self.data);
-        let (tokens, e, d) = (data.tokens(), settings.experts as usize, settings.hidden as usize);
+        let (tokens, e, d) = (data.tokens(), config.experts as usize, config.hidden as usize);
         let none = || Error::Device("an empty step".into());
         let [logits, s, r] = testkit::layer::selection(step).ok_or_else(none)?;
         let [logits, s, r]: [Vec<f32>; 3] =
@@ -132,7 +132,7 @@ impl OnGpu<'_> {
         let assigned: Vec<u32> = gpu.download(step.assigned().ok_or_else(none)?)?;
         let stats = Stats::from_words(&gpu.download::<u32>(step.stats())?)?;
 
-        let (score, from_logits) = (settings.routing.score(), settings.routing.by_logits());
+        let (score, from_logits) = (config.routing.score(), config.routing.by_logits());
         for &t in &self.sample {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
             let want = wgmoe::ops::logits::cpu(data.row(t), &data.router, d);
@@ -148,17 +148,17 @@ impl OnGpu<'_> {
 
         // Before the capacity factor; the drop is checked with the device's own gates, as it
         // chooses by them.
-        let mut free = *settings;
+        let mut free = *config;
         let mut most = None;
         if let Routing::TokenChoice(rule) = &mut free.routing {
-            most = rule.capacity(tokens as u32, settings.experts);
+            most = rule.capacity(tokens as u32, config.experts);
             rule.capacity_factor = None;
         }
-        let capacity = data.capacity(settings.routing);
+        let capacity = data.capacity(config.routing);
         let sequences = capacity.as_ref().map(|capacity| HostSequences {
             offsets: &data.offsets,
             lengths: None,
-            capacity,
+            capacity: Some(capacity),
         });
         let want = cpu_routing(
             &free,
@@ -186,15 +186,15 @@ impl OnGpu<'_> {
     pub(super) fn check_output(
         &self,
         checks: &mut Checks<'_>,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         step: &BoundLayer,
         assigned: &[u32],
         got: &[f32],
     ) -> Result<f32, Error> {
-        let d = settings.hidden as usize;
+        let d = config.hidden as usize;
         let none = || Error::Device("an empty step".into());
         let gates: Vec<f32> = self.gpu.download(step.gates().ok_or_else(none)?)?;
-        let want = self.data.twin(settings, assigned, &gates, &self.sample);
+        let want = self.data.twin(config, assigned, &gates, &self.sample);
         let mut max_error = 0f32;
         for (&t, want) in self.sample.iter().zip(&want) {
             let got = &got[t * d..][..d];
@@ -213,12 +213,12 @@ impl OnGpu<'_> {
     pub(super) fn unions(
         &self,
         checks: &mut Checks<'_>,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         step: &BoundLayer,
         want_assigned: &[u32],
     ) -> Result<f64, Error> {
         let gpu = self.gpu;
-        let (tokens, experts) = (self.data.tokens() as u32, settings.experts);
+        let (tokens, experts) = (self.data.tokens() as u32, config.experts);
         let offsets: Vec<u32> =
             (0..tokens).step_by(BLOCK as usize).chain(std::iter::once(tokens)).collect();
         let blocks = offsets.len() - 1;
@@ -257,12 +257,12 @@ pub(super) fn upload(
     ctx: &Context,
     progress: &Progress,
 ) -> Result<MoeLayer, Error> {
-    let settings = data.settings;
-    let shape = settings.expert_shape(data.expert(0, Projection::Gate).weight_type());
+    let config = data.config;
+    let shape = config.expert_shape(data.expert(0, Projection::Gate).weight_type());
     let bytes = u64::from(shape.experts) * shape.device_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
     let weights = testkit::layer::upload(gpu, ctx, shape, &|e, p| data.expert(e, p))?;
-    MoeLayer::new(ctx, settings, router(ctx, &data.router, data.bias.as_deref())?, weights)
+    MoeLayer::new(ctx, config, router(ctx, &data.router, data.bias.as_deref())?, weights)
 }
 
 /// All of it on a GPU.
@@ -272,14 +272,14 @@ pub(super) fn on_gpu(
     gpu: &Gpu,
     progress: &Progress,
 ) -> Result<Report, String> {
-    let settings = subject.settings;
+    let config = subject.config;
     let say = |e: Error| e.to_string();
     let ctx = Context::new(&gpu.device).map_err(say)?;
     let mut notes = vec![];
     let golden = replay(progress, Some((gpu, &ctx)), &mut notes)?;
 
     // Before anything as large is made on the host.
-    let need = u64::from(options.tokens) * u64::from(settings.hidden) * 4;
+    let need = u64::from(options.tokens) * u64::from(config.hidden) * 4;
     let limits = gpu.device.limits();
     let most = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
     if need > most {
@@ -293,7 +293,7 @@ pub(super) fn on_gpu(
         Source::Stored(stored) => {
             ALLOCATED.reset_peak_usage();
             let start = Instant::now();
-            let weight_type = options.weights.map(Weights::weight_type);
+            let weight_type = options.weights;
             let mut bytes = 0;
             let mut told = |done: u64, total: u64| {
                 let [done, all] = [done, total].map(|n| n / 1_000_000);
@@ -315,7 +315,7 @@ pub(super) fn on_gpu(
         }
         Source::Synthetic(_) => None,
     };
-    let data = Data::new(settings, options.tokens, source, options.seed);
+    let data = Data::new(config, options.tokens, source, options.seed);
     let layer = match layer {
         Some(layer) => layer,
         None => upload(&data, gpu, &ctx, progress).map_err(say)?,
@@ -325,17 +325,17 @@ pub(super) fn on_gpu(
     // As many tokens as take the twin some three seconds, by the time of the first.
     let tokens = data.tokens();
     let all = |n: u32| (0..n).map(|e| (e, 1.0)).collect::<Vec<_>>();
-    let k = match settings.routing {
+    let k = match config.routing {
         Routing::TokenChoice(rule) => rule.experts_per_token,
         Routing::ExpertChoice(rule) => rule.experts_per_token,
         _ => 8,
     };
     let start = Instant::now();
-    cpu_token(&settings, &|e, p| data.expert(e, p), data.row(0), &all(k));
+    cpu_token(&config, &|e, p| data.expert(e, p), data.row(0), &all(k));
     let count = 3.0 / start.elapsed().as_secs_f64() * threads() as f64;
     let sample = spread(tokens, (count as usize).clamp(4, 64));
 
-    notes.push(describe(subject, &settings, layer.weights().shape().weight_type));
+    notes.push(describe(subject, &config, layer.weights().shape().types));
     notes.push(format!(
         "checked on the CPU: choices of all {tokens} tokens exactly; logits (within {LOGITS:e}), scores, gates and outputs of {} of them (within {OUTPUT:e} of a token's largest value)",
         sample.len()
@@ -343,7 +343,7 @@ pub(super) fn on_gpu(
     let mut on_gpu =
         OnGpu { gpu, ctx: &ctx, layer, data: &data, hidden, sample, progress, timestamps: true };
     let mut reports = vec![];
-    for (name, routing) in of_main_job(settings.routing, settings.experts) {
+    for (name, routing) in of_main_job(config.routing, config.experts) {
         reports.push(on_gpu.run(name, routing).map_err(|e| format!("{name}: {e}"))?);
     }
     notes.push(if on_gpu.timestamps {

@@ -16,7 +16,7 @@ pub fn folder() -> &'static std::path::Path {
 /// a number that nothing has checked (`-rss_limit_mb` catches those).
 pub fn look(opened: Result<Checkpoint>) {
     let Ok(checkpoint) = opened else { return };
-    let settings = checkpoint.config().settings;
+    let settings = *checkpoint.layer_config();
     let layers = checkpoint.config().layers;
     let Some(layer) = (0..layers).find(|&layer| !checkpoint.config().is_dense(layer)) else {
         return;

@@ -21,7 +21,7 @@ pub(super) const MOST_LAYERS: u32 = 1 << 16;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     /// Shape and routing of an MoE layer.
-    pub settings: LayerConfig,
+    pub layer: LayerConfig,
     /// Layers in all.
     pub layers: u32,
     /// Layers at the front that are dense.
@@ -182,7 +182,7 @@ impl<'a> Fields<'a> {
             capacity_factor: None,
             coreset: coreset.map(BlockRule::Capacity),
         };
-        let settings = LayerConfig {
+        let layer = LayerConfig {
             hidden,
             intermediate,
             experts,
@@ -190,9 +190,9 @@ impl<'a> Fields<'a> {
             activation: self.activation()?,
             routing: Routing::TokenChoice(rule),
         };
-        settings.routing.check(experts).map_err(|e| failed(self.path, None, e.to_string()))?;
+        layer.routing.check(experts).map_err(|e| failed(self.path, None, e.to_string()))?;
         Ok(Config {
-            settings,
+            layer,
             layers,
             dense: self.number(&["first_k_dense_replace"], u32::MAX)?.unwrap_or(0),
             more_dense: self.more_dense(layers)?,

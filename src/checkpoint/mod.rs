@@ -1,9 +1,16 @@
-//! Layers from checkpoints (feature `checkpoint`): a directory with `config.json` and safetensors
-//! files, as Hugging Face has them, or a GGUF file, as llama.cpp has them. What is in a GGUF file is
-//! read the same way, and nothing but [`Checkpoint::open`] tells one from the other.
+//! Layers from checkpoints: safetensors and GGUF files (feature `checkpoint`).
 //!
-//! Files are mapped, not read: an expert's matrix is a view of the map, in any of the layouts of [`Names`], and is packed
-//! straight into memory that the device copies from. Whatever a layer's size, the host allocates a few tens of megabytes.
+//! A checkpoint is a directory with `config.json` and safetensors files, as Hugging Face has them, or
+//! a GGUF file, as llama.cpp has them; nothing but [`Checkpoint::open`] tells one from the other. Files are mapped, not read: an expert's
+//! matrix is a view of the map, in any of the layouts of [`Names`], and is packed straight into
+//! memory that the device copies from. Whatever a layer's size, the host allocates a few tens of
+//! megabytes.
+//!
+//! | call | what it loads |
+//! |---|---|
+//! | [`Checkpoint::load_layer`] | a layer with all its experts |
+//! | [`Checkpoint::load_cached`] | as many experts as a budget holds; the others stay in the files |
+//! | [`Checkpoint::load_router`] | the router alone |
 //!
 //! ```no_run
 //! # fn main() -> wgmoe::Result<()> {
@@ -20,22 +27,20 @@ mod files;
 mod fp8;
 mod gguf;
 mod header;
+mod load;
 mod matrix;
 mod names;
 
 pub use config::Config;
+pub use load::{Load, Progress, load_layer, load_layers};
 pub use names::{ExpertNames, Names};
 
-use crate::device::Context;
 use crate::layer::cached::ExpertSource;
-use crate::layer::{MoeLayer, Router};
-use crate::weights::upload::Uploader;
-use crate::weights::{ExpertShape, ExpertTypes, ExpertWeights, HostWeights, Projection};
+use crate::weights::{ExpertShape, ExpertTypes, HostWeights, Projection};
 use crate::{Error, LayerConfig, Result, WeightType};
 use files::Files;
 use matrix::Size;
 use names::fill;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -63,68 +68,6 @@ pub struct Checkpoint {
     names: Vec<Names>,
 }
 
-/// How to load layers. The default keeps the files' type, pages as large as the device allows, and says nothing.
-#[derive(Default)]
-pub struct Load<'a> {
-    /// Storage type on the device; those of the files ([`Checkpoint::expert_shape`]) if absent.
-    pub weight_type: Option<WeightType>,
-    /// As [`ExpertWeights::new`] takes it.
-    pub page_limit: Option<u64>,
-    /// Called after each matrix.
-    pub progress: Option<&'a mut dyn FnMut(Progress)>,
-}
-
-impl std::fmt::Debug for Load<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { weight_type, page_limit, .. } = self;
-        f.debug_struct("Load")
-            .field("weight_type", weight_type)
-            .field("page_limit", page_limit)
-            .finish_non_exhaustive()
-    }
-}
-
-/// How far loading a layer has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Progress {
-    /// The layer.
-    pub layer: u32,
-    /// Bytes of its experts, as the file has them, that are done.
-    pub done: u64,
-    /// All of them.
-    pub total: u64,
-}
-
-/// Opens a checkpoint and loads one layer: [`Checkpoint::open`], [`Checkpoint::load_layer`].
-///
-/// # Errors
-///
-/// As these two.
-pub fn load_layer(
-    ctx: &Context,
-    queue: &wgpu::Queue,
-    path: impl AsRef<Path>,
-    layer: u32,
-    load: Load<'_>,
-) -> Result<MoeLayer> {
-    Checkpoint::open(path)?.load_layer(ctx, queue, layer, load)
-}
-
-/// Opens a checkpoint and loads some layers: [`Checkpoint::open`], [`Checkpoint::load_layers`].
-///
-/// # Errors
-///
-/// As these two.
-pub fn load_layers(
-    ctx: &Context,
-    queue: &wgpu::Queue,
-    path: impl AsRef<Path>,
-    layers: Range<u32>,
-    load: Load<'_>,
-) -> Result<Vec<MoeLayer>> {
-    Checkpoint::open(path)?.load_layers(ctx, queue, layers, load)
-}
-
 /// The error about a file, and a tensor or field in it.
 fn failed(file: &Path, item: Option<&str>, reason: impl Into<String>) -> Error {
     Error::Checkpoint {
@@ -136,7 +79,8 @@ fn failed(file: &Path, item: Option<&str>, reason: impl Into<String>) -> Error {
 
 impl Checkpoint {
     /// Opens a directory: reads its `config.json`, maps `model.safetensors` or all files that
-    /// `model.safetensors.index.json` names, and checks their headers. Tensors are found by [`Names::known`].
+    /// `model.safetensors.index.json` names, and checks their headers. Tensors are found by
+    /// [`Names::known`].
     ///
     /// Or opens a GGUF file, or a directory with one and no safetensors files: its metadata says what
     /// `config.json` says elsewhere. Of a split one (`NAME-00001-of-00003.gguf`) the first part is
@@ -144,7 +88,8 @@ impl Checkpoint {
     /// architectures `bailingmoe2` (LLaDA2.x), `llada-moe`, `qwen3moe` (SDAR too) and `qwen3vlmoe`.
     /// Tensors are found by [`Names::gguf`].
     ///
-    /// The files must not be cut short while they are open: reading what is no longer there ends the process.
+    /// The files must not be cut short while they are open: reading what is no longer there ends
+    /// the process.
     ///
     /// # Errors
     ///
@@ -181,7 +126,7 @@ impl Checkpoint {
 
     /// Shape and routing of an MoE layer.
     pub fn layer_config(&self) -> &LayerConfig {
-        &self.config.settings
+        &self.config.layer
     }
 
     /// Shape of a layer's experts, in the storage types of the file: of the first routed expert and
@@ -198,8 +143,8 @@ impl Checkpoint {
             let gate_up = if gate == up { gate } else { WeightType::F32 };
             Ok(ExpertTypes { gate_up, down: of(Projection::Down)? })
         };
-        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
-        let shape = self.config.settings.expert_shape(types(0)?);
+        let LayerConfig { experts, shared_experts, .. } = self.config.layer;
+        let shape = self.config.layer.expert_shape(types(0)?);
         if shared_experts == 0 {
             return Ok(shape);
         }
@@ -212,7 +157,7 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn router(&self, layer: u32) -> Result<HostWeights<'_>> {
-        let LayerConfig { experts, hidden, .. } = self.config.settings;
+        let LayerConfig { experts, hidden, .. } = self.config.layer;
         let name = fill(&self.names(layer)?.router, layer, 0);
         self.plain(&name, [experts, hidden], &[experts, hidden])
     }
@@ -223,26 +168,28 @@ impl Checkpoint {
     ///
     /// [`Error::Checkpoint`], naming file and tensor.
     pub fn bias(&self, layer: u32) -> Result<Option<HostWeights<'_>>> {
-        let experts = self.config.settings.experts;
+        let experts = self.config.layer.experts;
         let name = fill(&self.names(layer)?.bias, layer, 0);
         let wanted = self.config.bias.unwrap_or_else(|| self.files.has(&name));
         wanted.then(|| self.plain(&name, [1, experts], &[experts])).transpose()
     }
 
-    /// A matrix of an expert, `[out, in]`, where it lies in the file; shared experts follow the routed ones.
+    /// A matrix of an expert, `[out, in]`, where it lies in the file; shared experts follow the
+    /// routed ones.
     ///
     /// # Errors
     ///
-    /// [`Error::Checkpoint`], naming file and tensor: a layer that is dense or not there; a tensor that is missing, of another
-    /// shape or of a type that is no [`WeightType`]; 8-bit floats without scales. [`Error::Invalid`] for an expert that is not there.
+    /// [`Error::Checkpoint`], naming file and tensor: a layer that is dense or not there; a tensor
+    /// that is missing, of another shape or of a type that is no [`WeightType`]; 8-bit floats
+    /// without scales.
+    /// [`Error::Invalid`] for an expert that is not there.
     pub fn expert(
         &self,
         layer: u32,
         expert: u32,
         projection: Projection,
     ) -> Result<HostWeights<'_>> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } =
-            self.config.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config.layer;
         let all = experts + shared_experts;
         if expert >= all {
             return Err(Error::invalid("expert", format!("{expert} of {all}")));
@@ -268,91 +215,13 @@ impl Checkpoint {
     pub fn check_layer(&self, layer: u32) -> Result<()> {
         self.router(layer)?;
         self.bias(layer)?;
-        let LayerConfig { experts, shared_experts, .. } = self.config.settings;
+        let LayerConfig { experts, shared_experts, .. } = self.config.layer;
         for expert in 0..experts + shared_experts {
             for projection in Projection::ALL {
                 self.expert(layer, expert, projection)?;
             }
         }
         Ok(())
-    }
-
-    /// Loads a layer: its router, in f32, and all its experts. Unlike what is recorded, this submits to `queue` and waits, so
-    /// that the memory which carries the weights stays under 64 MiB.
-    ///
-    /// # Errors
-    ///
-    /// As [`Checkpoint::check_layer`], which comes first; as [`ExpertWeights::new`] and [`MoeLayer::new`].
-    pub fn load_layer(
-        &self,
-        ctx: &Context,
-        queue: &wgpu::Queue,
-        layer: u32,
-        mut load: Load<'_>,
-    ) -> Result<MoeLayer> {
-        self.load(ctx, queue, layer, &mut load)
-    }
-
-    /// As [`Checkpoint::load_layer`], several layers in order.
-    ///
-    /// # Errors
-    ///
-    /// As [`Checkpoint::load_layer`].
-    pub fn load_layers(
-        &self,
-        ctx: &Context,
-        queue: &wgpu::Queue,
-        layers: Range<u32>,
-        mut load: Load<'_>,
-    ) -> Result<Vec<MoeLayer>> {
-        // Before the first is on the device.
-        for layer in layers.clone() {
-            self.check_layer(layer)?;
-        }
-        layers.map(|layer| self.load(ctx, queue, layer, &mut load)).collect()
-    }
-
-    fn load(
-        &self,
-        ctx: &Context,
-        queue: &wgpu::Queue,
-        layer: u32,
-        load: &mut Load<'_>,
-    ) -> Result<MoeLayer> {
-        // Sizes are known to be those of tensors in the files before anything is made of these sizes.
-        self.check_layer(layer)?;
-        let settings = self.config.settings;
-        let shape = match load.weight_type {
-            Some(weight_type) => settings.expert_shape(weight_type),
-            None => self.expert_shape(layer)?,
-        };
-        let mut uploader = Uploader::of_files(ctx.device());
-        let mut router = Router::new(uploader.floats(ctx, queue, "router", self.router(layer)?)?);
-        if let Some(bias) = self.bias(layer)? {
-            router = router.with_bias(uploader.floats(ctx, queue, "bias", bias)?);
-        }
-        let limit = load.page_limit.unwrap_or(u64::MAX);
-        let weights = ExpertWeights::with_page_limit(ctx, shape, limit)?;
-        let all = settings.experts + settings.shared_experts;
-        let mut done = 0;
-        let mut total = 0;
-        for expert in 0..all {
-            for projection in Projection::ALL {
-                total += self.expert(layer, expert, projection)?.size();
-            }
-        }
-        for expert in 0..all {
-            for projection in Projection::ALL {
-                let matrix = self.expert(layer, expert, projection)?;
-                done += matrix.size();
-                uploader.matrix(queue, &weights, expert, projection, matrix)?;
-                if let Some(progress) = &mut load.progress {
-                    progress(Progress { layer, done, total });
-                }
-            }
-        }
-        uploader.finish(queue)?;
-        MoeLayer::new(ctx, settings, router, weights)
     }
 
     /// The names by which a layer is there; where it is not, those that most of it has.

@@ -1,4 +1,5 @@
-//! Compiled kernels, their arguments, and the work that is recorded: the only file that builds pipelines and bind groups.
+//! Compiled kernels, their arguments, and the work that is recorded: the only file that builds
+//! pipelines and bind groups.
 use super::guard::{holding, scoped};
 use super::shader::{Prelude, Spec};
 use super::{Context, Slice};
@@ -28,17 +29,10 @@ impl Kernel {
         cache: Option<&wgpu::PipelineCache>,
     ) -> Self {
         let label = Some(spec.name);
-        // Smallest sizes are left to wgpu: items are wider in some variants than in others.
-        let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-            count: None,
-        };
-        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
+        let mut entries = vec![layout_entry(0, wgpu::BufferBindingType::Uniform)];
         for (i, b) in (1..).zip(spec.bindings) {
             let read_only = !b.written && !b.is_shared(prelude, i - 1);
-            entries.push(entry(i, wgpu::BufferBindingType::Storage { read_only }));
+            entries.push(layout_entry(i, wgpu::BufferBindingType::Storage { read_only }));
         }
         let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
             label,
@@ -68,7 +62,8 @@ impl Kernel {
         Self { spec, prelude: prelude.clone(), pipeline, layout }
     }
 
-    /// Binds `params` at 0 and `slices` at 1, 2, ...; `groups` workgroups will run, folded into three dimensions.
+    /// Binds `params` at 0 and `slices` at 1, 2, ...; `groups` workgroups will run, folded into
+    /// three dimensions.
     pub(crate) fn dispatch(
         self: &Arc<Self>,
         ctx: &Context,
@@ -99,8 +94,45 @@ impl Kernel {
                 layout,
                 entries: &entries,
             }))
-        })??;
+        });
+        let bind_group = bind_group.map_err(|e| self.refused(device, slices, e))??;
         Ok(Dispatch { kernel: self.clone(), bind_group, groups, stage: None, page: None })
+    }
+
+    /// What wgpu refused, with the argument that it was about: the first that it refuses alone too.
+    /// wgpu itself knows buffers by their labels, and looks at all before it says which is of
+    /// another device.
+    fn refused(&self, device: &wgpu::Device, slices: &[Slice<'_>], error: Error) -> Error {
+        let Error::Device(text) = error else { return error };
+        let alone = |slice: &Slice<'_>| {
+            scoped(device, || {
+                let ty = wgpu::BufferBindingType::Storage { read_only: true };
+                let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                    label: None,
+                    entries: &[layout_entry(0, ty)],
+                });
+                device.create_bind_group(&wgpu::BindGroupDescriptor {
+                    label: None,
+                    layout: &layout,
+                    entries: &[wgpu::BindGroupEntry { binding: 0, resource: slice.binding() }],
+                })
+            })
+        };
+        let mut all = self.spec.bindings.iter().zip(slices);
+        Error::Device(match all.find(|(_, slice)| alone(slice).is_err()) {
+            Some((binding, _)) => format!("`{}`: {text}", binding.name),
+            None => text,
+        })
+    }
+}
+
+fn layout_entry(binding: u32, ty: wgpu::BufferBindingType) -> wgpu::BindGroupLayoutEntry {
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        // Smallest sizes are left to wgpu: items are wider in some variants than in others.
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+        count: None,
     }
 }
 
@@ -146,7 +178,8 @@ fn check(ctx: &Context, spec: &Spec, slices: &[Slice<'_>]) -> Result<u32> {
     Ok(shared)
 }
 
-/// `groups` workgroups as a grid within the device's limit; a few more may run, which kernels turn away.
+/// `groups` workgroups as a grid within the device's limit; a few more may run, which kernels turn
+/// away.
 fn fold(ctx: &Context, name: &'static str, groups: u64) -> Result<[u32; 3]> {
     let max = u64::from(ctx.limits().max_compute_workgroups_per_dimension);
     let y = groups.div_ceil(max).max(1);
@@ -177,7 +210,8 @@ impl Dispatch {
         self.kernel.spec.name
     }
 
-    /// What it computes, where several parts of a layer use one kernel: `logits`, `gate_up`, `down`.
+    /// What it computes, where several parts of a layer use one kernel: `logits`, `gate_up`,
+    /// `down`.
     pub fn stage(&self) -> Option<&'static str> {
         self.stage
     }
@@ -218,8 +252,8 @@ impl Dispatch {
     }
 }
 
-/// Bound work: dispatches in order. Recording makes no buffer, bind group or pipeline, and may be repeated; what the
-/// bound buffers hold is read when the work runs.
+/// Bound work: dispatches in order. Recording makes no buffer, bind group or pipeline, and may be
+/// repeated; what the bound buffers hold is read when the work runs.
 #[derive(Clone, Debug, Default)]
 pub struct BoundOp {
     dispatches: Vec<Dispatch>,

@@ -290,8 +290,8 @@ impl Election {
         let offsets = batch.blocks.map(|b| b.offsets);
         let dims = block_choice::Dims { tokens, blocks: blocks.count };
         // The fused kernel knows nothing of padding.
-        let fits = rows.is_none() && block_choice::BlockChoice::fits(dims);
-        if let Some(fused) = self.fused.as_ref().filter(|_| fits) {
+        let fused = self.fused.as_ref().filter(|fused| rows.is_none() && fused.fits(dims));
+        if let Some(fused) = fused {
             let args = block_choice::Args {
                 values,
                 offsets: blocks.offsets,
@@ -304,7 +304,8 @@ impl Election {
         }
         let mut parts = vec![];
         let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
-        // Each token's own choice stands where the final one will: it is read before that is written.
+        // Each token's own choice stands where the final one will: it is read before that is
+        // written.
         if let Some(own) = &self.own {
             parts.push(choose(own, input, None, rows)?);
         }

@@ -44,6 +44,9 @@ pub(super) struct ExpertSteps {
     pub(super) down: Vec<(Vec<BoundOp>, Vec<BoundOp>)>,
 }
 
+/// What the kernels call the layer's hidden states.
+const OWN: [(&str, &str); 1] = [("x", "hidden")];
+
 /// Slots, and their rows of `h`.
 type Stretch = (Range<u32>, Tensor);
 
@@ -105,8 +108,8 @@ impl Experts {
     /// What follows a plan: `h` in stretches of slots, `y` in stretches of columns, each within a
     /// binding.
     ///
-    /// With `places`, the weights hold only some experts at a time, and each stretch of `y` keeps its
-    /// own buffer, so that they can be computed expert by expert before any is combined.
+    /// With `places`, the weights hold only some experts at a time, and each stretch of `y` keeps
+    /// its own buffer, so that they can be computed expert by expert before any is combined.
     pub(super) fn bind(
         &self,
         (shape, plan): (&PlanShape, Slice<'_>),
@@ -155,7 +158,8 @@ impl Experts {
                         out: x_rows.slice(),
                         hidden,
                     };
-                    parts.push(self.kernels.gather.bind_window(shape, args)?);
+                    let rows = self.kernels.gather.bind_window(shape, args);
+                    parts.push(rows.map_err(|e| e.renamed(&OWN))?);
                 }
                 from = Rows::Slots(SlotRows { rows: x_rows.slice(), first: rows.start });
             }
@@ -168,7 +172,8 @@ impl Experts {
                 slots: rows.clone(),
                 columns: 0..intermediate,
             };
-            parts.push(self.kernels.gate_up.bind(shape, args)?);
+            let matmul = self.kernels.gate_up.bind(shape, args);
+            parts.push(matmul.map_err(|e| e.renamed(&OWN))?);
             stretches.push((rows, h));
         }
         Ok((parts, stretches))
@@ -235,8 +240,8 @@ impl Experts {
     }
 }
 
-/// Rows `[rows, width]` f32 in stretches that each fit a binding and start where one may start; one of
-/// all where they fit.
+/// Rows `[rows, width]` f32 in stretches that each fit a binding and start where one may start; one
+/// of all where they fit.
 pub(super) fn windows(
     ctx: &Context,
     name: &'static str,

@@ -8,15 +8,14 @@ use crate::device::Tensor;
 use crate::error::not_zero;
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
-use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use crate::ops::plan_scan::Lost;
 use crate::routing::check;
 use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result};
 use std::sync::Arc;
 
-/// The second half of a layer, for engines with a router of their own: plan, experts, shared experts
-/// and combination. Imports expert ids and gates from another router. Clones share kernels and
-/// weights.
+/// The second half of a layer, for engines with a router of their own: plan, experts, shared
+/// experts and combination. Imports expert ids and gates from another router. Clones share kernels
+/// and weights.
 #[derive(Clone, Debug)]
 pub struct MoeExperts {
     experts: Experts,
@@ -90,14 +89,9 @@ impl MoeExperts {
         let slots = places.min(u64::from(tokens) * u64::from(experts));
         let many = |_| Error::invalid(name, format!("{slots} slots do not fit 32 bits"));
         let slots = u32::try_from(slots).map_err(many)?;
-        let shape = PlanShape {
-            tokens,
-            experts,
-            shared_experts: self.shared_experts,
-            routed_slots: batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1),
-            tile_rows: tile_rows(ctx),
-            skinny_rows: SKINNY_ROWS,
-        };
+        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
+        let shape =
+            PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(self.shared_experts);
         let scratch = Scratch::of(batch.scratch, ctx)?;
         let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
@@ -121,12 +115,13 @@ impl MoeExperts {
         let PlanShape { tokens, experts, .. } = tensors.shape;
         let (assigned, gates) = (tensors.assigned.slice(), tensors.gates.slice());
         match assignments {
-            Assignments::OfTokens { experts_per_token: top, ids, gates: weights } => {
+            Assignments::OfTokens { experts_per_token, ids, gates: weights } => {
                 let count = tokens.div_ceil(32);
                 let ignored = scratch.get("ignored", u64::from(count) * 4)?;
                 let args = assign::Args { ids, weights, assigned, gates, ignored: ignored.slice() };
-                let dims = assign::Dims { tokens, experts, top };
-                Ok((self.kernels.assign.bind(&dims, args)?, ignored, count))
+                let dims = assign::Dims { tokens, experts, experts_per_token };
+                let assign = self.kernels.assign.bind(&dims, args);
+                Ok((assign.map_err(|e| e.renamed(&[("weights", "gates")]))?, ignored, count))
             }
             Assignments::OfExperts { entries, offsets, tokens: list, gates: weights } => {
                 let ignored = scratch.get("ignored", u64::from(experts) * 4)?;
@@ -139,7 +134,9 @@ impl MoeExperts {
                     ignored: ignored.slice(),
                 };
                 let dims = assign_lists::Dims { tokens, experts, entries };
-                Ok((self.kernels.lists.bind(&dims, args)?, ignored, experts))
+                let own = [("list", "tokens"), ("weights", "gates")];
+                let lists = self.kernels.lists.bind(&dims, args);
+                Ok((lists.map_err(|e| e.renamed(&own))?, ignored, experts))
             }
         }
     }

@@ -10,6 +10,36 @@
 //! Each is made once from a [`LayerConfig`] and weights, and bound to a [`Batch`] of slices. Binding
 //! checks every argument and makes what is needed; the [`BoundLayer`] is recorded as often as the work
 //! is to run.
+//!
+//! ```
+//! use wgmoe::layer::{Batch, LayerConfig, MoeLayer, Router, Tensor};
+//! use wgmoe::plan::Stats;
+//! use wgmoe::routing::TokenChoice;
+//! use wgmoe::{Context, ExpertWeights, WeightType};
+//! # fn main() -> wgmoe::Result<()> {
+//! # let Ok(gpu) = wgmoe::Gpu::new() else { return Ok(()) };
+//! let ctx = Context::new(&gpu.device)?;
+//! // Hidden size 64, experts of size 32, 8 experts of which each token takes 2.
+//! let config = LayerConfig::new(64, 32, 8, TokenChoice::new(2));
+//! let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::F32))?; // then `write`
+//! let router = Router::new(Tensor::new(&ctx, "router", &[0.5f32; 8 * 64])?);
+//! let layer = MoeLayer::new(&ctx, config, router, weights)?;
+//!
+//! // Once for a pair of buffers: 4 tokens.
+//! let (hidden, out) = (gpu.upload(&[1f32; 4 * 64]), gpu.upload(&[0f32; 4 * 64]));
+//! let bound = layer.bind(&Batch::new(&hidden, 4).into_out(&out))?;
+//! // Every step.
+//! let mut encoder = gpu.device.create_command_encoder(&Default::default());
+//! bound.encode(&mut encoder);
+//! gpu.queue.submit([encoder.finish()]);
+//!
+//! let stats = Stats::from_words(&gpu.download(bound.stats())?)?;
+//! assert_eq!(stats.slots, 8);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`cpu`] is the layer's CPU twin.
 mod batch;
 mod bound;
 mod cache;

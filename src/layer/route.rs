@@ -8,7 +8,6 @@ use super::planning::{PlanTensors, Planning};
 use super::scratch::Scratch;
 use crate::device::Tensor;
 use crate::error::not_zero;
-use crate::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use crate::ops::logits::{self, Logits};
 use crate::ops::plan_count::{Gates, Scales};
 use crate::ops::scores::{self, Scores};
@@ -94,15 +93,9 @@ impl MoeRouting {
         }
         let scratch = Scratch::of(batch.scratch, ctx)?;
         let slots = kernels.choice.slots(batch, experts)?;
-        let shape = PlanShape {
-            tokens,
-            experts,
-            shared_experts,
-            // A plan has room for one slot: no binding is empty.
-            routed_slots: batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1),
-            tile_rows: tile_rows(ctx),
-            skinny_rows: SKINNY_ROWS,
-        };
+        // A plan has room for one slot: no binding is empty.
+        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
+        let shape = PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(shared_experts);
         let (mut parts, selection) = self.bind_router(batch, &scratch)?;
         let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let assigned = &tensors.assigned;
@@ -157,7 +150,9 @@ impl MoeRouting {
                 weights: self.router.weight.slice(),
                 logits: logits.slice(),
             };
-            parts.push(self.kernels.logits.bind_rows(tokens, rows, args)?);
+            let own = [("x", "hidden"), ("weights", "router weight")];
+            let logits = self.kernels.logits.bind_rows(tokens, rows, args);
+            parts.push(logits.map_err(|e| e.renamed(&own))?);
         }
         let Some(op) = &self.kernels.scores else {
             return Ok((parts, Selection { logits, scored: None }));
@@ -166,11 +161,12 @@ impl MoeRouting {
         let args = scores::Args {
             logits: logits.slice(),
             bias: self.router.bias.as_ref().map(Tensor::slice),
-            score_of: s.slice(),
+            scores: s.slice(),
             values: r.slice(),
         };
         let (score, by_logits) = (routing.score(), routing.by_logits());
-        parts.push(op.bind(&scores::Dims { tokens, experts, score, by_logits }, args)?);
+        let scores = op.bind(&scores::Dims { tokens, experts, score, by_logits }, args);
+        parts.push(scores.map_err(|e| e.renamed(&[("bias", "router bias")]))?);
         Ok((parts, Selection { logits, scored: Some((s, r)) }))
     }
 }

@@ -23,15 +23,17 @@ pub struct HostRouter<'a> {
     pub scale_by_expert: Option<&'a [f32]>,
 }
 
-/// Sequences on the host: offsets `[n + 1]`, lengths `[n]`, capacities `[n]`.
+/// Sequences on the host: offsets `[n + 1]`, lengths `[n]`, capacities `[n]`; as in
+/// [`Sequences`](super::Sequences) where absent.
 #[derive(Clone, Copy, Debug)]
 pub struct HostSequences<'a> {
     /// Token ranges.
     pub offsets: &'a [u32],
     /// Tokens that are not padding.
     pub lengths: Option<&'a [u32]>,
-    /// Tokens that each expert takes.
-    pub capacity: &'a [u32],
+    /// Tokens that each expert takes, under expert choice; by the rule's own experts per token
+    /// where absent.
+    pub capacity: Option<&'a [u32]>,
 }
 
 /// Blocks on the host: offsets `[n + 1]`, voters `[T]`.
@@ -46,7 +48,8 @@ pub struct HostBlocks<'a> {
 /// What a batch brings of its own, on the host; as in [`Batch`](super::Batch) where absent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostBatch<'a> {
-    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop); padding of any rule.
+    /// Sequences of expert choice and of [`SequenceTop`](Routing::SequenceTop); padding of any
+    /// rule.
     pub sequences: Option<HostSequences<'a>>,
     /// Blocks of block-level rules.
     pub blocks: Option<HostBlocks<'a>>,
@@ -65,16 +68,16 @@ pub struct HostRouting {
     pub dropped: Vec<u32>,
 }
 
-/// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]` (the device's own, for an
-/// exact comparison, or [`logits::cpu`] and [`scores::cpu`]).
+/// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]`
+/// (the device's own, for an exact comparison, or [`logits::cpu`] and [`scores::cpu`]).
 ///
 /// Where sequences have lengths, padding gets no expert and has no say: the others are routed as if
 /// they were alone.
 ///
 /// # Panics
 ///
-/// If `logits` are not whole rows of the configuration's experts, if `scores` or `values` are not as
-/// many, or as the twins of the rule's kernels do; the message names the argument.
+/// If `logits` are not whole rows of the configuration's experts, if `scores` or `values` are not
+/// as many, or as the twins of the rule's kernels do; the message names the argument.
 pub fn cpu_routing(
     config: &LayerConfig,
     router: &HostRouter<'_>,
@@ -93,10 +96,16 @@ pub fn cpu_routing(
     let mut coreset = None;
     let assigned = match routing {
         Routing::ExpertChoice(rule) => {
-            let capacity = [schedule::capacity(tokens, rule.experts_per_token, config.experts)];
-            let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: &capacity };
+            let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: None };
             let HostSequences { offsets, lengths, capacity } = batch.sequences.unwrap_or(alone);
-            expert_choice::cpu(r, experts, offsets, lengths, capacity)
+            // Lengths are none here: padding is left out before.
+            let own: Vec<u32> = ranges(offsets, tokens as usize)
+                .into_iter()
+                .map(|range| {
+                    schedule::capacity(range.len() as u32, rule.experts_per_token, config.experts)
+                })
+                .collect();
+            expert_choice::cpu(r, experts, offsets, lengths, capacity.unwrap_or(&own))
         }
         Routing::TokenChoice(TokenChoice {
             experts_per_token: top, groups, coreset: None, ..
@@ -148,12 +157,12 @@ pub fn cpu_routing(
 struct Padded<'a> {
     offsets: &'a [u32],
     lengths: &'a [u32],
-    capacity: &'a [u32],
+    capacity: Option<&'a [u32]>,
 }
 
 impl Padded<'_> {
-    /// What [`cpu_routing`] makes of the tokens that are not padding, as a batch of their own, put back
-    /// where these tokens lie.
+    /// What [`cpu_routing`] makes of the tokens that are not padding, as a batch of their own, put
+    /// back where these tokens lie.
     fn cpu_routing(
         &self,
         config: &LayerConfig,
@@ -216,14 +225,14 @@ fn default_blocks(tokens: u32) -> Vec<u32> {
 pub type HostExperts<'a> =
     &'a (dyn Fn(u32, crate::weights::Projection) -> crate::weights::HostWeights<'a> + Sync);
 
-/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is
-/// `x [D]`, given the experts that took it, each with its gate. The shared experts are added, each with
-/// gate 1.
+/// The CPU twin of a layer's experts: the output row `[D]` of one token, whose hidden state is `x
+/// [D]`, given the experts that took it, each with its gate. The shared experts are added, each
+/// with gate 1.
 ///
 /// # Panics
 ///
-/// If `x` is not the hidden size long, or if an expert's matrix is not hidden times intermediate size;
-/// the message names the argument.
+/// If `x` is not the hidden size long, or if an expert's matrix is not hidden times intermediate
+/// size; the message names the argument.
 pub fn cpu_token(
     config: &LayerConfig,
     experts: HostExperts<'_>,
@@ -250,13 +259,14 @@ pub fn cpu_token(
     out.into_iter().map(|v| v as f32).collect()
 }
 
-/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two selection values lie within
-/// rounding of each other, a device may choose the other one; [`cpu_routing`] takes the device's own values instead.
+/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two
+/// selection values lie within rounding of each other, a device may choose the other one;
+/// [`cpu_routing`] takes the device's own values instead.
 ///
 /// # Panics
 ///
-/// If `x` is not whole rows of the hidden size, if `router weight` is not experts times hidden size, or
-/// as [`cpu_routing`] and [`cpu_token`] do; the message names the argument.
+/// If `x` is not whole rows of the hidden size, if `router weight` is not experts times hidden
+/// size, or as [`cpu_routing`] and [`cpu_token`] do; the message names the argument.
 pub fn cpu(
     config: &LayerConfig,
     router: &HostRouter<'_>,

@@ -1,8 +1,10 @@
-//! Where a step's time goes: a profiling mode, in which every dispatch is a pass of its own between two GPU timestamps.
+//! Where a step's time goes: a profiling mode, in which every dispatch is a pass of its own between
+//! two GPU timestamps. Each is named by its [label](Dispatch::label), which tells apart the pages
+//! of a layer's weights.
 //!
-//! A pass for each kernel costs a little that one pass for all does not, so the sum is no measure of the step: time the
-//! step as it is recorded for use beside it. Applications record a [`Profile`] into an encoder of theirs;
-//! [`Gpu::profile`] does it all and waits:
+//! A pass for each kernel costs a little that one pass for all does not, so the sum is no measure
+//! of the step: time the step as it is recorded for use beside it. Applications record a
+//! [`Profile`] into an encoder of theirs; [`Gpu::profile`] does it all and waits:
 //!
 //! ```
 //! # use wgmoe::{Context, Gpu, Slice, ops::gather};
@@ -30,13 +32,14 @@ const SET: usize = wgpu::QUERY_SET_MAX_QUERIES as usize / 2;
 /// Dispatches recorded with timestamps around them.
 #[derive(Debug)]
 pub struct Profile {
-    names: Vec<&'static str>,
+    labels: Vec<String>,
     timestamps: wgpu::Buffer,
 }
 
 impl Profile {
-    /// Records each dispatch into a pass of its own, in order, and the timestamps into [`Profile::timestamps`]. `None`,
-    /// with nothing recorded, where `device` was made without [`wgpu::Features::TIMESTAMP_QUERY`].
+    /// Records each dispatch into a pass of its own, in order, and the timestamps into
+    /// [`Profile::timestamps`]. `None`, with nothing recorded, where `device` was made without
+    /// [`wgpu::Features::TIMESTAMP_QUERY`].
     ///
     /// # Errors
     ///
@@ -50,7 +53,7 @@ impl Profile {
             return Ok(None);
         }
         let dispatches: Vec<&Dispatch> = dispatches.into_iter().collect();
-        let names = dispatches.iter().map(|d| d.name()).collect();
+        let labels: Vec<String> = dispatches.iter().map(|d| d.label()).collect();
         scoped(device, || {
             let timestamps = device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("timestamps"),
@@ -59,15 +62,16 @@ impl Profile {
                 mapped_at_creation: false,
             });
             for (i, part) in dispatches.chunks(SET).enumerate() {
+                let labels = &labels[SET * i..];
                 let count = 2 * part.len() as u32; // at most QUERY_SET_MAX_QUERIES
                 let query_set = device.create_query_set(&wgpu::QuerySetDescriptor {
                     label: Some("timestamps"),
                     ty: wgpu::QueryType::Timestamp,
                     count,
                 });
-                for (first, dispatch) in (0..count).step_by(2).zip(part) {
+                for ((first, dispatch), label) in (0..count).step_by(2).zip(part).zip(labels) {
                     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-                        label: Some(dispatch.name()),
+                        label: Some(label),
                         timestamp_writes: Some(wgpu::ComputePassTimestampWrites {
                             query_set: &query_set,
                             beginning_of_pass_write_index: Some(first),
@@ -80,7 +84,7 @@ impl Profile {
                 let offset = (16 * SET * i) as u64;
                 encoder.resolve_query_set(&query_set, 0..count, &timestamps, offset);
             }
-            Some(Self { names, timestamps })
+            Some(Self { labels, timestamps })
         })
     }
 
@@ -89,40 +93,38 @@ impl Profile {
         &self.timestamps
     }
 
-    /// Kernel name and milliseconds of each dispatch, in order, from the timestamps read back; `period` is
-    /// [`wgpu::Queue::get_timestamp_period`]. `None` where the timestamps are fewer than the dispatches need, all zero (as
-    /// some drivers leave them), or a dispatch ends before it begins.
-    pub fn times(&self, timestamps: &[u64], period: f32) -> Option<Vec<(&'static str, f64)>> {
-        times(&self.names, timestamps, period)
+    /// [Label](Dispatch::label) and milliseconds of each dispatch, in order, from the timestamps
+    /// read back; `period` is [`wgpu::Queue::get_timestamp_period`]. `None` where the timestamps
+    /// are fewer than the dispatches need, all zero (as some drivers leave them), or a dispatch
+    /// ends before it begins.
+    pub fn times(&self, timestamps: &[u64], period: f32) -> Option<Vec<(String, f64)>> {
+        times(&self.labels, timestamps, period)
     }
 }
 
-fn times(
-    names: &[&'static str],
-    timestamps: &[u64],
-    period: f32,
-) -> Option<Vec<(&'static str, f64)>> {
-    let pairs = timestamps.get(..2 * names.len())?;
-    if names.is_empty() {
+fn times(labels: &[String], timestamps: &[u64], period: f32) -> Option<Vec<(String, f64)>> {
+    let pairs = timestamps.get(..2 * labels.len())?;
+    if labels.is_empty() {
         return Some(vec![]);
     }
     if pairs.iter().all(|&t| t == 0) || !period.is_finite() || period <= 0.0 {
         return None;
     }
-    names
+    labels
         .iter()
         .zip(pairs.chunks_exact(2))
-        .map(|(&name, t)| {
+        .map(|(label, t)| {
             let ticks = t[1].checked_sub(t[0])?;
-            Some((name, ticks as f64 * f64::from(period) / 1e6))
+            Some((label.clone(), ticks as f64 * f64::from(period) / 1e6))
         })
         .collect()
 }
 
 impl Gpu {
-    /// Runs each dispatch in a pass of its own between GPU timestamps, waits, and gives kernel name and milliseconds of
-    /// each, in order. `None` where the device has no timestamps or gives none that can be true ([`Profile::times`]; more
-    /// time in all than passed on the host). The work has run unless the device has none.
+    /// Runs each dispatch in a pass of its own between GPU timestamps, waits, and gives
+    /// [label](Dispatch::label) and milliseconds of each, in order. `None` where the device has no
+    /// timestamps or gives none that can be true ([`Profile::times`]; more time in all than passed
+    /// on the host). The work has run unless the device has none.
     ///
     /// # Errors
     ///
@@ -130,7 +132,7 @@ impl Gpu {
     pub fn profile<'a>(
         &self,
         dispatches: impl IntoIterator<Item = &'a Dispatch>,
-    ) -> Result<Option<Vec<(&'static str, f64)>>> {
+    ) -> Result<Option<Vec<(String, f64)>>> {
         let start = Instant::now();
         let mut encoder = self.device.create_command_encoder(&Default::default());
         let Some(profile) = Profile::record(&self.device, &mut encoder, dispatches)? else {
@@ -145,8 +147,9 @@ impl Gpu {
         Ok(times.filter(|times| times.iter().map(|(_, ms)| ms).sum::<f64>() <= most))
     }
 
-    /// Runs each dispatch in a submission of its own and waits for it: kernel name and milliseconds on the host's clock,
-    /// what a submission costs included. For devices without timestamps.
+    /// Runs each dispatch in a submission of its own and waits for it: [label](Dispatch::label) and
+    /// milliseconds on the host's clock, what a submission costs included. For devices without
+    /// timestamps.
     ///
     /// # Errors
     ///
@@ -154,13 +157,13 @@ impl Gpu {
     pub fn profile_alone<'a>(
         &self,
         dispatches: impl IntoIterator<Item = &'a Dispatch>,
-    ) -> Result<Vec<(&'static str, f64)>> {
+    ) -> Result<Vec<(String, f64)>> {
         dispatches
             .into_iter()
             .map(|dispatch| {
                 let start = Instant::now();
                 self.run(&dispatch.clone().into())?;
-                Ok::<_, Error>((dispatch.name(), start.elapsed().as_secs_f64() * 1e3))
+                Ok::<_, Error>((dispatch.label(), start.elapsed().as_secs_f64() * 1e3))
             })
             .collect()
     }
@@ -172,8 +175,9 @@ mod tests {
 
     #[test]
     fn absurd_timestamps_are_none() {
-        let names = ["a", "b"];
-        assert_eq!(times(&names, &[5, 1_000_005, 7, 7], 2.0), Some(vec![("a", 2.0), ("b", 0.0)]));
+        let names = ["a", "b"].map(String::from);
+        let both = [("a".to_string(), 2.0), ("b".to_string(), 0.0)];
+        assert_eq!(times(&names, &[5, 1_000_005, 7, 7], 2.0), Some(both.to_vec()));
         assert_eq!(times(&names, &[0; 4], 1.0), None);
         assert_eq!(times(&names, &[1, 2, 4, 3], 1.0), None);
         assert_eq!(times(&names, &[1, 2], 1.0), None);

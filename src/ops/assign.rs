@@ -1,4 +1,4 @@
-//! Assignments of somebody else's router, brought into the bit set.
+//! Imports another router's choice into the bit set: the expert ids and gates of each token.
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::quirks::check_loops;
@@ -29,27 +29,27 @@ fn prelude() -> Prelude {
     Prelude::new("one lane a token").piece(piece!("common/grid"))
 }
 
-/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many ids of each 32 tokens were ignored.
-/// `ids` and `weights` are `[tokens, top]`.
+/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many ids of each
+/// 32 tokens were ignored. `ids` and `weights` are `[tokens, experts_per_token]`.
 ///
 /// # Panics
 ///
-/// If `top` or `experts` is 0, if `ids` are not whole rows of `top`, or if `weights` are not as many
-/// as `ids`; the message names the argument.
+/// If `experts_per_token` or `experts` is 0, if `ids` are not whole rows of `experts_per_token`, or
+/// if `weights` are not as many as `ids`; the message names the argument.
 pub fn cpu(
     ids: &[u32],
     weights: &[f32],
-    top: usize,
+    experts_per_token: usize,
     experts: usize,
 ) -> (Vec<u32>, Vec<f32>, Vec<u32>) {
-    let tokens = expect_rows("ids", ids.len(), "top", top);
+    let tokens = expect_rows("ids", ids.len(), "experts_per_token", experts_per_token);
     expect_some("experts", experts);
     expect_len("weights", weights.len(), ids.len());
     let mut assigned = bits::empty(tokens, experts);
     let mut gates = vec![0.0; tokens * experts];
     let mut ignored = vec![0; bits::columns(tokens)];
     for (i, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
-        let (t, e) = (i / top, id as usize);
+        let (t, e) = (i / experts_per_token, id as usize);
         if e < experts && !bits::get(&assigned, tokens, e, t) {
             bits::set(&mut assigned, tokens, e, t);
             gates[t * experts + e] = weight;
@@ -68,15 +68,16 @@ pub struct Dims {
     /// Experts, at most [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS).
     pub experts: u32,
     /// Places of a token.
-    pub top: u32,
+    pub experts_per_token: u32,
 }
 
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
-    /// `[tokens, top]` u32, read: expert ids. Out of range or repeated: ignored and counted; `u32::MAX`: empty.
+    /// `[tokens, experts_per_token]` u32, read: expert ids. Out of range or repeated: ignored and
+    /// counted; `u32::MAX`: empty.
     pub ids: Slice<'a>,
-    /// `[tokens, top]` f32, read: gates.
+    /// `[tokens, experts_per_token]` f32, read: gates.
     pub weights: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
@@ -103,20 +104,22 @@ impl Assign {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
     }
 
-    /// Brings `[tokens, top]` ids into the bit set.
+    /// Brings `[tokens, experts_per_token]` ids into the bit set.
     ///
     /// # Errors
     ///
-    /// Zero experts or places, too many experts, on a software driver too many places, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero experts or places, too many experts, on a software driver too many places, or a slice
+    /// that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
-        let Dims { tokens, experts, top } = *dims;
+        let Dims { tokens, experts, experts_per_token: top } = *dims;
         few_experts(experts)?;
-        not_zero(&[("top", top)])?;
+        not_zero(&[("experts_per_token", top)])?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
         // One lane reads a token's places, and of the experts its share, twice.
-        check_loops(&self.ctx, "top", top, u64::from(top) + 2 * u64::from(experts.div_ceil(32)))?;
+        let iterations = u64::from(top) + 2 * u64::from(experts.div_ceil(32));
+        check_loops(&self.ctx, "experts_per_token", top, iterations)?;
         let columns = u64::from(tokens.div_ceil(32));
         args.ids.u32s("ids", &[tokens.into(), top.into()])?;
         args.weights.f32s("weights", &[tokens.into(), top.into()])?;

@@ -1,4 +1,4 @@
-//! Each expert's tokens, as somebody else's router lists them, brought into the bit set.
+//! Imports another router's choice into the bit set: the tokens and gates of each expert.
 use super::few_experts;
 use crate::device::Kernel;
 use crate::device::quirks::{check_loops, offset_iterations};
@@ -35,8 +35,9 @@ fn prelude() -> Prelude {
         .piece(piece!("common/offsets"))
 }
 
-/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of each expert were ignored.
-/// `list` and `weights` are of one length; `offsets` hold one value more than there are experts.
+/// The CPU twin: the bit set, the gates `[tokens, experts]` (0 elsewhere), and how many entries of
+/// each expert were ignored. `list` and `weights` are of one length; `offsets` hold one value more
+/// than there are experts.
 ///
 /// # Panics
 ///
@@ -81,9 +82,11 @@ pub struct Dims {
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
-    /// `[experts + 1]` u32, read: the entries of each expert. Values that decrease or exceed `entries` are clamped.
+    /// `[experts + 1]` u32, read: the entries of each expert. Values that decrease or exceed
+    /// `entries` are clamped.
     pub offsets: Slice<'a>,
-    /// `[entries]` u32, read: tokens. Out of range or repeated for an expert: ignored and counted; `u32::MAX`: empty.
+    /// `[entries]` u32, read: tokens. Out of range or repeated for an expert: ignored and counted;
+    /// `u32::MAX`: empty.
     pub list: Slice<'a>,
     /// `[entries]` f32, read: gates.
     pub weights: Slice<'a>,
@@ -112,18 +115,21 @@ impl AssignLists {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
     }
 
-    /// Brings lists into the bit set. Without entries the bit set is empty; `list` and `weights` must hold one all the same.
+    /// Brings lists into the bit set. Without entries the bit set is empty; `list` and `weights`
+    /// must hold one all the same.
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, on a software driver too many tokens or entries, or a slice that does not fit ([`Error`](crate::Error)).
+    /// Zero or too many experts, on a software driver too many tokens or entries, or a slice that
+    /// does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        // A lane's share of the columns, of the offsets, and of the entries, which may all be one expert's.
+        // A lane's share of the columns, of the offsets, and of the entries, which may all be one
+        // expert's.
         let share = |n: u32| u64::from(n.div_ceil(LANES));
         let iterations = share(tokens.div_ceil(32)) + offset_iterations(experts, LANES);
         check_loops(&self.ctx, "tokens", tokens, iterations)?;

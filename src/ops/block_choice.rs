@@ -1,10 +1,11 @@
-//! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election and the choice inside
-//! the coresets in one dispatch. It gives what [`token_choice`], [`coreset`] and
-//! [`token_choice`] give one after the other, whose CPU twins are its own.
+//! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election
+//! and the choice inside the coresets in one dispatch. It gives what [`token_choice`], [`coreset`]
+//! and [`token_choice`] give one after the other, whose CPU twins are its own.
 use super::coreset::rule_number;
 use super::token_choice::{groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing, token_choice};
 use crate::device::Kernel;
+use crate::device::quirks::{LOOP_ITERATIONS, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::routing::{BlockRule, Groups, check};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
@@ -34,24 +35,105 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32, count: u32, mass: u32,
-    has_voters: u32,
+    tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32,
+    count: u32, mass: u32, has_voters: u32,
 }
 
 /// Most tokens: a column of the bit set.
 pub const MAX_TOKENS: u32 = 32;
 /// Most experts, by workgroup memory.
 pub const MAX_EXPERTS: u32 = 384;
-/// Most blocks: the loops of one lane go over the experts and tokens of each in turn, and software drivers limit their iterations
-/// (`LOOP_ITERATIONS` in `device/quirks.rs`).
+/// Most blocks: one workgroup goes over them in turn, so that for more small ones the three kernels
+/// are the better choice. Choices of very many experts may have room for fewer: see
+/// [`BlockChoice::max_blocks`].
 pub const MAX_BLOCKS: u32 = 8;
 
+/// Lanes of the workgroup, and of a token. A software driver's barriers cost by the lane.
+fn lanes(target: Target) -> [u32; 2] {
+    match target {
+        Target::Wide => [256, 8],
+        Target::Serial => [8, 1],
+    }
+}
+
+/// The numbers that the kernel's loops go by.
+#[derive(Clone, Copy)]
+struct Loops {
+    target: Target,
+    experts: u32,
+    /// Of each token's own choice; 0: none.
+    own_top: u32,
+    top: u32,
+    /// Groups that tokens choose first; 1: none.
+    groups: u32,
+}
+
+impl Loops {
+    /// Iterations of one lane for so many blocks, at most, whatever the values: every rule may
+    /// elect every expert.
+    fn iterations(self, blocks: u32) -> u64 {
+        let Self { target, experts, own_top, top, .. } = self;
+        let [wg, lanes] = lanes(target);
+        let (mine, chunks) = (each(experts, wg), each(experts, 32));
+        // Tokens that choose at a time, of one block. Blocks share no token, but two neighbours may
+        // share the tokens of a turn.
+        let turns = u64::from(MAX_TOKENS * lanes / wg);
+        let tokens = (turns + u64::from(blocks.saturating_sub(1))).min(MAX_TOKENS.into());
+        let own = if own_top > 0 { turns * (1 + self.choice(own_top, 1)) } else { 0 };
+        let inside = tokens * (1 + self.group_choice() + self.choice(top, self.groups));
+        // Each token's vote for each of a lane's experts, in one block; words set up and written.
+        let votes = mine * u64::from(MAX_TOKENS) + 2 * mine;
+
+        // A total over lanes, and the search for the last key: 64 bits, each with a look at the
+        // experts and a total.
+        let total = u64::from(wg.min(16) + wg / 16);
+        let search = 65 * (1 + mine + total);
+        // The marks of a word; the experts, with a loop over one word; two totals and the part of
+        // one; those that share the last key.
+        let election = 36 + 2 * mine + 2 * total + 24 + search + u64::from(experts);
+        // The bits of the elected, those of the chunks before, and their places.
+        let elected = each(experts.div_ceil(32), wg) * (33 + chunks + 34);
+        let block = offset_iterations(blocks, wg) + election + elected + chunks + mine + 1;
+        own + inside + votes + u64::from(blocks) * block
+    }
+
+    /// Of one token's choice of `top` experts: passes over the experts, `LIST` at a time, and what
+    /// the lanes of a token show each other.
+    fn choice(self, top: u32, groups: u32) -> u64 {
+        let [_, lanes] = lanes(self.target);
+        let chunks = each(self.experts, 32);
+        // A chunk reaches into one group more than it holds whole.
+        let words = 2 * chunks + u64::from(groups);
+        let shown = if lanes > 1 { u64::from(top) * u64::from(1 + lanes) } else { 0 };
+        each(top, list_of(self.top.max(self.own_top))) * (1 + words + each(self.experts, lanes))
+            + shown
+    }
+
+    /// Of one token's choice of groups: the experts of each, and its rank.
+    fn group_choice(self) -> u64 {
+        if self.groups <= 1 {
+            return 0;
+        }
+        let [_, lanes] = lanes(self.target);
+        let size = self.experts / self.groups;
+        let words = each(size, 32) + 2;
+        each(self.groups, lanes) * (1 + words + u64::from(size) + 1 + u64::from(self.groups))
+    }
+
+    /// Most blocks whose loops stay within what software drivers allow.
+    fn max_blocks(self) -> u32 {
+        let fits = |blocks: &u32| self.iterations(*blocks) <= LOOP_ITERATIONS;
+        (1..=MAX_BLOCKS).rev().find(fits).unwrap_or(0)
+    }
+}
+
+/// Items of one lane, or turns, where `lanes` share `items`.
+fn each(items: u32, lanes: u32) -> u64 {
+    items.div_ceil(lanes).into()
+}
+
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
-    // A software driver's barriers cost by the lane.
-    let (wg, lanes) = match target {
-        Target::Wide => (256, 8),
-        Target::Serial => (8, 1),
-    };
+    let [wg, lanes] = lanes(target);
     let groups_too = if groups > 1 { ", groups" } else { "" };
     Prelude::new(format!("{rule}, {wg} lanes, {list} experts at a time{groups_too}"))
         .constant("WG", wg)
@@ -70,10 +152,10 @@ fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelud
         .piece(piece!("choice/experts_of_token"))
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` and the coresets
-/// `[blocks, ceil(experts / 32)]`, of any number of tokens. `values` is `[tokens, experts]`, `offsets`
-/// `[blocks + 1]`, `voters` `[tokens]`. It is the twins of [`token_choice`],
-/// [`coreset`] and [`token_choice`] one after the other.
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` and the coresets `[blocks, ceil(experts
+/// / 32)]`, of any number of tokens. `values` is `[tokens, experts]`, `offsets` `[blocks + 1]`,
+/// `voters` `[tokens]`. It is the twins of [`token_choice`], [`coreset`] and [`token_choice`] one
+/// after the other.
 ///
 /// # Panics
 ///
@@ -104,7 +186,7 @@ pub fn cpu(
 pub struct Dims {
     /// Rows of `values`, at most [`MAX_TOKENS`]; 0 is a no-op.
     pub tokens: u32,
-    /// Blocks, at most [`MAX_BLOCKS`].
+    /// Blocks, at most [`BlockChoice::max_blocks`].
     pub blocks: u32,
 }
 
@@ -131,6 +213,7 @@ pub struct BlockChoice {
     rule: BlockRule,
     top: u32,
     groups: Option<Groups>,
+    max_blocks: u32,
     kernel: Arc<Kernel>,
 }
 
@@ -139,7 +222,8 @@ impl BlockChoice {
     ///
     /// # Errors
     ///
-    /// As [`TokenChoice::new`](super::token_choice::TokenChoice::new) and [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
+    /// As [`TokenChoice::new`](super::token_choice::TokenChoice::new) and
+    /// [`Coreset::new`](coreset::Coreset::new); [`Error::Invalid`] for more than [`MAX_EXPERTS`]
     /// experts.
     pub fn new(
         ctx: &Context,
@@ -155,17 +239,26 @@ impl BlockChoice {
         rule.check(experts)?;
         let groups = groups.filter(|g| g.count > 1);
         let top = experts_per_token;
-        let list = list_of(top.max(rule.own_top(top).unwrap_or(0)));
+        let own_top = rule.own_top(top).unwrap_or(0);
+        let list = list_of(top.max(own_top));
         let target = ctx.variant().target;
         let of_groups = groups_of(groups);
         let kernel =
             ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
-        Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, kernel })
+        let loops = Loops { target, experts, own_top, top, groups: groups.map_or(1, |g| g.count) };
+        let max_blocks = loops.max_blocks();
+        Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, max_blocks, kernel })
+    }
+
+    /// Most blocks of one dispatch: [`MAX_BLOCKS`], or as many as one lane's loops can go over on a
+    /// software driver. That is the same on every device, so that layers record the same work.
+    pub fn max_blocks(&self) -> u32 {
+        self.max_blocks
     }
 
     /// Whether one dispatch can do a batch of this many tokens and blocks.
-    pub fn fits(dims: Dims) -> bool {
-        dims.tokens <= MAX_TOKENS && dims.blocks <= MAX_BLOCKS
+    pub fn fits(&self, dims: Dims) -> bool {
+        dims.tokens <= MAX_TOKENS && dims.blocks <= self.max_blocks
     }
 
     /// Elects the coresets of blocks, and chooses the experts of tokens inside them.
@@ -177,20 +270,19 @@ impl BlockChoice {
         let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
-        if !Self::fits(*dims) {
-            let reason = format!("{dims:?}, at most {MAX_TOKENS} tokens and {MAX_BLOCKS} blocks");
-            return Err(Error::invalid("dims", reason));
+        for (name, got, most) in
+            [("tokens", tokens, MAX_TOKENS), ("blocks", blocks, self.max_blocks)]
+        {
+            if got > most {
+                return Err(Error::invalid(name, format!("{got}, at most {most}")));
+            }
         }
         if tokens == 0 {
             return Ok(BoundOp::default());
         }
-        args.values.f32s("values", &[tokens.into(), experts.into()])?;
-        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
-        if let Some(voters) = args.voters {
-            voters.u32s("voters", &[tokens.into()])?;
-        }
+        let slices = [args.values, args.offsets, args.members];
+        coreset::check_election([tokens, experts, blocks], slices, args.voters)?;
         args.assigned.u32s("assigned", &[experts.into()])?;
-        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,

@@ -1,5 +1,5 @@
-//! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is one recording, whatever
-//! its ratios (EC-DLM, arXiv 2604.01622).
+//! Capacities of expert choice from the mask ratios of a batch, on the device: a denoising step is
+//! one recording, whatever its ratios (EC-DLM, arXiv 2604.01622).
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::{check_loops, offset_iterations};
@@ -55,8 +55,8 @@ pub enum HostSource<'a> {
     ExpertsPerToken(&'a [u32]),
 }
 
-/// The CPU twin: the capacities and the experts per token, `[sequences]` each. `offsets` are `[sequences + 1]` (made monotone
-/// and at most `tokens`), `lengths` `[sequences]`.
+/// The CPU twin: the capacities and the experts per token, `[sequences]` each. `offsets` are
+/// `[sequences + 1]` (made monotone and at most `tokens`), `lengths` `[sequences]`.
 ///
 /// # Panics
 ///
@@ -103,9 +103,9 @@ pub struct Dims {
     pub sequences: u32,
 }
 
-/// Where the experts per token of each sequence come from. `steps` is [`Staircase::words`](schedule::Staircase::words) on the device,
-/// or any such `[steps, 2]` u32: it may be rewritten between steps too. The kernel calls `ratios`, `masked` and the given
-/// experts per token `mask`, so errors about a buffer's usage, alignment or overlap do too.
+/// Where the experts per token of each sequence come from. `steps` is
+/// [`Staircase::words`](schedule::Staircase::words) on the device, or any such `[steps, 2]` u32: it
+/// may be rewritten between steps too.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A schedule, at mask ratios: [`Schedule::k`].
@@ -115,7 +115,8 @@ pub enum Source<'a> {
         /// `[steps, 2]` u32, read.
         steps: Slice<'a>,
     },
-    /// A schedule, at counts of masked tokens: [`Schedule::k_of_counts`] of the count and the sequence's length.
+    /// A schedule, at counts of masked tokens: [`Schedule::k_of_counts`] of the count and the
+    /// sequence's length.
     Masked {
         /// `[sequences]` u32, read. More than the sequence has count as all of them.
         masked: Slice<'a>,
@@ -131,12 +132,14 @@ pub enum Source<'a> {
 pub struct Args<'a> {
     /// Where k comes from.
     pub source: Source<'a>,
-    /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
+    /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are
+    /// clamped.
     pub offsets: Slice<'a>,
     /// `[sequences]` u32, read: tokens of a sequence that are not padding; all where absent.
     pub lengths: Option<Slice<'a>>,
-    /// `[sequences]` u32, written whole: tokens that each expert takes, `clamp(floor(length k / experts), 1, length)`, 0 of an
-    /// empty sequence. [`expert_choice`](super::expert_choice) reads it.
+    /// `[sequences]` u32, written whole: tokens that each expert takes,
+    /// `clamp(floor(length k / experts), 1, length)`, 0 of an empty sequence.
+    /// [`expert_choice`](super::expert_choice) reads it.
     pub capacity_of: Slice<'a>,
     /// `[sequences]` u32, written whole: experts per token, for reports.
     pub k_of: Slice<'a>,
@@ -174,7 +177,8 @@ impl Capacity {
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, on a software driver too many sequences, or a slice that does not fit ([`Error`]).
+    /// Zero or too many experts, on a software driver too many sequences, or a slice that does not
+    /// fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
@@ -186,18 +190,18 @@ impl Capacity {
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.
         let nothing = self.ctx.scratch("no steps", 16)?;
-        let (source, mask, steps) = match args.source {
+        let (source, name, mask, steps) = match args.source {
             Source::Ratios { ratios, steps } => {
                 ratios.f32s("ratios", &n)?;
-                (0, ratios, steps)
+                (0, "ratios", ratios, steps)
             }
             Source::Masked { masked, steps } => {
                 masked.u32s("masked", &n)?;
-                (1, masked, steps)
+                (1, "masked", masked, steps)
             }
             Source::ExpertsPerToken(k) => {
                 k.u32s("experts_per_token", &n)?;
-                (2, k, Slice::from(&nothing))
+                (2, "experts_per_token", k, Slice::from(&nothing))
             }
         };
         if steps.size < 8 || steps.size % 8 != 0 {
@@ -233,6 +237,7 @@ impl Capacity {
             args.capacity_of,
             args.k_of,
         ];
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, n[0])?.into())
+        let dispatch = kernel.dispatch(&self.ctx, &params, &slices, n[0]);
+        Ok(dispatch.map_err(|e| e.renamed(&[("mask", name)]))?.into())
     }
 }

@@ -249,6 +249,20 @@ pub struct Args<'a> {
     pub block_of: Slice<'a>,
 }
 
+/// Checks the slices of an election, which the fused kernel has too.
+pub(super) fn check_election(
+    [tokens, experts, blocks]: [u32; 3],
+    [values, offsets, members]: [Slice<'_>; 3],
+    voters: Option<Slice<'_>>,
+) -> Result<()> {
+    values.f32s("values", &[tokens.into(), experts.into()])?;
+    offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
+    if let Some(voters) = voters {
+        voters.u32s("voters", &[tokens.into()])?;
+    }
+    members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])
+}
+
 /// The GPU kernel.
 #[derive(Clone, Debug)]
 pub struct Coreset {
@@ -313,8 +327,8 @@ impl Coreset {
         }
         let (kernel, iterations) = self.kernel(*dims)?;
         check_loops(&self.ctx, "tokens", tokens, iterations)?;
-        args.values.f32s("values", &[tokens.into(), experts.into()])?;
-        args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
+        let slices = [args.values, args.offsets, args.members];
+        check_election([tokens, experts, blocks], slices, args.voters)?;
         if let Some(own_choice) = args.own_choice {
             own_choice.u32s("own_choice", &[experts.into(), tokens.div_ceil(32).into()])?;
         } else if self.rule.own_top(1).is_some() {
@@ -323,13 +337,9 @@ impl Coreset {
                 format!("{:?} needs each token's own choice", self.rule),
             ));
         }
-        if let Some(voters) = args.voters {
-            voters.u32s("voters", &[tokens.into()])?;
-        }
         if let Some(rows) = rows {
             rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
         }
-        args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;
         args.block_of.u32s("block_of", &[tokens.into()])?;
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {

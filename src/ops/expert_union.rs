@@ -24,13 +24,17 @@ pub const SPEC: Spec = Spec {
     variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32, has_totals: u32 }
+params! {
+    tokens: u32, experts: u32, blocks: u32, expert_bytes_low: u32, expert_bytes_high: u32,
+    has_totals: u32,
+}
 
 fn lanes(target: Target) -> u32 {
     if target == Target::Serial { 8 } else { 256 }
 }
 
-/// Iterations of one lane: for each of its experts, all columns of a block, which may be all there are; its chunks, twice.
+/// Iterations of one lane: for each of its experts, all columns of a block, which may be all there
+/// are; its chunks, twice.
 fn iterations(target: Target, dims: Dims) -> u64 {
     let experts = u64::from(dims.experts.div_ceil(lanes(target)));
     let columns = u64::from(dims.tokens.div_ceil(32));
@@ -50,8 +54,8 @@ fn prelude(variant: Variant) -> Prelude {
 ///
 /// # Panics
 ///
-/// If `assigned` is not `experts * ceil(tokens / 32)` long, or if there are no `offsets`; the message
-/// names the argument.
+/// If `assigned` is not `experts * ceil(tokens / 32)` long, or if there are no `offsets`; the
+/// message names the argument.
 pub fn cpu(
     assigned: &[u32],
     tokens: usize,
@@ -76,7 +80,8 @@ pub fn cpu(
     (members, counts, bytes)
 }
 
-/// A running mean of the experts of a block, as [`Args::totals`] keeps it on the device: exact, in any order.
+/// A running mean of the experts of a block, as [`Args::totals`] keeps it on the device: exact, in
+/// any order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Distinct experts, summed over blocks that have tokens.
@@ -186,7 +191,8 @@ impl ExpertUnion {
     ///
     /// # Errors
     ///
-    /// Zero or too many experts, or a slice that does not fit ([`Error`]).
+    /// Zero or too many experts, on a software driver too many tokens or blocks, or a slice that
+    /// does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens, experts, blocks, expert_bytes } = *dims;
         few_experts(experts)?;
@@ -194,7 +200,8 @@ impl ExpertUnion {
             return Ok(BoundOp::default());
         }
         let (kernel, iterations) = self.kernel(*dims)?;
-        check_loops(&self.ctx, "tokens", tokens, iterations)?;
+        let (name, most) = if blocks > tokens { ("blocks", blocks) } else { ("tokens", tokens) };
+        check_loops(&self.ctx, name, most, iterations)?;
         args.assigned.u32s("assigned", &[experts.into(), tokens.div_ceil(32).into()])?;
         args.offsets.u32s("offsets", &[u64::from(blocks) + 1])?;
         args.members.u32s("members", &[blocks.into(), experts.div_ceil(32).into()])?;

@@ -24,6 +24,11 @@ pub(crate) fn blocks(problem: &Specialization) -> Option<Piece> {
     problem.weight_type.has_blocks().then_some(piece!("matmul/run_blocks"))
 }
 
+/// The loads of blocks, a column at a time.
+pub(crate) fn load_blocks(problem: &Specialization) -> Option<Piece> {
+    problem.weight_type.has_blocks().then_some(piece!("matmul/load_blocks"))
+}
+
 /// What a lane brings to a step of the tile kernel.
 pub(crate) fn bring(problem: &Specialization) -> Piece {
     if problem.weight_type.has_blocks() {

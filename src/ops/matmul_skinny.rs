@@ -52,6 +52,7 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::x(problem))
         .piece(pieces::unpack(problem))
         .piece(pieces::run(problem))
+        .maybe_piece(pieces::load_blocks(problem))
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))

@@ -44,6 +44,7 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::x(problem))
         .piece(pieces::unpack(problem))
         .maybe_piece(pieces::blocks(problem))
+        .maybe_piece(pieces::load_blocks(problem))
         .piece(pieces::bring(problem))
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))

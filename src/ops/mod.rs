@@ -1,7 +1,36 @@
 //! The kernels, one a file: what it computes, its CPU twin, its arguments, and how it is recorded.
 //!
-//! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to [`Slice`](crate::Slice)s (which
-//! checks them, and makes its uniform and bind group), and recorded as a [`BoundOp`](crate::BoundOp) any number of times.
+//! Every op is made from a [`Context`](crate::Context) (which compiles it), bound to
+//! [`Slice`](crate::Slice)s (which checks them, and makes its uniform and bind group), and recorded as
+//! a [`BoundOp`](crate::BoundOp) any number of times. [`layer`](crate::layer)s are put together from
+//! them; `examples/single_op.rs` uses three of them alone.
+//!
+//! | step | ops |
+//! |---|---|
+//! | from hidden states to values | [`logits`], [`scores`] |
+//! | from values to the choice, a [bit set](crate::plan::bits) | [`token_choice`], [`expert_choice`], [`sequence_top`]; [`coreset`] before [`token_choice`] for blocks, [`block_choice`] for both in one |
+//! | another router's choice | [`assign`] (ids of each token), [`assign_lists`] (tokens of each expert) |
+//! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding) |
+//! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
+//! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`] and [`matmul_register`]; then [`combine`] |
+//! | for experts of the caller's own | [`gather`] (rows in the plan's order), [`expert_lists`] (the choice as lists) |
+//! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights) |
+//!
+//! The CPU twin of an op is a function `cpu` of its module, and needs no device. [`reference`] has all
+//! of them in one place:
+//!
+//! ```
+//! use wgmoe::ops::token_choice;
+//! use wgmoe::plan::bits;
+//!
+//! // Values of 2 tokens for 4 experts; each token takes its two highest.
+//! let values = [0.1, 0.9, 0.3, 0.2, 0.8, 0.1, 0.1, 0.7];
+//! let assigned = token_choice::cpu(&values, 4, 2, None, &|_, _| true);
+//! assert_eq!(bits::experts_of(&assigned, 2, 0), [1, 2]);
+//! assert_eq!(bits::experts_of(&assigned, 2, 1), [0, 3]);
+//! ```
+//!
+//! [`reference`]: crate::reference
 use crate::Target;
 use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::Spec;
@@ -69,21 +98,33 @@ pub(crate) fn or_nothing<'a>(
     slice.unwrap_or_else(|| ctx.nothing())
 }
 
+impl crate::PlanShape {
+    /// A plan of tokens, routed experts and at most so many routed slots, for the matmuls of a
+    /// context: its items have as many rows as those take.
+    pub fn new(ctx: &crate::Context, tokens: u32, experts: u32, routed_slots: u32) -> Self {
+        use grouped_matmul::{SKINNY_ROWS, tile_rows};
+        Self::on_host(tokens, experts, routed_slots).with_item_rows(tile_rows(ctx), SKINNY_ROWS)
+    }
+}
+
 impl crate::Variant {
-    /// This variant, or one with more lanes where one lane's loops could take more iterations than software drivers allow.
+    /// This variant, or one with more lanes where one lane's loops could take more iterations than
+    /// software drivers allow.
     pub(crate) fn within_loops(self, iterations: u64) -> Self {
         let target = if iterations > LOOP_ITERATIONS { Target::Wide } else { self.target };
         Self { target, ..self }
     }
 
-    /// The variant for the parts of a plan, of which one lane of few reads the columns of the bit set (32 tokens each) or the
-    /// counts of as many tokens, twice. A quarter of the iterations there are: the items of its experts need the rest.
+    /// The variant for the parts of a plan, of which one lane of few reads the columns of the bit
+    /// set (32 tokens each) or the counts of as many tokens, twice. A quarter of the iterations
+    /// there are: the items of its experts need the rest.
     pub(crate) fn for_tokens(self, tokens: u32) -> Self {
         self.within_loops(4 * 2 * u64::from(tokens.div_ceil(32)))
     }
 }
 
-/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers (`SHADER_INT64`), to copy only.
+/// The type `Vector` of kernels that move rows whole: `width` f32. Eight as 64-bit integers
+/// (`SHADER_INT64`), to copy only.
 pub(crate) fn vector(width: u32) -> &'static str {
     match width {
         8 => "vec4<u64>",

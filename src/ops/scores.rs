@@ -41,7 +41,8 @@ fn prelude(variant: Variant) -> Prelude {
         .piece(reduce)
 }
 
-/// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is `[experts]`.
+/// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is
+/// `[experts]`.
 ///
 /// - A NaN logit has score 0, and the value NaN whatever its bias.
 /// - In a softmax, logits of +inf share 1 equally and the others get 0; a row of only -inf and NaN
@@ -110,7 +111,7 @@ pub struct Args<'a> {
     /// `[experts]` f32, read.
     pub bias: Option<Slice<'a>>,
     /// `[tokens, experts]` f32, written whole.
-    pub score_of: Slice<'a>,
+    pub scores: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
     pub values: Slice<'a>,
 }
@@ -148,7 +149,7 @@ impl Scores {
         if let Some(bias) = args.bias {
             bias.f32s("bias", &[experts.into()])?;
         }
-        args.score_of.f32s("score_of", &shape)?;
+        args.scores.f32s("scores", &shape)?;
         args.values.f32s("values", &shape)?;
         let params = Params {
             tokens,
@@ -158,10 +159,10 @@ impl Scores {
             has_bias: u32::from(args.bias.is_some()),
         };
         let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
-        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.score_of, args.values];
-        Ok(self
-            .kernel
-            .dispatch(&self.ctx, &params, &slices, u64::from(tokens).div_ceil(rows))?
-            .into())
+        let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
+        let groups = u64::from(tokens).div_ceil(rows);
+        let dispatch = self.kernel.dispatch(&self.ctx, &params, &slices, groups);
+        // WGSL has the kernel itself under the name of what it makes.
+        Ok(dispatch.map_err(|e| e.renamed(&[("score_of", "scores")]))?.into())
     }
 }

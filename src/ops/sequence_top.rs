@@ -1,5 +1,6 @@
-//! The highest pairs of a sequence: as many as token choice would make, given out over all its tokens and experts, so that
-//! hard tokens get more experts and easy ones fewer or none (SeqTopK, arXiv 2511.06494).
+//! The highest pairs of a sequence: as many as token choice would make, given out over all its
+//! tokens and experts, so that hard tokens get more experts and easy ones fewer or none (SeqTopK,
+//! arXiv 2511.06494).
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
@@ -45,19 +46,21 @@ fn prelude(target: Target) -> Prelude {
         .piece(piece!("choice/words"))
 }
 
-/// Tokens that one workgroup works on: a multiple of 32, few enough pieces for each of them to add up the counts of all, and
-/// few enough pairs for its loops, see [`iterations`].
+/// Tokens that one workgroup works on: a multiple of 32, few enough pieces for each of them to add
+/// up the counts of all, and few enough pairs for its loops, see [`iterations`].
 fn tile(tokens: u32, experts: u32, lanes: u32) -> u32 {
     let even = tokens.div_ceil(64).next_multiple_of(32).max(256);
     even.min((PAIRS * lanes / experts.max(lanes) / 32 * 32).max(32))
 }
 
-/// Most (token, expert) pairs of a lane. The last round visits each twice at most, once as an expert's token and once as a tie:
-/// half of the iterations that software drivers allow. The rest is for [`iterations`]' other terms.
+/// Most (token, expert) pairs of a lane. The last round visits each twice at most, once as an
+/// expert's token and once as a tie: half of the iterations that software drivers allow. The rest
+/// is for [`iterations`]' other terms.
 const PAIRS: u32 = (LOOP_ITERATIONS as u32).div_ceil(4);
 
-/// Iterations of one lane in the last round: the offsets of three sequences, the counts of all pieces in each of the four rounds
-/// before (a stretch of the 256 bins, and the other lanes' totals), the pairs.
+/// Iterations of one lane in the last round: the offsets of three sequences, the counts of all
+/// pieces in each of the four rounds before (a stretch of the 256 bins, and the other lanes'
+/// totals), the pairs.
 fn iterations(lanes: u32, dims: Dims, tile: u32) -> u64 {
     let tiles = u64::from(dims.tokens.div_ceil(tile));
     let stretch = u64::from(256 / lanes);
@@ -65,18 +68,20 @@ fn iterations(lanes: u32, dims: Dims, tile: u32) -> u64 {
     let experts = u64::from(dims.experts.div_ceil(lanes));
     let words = u64::from(tile.div_ceil(32)) + 1;
     let chunks = u64::from(dims.experts.div_ceil(32));
-    // Of an expert and a word: the 32 tokens, as many ties, and for the token of which some are taken the chunks before.
+    // Of an expert and a word: the 32 tokens, as many ties, and for the token of which some are
+    // taken the chunks before.
     let pairs = words * (experts * (2 + 64 + chunks) + 32);
     3 * offset_iterations(dims.sequences, lanes) + counts + pairs
 }
 
-/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` of the `top` times length highest pairs of each sequence. `values` is
-/// `[tokens, experts]`, `offsets` `[sequences + 1]` (made monotone and at most `tokens`).
+/// The CPU twin: the bit set `[experts, ceil(tokens / 32)]` of the `top` times length highest pairs
+/// of each sequence. `values` is `[tokens, experts]`, `offsets` `[sequences + 1]` (made monotone
+/// and at most `tokens`).
 ///
 /// # Panics
 ///
-/// If `experts` is 0, if `values` are not whole rows of `experts`, if `top` is above `experts`, or if there
-/// are no `offsets`; the message names the argument.
+/// If `experts` is 0, if `values` are not whole rows of `experts`, if `top` is above `experts`, or
+/// if there are no `offsets`; the message names the argument.
 pub fn cpu(values: &[f32], experts: usize, top: usize, offsets: &[u32]) -> Vec<u32> {
     let tokens = expect_rows("values", values.len(), "experts", experts);
     expect_most("top", top, experts);
@@ -109,7 +114,8 @@ pub struct Dims {
 pub struct Args<'a> {
     /// `[tokens, experts]` f32, read: selection values.
     pub values: Slice<'a>,
-    /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are clamped.
+    /// `[sequences + 1]` u32, read: token ranges. Values that decrease or exceed `tokens` are
+    /// clamped.
     pub offsets: Slice<'a>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
@@ -132,18 +138,20 @@ impl SequenceTop {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant().target))? })
     }
 
-    /// Chooses `experts_per_token` times its length pairs of each sequence: five dispatches, and scratch of 4 KiB a piece.
+    /// Chooses `experts_per_token` times its length pairs of each sequence: five dispatches, and
+    /// scratch of 4 KiB a piece.
     ///
     /// # Errors
     ///
-    /// Zero sequences, zero or too many experts, `experts_per_token` of 0 or above `experts`, or a slice that does
-    /// not fit ([`Error`](crate::Error)).
+    /// Zero sequences, zero or too many experts, `experts_per_token` of 0 or above `experts`, on a
+    /// software driver too many tokens or sequences, or a slice that does not fit
+    /// ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         self.bind_among(dims, args, None)
     }
 
-    /// As [`SequenceTop::bind`], for the first tokens of each sequence: `lengths`, `[sequences]` u32,
-    /// read. What follows in a sequence is padding; it is never chosen, and does not count.
+    /// As [`SequenceTop::bind`], for the first tokens of each sequence: `lengths`, `[sequences]`
+    /// u32, read. What follows in a sequence is padding; it is never chosen, and does not count.
     ///
     /// # Errors
     ///
@@ -174,7 +182,9 @@ impl SequenceTop {
         let lengths = or_nothing(&self.ctx, lengths);
         let lanes = lanes(self.ctx.variant().target);
         let tile = tile(tokens, experts, lanes);
-        check_loops(&self.ctx, "tokens", tokens, iterations(lanes, *dims, tile))?;
+        let (name, most) =
+            if sequences > tokens { ("sequences", sequences) } else { ("tokens", tokens) };
+        check_loops(&self.ctx, name, most, iterations(lanes, *dims, tile))?;
         let tiles = tokens.div_ceil(tile);
         let pieces = u64::from(tiles) + u64::from(sequences);
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;

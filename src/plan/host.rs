@@ -3,6 +3,15 @@ use super::{PlanShape, bits};
 use crate::error::{expect_len, expect_some};
 use crate::{Error, Result};
 
+/// The items of one kernel, of all experts one after the other.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Items {
+    /// (expert, first slot) of each.
+    pub items: Vec<[u32; 2]>,
+    /// First item of each expert, exclusive, `[X + 1]`.
+    pub offsets: Vec<u32>,
+}
+
 /// A plan read back, in host types: for tests, reports, and engines that want to look.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPlan {
@@ -12,10 +21,10 @@ pub struct HostPlan {
     pub token_offsets: Vec<u32>,
     /// Routed experts that have a slot.
     pub active: Vec<u32>,
-    /// (expert, first slot) of each item of the skinny kernel, and the first item of each expert `[X + 1]`.
-    pub skinny: (Vec<[u32; 2]>, Vec<u32>),
-    /// The same of the tile kernel.
-    pub tiles: (Vec<[u32; 2]>, Vec<u32>),
+    /// Items of the skinny kernel.
+    pub skinny: Items,
+    /// Items of the tile kernel.
+    pub tiles: Items,
     /// Token of each slot.
     pub token_of: Vec<u32>,
     /// Gate of each slot.
@@ -29,7 +38,8 @@ impl HostPlan {
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`]; [`Error::Size`] if `words` are fewer than the shape's, or hold no plan.
+    /// As [`PlanShape::sections`]; [`Error::Size`] if `words` are fewer than the shape's, or hold
+    /// no plan.
     pub fn from_words(shape: &PlanShape, words: &[u32]) -> Result<Self> {
         let at = shape.sections()?;
         let short = Error::size("words", shape.bytes()?, words.len() as u64 * 4);
@@ -44,14 +54,14 @@ impl HostPlan {
             expert_offsets: take(at.expert_offsets, x + 1)?,
             token_offsets: take(at.token_offsets, shape.tokens + 1)?,
             active: take(at.active, head[1].min(shape.experts))?,
-            skinny: (
-                pairs(take(at.skinny_items, 2 * head[3].min(shape.skinny()?))?),
-                take(at.skinny_offsets, x + 1)?,
-            ),
-            tiles: (
-                pairs(take(at.tile_items, 2 * head[2].min(shape.tiles()?))?),
-                take(at.tile_offsets, x + 1)?,
-            ),
+            skinny: Items {
+                items: pairs(take(at.skinny_items, 2 * head[3].min(shape.skinny()?))?),
+                offsets: take(at.skinny_offsets, x + 1)?,
+            },
+            tiles: Items {
+                items: pairs(take(at.tile_items, 2 * head[2].min(shape.tiles()?))?),
+                offsets: take(at.tile_offsets, x + 1)?,
+            },
             token_of: take(at.token_of, head[0].min(shape.slots()?))?,
             gate_of: take(at.gate_of, head[0].min(shape.slots()?))?
                 .into_iter()
@@ -66,8 +76,8 @@ impl HostPlan {
     ///
     /// # Panics
     ///
-    /// If the shape has 0 `tile_rows`, if `assigned` is not `experts * ceil(tokens / 32)` long, or if
-    /// `gates` are not `tokens * experts`; the message names the argument.
+    /// If the shape has 0 `tile_rows`, if `assigned` is not `experts * ceil(tokens / 32)` long, or
+    /// if `gates` are not `tokens * experts`; the message names the argument.
     pub fn cpu(shape: &PlanShape, assigned: &[u32], gates: &[f32]) -> Self {
         let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
         expect_some("tile_rows", shape.tile_rows as usize);
@@ -77,8 +87,8 @@ impl HostPlan {
             expert_offsets: vec![0],
             token_offsets: vec![0],
             active: vec![],
-            skinny: (vec![], vec![0]),
-            tiles: (vec![], vec![0]),
+            skinny: Items { items: vec![], offsets: vec![0] },
+            tiles: Items { items: vec![], offsets: vec![0] },
             token_of: vec![],
             gate_of: vec![],
             slot_of: vec![],
@@ -107,16 +117,16 @@ impl HostPlan {
                 let rest = end - row;
                 let item = [e as u32, row as u32];
                 if rest < shape.tile_rows as usize && rest <= shape.skinny_rows as usize {
-                    plan.skinny.0.push(item);
+                    plan.skinny.items.push(item);
                     row = end;
                 } else {
-                    plan.tiles.0.push(item);
+                    plan.tiles.items.push(item);
                     row += shape.tile_rows as usize;
                 }
             }
             plan.expert_offsets.push(end as u32);
-            plan.skinny.1.push(plan.skinny.0.len() as u32);
-            plan.tiles.1.push(plan.tiles.0.len() as u32);
+            plan.skinny.offsets.push(plan.skinny.items.len() as u32);
+            plan.tiles.offsets.push(plan.tiles.items.len() as u32);
         }
         for slots in slots_of_token {
             plan.slot_of.extend(slots);

@@ -1,4 +1,7 @@
-//! The plan: what the expert matmuls and the combination read, in one `u32` buffer with sections known to the host.
+//! The plan: which slots there are, by expert and by token, and the items of work they make.
+//!
+//! The expert matmuls and the combination read it. It is one `u32` buffer on the device, with
+//! sections that the host knows ([`PlanShape::sections`]); nothing of it is read back.
 //!
 //! | section | words | what |
 //! |---|---|---|
@@ -12,28 +15,47 @@
 //! | `token_of`, `gate_of` | S each | token, gate (f32 bits) of each slot |
 //! | `slot_of` | S | slots of each token: routed experts ascending, then shared |
 //!
+//! X is the number of experts, shared ones included. An engine that runs the experts itself reads
+//! `expert_offsets`, `token_of` and `gate_of`; [`HostPlan`] is a plan on the host, read back or made
+//! by the CPU twin:
+//!
+//! ```
+//! use wgmoe::plan::{HostPlan, PlanShape, bits};
+//!
+//! // 3 tokens, 2 experts: the first expert takes tokens 0 and 2, the second token 2.
+//! let assigned = bits::from_lists(3, &[vec![0, 2], vec![2]]);
+//! let gates = [1.0, 0.0, 0.0, 0.0, 0.25, 0.75]; // [tokens, experts]
+//! let shape = PlanShape::on_host(3, 2, 3);
+//! let plan = HostPlan::cpu(&shape, &assigned, &gates);
+//! assert_eq!(plan.expert_offsets, [0, 2, 3]);
+//! assert_eq!(plan.token_of, [0, 2, 2]);
+//! assert_eq!(plan.gate_of, [1.0, 0.25, 0.75]);
+//! // The slots of each token: the first has slot 0, the second none, the third 1 and 2.
+//! assert_eq!((&plan.token_offsets[..], &plan.slot_of[..]), (&[0, 1, 1, 3][..], &[0, 1, 2][..]));
+//! ```
+//!
 //! # Slots
 //!
-//! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones: each
-//! takes every token.
+//! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones:
+//! each takes every token.
 //!
 //! A plan has room for [`PlanShape::routed_slots`] routed slots. Where more pairs are assigned, the
-//! last ones in that order are cut: the highest experts lose their tokens first, and of the one expert
-//! that keeps some the last tokens go. What is cut is in no list, is not computed, and adds nothing to
-//! `out`; [`Stats::cut`] counts it. Shared experts' slots are reserved, and never cut.
+//! last ones in that order are cut: the highest experts lose their tokens first, and of the one
+//! expert that keeps some the last tokens go. What is cut is in no list, is not computed, and adds
+//! nothing to `out`; [`Stats::cut`] counts it. Shared experts' slots are reserved, and never cut.
 //!
 //! # Items
 //!
-//! An item is what one workgroup of a matmul computes: an expert, and its first slot. An expert with n
-//! slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than `tile_rows`, is one
-//! item of the skinny kernel where it is at most [`PlanShape::skinny_rows`] slots, and else one more
-//! item of the tile kernel. The three kernels that make items, the matmuls that read them and
-//! [`HostPlan::cpu`] all follow this rule.
+//! An item is what one workgroup of a matmul computes: an expert, and its first slot. An expert
+//! with n slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than
+//! `tile_rows`, is one item of the skinny kernel where it is at most [`PlanShape::skinny_rows`]
+//! slots, and else one more item of the tile kernel. The three kernels that make items, the matmuls
+//! that read them and [`HostPlan::cpu`] all follow this rule.
 pub mod bits;
 mod host;
 mod stats;
 
-pub use host::HostPlan;
+pub use host::{HostPlan, Items};
 pub use stats::Stats;
 
 use crate::error::{bytes_of, not_zero};
@@ -41,7 +63,11 @@ use crate::routing::check;
 use crate::{Error, Result};
 
 /// Sizes of a plan: everything the host must know of it.
+///
+/// [`PlanShape::new`] makes one for the matmuls of a [`Context`](crate::Context), whose items have
+/// as many rows as its kernels take. [`PlanShape::on_host`] is for the CPU twins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct PlanShape {
     /// T: tokens.
     pub tokens: u32,
@@ -77,6 +103,27 @@ pub struct Sections {
 }
 
 impl PlanShape {
+    /// A plan of tokens, routed experts and at most so many routed slots that is not for the
+    /// matmuls of a context: for the CPU twins, or for kernels of the caller's own. Items of 16
+    /// rows, and of 8.
+    pub const fn on_host(tokens: u32, experts: u32, routed_slots: u32) -> Self {
+        let (tile_rows, skinny_rows) = (16, 8);
+        Self { tokens, experts, shared_experts: 0, routed_slots, tile_rows, skinny_rows }
+    }
+
+    /// The same with shared experts: each takes every token with gate 1.
+    #[must_use]
+    pub const fn with_shared_experts(self, shared_experts: u32) -> Self {
+        Self { shared_experts, ..self }
+    }
+
+    /// The same with items of `tile_rows` rows, and rests of at most `skinny_rows` (0: none) in
+    /// items of their own: for kernels of the caller's own.
+    #[must_use]
+    pub const fn with_item_rows(self, tile_rows: u32, skinny_rows: u32) -> Self {
+        Self { tile_rows, skinny_rows, ..self }
+    }
+
     /// Routed and shared experts.
     pub fn all_experts(&self) -> u32 {
         self.experts.saturating_add(self.shared_experts)
@@ -123,8 +170,8 @@ impl PlanShape {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS), or a plan of 2^32
-    /// words or more.
+    /// [`Error::Invalid`] for zero tokens, experts or tile rows, more experts than
+    /// [`MAX_EXPERTS`](crate::routing::MAX_EXPERTS), or a plan of 2^32 words or more.
     pub fn sections(&self) -> Result<Sections> {
         not_zero(&[("tokens", self.tokens), ("tile_rows", self.tile_rows)])?;
         check::few_experts(self.experts)?;

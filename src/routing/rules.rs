@@ -1,18 +1,4 @@
-//! Routing rules as plain data.
-//!
-//! ```
-//! use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, TokenChoice};
-//!
-//! // LLaDA2.0: 8 of 256 experts, from 4 of 8 groups.
-//! let rule = TokenChoice::new(8).with_score(Score::Sigmoid).with_groups(8, 4).with_scale(2.5);
-//! assert!(Routing::from(rule).check(256).is_ok());
-//! // The same, inside the coresets that blocks of tokens elect (dMoE).
-//! let block = rule.with_coreset(BlockRule::mass(0.6).with_floor(16));
-//! // Experts choose tokens: 8 to 32 experts a token, by a schedule.
-//! let experts = Routing::from(ExpertChoice::new(8).with_max(32));
-//! assert_eq!(experts.check(16).unwrap_err().to_string(), "`max_experts_per_token`: 32 of only 16 experts");
-//! # assert!(Routing::from(block).check(256).is_ok());
-//! ```
+//! The rules themselves. Their documentation with an example is that of the module above.
 use super::schedule;
 
 /// Most experts a token can choose.

@@ -59,7 +59,7 @@ impl std::str::FromStr for Layout {
 /// What to write.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    pub settings: LayerConfig,
+    pub config: LayerConfig,
     /// MoE layers, behind the dense ones, of which nothing is written.
     pub layers: u32,
     pub dense: u32,
@@ -90,8 +90,8 @@ impl Tensor {
     }
 }
 
-pub(crate) fn token_choice(settings: &LayerConfig) -> Result<TokenChoice> {
-    match settings.routing {
+pub(crate) fn token_choice(config: &LayerConfig) -> Result<TokenChoice> {
+    match config.routing {
         Routing::TokenChoice(rule) => Ok(rule),
         _ => Err(Error::other(
             "its routing is not token choice, for which alone config.json has fields",
@@ -103,8 +103,8 @@ impl Plan {
     /// The `config.json`. Only fields about MoE layers.
     pub fn config(&self) -> Result<serde_json::Value> {
         let LayerConfig { hidden, intermediate, experts, shared_experts, activation, .. } =
-            self.settings;
-        let rule = token_choice(&self.settings)?;
+            self.config;
+        let rule = token_choice(&self.config)?;
         let groups = rule.groups.map_or([1, 1], |groups| [groups.count, groups.per_token]);
         let mut config = json!({
             "model_type": "llada2_moe",
@@ -136,9 +136,9 @@ impl Plan {
     }
 
     fn tensors(&self) -> Result<Vec<Tensor>> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config;
         let [d, f, e] = [hidden, intermediate, experts].map(|n| n as usize);
-        let sigmoid = token_choice(&self.settings)?.score == Score::Sigmoid;
+        let sigmoid = token_choice(&self.config)?.score == Score::Sigmoid;
         let of =
             |p: Projection, f: usize| if p == Projection::Down { vec![d, f] } else { vec![f, d] };
         let mut tensors = vec![];
@@ -258,7 +258,7 @@ impl Plan {
         matrix: Matrix,
         take: &mut dyn FnMut(&[bf16]) -> Result<()>,
     ) -> Result<()> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config;
         let [d, f] = [hidden, intermediate].map(|n| n as usize);
         // A stream of numbers for each matrix: whatever layer, expert and projection, no other has
         // its key.
@@ -277,7 +277,7 @@ impl Plan {
         let width = |p| if p == Projection::Down { f } else { d };
         match matrix {
             Matrix::Router => {
-                let sigmoid = token_choice(&self.settings)?.score == Score::Sigmoid;
+                let sigmoid = token_choice(&self.config)?.score == Score::Sigmoid;
                 let deviation = 2.0 / (d as f32).sqrt();
                 for _ in 0..experts {
                     let mut row: Vec<f32> =

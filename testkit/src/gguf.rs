@@ -134,8 +134,8 @@ impl Tensor {
 impl Plan {
     /// The metadata. Only keys about MoE layers.
     fn gguf_values(&self) -> Result<Vec<(String, Value)>> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
-        let rule = token_choice(&self.settings)?;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config;
+        let rule = token_choice(&self.config)?;
         if rule.coreset.is_some() {
             return Err(Error::other("GGUF files have no key for its block rule"));
         }
@@ -165,9 +165,9 @@ impl Plan {
     }
 
     fn gguf_tensors(&self, weights: WeightType) -> Result<Vec<Tensor>> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config;
         let [d, f, e, m] = [hidden, intermediate, experts, shared_experts].map(u64::from);
-        let sigmoid = token_choice(&self.settings)?.score == Score::Sigmoid;
+        let sigmoid = token_choice(&self.config)?.score == Score::Sigmoid;
         let of =
             |p: Projection, f: u64| if p == Projection::Down { vec![d, f] } else { vec![f, d] };
         let mut tensors = vec![];

@@ -63,16 +63,16 @@ pub fn chosen(
 
 /// The twins' output of some tokens of `x [T, D]`, on every core.
 pub fn outputs(
-    settings: &LayerConfig,
+    config: &LayerConfig,
     matrices: &Matrices<'_>,
     x: &[f32],
     (assigned, gates): (&[u32], &[f32]),
     sample: &[usize],
 ) -> Vec<Vec<f32>> {
-    let (d, e) = (settings.hidden as usize, settings.experts as usize);
+    let (d, e) = (config.hidden as usize, config.experts as usize);
     on_every_core(sample, |&t| {
         let experts = chosen(assigned, gates, [x.len() / d, e], t);
-        cpu_token(settings, &|e, p| matrices(e, p), &x[t * d..][..d], &experts)
+        cpu_token(config, &|e, p| matrices(e, p), &x[t * d..][..d], &experts)
     })
 }
 
@@ -90,7 +90,7 @@ pub fn stored(values: &[f32], depth: u32, weight_type: WeightType) -> Vec<f32> {
 /// A small layer of seeded weights: router, perhaps a bias, and every expert, shared ones last.
 #[derive(Clone)]
 pub struct HostLayer {
-    pub settings: LayerConfig,
+    pub config: LayerConfig,
     /// `[E, D]`.
     pub router: Vec<f32>,
     /// `[E]`.
@@ -100,18 +100,18 @@ pub struct HostLayer {
 }
 
 impl HostLayer {
-    pub fn new(settings: LayerConfig) -> Self {
+    pub fn new(config: LayerConfig) -> Self {
         Self {
-            settings,
-            router: random(7, (settings.experts * settings.hidden) as usize),
+            config,
+            router: random(7, (config.experts * config.hidden) as usize),
             bias: None,
-            experts: Self::seeded(&settings, 1000),
+            experts: Self::seeded(&config, 1000),
         }
     }
 
     /// Matrices of every expert from a seed.
-    pub fn seeded(settings: &LayerConfig, seed: u64) -> Vec<[Vec<f32>; 3]> {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
+    pub fn seeded(config: &LayerConfig, seed: u64) -> Vec<[Vec<f32>; 3]> {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *config;
         let size = (hidden * intermediate) as usize;
         let scale = 3.0 / (hidden as f32).sqrt();
         let matrix = |e, p| random(seed + 3 * e + p, size).iter().map(|v| v * scale).collect();
@@ -121,23 +121,23 @@ impl HostLayer {
 
     /// With a bias of at most a tenth.
     pub fn with_bias(self) -> Self {
-        let bias = random(2, self.settings.experts as usize).iter().map(|v| v * 0.1).collect();
+        let bias = random(2, self.config.experts as usize).iter().map(|v| v * 0.1).collect();
         Self { bias: Some(bias), ..self }
     }
 
     /// The same with a router whose logit of expert e is value e of the hidden state.
-    pub fn scripted(settings: LayerConfig) -> Self {
-        let width = settings.hidden as usize;
-        let router = (0..settings.experts as usize * width)
+    pub fn scripted(config: LayerConfig) -> Self {
+        let width = config.hidden as usize;
+        let router = (0..config.experts as usize * width)
             .map(|i| f32::from(i / width == i % width))
             .collect();
-        Self { router, ..Self::new(settings) }
+        Self { router, ..Self::new(config) }
     }
 
     /// The experts as a storage type holds them: what the twins must compute on.
     pub fn stored_as(&self, weight_type: WeightType) -> Self {
         let mut rounded = self.clone();
-        let LayerConfig { hidden, intermediate, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, .. } = self.config;
         for matrices in &mut rounded.experts {
             for (matrix, depth) in matrices.iter_mut().zip([hidden, hidden, intermediate]) {
                 *matrix = stored(matrix, depth, weight_type);
@@ -193,7 +193,7 @@ impl HostLayer {
     ) -> Result<ExpertWeights> {
         let weights = ExpertWeights::with_page_limit(
             ctx,
-            self.settings.expert_shape(weight_type),
+            self.config.expert_shape(weight_type),
             page_limit.unwrap_or(u64::MAX),
         )?;
         self.write(queue, &weights)?;
@@ -209,29 +209,29 @@ impl HostLayer {
         page_limit: Option<u64>,
     ) -> Result<MoeLayer> {
         let weights = self.weights_as(ctx, queue, weight_type, page_limit)?;
-        MoeLayer::new(ctx, self.settings, self.router(ctx)?, weights)
+        MoeLayer::new(ctx, self.config, self.router(ctx)?, weights)
     }
 
     /// What the twins choose, by logits, scores and selection values.
     pub fn routing(&self, batch: HostBatch<'_>, selection: [&[f32]; 3]) -> HostRouting {
-        cpu_routing(&self.settings, &self.host_router(), batch, selection)
+        cpu_routing(&self.config, &self.host_router(), batch, selection)
     }
 
     /// The twins' output of one token.
     pub fn token(&self, x: &[f32], chosen: &[(u32, f32)]) -> Vec<f32> {
-        cpu_token(&self.settings, &|e, p| self.matrix(e, p), x, chosen)
+        cpu_token(&self.config, &|e, p| self.matrix(e, p), x, chosen)
     }
 
     /// The twins' output of all tokens under this choice.
     pub fn outputs(&self, x: &[f32], assigned: &[u32], gates: &[f32]) -> Vec<f32> {
-        let all: Vec<usize> = (0..x.len() / self.settings.hidden as usize).collect();
-        outputs(&self.settings, &|e, p| self.matrix(e, p), x, (assigned, gates), &all).concat()
+        let all: Vec<usize> = (0..x.len() / self.config.hidden as usize).collect();
+        outputs(&self.config, &|e, p| self.matrix(e, p), x, (assigned, gates), &all).concat()
     }
 
     /// The twin of the whole layer.
     pub fn twin(&self, x: &[f32]) -> Vec<f32> {
         let matrix = |e, p| self.matrix(e, p);
-        layer::cpu(&self.settings, &self.host_router(), HostBatch::default(), &matrix, x)
+        layer::cpu(&self.config, &self.host_router(), HostBatch::default(), &matrix, x)
     }
 }
 

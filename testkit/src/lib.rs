@@ -7,6 +7,7 @@ pub mod compare;
 pub mod device;
 pub mod gguf;
 pub mod golden;
+pub mod house;
 pub mod layer;
 pub mod program;
 pub mod rules;

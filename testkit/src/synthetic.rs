@@ -33,8 +33,8 @@ pub fn hidden_states(rng: &mut StdRng, tokens: u32, block: u32, hidden: u32) -> 
 
 /// A router `[E, D]` that makes of hidden states of which value 0 is 1 and the others are standard normal the logits
 /// `2 z - 3`, z standard normal and correlated as the hidden states are.
-pub fn router(rng: &mut StdRng, settings: &LayerConfig) -> Vec<f32> {
-    let (d, experts) = (settings.hidden as usize, settings.experts as usize);
+pub fn router(rng: &mut StdRng, config: &LayerConfig) -> Vec<f32> {
+    let (d, experts) = (config.hidden as usize, config.experts as usize);
     let deviation = 2.0 / (d as f32).sqrt();
     let mut router: Vec<f32> =
         (0..experts * d).map(|_| deviation * rng.sample::<f32, _>(StandardNormal)).collect();
@@ -56,8 +56,8 @@ pub struct Pool {
 const STRIDE: usize = 1009;
 
 impl Pool {
-    pub fn new(rng: &mut StdRng, settings: &LayerConfig, weight_type: WeightType) -> Self {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *settings;
+    pub fn new(rng: &mut StdRng, config: &LayerConfig, weight_type: WeightType) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = *config;
         let block = weight_type.block_values();
         let padded = |rows: u32, row: u32| rows as usize * row.next_multiple_of(block) as usize;
         let count = padded(intermediate, hidden).max(padded(hidden, intermediate));

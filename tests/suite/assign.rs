@@ -35,7 +35,9 @@ fn equals_twin() {
                 gates: gates.slice(),
                 ignored: ignored.slice(),
             };
-            let dims = Dims { tokens: tokens as u32, experts: experts as u32, top: top as u32 };
+            let [tokens_in, experts_in, experts_per_token] =
+                [tokens, experts, top].map(|n| n as u32);
+            let dims = Dims { tokens: tokens_in, experts: experts_in, experts_per_token };
             run(&gpu, &Assign::new(&ctx).unwrap().bind(&dims, args).unwrap());
             assert_same(&assigned.get::<u32>(&gpu), &want, &what);
             assert_same(&ignored.get::<u32>(&gpu), &want_ignored, &what);

@@ -179,14 +179,9 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
             (GateRule::Normalised, count.div_ceil(2), true),
             (GateRule::Unnormalised, count + 9, false),
         ] {
-            let shape = PlanShape {
-                tokens,
-                experts,
-                shared_experts,
-                routed_slots: slots,
-                tile_rows: 8,
-                skinny_rows: 3,
-            };
+            let shape = PlanShape::on_host(tokens, experts, slots)
+                .with_item_rows(8, 3)
+                .with_shared_experts(shared_experts);
             let words = (shape.bytes().unwrap() / 4) as usize;
             for ctx in targets(&gpu) {
                 let outputs = || {
@@ -257,11 +252,11 @@ fn between(
     blocks: Option<u32>,
     routing: Routing,
 ) -> Vec<&'static str> {
-    let settings = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
-    let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::F32)).unwrap();
+    let config = LayerConfig::new(4, 4, experts, routing).with_shared_experts(1);
+    let weights = ExpertWeights::new(ctx, config.expert_shape(WeightType::F32)).unwrap();
     let e = experts as usize;
     let router = router(ctx, &vec![0.0; 4 * e], Some(&vec![0.0; e])).unwrap();
-    let layer = MoeLayer::new(ctx, settings, router, weights).unwrap();
+    let layer = MoeLayer::new(ctx, config, router, weights).unwrap();
     let tensor = |n: u32| Tensor::new(ctx, "zeros", &vec![0u32; n as usize]).unwrap();
     let [hidden, out, offsets] = [tensor(4 * tokens), tensor(4 * tokens), tensor(65)];
     let blocks = blocks.map(|count| {
@@ -313,6 +308,52 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
         // Drops come between the gates and the plan.
         let dropping = rule.with_capacity_factor(1.0);
         assert!(!between(&ctx, 32, 256, None, block(dropping, None)).contains(&"block_plan"));
+    }
+}
+
+/// The loops of one lane go over the blocks in turn: of the most experts that tokens may take, from the
+/// most there may be, fewer blocks fit than of others. The most that fit are right.
+#[test]
+fn most_blocks_of_the_longest_loops() {
+    let Some(gpu) = gpu() else { return };
+    let (experts, top, groups) = (384, 64, Some(Groups::new(32, 32)));
+    let r = values(0, 32, experts);
+    let mut most = vec![];
+    for ctx in targets(&gpu) {
+        for rule in rules(experts as u32, top as u32) {
+            let new = |experts, top, groups| {
+                block_choice::BlockChoice::new(&ctx, experts, rule, top, groups).unwrap()
+            };
+            let llada = new(256, 8, Some(Groups::new(8, 4)));
+            assert_eq!(llada.max_blocks(), block_choice::MAX_BLOCKS);
+            let op = new(experts as u32, top as u32, groups);
+            assert!(op.fits(block_choice::Dims { tokens: 32, blocks: op.max_blocks() }));
+            most.push(op.max_blocks());
+            let all = Tensor::new(&ctx, "r", &r).unwrap();
+            let args = block_choice::Args {
+                values: all.slice(),
+                offsets: all.slice(),
+                voters: None,
+                assigned: all.slice(),
+                members: all.slice(),
+            };
+            let blocks = op.max_blocks() + 1;
+            let dims = block_choice::Dims { tokens: 32, blocks };
+            assert!(!op.fits(dims));
+            let text = op.bind(&dims, args).unwrap_err().to_string();
+            assert_eq!(text, format!("`blocks`: {blocks}, at most {}", op.max_blocks()));
+        }
+    }
+    let fewest = *most.iter().min().unwrap();
+    assert!((4..block_choice::MAX_BLOCKS).contains(&fewest), "{most:?}");
+    // Each begins within the turn of the one before.
+    let mut offsets: Vec<u32> = (0..fewest).map(|b| 4 * b + 1).collect();
+    offsets.push(32);
+    for rule in rules(experts as u32, top as u32) {
+        for kind in [0, 1, 3] {
+            let r = values(kind, 32, experts);
+            Case { rule, experts, top, groups, r: &r, offsets: &offsets, voters: None }.check(&gpu);
+        }
     }
 }
 

@@ -12,22 +12,22 @@ use wgmoe::{Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
 const E: u32 = 20;
 const D: usize = 64;
 
-fn settings(routing: Routing) -> LayerConfig {
+fn config(routing: Routing) -> LayerConfig {
     LayerConfig::new(D as u32, 40, E, routing).with_shared_experts(1)
 }
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice::new(2).with_score(Score::Sigmoid).with_scale(2.5);
 
 /// Budget for this many routed experts, and not a byte more.
-fn budget(settings: &LayerConfig, experts: u64) -> u64 {
-    let shape = settings.expert_shape(WeightType::Bf16);
-    (experts + u64::from(settings.shared_experts)) * shape.device_bytes()
+fn budget(config: &LayerConfig, experts: u64) -> u64 {
+    let shape = config.expert_shape(WeightType::Bf16);
+    (experts + u64::from(config.shared_experts)) * shape.device_bytes()
         + 4 * u64::from(shape.experts)
 }
 
 fn cached(gpu: &Gpu, ctx: &Context, host: &Arc<HostLayer>, options: CacheOptions) -> CachedLayer {
     let router = host.router(ctx).unwrap();
-    CachedLayer::new(ctx, &gpu.queue, host.settings, router, host.clone(), options).unwrap()
+    CachedLayer::new(ctx, &gpu.queue, host.config, router, host.clone(), options).unwrap()
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn equal_bits_whatever_the_budget() {
             let routing = Routing::TokenChoice(
                 coreset.map_or(TOKEN_CHOICE, |c| TOKEN_CHOICE.with_coreset(c)),
             );
-            let host = Arc::new(HostLayer::new(settings(routing)));
+            let host = Arc::new(HostLayer::new(config(routing)));
             let hidden = Output::f32s(&gpu, tokens * D);
             let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
             let out = Output::f32s(&gpu, tokens * D);
@@ -62,7 +62,7 @@ fn equal_bits_whatever_the_budget() {
                 .collect();
             for (experts, staging) in [(20, 64 << 20), (4, 64 << 20), (4, 1), (1, 0)] {
                 let what = format!("{variant:?} {coreset:?}, {experts} experts, {staging} staged");
-                let bytes = budget(&host.settings, experts) + 100;
+                let bytes = budget(&host.config, experts) + 100;
                 let options = CacheOptions { staging, ..options(bytes) };
                 let mut layer = cached(&gpu, &ctx, &host, options);
                 assert_eq!(layer.cache().capacity(), experts as usize, "{what}");
@@ -108,8 +108,8 @@ struct Scripted {
 
 impl Scripted {
     fn new(gpu: &Gpu, ctx: &Context, experts: u64) -> Self {
-        let host = HostLayer::scripted(settings(Routing::TokenChoice(TOKEN_CHOICE)));
-        let options = options(budget(&host.settings, experts));
+        let host = HostLayer::scripted(config(Routing::TokenChoice(TOKEN_CHOICE)));
+        let options = options(budget(&host.config, experts));
         let layer = cached(gpu, ctx, &Arc::new(host), options);
         let [hidden, out] = [0; 2].map(|_| Output::f32s(gpu, 2 * D));
         Self { gpu: gpu.clone(), layer, hidden, out }
@@ -199,8 +199,8 @@ fn statistics_and_order_of_a_script() {
 fn an_encoder_of_ones_own() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
-    let host = Arc::new(HostLayer::new(settings(Routing::TokenChoice(TOKEN_CHOICE))));
-    let mut layer = cached(&gpu, &ctx, &host, options(budget(&host.settings, 4)));
+    let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
+    let mut layer = cached(&gpu, &ctx, &host, options(budget(&host.config, 4)));
     let x = random(8, 7 * D);
     let (source, hidden) = (gpu.upload(&x), Output::f32s(&gpu, x.len()));
     let outs = [0; 2].map(|_| Output::f32s(&gpu, x.len()));
@@ -254,13 +254,13 @@ impl ExpertSource for Failing {
 fn errors() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
-    let host = Arc::new(HostLayer::new(settings(Routing::TokenChoice(TOKEN_CHOICE))));
+    let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
     let new = |budget| {
         let router = host.router(&ctx).unwrap();
         let options = options(budget);
-        CachedLayer::new(&ctx, &gpu.queue, host.settings, router, host.clone(), options)
+        CachedLayer::new(&ctx, &gpu.queue, host.config, router, host.clone(), options)
     };
-    let least = budget(&host.settings, 1);
+    let least = budget(&host.config, 1);
     for short in [0, least / 2, least - 1] {
         let error = new(short).unwrap_err().to_string();
         let want = format!("`budget`: {short} bytes; one expert and 1 shared ones take {least}");
@@ -282,10 +282,10 @@ fn errors() {
     let mut shaky = CachedLayer::new(
         &ctx,
         &gpu.queue,
-        host.settings,
+        host.config,
         router,
         failing.clone(),
-        options(budget(&host.settings, 3)),
+        options(budget(&host.config, 3)),
     )
     .unwrap();
     let mut step = shaky.bind(&batch).unwrap();

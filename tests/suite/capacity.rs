@@ -432,14 +432,12 @@ fn recorded_capacities_per_sequence() {
         }
         let offsets: Vec<u32> = (0..=sequences).map(|b| b * each).collect();
         let pairs = (tokens * experts) as usize;
-        let shape = PlanShape {
+        let shape = PlanShape::on_host(
             tokens,
             experts,
-            shared_experts: 0,
-            routed_slots: slot_bound(vec![each; sequences as usize], experts, 8).unwrap(),
-            tile_rows: 16,
-            skinny_rows: 0,
-        };
+            slot_bound(vec![each; sequences as usize], experts, 8).unwrap(),
+        )
+        .with_item_rows(16, 0);
         for ctx in contexts(&gpu) {
             let logits = gpu.upload(&file.f32s("logits").unwrap());
             let k = file.u32s("experts_per_token").unwrap();
@@ -452,7 +450,7 @@ fn recorded_capacities_per_sequence() {
             let args = scores::Args {
                 logits: (&logits).into(),
                 bias: None,
-                score_of: s.slice(),
+                scores: s.slice(),
                 values: r.slice(),
             };
             let step = scores::Scores::new(&ctx).unwrap();

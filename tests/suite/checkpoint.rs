@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use testkit::layer::{chosen, host_router};
 use testkit::prelude::{assert_close, assert_same, gpu, random};
 use wgmoe::checkpoint::{self, Checkpoint, Config, ExpertNames, Load, Names};
+use wgmoe::layer::cached::CacheOptions;
 use wgmoe::layer::{Batch, HostBatch, cpu_routing, cpu_token};
 use wgmoe::models::{self, MODELS};
 use wgmoe::routing::{BlockRule, Routing, Score};
@@ -20,7 +21,7 @@ pub(crate) use testkit::checkpoint_writer::{Layout, Plan};
 
 /// Awkward in every size: no multiple of a panel, a lane or each other; two shared experts; groups and a bias.
 pub(crate) fn small() -> LayerConfig {
-    let Routing::TokenChoice(mini) = models::find("llada2-mini").expect("a model").settings.routing
+    let Routing::TokenChoice(mini) = models::find("llada2-mini").expect("a model").config.routing
     else {
         unreachable!("token choice")
     };
@@ -34,7 +35,7 @@ pub(crate) fn small() -> LayerConfig {
 }
 
 pub(crate) fn plan(layout: Layout, shards: usize) -> Plan {
-    Plan { settings: small(), layers: 2, dense: 1, layout, shards, seed: 7 }
+    Plan { config: small(), layers: 2, dense: 1, layout, shards, seed: 7 }
 }
 
 pub(crate) fn written(plan: &Plan) -> TempDir {
@@ -93,19 +94,19 @@ fn ffns(checkpoint: &Checkpoint, layer: u32) -> Vec<[Vec<f32>; 3]> {
 fn presets_come_back_from_their_config() {
     for model in MODELS {
         let (layers, dense) = (model.layers, model.dense_layers);
-        let (settings, layout) = (model.settings, Layout::Each);
-        let plan = Plan { settings, layers: layers - dense, dense, layout, shards: 1, seed: 0 };
+        let (config, layout) = (model.config, Layout::Each);
+        let plan = Plan { config, layers: layers - dense, dense, layout, shards: 1, seed: 0 };
         let Ok(json) = plan.config() else {
             assert_eq!(model.name, "ec-dlm", "only expert choice has no fields");
             continue;
         };
-        let config = Config::from_json(Path::new("config.json"), json.to_string().as_bytes());
-        let config = config.expect("a config");
-        assert_eq!(config.settings, settings, "{}", model.name);
-        assert_eq!([config.layers, config.dense], [layers, dense], "{}", model.name);
+        let read = Config::from_json(Path::new("config.json"), json.to_string().as_bytes());
+        let read = read.expect("a config");
+        assert_eq!(read.layer, config, "{}", model.name);
+        assert_eq!([read.layers, read.dense], [layers, dense], "{}", model.name);
         let coreset =
-            matches!(settings.routing, Routing::TokenChoice(rule) if rule.coreset.is_some());
-        assert_eq!(config.block_size, coreset.then_some(32), "{}", model.name);
+            matches!(config.routing, Routing::TokenChoice(rule) if rule.coreset.is_some());
+        assert_eq!(read.block_size, coreset.then_some(32), "{}", model.name);
     }
 }
 
@@ -115,7 +116,7 @@ fn configs_of_published_models() {
     let read = |value: serde_json::Value| {
         Config::from_json(Path::new("config.json"), value.to_string().as_bytes()).expect("a config")
     };
-    let preset = |name: &str| models::find(name).expect("a model").settings;
+    let preset = |name: &str| models::find(name).expect("a model").config;
     // LLaDA2's code has sigmoid scores and normalises without being told.
     let llada2 = json!({
         "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "first_k_dense_replace": 1, "head_dim": 128,
@@ -124,13 +125,13 @@ fn configs_of_published_models() {
         "num_shared_experts": 1, "rope_scaling": null, "routed_scaling_factor": 2.5, "topk_group": 4,
     });
     let config = read(llada2.clone());
-    assert_eq!(config.settings, preset("llada2-mini"));
+    assert_eq!(config.layer, preset("llada2-mini"));
     assert!(config.is_dense(0) && !config.is_dense(1));
     let mut llada22 = llada2;
     llada22["expert_capacity"] = 48.into();
     llada22["block_size"] = 32.into();
     let config = read(llada22);
-    assert_eq!(config.settings, preset("llada2.2-mini"), "groups are ignored with a capacity");
+    assert_eq!(config.layer, preset("llada2.2-mini"), "groups are ignored with a capacity");
     assert_eq!(config.block_size, Some(32));
     let config = read(json!({
         "model_type": "llada_moe", "hidden_size": 2048, "dense_intermediate_size": 8192, "expert_intermediate_size": 1024,
@@ -139,7 +140,7 @@ fn configs_of_published_models() {
         "num_hidden_layers": 16, "routed_scaling_factor": 1, "router_num_group": null, "router_topk_group": null,
         "shared_expert_intermediate_size": null,
     }));
-    assert_eq!(config.settings, preset("llada-moe"));
+    assert_eq!(config.layer, preset("llada-moe"));
     assert!((0..16).all(|layer| !config.is_dense(layer)));
     let mut sdar = json!({
         "model_type": "sdar_moe", "decoder_sparse_step": 1, "hidden_act": "silu", "hidden_size": 2048, "mlp_only_layers": [],
@@ -147,7 +148,7 @@ fn configs_of_published_models() {
         "num_hidden_layers": 48, "block_size": 4,
     });
     let config = read(sdar.clone());
-    assert_eq!(config.settings, preset("sdar-30b"));
+    assert_eq!(config.layer, preset("sdar-30b"));
     assert_eq!(config.block_size, Some(4));
     sdar["decoder_sparse_step"] = 2.into();
     sdar["mlp_only_layers"] = json!([3, 47]);
@@ -158,7 +159,7 @@ fn configs_of_published_models() {
         "hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
         "num_hidden_layers": 3, "scoring_func": "sigmoid", "routed_scaling_factor": 16, "expert_capacity": null,
     }))
-    .settings
+    .layer
     .routing else {
         panic!("token choice")
     };
@@ -202,17 +203,16 @@ fn every_layout_gives_the_same_pages() {
         );
     }
     // Fused and transposed, [E, D, 2F] and [E, F, D]; and both shapes of which one alone would not tell: 2F = D.
-    for settings in [small(), {
+    for config in [small(), {
         let mut config = small();
         config.hidden = 66;
         config
     }] {
-        let plan = Plan { settings, ..plan(Layout::Each, 1) };
+        let plan = Plan { config, ..plan(Layout::Each, 1) };
         let dir = written(&plan);
         let each = Checkpoint::open(dir.path()).expect("opened");
         let want = pages(&gpu, load(&gpu, &ctx, dir.path(), 2, None).weights());
-        let [d, f, e] =
-            [settings.hidden, settings.intermediate, settings.experts].map(|n| n as usize);
+        let [d, f, e] = [config.hidden, config.intermediate, config.experts].map(|n| n as usize);
         let (mut gate_up, mut down) = (vec![], vec![]);
         for [gate, up, down_of] in &ffns(&each, 2)[..e] {
             gate_up.extend((0..d).flat_map(|k| {
@@ -363,6 +363,40 @@ fn a_loaded_layer_runs() {
     for (index, layer) in (1..).zip(&layers) {
         agrees(&gpu, &checkpoint, index, layer);
     }
+}
+
+/// The router alone is the file's, and a layer with four of its ten experts gives the bits of one with
+/// all.
+#[test]
+fn routers_and_cached_layers_load() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).expect("a context");
+    let dir = written(&plan(Layout::Each, 1));
+    let checkpoint = std::sync::Arc::new(Checkpoint::open(dir.path()).expect("opened"));
+    let router = checkpoint.load_router(&ctx, &gpu.queue, 1).expect("loaded");
+    let got: Vec<f32> = gpu.download(router.weight.slice()).expect("read back");
+    assert_same(&got, &values(checkpoint.router(1).expect("a router")), "router");
+    let got: Vec<f32> = gpu.download(router.bias.expect("one").slice()).expect("read back");
+    let want = values(checkpoint.bias(1).expect("a bias").expect("sigmoid has one"));
+    assert_same(&got, &want, "bias");
+    assert!(checkpoint.load_router(&ctx, &gpu.queue, 0).is_err(), "a dense layer");
+
+    let shape = checkpoint.expert_shape(1).expect("a shape");
+    let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default()).expect("loaded");
+    let budget = 6 * shape.device_bytes() + 4 * 12;
+    let options = CacheOptions { types: shape.types, ..CacheOptions::new(budget) };
+    let mut cached = checkpoint.load_cached(&ctx, &gpu.queue, 1, options).expect("loaded");
+    assert_eq!(cached.cache().capacity(), 4);
+    let tokens = 45;
+    let x = random(3, tokens * small().hidden as usize);
+    let hidden = gpu.upload(&x);
+    let outs = [(); 2].map(|()| gpu.upload(&vec![f32::NAN; x.len()]));
+    let batch = |out| Batch::new(&hidden, tokens as u32).into_out(out);
+    gpu.run_layer(&layer.bind(&batch(&outs[0])).expect("bound")).expect("run");
+    let mut step = cached.bind(&batch(&outs[1])).expect("bound");
+    cached.run(&gpu.queue, &mut step).expect("run");
+    let [want, got] = outs.map(|out| gpu.download::<u32>(&out).expect("read back"));
+    assert_same(&got, &want, "out");
 }
 
 #[test]

@@ -340,7 +340,7 @@ fn bad_configs() {
         json[key] = value;
         raw(json.to_string().as_bytes())
     };
-    assert_eq!(config("unknown", "field".into()).map(|c| c.settings), Ok(small()));
+    assert_eq!(config("unknown", "field".into()).map(|c| c.layer), Ok(small()));
     // A model whose fields have the same names and mean something else.
     assert_eq!(
         config("model_type", "mixtral".into()).expect_err("not known").to_string(),
@@ -350,7 +350,7 @@ fn bad_configs() {
     for known in ["llada2_moe", "llada2_moe_veomni", "lladamoe", "sdar_moe", "qwen3_moe"] {
         assert!(config("model_type", known.into()).is_ok(), "{known}");
     }
-    assert_eq!(config("model_type", serde_json::Value::Null).map(|c| c.settings), Ok(small()));
+    assert_eq!(config("model_type", serde_json::Value::Null).map(|c| c.layer), Ok(small()));
     use serde_json::json;
     let absurd = [
         json!(-1),

@@ -32,14 +32,9 @@ fn plan_of(
             bits::set(&mut assigned, tokens, e, t);
         }
     }
-    let shape = PlanShape {
-        tokens: tokens as u32,
-        experts: experts as u32,
-        shared_experts,
-        routed_slots: routed.saturating_sub(short),
-        tile_rows: 16,
-        skinny_rows: 0,
-    };
+    let shape = PlanShape::on_host(tokens as u32, experts as u32, routed.saturating_sub(short))
+        .with_item_rows(16, 0)
+        .with_shared_experts(shared_experts);
     let gates = cases::values("random", 3, tokens * experts);
     let plan = HostPlan::cpu(&shape, &assigned, &gates);
     (shape, plan)

@@ -8,10 +8,10 @@ use wgmoe::routing::{BlockRule, Routing, SequenceTop};
 use wgmoe::wgpu::{self, BufferUsages, Features};
 use wgmoe::{Context, Gpu, Slice, Target, Variant, models};
 
-fn settings() -> LayerConfig {
-    let settings = models::find("llada2-mini").unwrap().settings;
+fn config() -> LayerConfig {
+    let config = models::find("llada2-mini").unwrap().config;
     {
-        let mut config = settings;
+        let mut config = config;
         config.hidden = 64;
         config.intermediate = 32;
         config.experts = 32;
@@ -67,7 +67,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn threads_share_a_device() {
     let Some(gpu) = gpu() else { return };
-    let (sample, ctx) = (HostLayer::new(settings()), contexts(&gpu)[0].clone());
+    let (sample, ctx) = (HostLayer::new(config()), contexts(&gpu)[0].clone());
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let inputs: Vec<Vec<f32>> = (0..6).map(|i| random(10 + i, 64 * (20 + i as usize))).collect();
     let alone: Vec<_> = inputs.iter().map(|x| output(&gpu, &layer, x)).collect();
@@ -92,7 +92,7 @@ fn two_devices_in_one_process() {
         return;
     }
     let adapters = pollster::block_on(Gpu::adapters());
-    let sample = HostLayer::new(settings());
+    let sample = HostLayer::new(config());
     let x = random(3, 64 * 33);
     let outputs = [(); 2].map(|()| {
         let gpu = pollster::block_on(Gpu::from_adapter(&adapters[0])).unwrap();
@@ -116,11 +116,11 @@ fn two_devices_in_one_process() {
 #[test]
 fn a_layer_makes_all_its_pipelines() {
     let (device, queue) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
-    let base = settings();
+    let base = config();
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let choice = |rule| Routing::TokenChoice(rule);
     let coreset = |coreset| choice(rule.with_coreset(coreset));
-    let Routing::ExpertChoice(few) = models::find("ec-dlm").unwrap().settings.routing else {
+    let Routing::ExpertChoice(few) = models::find("ec-dlm").unwrap().config.routing else {
         unreachable!()
     };
     let few = few.with_max(1);
@@ -128,8 +128,8 @@ fn a_layer_makes_all_its_pipelines() {
     for (routing, experts) in [
         (base.routing, 32),
         (choice(rule.with_capacity_factor(1.25)), 32),
-        (models::find("ec-dlm").unwrap().settings.routing, 32),
-        (models::find("ec-dlm").unwrap().settings.routing, 33),
+        (models::find("ec-dlm").unwrap().config.routing, 32),
+        (models::find("ec-dlm").unwrap().config.routing, 33),
         (coreset(BlockRule::mass(0.6).with_floor(16)), 32),
         (coreset(BlockRule::Capacity(10)), 512),
         (coreset(BlockRule::Vote(9)), 32),
@@ -147,7 +147,7 @@ fn a_layer_makes_all_its_pipelines() {
             config.intermediate = 4;
             config
         };
-        let settings = {
+        let config = {
             let mut config = base.with_routing(routing);
             config.experts = experts;
             config
@@ -155,7 +155,7 @@ fn a_layer_makes_all_its_pipelines() {
         for target in [Target::Wide, Target::Serial] {
             let variant = Variant { target, subgroups: false };
             let made = Context::with_variant(&device, variant).unwrap();
-            let layer = HostLayer::new(settings).layer(&made, &queue).unwrap();
+            let layer = HostLayer::new(config).layer(&made, &queue).unwrap();
             let pipelines = made.pipelines();
             // Past 32, 4,096, and 2^18 tokens other kernels do the work. One buffer holds both slices.
             for tokens in [1u32, 33, 5000, (1 << 18) + 1] {
@@ -185,7 +185,7 @@ fn a_layer_makes_all_its_pipelines() {
 fn twenty_layers_of_one_model() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
-    let sample = HostLayer::new(settings());
+    let sample = HostLayer::new(config());
     let scratch = Scratch::new(&ctx);
     let x = random(3, 64 * 40);
     let hidden = gpu.upload(&x);
@@ -196,7 +196,7 @@ fn twenty_layers_of_one_model() {
     for _ in 0..20 {
         let router = sample.router(&ctx).unwrap();
         let start = Instant::now();
-        let layer = MoeLayer::new(&ctx, sample.settings, router, weights.clone()).unwrap();
+        let layer = MoeLayer::new(&ctx, sample.config, router, weights.clone()).unwrap();
         times.push(start.elapsed());
         let batch = Batch::new(&hidden, 40).into_out(out.slice());
         layer.bind(&batch.with_scratch(&scratch)).unwrap();
@@ -234,7 +234,7 @@ fn the_callers_pipeline_cache() {
             device.create_pipeline_cache(&descriptor)
         }
     });
-    let sample = HostLayer::new(settings());
+    let sample = HostLayer::new(config());
     let (device, queue) = &devices[0];
     let layer = |cache: &wgpu::PipelineCache| {
         let variant = Variant::best(device);

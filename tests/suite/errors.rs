@@ -93,9 +93,9 @@ fn slices_that_overlap() {
     );
     let dims = scores::Dims { tokens: 4, experts: 8, score: Score::Softmax, by_logits: true };
     let logits = f32s(&gpu, 32);
-    let args = scores::Args { logits: (&logits).into(), bias: None, score_of: x, values: x };
+    let args = scores::Args { logits: (&logits).into(), bias: None, scores: x, values: x };
     let op = Scores::new(&ctx).unwrap();
-    assert_eq!(message(op.bind(&dims, args)), "`score_of` is written and overlaps `values`");
+    assert_eq!(message(op.bind(&dims, args)), "`scores` is written and overlaps `values`");
 }
 
 #[test]
@@ -130,14 +130,14 @@ fn slices_of_one_buffer() {
         let args = scores::Args {
             logits: args.x,
             bias: None,
-            score_of: Slice::new(&whole, 8192, 1680),
+            scores: Slice::new(&whole, 8192, 1680),
             values: Slice::new(&whole, 12_288, 1680),
         };
         let dims = scores::Dims { tokens: 70, experts: 6, score: Score::Softmax, by_logits: true };
         let op = Scores::new(&ctx).unwrap();
         run(&gpu, &op.bind(&dims, args).unwrap());
         let (s, r) = scores::cpu(&x, 6, Score::Softmax, true, None);
-        assert_close(&floats(read(args.score_of)), &s, 2e-38, 2e-6, "scores");
+        assert_close(&floats(read(args.scores)), &s, 2e-38, 2e-6, "scores");
         assert_same(&floats(read(args.values)), &r, "scores");
 
         let args = token_choice::Args {
@@ -165,14 +165,7 @@ fn slices_of_one_buffer() {
         let want = expert_choice::cpu(&x, 6, &[0, 33, 70], None, &[5, 7]);
         assert_same(&read(args.assigned), &want, "expert_choice");
 
-        let shape = PlanShape {
-            tokens: 70,
-            experts: 6,
-            shared_experts: 0,
-            routed_slots: 72,
-            tile_rows: 16,
-            skinny_rows: 0,
-        };
+        let shape = PlanShape::on_host(70, 6, 72).with_item_rows(16, 0);
         let plan = Slice::new(&whole, 32_768, shape.bytes().unwrap());
         let args = plan_count::Args { assigned: args.assigned, gates: None, plan };
         run(&gpu, &PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap());
@@ -206,7 +199,7 @@ fn dimensions_that_make_no_sense() {
         "`experts_per_token`: 4 of only 2 experts, those of 1 of 8 groups"
     );
 
-    let args = scores::Args { logits: all, bias: None, score_of: all, values: all };
+    let args = scores::Args { logits: all, bias: None, scores: all, values: all };
     let dims = scores::Dims { tokens: 1, experts: 0, score: Score::Softmax, by_logits: true };
     assert_eq!(message(Scores::new(&ctx).unwrap().bind(&dims, args)), "`experts`: must not be 0");
     let args = expert_choice::Args {
@@ -226,10 +219,10 @@ fn dimensions_that_make_no_sense() {
     assert_eq!(message(op.bind(&dims(1, 0), args)), "`hidden`: must not be 0");
     assert_eq!(message(op.bind(&dims(0, 1), args)), "`tokens`: must not be 0");
     let args = assign::Args { ids: all, weights: all, assigned: all, gates: all, ignored: all };
-    let dims = assign::Dims { tokens: 1, experts: 1, top: 0 };
+    let dims = assign::Dims { tokens: 1, experts: 1, experts_per_token: 0 };
     assert_eq!(
         message(assign::Assign::new(&ctx).unwrap().bind(&dims, args)),
-        "`top`: must not be 0"
+        "`experts_per_token`: must not be 0"
     );
     let args = expert_union::Args {
         assigned: all,
@@ -243,13 +236,9 @@ fn dimensions_that_make_no_sense() {
     let op = expert_union::ExpertUnion::new(&ctx).unwrap();
     assert_eq!(message(op.bind(&dims, args)), "`experts`: 2000, at most 1024");
 
-    let shape = |tokens, experts, shared_experts, tile_rows| PlanShape {
-        tokens,
-        experts,
-        shared_experts,
-        routed_slots: 1,
-        tile_rows,
-        skinny_rows: 0,
+    let shape = |tokens, experts, shared_experts, tile_rows| {
+        let shape = PlanShape::on_host(tokens, experts, 1).with_item_rows(tile_rows, 0);
+        shape.with_shared_experts(shared_experts)
     };
     assert_eq!(message(shape(0, 1, 0, 1).bytes()), "`tokens`: must not be 0");
     assert_eq!(message(shape(1, 0, 0, 1).bytes()), "`experts`: must not be 0");
@@ -274,8 +263,8 @@ fn sizes_at_the_end_of_32_bits() {
     assert_eq!(shape.device_bytes(), 2 * (16 << 32) + 32 * 16 * (1 << 30));
     let shape = ExpertShape::new(1, u32::MAX, u32::MAX, weight_type);
     assert_eq!([shape.expert_bytes(), shape.device_bytes()], [u64::MAX; 2]);
-    let settings = models::find("llada2-mini").unwrap().settings;
-    let many = settings.with_shared_experts(u32::MAX);
+    let config = models::find("llada2-mini").unwrap().config;
+    let many = config.with_shared_experts(u32::MAX);
     assert_eq!(many.expert_shape(weight_type).experts, u32::MAX);
 }
 
@@ -289,20 +278,16 @@ fn products_that_overflow() {
     let dims = gather::Dims { tokens: u32::MAX, slots: 1, hidden: u32::MAX };
     let text = message(Gather::new(&ctx).unwrap().bind(&dims, args));
     assert_eq!(text, "`x`: [4294967295, 4294967295] overflows");
-    let shape = |tokens, shared_experts, skinny_rows| PlanShape {
-        tokens,
-        experts: 1,
-        shared_experts,
-        routed_slots: u32::MAX,
-        tile_rows: 16,
-        skinny_rows,
+    let shape = |tokens, shared_experts, skinny_rows| {
+        let shape = PlanShape::on_host(tokens, 1, u32::MAX).with_item_rows(16, skinny_rows);
+        shape.with_shared_experts(shared_experts)
     };
     assert_eq!(
         message(shape(u32::MAX, 1, 0).slots()),
         "`tokens`: too many slots: shared experts times tokens overflow"
     );
     assert_eq!(message(shape(1, 0, 0).sections()), "`tokens`: the plan would not fit 2^32 words");
-    let tiny = PlanShape { tile_rows: 1, ..shape(1, 0, 0) };
+    let tiny = shape(1, 0, 0).with_item_rows(1, 0);
     assert_eq!(message(tiny.tiles()), "`tokens`: too many slots: their tiles overflow");
     // The ends of the number range are errors too, not panics.
     assert!(shape(u32::MAX, u32::MAX, u32::MAX).sections().is_err());
@@ -353,7 +338,7 @@ fn a_destroyed_buffer() {
     let step = bind(&ctx, (&x).into(), (&of).into(), (&out).into()).unwrap();
     x.destroy();
     let text = message(bind(&ctx, (&x).into(), (&of).into(), (&out).into()));
-    assert!(text.starts_with("wgpu: ") && text.contains("destroyed"), "{text}");
+    assert!(text.starts_with("wgpu: `x`: ") && text.contains("destroyed"), "{text}");
     // Destroyed after it was bound: the submission is refused.
     let text = message(gpu.run(&step));
     assert!(text.starts_with("wgpu: ") && text.contains("destroyed"), "{text}");
@@ -373,7 +358,7 @@ fn a_buffer_of_another_device() {
     let ctx = Context::new(&gpu.device).unwrap();
     let (x, of, out) = (f32s(&other, 32), gpu.upload(&[0u32, 1]), f32s(&gpu, 16));
     let text = message(bind(&ctx, (&x).into(), (&of).into(), (&out).into()));
-    assert!(text.starts_with("wgpu: ") && text.to_lowercase().contains("device"), "{text}");
+    assert!(text.starts_with("wgpu: `x`: ") && text.to_lowercase().contains("device"), "{text}");
 }
 
 #[test]

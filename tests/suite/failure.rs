@@ -9,10 +9,10 @@ use wgmoe::weights::ExpertWeights;
 use wgmoe::wgpu::{self, BufferUsages, Limits};
 use wgmoe::{Context, Error, Gpu, Slice, WeightType, models};
 
-fn settings() -> LayerConfig {
-    let settings = models::find("llada2-mini").unwrap().settings;
+fn config() -> LayerConfig {
+    let config = models::find("llada2-mini").unwrap().config;
     {
-        let mut config = settings;
+        let mut config = config;
         config.hidden = 64;
         config.intermediate = 32;
         config.experts = 32;
@@ -33,7 +33,7 @@ fn device(change: impl FnOnce(&mut Limits)) -> Option<Gpu> {
 }
 
 fn layer(gpu: &Gpu) -> Result<MoeLayer, Error> {
-    HostLayer::new(settings()).layer(&Context::new(&gpu.device)?, &gpu.queue)
+    HostLayer::new(config()).layer(&Context::new(&gpu.device)?, &gpu.queue)
 }
 
 /// 33 tokens of a layer in two buffers.
@@ -91,7 +91,7 @@ fn limits_too_small() {
     // A page that cannot hold one panel of columns.
     let gpu = device(|l| l.max_storage_buffer_binding_size = 4 << 10).unwrap();
     let ctx = Context::new(&gpu.device).unwrap();
-    let error = ExpertWeights::new(&ctx, settings().expert_shape(WeightType::F32));
+    let error = ExpertWeights::new(&ctx, config().expert_shape(WeightType::F32));
     let error = error.unwrap_err().to_string();
     assert_eq!(
         error,
@@ -128,7 +128,7 @@ fn destroyed_and_foreign_buffers() {
 #[test]
 fn a_device_that_is_lost() {
     let Some(gpu) = device(|_| ()) else { return };
-    let sample = HostLayer::new(settings());
+    let sample = HostLayer::new(config());
     let ctx = Context::new(&gpu.device).unwrap();
     let layer = sample.layer(&ctx, &gpu.queue).unwrap();
     let [hidden, out] = [(); 2].map(|()| buffer(&gpu, BufferUsages::STORAGE));
@@ -140,7 +140,7 @@ fn a_device_that_is_lost() {
         Context::new(&gpu.device).map(|_| ()),
         ExpertWeights::new(&ctx, layer.weights().shape()).map(|_| ()),
         sample.router(&ctx).map(|_| ()),
-        layer.with_routing(models::find("ec-dlm").unwrap().settings.routing).map(|_| ()),
+        layer.with_routing(models::find("ec-dlm").unwrap().config.routing).map(|_| ()),
         // Every kernel of it is compiled already.
         layer.with_context(&ctx).map(|_| ()),
         // As a schedule's stairs are uploaded.

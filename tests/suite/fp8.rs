@@ -89,7 +89,7 @@ impl Written {
             .iter()
             .map(|v| (v.to_bits() >> 8) as u8)
             // Not NaN; and not so large that a layer's output says nothing.
-            .map(|code| code & 0x80 | (code & 0x7f) % 0x48)
+            .map(|code| (code & 0x80) | ((code & 0x7f) % 0x48))
             .collect();
         let one: usize = scales.shape(matrix).iter().product();
         let factors: Vec<f32> =
@@ -214,7 +214,7 @@ fn values_and_their_scales() {
 fn a_layer_of_8_bit_floats_runs() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).expect("a context");
-    for (fused, scales) in [(false, Scales::Tiles), (true, Scales::Tiles), (false, Scales::Rows)] {
+    for (fused, scales) in [(true, Scales::Tiles), (false, Scales::Rows)] {
         let dir = folder(&layer(fused, scales, "_scale_inv"));
         let checkpoint = Checkpoint::open(dir.path()).expect("opened");
         let loaded = checkpoint.load_layer(&ctx, &gpu.queue, 0, Load::default()).expect("loaded");

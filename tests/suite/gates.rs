@@ -14,14 +14,10 @@ fn gates_equal_twin() {
             [(1, 1, 1.0), (33, 40, 0.2), (70, 96, 0.03), (40, 1024, 0.3)]
         {
             let assigned = cases::assignment(6, tokens, experts, probability);
-            let shape = PlanShape {
-                tokens: tokens as u32,
-                experts: experts as u32,
-                shared_experts: 1,
-                routed_slots: ones(&assigned, tokens, experts),
-                tile_rows: 16,
-                skinny_rows: 4,
-            };
+            let shape =
+                PlanShape::on_host(tokens as u32, experts as u32, ones(&assigned, tokens, experts))
+                    .with_item_rows(16, 4)
+                    .with_shared_experts(1);
             let scale_by_count: Vec<f32> = (0..=experts).map(|n| 0.5 + n as f32 * 0.125).collect();
             let scale_by_expert: Vec<f32> = (0..experts).map(|e| 2.0 - e as f32 * 0.001).collect();
             for (seed, kind) in cases::KINDS.iter().enumerate() {
@@ -111,14 +107,7 @@ fn infinite_logits_share_the_gates() {
         ([nan, 2.0, 3.0], [0.0, 1.0]),
     ];
     let source: Vec<f32> = rows.iter().flat_map(|row| row.0).collect();
-    let shape = PlanShape {
-        tokens: 7,
-        experts: 3,
-        shared_experts: 0,
-        routed_slots: 14,
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(7, 3, 14).with_item_rows(16, 4);
     let assigned = [0x7f, 0x7f, 0];
     for ctx in contexts(&gpu) {
         let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
@@ -137,14 +126,8 @@ fn gates_of_mixed_sign_keep_the_bound_of_their_sum() {
     let (tokens, experts) = (32, 1000);
     let assigned = cases::assignment(6, tokens, experts, 1.0);
     let source = cases::values("random", 3, tokens * experts);
-    let shape = PlanShape {
-        tokens: tokens as u32,
-        experts: experts as u32,
-        shared_experts: 0,
-        routed_slots: (tokens * experts) as u32,
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(tokens as u32, experts as u32, (tokens * experts) as u32)
+        .with_item_rows(16, 4);
     let want = plan_count::cpu(&assigned, &source, experts, GateRule::Normalised, 1.0, PLAIN);
     for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
         let how = (GateRule::Normalised, &source[..], 1.0, PLAIN);

@@ -46,15 +46,9 @@ fn a_plan_is_read_where_it_lies() {
     for (tokens, experts, hidden, cut) in [(33, 5, 16, 0), (70, 12, 5, 0), (70, 12, 264, 40)] {
         let assigned = cases::assignment(3, tokens, experts, 0.4);
         let chosen: u32 = assigned.iter().map(|w| w.count_ones()).sum();
-        let shape = PlanShape {
-            tokens: tokens as u32,
-            experts: experts as u32,
-            shared_experts: 1,
-            // More room than slots, or less.
-            routed_slots: if cut == 0 { chosen + 9 } else { chosen - cut },
-            tile_rows: 16,
-            skinny_rows: 4,
-        };
+        // More room than slots, or less.
+        let slots = if cut == 0 { chosen + 9 } else { chosen - cut };
+        let shape = PlanShape::on_host(tokens as u32, experts as u32, slots).with_shared_experts(1);
         let at = shape.sections().unwrap();
         // A slice of the section could not be bound at all.
         assert_ne!(at.token_of % 64, 0, "{shape:?}");

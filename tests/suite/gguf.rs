@@ -142,7 +142,7 @@ fn files_and_loading_convert_alike() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).expect("a context");
     let mut plan = plan(Layout::Each, 1);
-    [plan.settings.hidden, plan.settings.intermediate] = [512, 256];
+    [plan.config.hidden, plan.config.intermediate] = [512, 256];
     let dir = written(&plan);
     for &weights in WeightType::ALL.iter().filter(|t| t.ggml_type().is_some()) {
         let (_dir, path) = written_gguf(&plan, weights);
@@ -156,7 +156,7 @@ fn files_and_loading_convert_alike() {
     }
     // Rows that are no whole blocks are refused before anything is written.
     let dir = tempfile::tempdir().expect("a folder");
-    [plan.settings.hidden, plan.settings.intermediate] = [70, 33];
+    [plan.config.hidden, plan.config.intermediate] = [70, 33];
     let error = plan.write_gguf(dir.path(), "model", WeightType::Q8_0, &mut |_| {});
     let error = error.expect_err("D = 70").to_string();
     assert!(error.contains("rows of 70 values are no whole blocks of 32 of Q8_0"), "{error}");
@@ -176,7 +176,7 @@ fn the_same_pages_as_from_safetensors() {
             // By the file's name, and by its folder's.
             for path in [&path as &Path, folder.path()] {
                 let checkpoint = Checkpoint::open(path).expect("opened");
-                assert_eq!(checkpoint.config().settings, small());
+                assert_eq!(*checkpoint.layer_config(), small());
                 assert_eq!([checkpoint.config().layers, checkpoint.config().dense], [3, 1]);
                 assert_eq!(checkpoint.expert_shape(2).expect("a shape").types, weights.into());
                 for layer in [1, 2] {

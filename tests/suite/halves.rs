@@ -11,13 +11,13 @@ use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::{Gpu, models, wgpu};
 
-fn settings() -> LayerConfig {
-    let settings = models::find("llada2-mini").unwrap().settings;
-    let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
+fn config() -> LayerConfig {
+    let config = models::find("llada2-mini").unwrap().config;
+    let Routing::TokenChoice(rule) = config.routing else { unreachable!() };
     let rule = rule.without_groups().with_experts_per_token(3);
     let routing = Routing::TokenChoice(rule);
     {
-        let mut config = settings.with_routing(routing);
+        let mut config = config.with_routing(routing);
         config.hidden = 40;
         config.intermediate = 24;
         config.experts = 12;
@@ -33,7 +33,7 @@ fn submit(gpu: &Gpu, step: &BoundLayer) {
 
 /// Compares an output with the experts on the CPU, given the twin's bit set and gates.
 fn compare(sample: &HostLayer, x: &[f32], got: &[f32], bits: &[u32], gates: &[f32], what: &str) {
-    let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
+    let (d, e) = (sample.config.hidden as usize, sample.config.experts as usize);
     for (t, (x, got)) in x.chunks(d).zip(got.chunks(d)).enumerate() {
         let experts = bits::experts_of(bits, gates.len() / e, t);
         let chosen: Vec<(u32, f32)> =
@@ -47,12 +47,12 @@ fn compare(sample: &HostLayer, x: &[f32], got: &[f32], bits: &[u32], gates: &[f3
 #[test]
 fn experts_of_another_router() {
     let Some(gpu) = gpu() else { return };
-    let sample = HostLayer::new(settings());
-    let (d, e, top) = (sample.settings.hidden as usize, 12usize, 4usize);
+    let sample = HostLayer::new(config());
+    let (d, e, top) = (sample.config.hidden as usize, 12usize, 4usize);
     let mut rng = StdRng::seed_from_u64(7);
     for ctx in own_contexts(&gpu) {
         let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-        let LayerConfig { activation, shared_experts, .. } = sample.settings;
+        let LayerConfig { activation, shared_experts, .. } = sample.config;
         let experts = MoeExperts::new(&ctx, activation, shared_experts, weights).unwrap();
         let scratch = Scratch::new(&ctx);
         for tokens in [1, 33, 70] {
@@ -155,7 +155,7 @@ fn own(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index)
 #[test]
 fn experts_of_another_engine() {
     let Some(gpu) = gpu() else { return };
-    let base = settings();
+    let base = config();
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let coreset = Some(BlockRule::Capacity(5));
     let block = Routing::TokenChoice(coreset.map_or(rule, |c| rule.with_coreset(c)));
@@ -163,9 +163,9 @@ fn experts_of_another_engine() {
         for (routing, tokens) in [(base.routing, 70), (base.routing, 32), (block, 70)] {
             let what = format!("{} T {tokens} {routing:?}", variant_name(&ctx));
             let sample = HostLayer::new(base.with_routing(routing).with_shared_experts(0));
-            let (d, e) = (sample.settings.hidden as usize, sample.settings.experts as usize);
+            let (d, e) = (sample.config.hidden as usize, sample.config.experts as usize);
             let router = sample.router(&ctx).unwrap();
-            let first = MoeRouting::new(&ctx, sample.settings, router).unwrap();
+            let first = MoeRouting::new(&ctx, sample.config, router).unwrap();
             let x = random(3, tokens * d);
             let hidden = gpu.upload(&x);
             let made = ctx.pipelines();
@@ -253,9 +253,9 @@ fn experts_of_another_engine() {
 fn assignments_that_do_not_fit() {
     let Some(gpu) = gpu() else { return };
     let ctx = own_contexts(&gpu)[0].clone();
-    let sample = HostLayer::new(settings());
+    let sample = HostLayer::new(config());
     let weights = sample.weights(&ctx, &gpu.queue).unwrap();
-    let LayerConfig { activation, .. } = sample.settings;
+    let LayerConfig { activation, .. } = sample.config;
     let all = weights.shape().experts;
     let none = MoeExperts::new(&ctx, activation, all, weights.clone()).unwrap_err();
     let text = "`shared_experts`: 13 of only 13 experts, and one must be routed";

@@ -1,100 +1,7 @@
 //! The layout of the sources, kept by a check: which folder may use which, and how long things are.
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-/// Folders and files of `src`, each of which uses only itself and those before it.
-const ORDER: [&str; 13] = [
-    "error",
-    "routing",
-    "plan",
-    "report",
-    "device",
-    "weights",
-    "ops",
-    "layer",
-    "reference",
-    "models",
-    "headless",
-    "checkpoint",
-    "measure",
-];
-
-fn rank(folder: &str) -> Option<usize> {
-    ORDER.iter().position(|&name| name == folder)
-}
-
-fn sources(dir: &Path) -> Vec<PathBuf> {
-    let mut files = vec![];
-    for entry in std::fs::read_dir(dir).expect("a folder of sources") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() {
-            files.extend(sources(&path));
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            files.push(path);
-        }
-    }
-    files
-}
-
-fn src() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
-}
-
-/// The code of a file, without comments.
-fn code(path: &Path) -> String {
-    let text = std::fs::read_to_string(path).expect("a source");
-    // Unit tests may look at what comes after.
-    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
-    let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
-    lines.collect::<Vec<_>>().join("\n")
-}
-
-/// The names that the paths `crate::...` of some code begin with, those of `crate::{a, b::{c}}` apart.
-fn used(code: &str) -> Vec<String> {
-    let word = |text: &str| -> String {
-        text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()
-    };
-    let mut names = vec![];
-    for (at, _) in code.match_indices("crate::") {
-        let rest = &code[at + "crate::".len()..];
-        let Some(group) = rest.strip_prefix('{') else {
-            names.push(word(rest));
-            continue;
-        };
-        let mut depth = 0;
-        let mut start = 0;
-        for (i, c) in group.char_indices() {
-            match c {
-                '{' => depth += 1,
-                '}' if depth == 0 => {
-                    names.push(word(&group[start..i]));
-                    break;
-                }
-                '}' => depth -= 1,
-                ',' if depth == 0 => {
-                    names.push(word(&group[start..i]));
-                    start = i + 1;
-                }
-                _ => {}
-            }
-        }
-    }
-    names.retain(|name| !name.is_empty());
-    names
-}
-
-/// Which folder the names at the root of the crate come from: `pub use folder::{...}` in `lib.rs`.
-fn root() -> BTreeMap<String, String> {
-    let lib = code(&src().join("lib.rs"));
-    let mut root = BTreeMap::new();
-    for item in lib.split(';').filter_map(|item| item.trim().strip_prefix("pub use ")) {
-        let (folder, names) = item.split_once("::").unwrap_or((item, item));
-        for name in names.split([',', '{', '}', ':']).map(str::trim) {
-            root.insert(name.to_string(), folder.to_string());
-        }
-    }
-    root
-}
+use std::path::Path;
+use testkit::house::{code, folder_of, picture, rank, repository, root, sources, src, used};
 
 /// The arrow that points back, if a file of `folder` with this code has one.
 fn arrow_back(folder: &str, code: &str, root: &BTreeMap<String, String>) -> Option<String> {
@@ -109,15 +16,13 @@ fn arrow_back(folder: &str, code: &str, root: &BTreeMap<String, String>) -> Opti
 fn arrows_point_one_way() {
     let root = root();
     for path in sources(&src()) {
-        let inside = path.strip_prefix(src()).expect("inside");
-        let folder = inside.iter().next().expect("a part").to_str().expect("a name");
-        let folder = folder.trim_end_matches(".rs");
+        let folder = folder_of(&path);
         if folder == "lib" {
             continue;
         }
-        assert!(rank(folder).is_some(), "{folder} is missing from the order of folders");
-        if let Some(arrow) = arrow_back(folder, &code(&path), &root) {
-            panic!("{}: {arrow}", inside.display());
+        assert!(rank(&folder).is_some(), "{folder} is missing from the order of folders");
+        if let Some(arrow) = arrow_back(&folder, &code(&path), &root) {
+            panic!("{}: {arrow}", path.display());
         }
     }
 }
@@ -130,6 +35,16 @@ fn an_arrow_back_is_seen() {
     assert!(back("use crate::layer::Batch;").is_some());
     assert!(back("use crate::{Error, plan::{Stats, bits}, MoeLayer};").is_some());
     assert!(back("fn f() -> crate::measure::Profile {}").is_some());
+}
+
+/// The picture is of the sources as they are.
+#[test]
+fn the_picture_of_the_layout_is_current() {
+    let committed = std::fs::read_to_string(repository().join("docs/architecture.svg"));
+    assert!(
+        committed.expect("docs/architecture.svg") == picture(),
+        "docs/architecture.svg is stale: run `cargo run -p wgmoe-testkit --bin architecture`"
+    );
 }
 
 /// Lines of a file: more need a reason in its first comment that says `Long:`.

@@ -13,7 +13,7 @@ const TOKEN_CHOICE: TokenChoice = TokenChoice::new(4).with_score(Score::Sigmoid)
 
 const EXPERT_CHOICE: ExpertChoice = ExpertChoice::new(3);
 
-fn settings(
+fn config(
     hidden: u32,
     intermediate: u32,
     experts: u32,
@@ -24,7 +24,7 @@ fn settings(
 }
 
 struct Case {
-    settings: LayerConfig,
+    config: LayerConfig,
     weight_type: WeightType,
     page_limit: Option<u64>,
     tokens: u32,
@@ -33,10 +33,10 @@ struct Case {
 
 /// Runs a layer, checks routing exactly and the output within tolerance, and returns the output.
 fn check(gpu: &Gpu, ctx: &Context, case: &Case) -> Vec<f32> {
-    let Case { settings, tokens, .. } = *case;
-    let (d, e) = (settings.hidden as usize, settings.experts as usize);
-    let what = format!("{:?} {settings:?} T {tokens} {:?}", ctx.variant(), case.weight_type);
-    let host = HostLayer::new(settings);
+    let Case { config, tokens, .. } = *case;
+    let (d, e) = (config.hidden as usize, config.experts as usize);
+    let what = format!("{:?} {config:?} T {tokens} {:?}", ctx.variant(), case.weight_type);
+    let host = HostLayer::new(config);
     let host = if case.bias { host.with_bias() } else { host };
     let layer = host.layer_as(ctx, &gpu.queue, case.weight_type, case.page_limit).unwrap();
     let host = host.stored_as(case.weight_type);
@@ -94,31 +94,31 @@ fn matches_the_twins() {
     let before = Routing::ExpertChoice(EXPERT_CHOICE.with_normalise(Normalise::BeforeSelection));
     // A software driver takes seconds to compile a matmul: all rules with one weight type, all types with one rule.
     let rules = [
-        (settings(64, 32, 16, 1, tc), 40),
-        (settings(32, 48, 8, 2, ec), 130),
-        (settings(64, 32, 16, 0, grouped), 70),
-        (settings(64, 32, 12, 1, dropping), 50),
-        (settings(64, 32, 4, 0, sigmoid), 3),
-        (settings(64, 32, 6, 1, before), 9),
-        (settings(64, 32, 40, 1, block(BlockRule::mass(0.4).with_floor(6))), 70),
-        (settings(64, 32, 40, 1, block(BlockRule::Capacity(10))), 70),
-        (settings(64, 32, 40, 1, block(BlockRule::Vote(7))), 70),
-        (settings(64, 32, 40, 1, block(BlockRule::Union(2))), 70),
-        (settings(64, 32, 40, 1, pairs), 70),
+        (config(64, 32, 16, 1, tc), 40),
+        (config(32, 48, 8, 2, ec), 130),
+        (config(64, 32, 16, 0, grouped), 70),
+        (config(64, 32, 12, 1, dropping), 50),
+        (config(64, 32, 4, 0, sigmoid), 3),
+        (config(64, 32, 6, 1, before), 9),
+        (config(64, 32, 40, 1, block(BlockRule::mass(0.4).with_floor(6))), 70),
+        (config(64, 32, 40, 1, block(BlockRule::Capacity(10))), 70),
+        (config(64, 32, 40, 1, block(BlockRule::Vote(7))), 70),
+        (config(64, 32, 40, 1, block(BlockRule::Union(2))), 70),
+        (config(64, 32, 40, 1, pairs), 70),
     ];
     let shapes = [
-        (settings(7, 5, 9, 1, ec), 33),
-        (settings(36, 20, 16, 0, tc), 70),
-        (settings(1, 1, 4, 0, tc), 1),
-        (settings(132, 68, 5, 0, tc), 65),
+        (config(7, 5, 9, 1, ec), 33),
+        (config(36, 20, 16, 0, tc), 70),
+        (config(1, 1, 4, 0, tc), 1),
+        (config(132, 68, 5, 0, tc), 65),
     ];
     for ctx in contexts(&gpu) {
         let start = std::time::Instant::now();
-        let run = |(settings, tokens), weight_type| {
+        let run = |(config, tokens), weight_type| {
             check(
                 &gpu,
                 &ctx,
-                &Case { settings, weight_type, page_limit: None, tokens, bias: tokens % 2 == 0 },
+                &Case { config, weight_type, page_limit: None, tokens, bias: tokens % 2 == 0 },
             );
         };
         for case in rules.into_iter().chain(shapes) {
@@ -137,14 +137,10 @@ fn gelu_and_page_sizes() {
     let Some(gpu) = gpu() else { return };
     for ctx in contexts(&gpu) {
         for weight_type in [WeightType::F32, WeightType::Bf16] {
-            let base = settings(72, 96, 6, 1, Routing::TokenChoice(TOKEN_CHOICE));
-            let settings = base.with_activation(Activation::Gelu);
+            let base = config(72, 96, 6, 1, Routing::TokenChoice(TOKEN_CHOICE));
+            let config = base.with_activation(Activation::Gelu);
             let run = |page_limit| {
-                check(
-                    &gpu,
-                    &ctx,
-                    &Case { settings, weight_type, page_limit, tokens: 50, bias: true },
-                )
+                check(&gpu, &ctx, &Case { config, weight_type, page_limit, tokens: 50, bias: true })
             };
             let whole = run(None);
             // Two experts a page; pages of one expert's columns.
@@ -163,8 +159,8 @@ fn gelu_and_page_sizes() {
 fn a_cut_batch_adds_up_and_keeps_its_shared_expert() {
     let Some(gpu) = gpu() else { return };
     let (tokens, experts, d) = (64, 32, 16);
-    let settings = settings(16, 8, experts, 1, Routing::ExpertChoice(ExpertChoice::new(4)));
-    let host = HostLayer::new(settings);
+    let config = config(16, 8, experts, 1, Routing::ExpertChoice(ExpertChoice::new(4)));
+    let host = HostLayer::new(config);
     let x = random(3, tokens as usize * d);
     let [hidden, offsets, capacity] =
         [gpu.upload(&x), gpu.upload(&[0, tokens]), gpu.upload(&[30u32])];

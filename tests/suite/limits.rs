@@ -11,7 +11,7 @@ const TOKEN_CHOICE: TokenChoice = TokenChoice::new(3).with_score(Score::Sigmoid)
 
 const EXPERT_CHOICE: Routing = Routing::ExpertChoice(ExpertChoice::new(3));
 
-fn settings(hidden: u32, routing: Routing) -> LayerConfig {
+fn config(hidden: u32, routing: Routing) -> LayerConfig {
     LayerConfig::new(hidden, 40, 12, routing).with_shared_experts(1)
 }
 
@@ -62,7 +62,7 @@ fn tensors_larger_than_a_binding() {
         let rules = if variant.target == Target::Wide { &rules[..2] } else { &rules[..] };
         for &(hidden, routing) in rules {
             let what = format!("{variant:?} D {hidden} {routing:?}");
-            let host = HostLayer::new(settings(hidden, routing));
+            let host = HostLayer::new(config(hidden, routing));
             let x = random(3, (tokens * hidden) as usize);
             assert!(x.len() as u64 * 4 > 3 * LIMIT);
             let [(got, dispatches), (want, fewer)] = devices.each_ref().map(|(gpu, ctx)| {
@@ -84,7 +84,7 @@ fn what_does_not_fit_is_an_error() {
     let Some(gpu) = gpu() else { return };
     let small = small(&gpu, 16 << 10);
     let ctx = Context::new(&small.device).unwrap();
-    let host = HostLayer::new(settings(64, Routing::TokenChoice(TOKEN_CHOICE)));
+    let host = HostLayer::new(config(64, Routing::TokenChoice(TOKEN_CHOICE)));
     let layer = host.layer_as(&ctx, &small.queue, WeightType::Bf16, None).unwrap();
     for (tokens, argument) in [(400, "logits"), (40, "tokens"), (300, "plan")] {
         let b = small.upload(&vec![0f32; 2 * 64 * tokens as usize]);
@@ -102,16 +102,16 @@ fn page_limits_give_equal_bits() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     // 2.6 MB a matrix in f32: columns of one expert in a page, several experts, all of them.
-    let settings = {
-        let mut config = settings(1024, Routing::TokenChoice(TOKEN_CHOICE));
+    let config = {
+        let mut config = config(1024, Routing::TokenChoice(TOKEN_CHOICE));
         config.hidden = 1024;
         config.intermediate = 640;
         config.experts = 9;
         config
     };
-    let host = HostLayer::new(settings);
+    let host = HostLayer::new(config);
     let tokens = 33;
-    let x = random(5, (tokens * settings.hidden) as usize);
+    let x = random(5, (tokens * config.hidden) as usize);
     let mut want = None;
     let mut pages = vec![];
     for limit in [128 << 20, 16 << 20, 1 << 20] {
@@ -132,10 +132,10 @@ fn full_size() {
     let ctx = Context::new(&gpu.device).unwrap();
     let name = std::env::var("MODEL").unwrap_or_else(|_| "llada2-mini".into());
     let limit = std::env::var("PAGE_LIMIT").ok().map(|v| v.parse().expect("PAGE_LIMIT: bytes"));
-    let settings = wgmoe::models::find(&name).expect("MODEL: a model's name").settings;
-    let (d, e) = (settings.hidden as usize, settings.experts as usize);
-    let shape = settings.expert_shape(WeightType::Bf16);
-    let size = d * settings.intermediate as usize;
+    let config = wgmoe::models::find(&name).expect("MODEL: a model's name").config;
+    let (d, e) = (config.hidden as usize, config.experts as usize);
+    let shape = config.expert_shape(WeightType::Bf16);
+    let size = d * config.intermediate as usize;
     // Windows of one pool: no two matrices alike, no copy of each.
     let pool: Vec<half::bf16> = random(1, size + 3 * shape.experts as usize * 1009)
         .into_iter()
@@ -161,13 +161,13 @@ fn full_size() {
         start.elapsed()
     );
     let router = HostLayer::new({
-        let mut config = settings;
+        let mut config = config;
         config.intermediate = 1;
         config
     })
     .router(&ctx)
     .unwrap();
-    let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
+    let layer = MoeLayer::new(&ctx, config, router, weights).unwrap();
     for tokens in [32, 512, 4096] {
         let x = random(u64::from(tokens), tokens as usize * d);
         let (hidden, out) = (gpu.upload(&x), Output::f32s(&gpu, x.len()));
@@ -184,7 +184,7 @@ fn full_size() {
         for t in [0, tokens as usize / 2, tokens as usize - 1] {
             let chosen = chosen(&assigned, &gates, [tokens as usize, e], t);
             assert!(!chosen.is_empty());
-            let want = cpu_token(&settings, &matrix, &x[t * d..][..d], &chosen);
+            let want = cpu_token(&config, &matrix, &x[t * d..][..d], &chosen);
             let what = format!("{name}, {tokens} tokens, token {t}");
             testkit::prelude::assert_close(
                 &got[t * d..][..d],

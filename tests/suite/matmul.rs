@@ -139,7 +139,25 @@ fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: St
     (0..slots).try_for_each(|s| compare(&got, s)).unwrap();
 }
 
-/// Both expert matmuls in packed weights of every type.
+/// The same in every storage type of blocks: a depth of whole blocks of 32 and one that is not.
+#[test]
+fn deep_expert_matmuls_of_blocks() {
+    let Some(gpu) = gpu() else { return };
+    let experts = ROWS.len() as u32;
+    let logits = random(5, TOKENS * ROWS.len());
+    for ctx in targets(&gpu) {
+        let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned()).unwrap();
+        let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
+        for &weight_type in WeightType::ALL.iter().filter(|t| t.block_values() > 1) {
+            let all =
+                Experts::new(&gpu, &ctx, ExpertShape::new(experts, 300, 288, weight_type), None);
+            check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);
+            check(&gpu, &ctx, &all, &plan, Stage::Down, false);
+        }
+    }
+}
+
+/// Both expert matmuls in packed weights of floats.
 #[test]
 fn deep_expert_matmuls() {
     let Some(gpu) = gpu() else { return };
@@ -150,7 +168,7 @@ fn deep_expert_matmuls() {
         let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned).unwrap();
         let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
         for [hidden, intermediate] in SHAPES {
-            for &weight_type in WeightType::ALL {
+            for weight_type in [WeightType::F32, WeightType::F16, WeightType::Bf16] {
                 let shape = ExpertShape::new(experts, hidden, intermediate, weight_type);
                 let all = Experts::new(&gpu, &ctx, shape, None);
                 check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);

@@ -1,11 +1,16 @@
 //! What the caller is told: the own argument by its own name, the numbers, the shape. Exact texts.
+use testkit::layer::HostLayer;
 use testkit::prelude::*;
+use wgmoe::layer::{Assignments, Batch, LayerConfig};
+use wgmoe::ops::capacity::{self, Capacity, Source};
 use wgmoe::ops::gather::{self, Gather};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, GateRule, Groups, Normalise, Routing, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::weights::ExpertShape;
-use wgmoe::{Activation, Context, Error, ExpertWeights, MoeExperts, WeightType, wgpu};
+use wgmoe::{
+    Activation, Context, Error, ExpertWeights, Gpu, MoeExperts, MoeRouting, Slice, WeightType, wgpu,
+};
 
 #[track_caller]
 fn message<T>(result: Result<T, Error>) -> String {
@@ -180,4 +185,165 @@ fn shapes_beside_bytes() {
         message(Gather::new(&ctx).unwrap().bind(&dims, args)),
         "`x`: expected 128 bytes, [4, 8] f32, got 96"
     );
+}
+
+/// Slices of so many bytes that no kernel can bind, and what is wrong with each: one that starts where
+/// none may, one of a buffer that is not for storage, one that has been destroyed.
+struct Bad {
+    buffers: [wgpu::Buffer; 3],
+    apart: u64,
+    bytes: u64,
+}
+
+impl Bad {
+    fn new(gpu: &Gpu, bytes: u64) -> Self {
+        let apart = u64::from(gpu.device.limits().min_storage_buffer_offset_alignment) / 2;
+        let buffer = |usage| {
+            gpu.device.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: bytes + apart,
+                usage,
+                mapped_at_creation: false,
+            })
+        };
+        let usage = wgpu::BufferUsages::STORAGE;
+        let buffers = [usage, wgpu::BufferUsages::COPY_DST, usage].map(buffer);
+        buffers[2].destroy();
+        Self { buffers, apart, bytes }
+    }
+
+    /// Binds each, and compares what is said: `name` is the caller's argument.
+    #[track_caller]
+    fn check<T>(&self, name: &str, bind: impl Fn(Slice<'_>) -> Result<T, Error>) {
+        let Self { buffers, apart, bytes } = self;
+        let [long, bare, gone] = buffers;
+        assert_eq!(
+            message(bind(Slice::new(long, *apart, *bytes))),
+            format!("`{name}`: offset {apart} is not a multiple of {}", 2 * apart)
+        );
+        assert_eq!(
+            message(bind(Slice::new(bare, 0, *bytes))),
+            format!("`{name}`: the buffer lacks STORAGE")
+        );
+        let text = message(bind(Slice::new(gone, 0, *bytes)));
+        assert!(text.starts_with(&format!("wgpu: `{name}`: ")), "{text}");
+        assert!(text.contains("destroyed"), "{text}");
+    }
+}
+
+#[test]
+fn a_layers_arguments_by_their_own_names() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let host = HostLayer::new(LayerConfig::new(16, 8, 4, TokenChoice::new(2)));
+    let layer = host.layer(&ctx, &gpu.queue).unwrap();
+    let routing = MoeRouting::new(&ctx, *layer.config(), layer.router().clone()).unwrap();
+    let experts = MoeExperts::new(&ctx, Activation::Silu, 0, layer.weights().clone()).unwrap();
+    let bad = Bad::new(&gpu, 2 * 16 * 4);
+    let [hidden, out] = [(); 2].map(|()| gpu.upload(&[0f32; 32]));
+    let (ids, gates) = (gpu.upload(&[0u32; 6]), gpu.upload(&[0f32; 6]));
+    fn of_tokens<'a>(ids: Slice<'a>, gates: Slice<'a>) -> Assignments<'a> {
+        Assignments::OfTokens { experts_per_token: 3, ids, gates }
+    }
+    let good = of_tokens((&ids).into(), (&gates).into());
+
+    fn batch<'a>(hidden: Slice<'a>, out: Slice<'a>) -> Batch<'a> {
+        Batch::new(hidden, 2).into_out(out)
+    }
+    bad.check("hidden", |x| routing.bind(&Batch::new(x, 2)));
+    bad.check("hidden", |x| layer.bind(&batch(x, (&out).into())));
+    bad.check("out", |x| layer.bind(&batch((&hidden).into(), x)));
+    bad.check("hidden", |x| experts.bind(&batch(x, (&out).into()).with_assignments(good)));
+
+    let bind = |assignments: Assignments<'_>| {
+        experts.bind(&batch((&hidden).into(), (&out).into()).with_assignments(assignments))
+    };
+    bind(good).unwrap();
+    let six = Bad::new(&gpu, 6 * 4);
+    six.check("ids", |x| bind(of_tokens(x, (&gates).into())));
+    six.check("gates", |x| bind(of_tokens((&ids).into(), x)));
+    assert_eq!(
+        message(bind(of_tokens((&ids).into(), Slice::new(&gates, 0, 20)))),
+        "`gates`: expected 24 bytes, [2, 3] f32, got 20"
+    );
+    let offsets = gpu.upload(&[0u32; 5]);
+    fn lists<'a>(
+        offsets: &'a wgpu::Buffer,
+        tokens: Slice<'a>,
+        gates: Slice<'a>,
+    ) -> Assignments<'a> {
+        Assignments::OfExperts { entries: 6, offsets: offsets.into(), tokens, gates }
+    }
+    bind(lists(&offsets, (&ids).into(), (&gates).into())).unwrap();
+    six.check("tokens", |x| bind(lists(&offsets, x, (&gates).into())));
+    six.check("gates", |x| bind(lists(&offsets, (&ids).into(), x)));
+}
+
+#[test]
+fn the_router_by_its_own_names() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let config = LayerConfig::new(16, 8, 4, TokenChoice::new(2));
+    let host = HostLayer::new(config).with_bias();
+    let hidden = gpu.upload(&[0f32; 32]);
+    let bind = |router| MoeRouting::new(&ctx, config, router)?.bind(&Batch::new(&hidden, 2));
+    bind(host.router(&ctx).unwrap()).unwrap();
+    Bad::new(&gpu, 4 * 16 * 4).check("router weight", |weight| {
+        let mut router = host.router(&ctx).unwrap();
+        router.weight = weight.into();
+        bind(router)
+    });
+    Bad::new(&gpu, 4 * 4).check("router bias", |bias| {
+        let mut router = host.router(&ctx).unwrap();
+        router.bias = Some(bias.into());
+        bind(router)
+    });
+}
+
+/// The kernel has one binding for three arguments.
+#[test]
+fn the_source_of_capacities_by_its_own_name() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let op = Capacity::new(&ctx).unwrap();
+    let [offsets, steps] = [3, 2].map(|n| gpu.upload(&vec![0u32; n]));
+    let [source, capacity_of, k_of] = [(); 3].map(|()| gpu.upload(&[0u32; 2]));
+    let bind = |source: Source<'_>, k_of: Slice<'_>| {
+        let args = capacity::Args {
+            source,
+            offsets: (&offsets).into(),
+            lengths: None,
+            capacity_of: (&capacity_of).into(),
+            k_of,
+        };
+        op.bind(&capacity::Dims { tokens: 9, experts: 3, sequences: 2 }, args)
+    };
+    let bad = Bad::new(&gpu, 8);
+    type Of = for<'a> fn(Slice<'a>, Slice<'a>) -> Source<'a>;
+    let kinds: [(&str, Of); 3] = [
+        ("ratios", |ratios, steps| Source::Ratios { ratios, steps }),
+        ("masked", |masked, steps| Source::Masked { masked, steps }),
+        ("experts_per_token", |k, _| Source::ExpertsPerToken(k)),
+    ];
+    for (name, of) in kinds {
+        bind(of((&source).into(), (&steps).into()), (&k_of).into()).unwrap();
+        bad.check(name, |x| bind(of(x, (&steps).into()), (&k_of).into()));
+        assert_eq!(
+            message(bind(of((&source).into(), (&steps).into()), (&source).into())),
+            format!("`k_of` is written and overlaps `{name}`")
+        );
+    }
+}
+
+#[test]
+fn scores_by_their_own_name() {
+    use wgmoe::ops::scores::{Args, Dims, Scores};
+    let Some(gpu) = gpu() else { return };
+    let op = Scores::new(&Context::new(&gpu.device).unwrap()).unwrap();
+    let [logits, values] = [(); 2].map(|()| gpu.upload(&[0f32; 8]));
+    let dims = Dims { tokens: 2, experts: 4, score: Score::Softmax, by_logits: true };
+    Bad::new(&gpu, 32).check("scores", |scores| {
+        let (logits, values) = ((&logits).into(), (&values).into());
+        op.bind(&dims, Args { logits, bias: None, scores, values })
+    });
 }

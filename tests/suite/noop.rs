@@ -27,16 +27,13 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
     let (t, e) = (u64::from(tokens), u64::from(experts));
     let columns = t.div_ceil(32);
     let b: Vec<wgpu::Buffer> = (0..8).map(|_| buffer(ctx.device(), (t * e).max(1 << 22))).collect();
-    let shape = PlanShape {
-        tokens,
-        experts,
-        shared_experts: 1,
-        routed_slots: 4 * tokens,
-        tile_rows: 32,
-        skinny_rows: 8,
+    let of = |n| {
+        let shape = PlanShape::on_host(n, experts, 4 * tokens).with_item_rows(32, 8);
+        shape.with_shared_experts(1)
     };
+    let shape = of(tokens);
     let plan = words(&b[7], u64::from(shape.sections()?.words));
-    let few = PlanShape { tokens: tokens.min(32), ..shape };
+    let few = of(tokens.min(32));
     let few_pairs = |i: usize| words(&b[i], u64::from(few.tokens) * e);
     let pairs = |i: usize| words(&b[i], t * e);
     let bits = |i: usize| words(&b[i], columns * e);
@@ -46,7 +43,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             scores::Args {
                 logits: pairs(0),
                 bias: Some(words(&b[1], e)),
-                score_of: pairs(2),
+                scores: pairs(2),
                 values: pairs(3),
             },
         )?,
@@ -88,7 +85,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             },
         )?,
         assign::Assign::new(ctx)?.bind(
-            &assign::Dims { tokens, experts, top: 4 },
+            &assign::Dims { tokens, experts, experts_per_token: 4 },
             assign::Args {
                 ids: words(&b[0], 4 * t),
                 weights: words(&b[1], 4 * t),
@@ -236,13 +233,13 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
         buffer(ctx.device(), 64 * u64::from(tokens)),
         buffer(ctx.device(), 64 * u64::from(tokens)),
     );
-    let settings = find("llada2-mini").unwrap().settings;
-    let Routing::TokenChoice(rule) = settings.routing else { unreachable!() };
+    let config = find("llada2-mini").unwrap().config;
+    let Routing::TokenChoice(rule) = config.routing else { unreachable!() };
     let coreset = |coreset| Routing::TokenChoice(rule.with_coreset(coreset));
     let pairs = SequenceTop::new(8).with_gate(rule.gate);
     let rules = [
-        settings.routing,
-        find("ec-dlm").unwrap().settings.routing,
+        config.routing,
+        find("ec-dlm").unwrap().config.routing,
         Routing::TokenChoice(rule.with_capacity_factor(1.25)),
         coreset(BlockRule::mass(0.6).with_floor(16)),
         coreset(BlockRule::Capacity(48)),
@@ -253,16 +250,16 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
     rules
         .into_iter()
         .map(|routing| {
-            let settings = {
-                let mut config = settings.with_routing(routing);
+            let config = {
+                let mut config = config.with_routing(routing);
                 config.hidden = 64;
                 config.intermediate = 32;
                 config.experts = 64;
                 config
             };
-            let weights = ExpertWeights::new(ctx, settings.expert_shape(WeightType::Bf16))?;
+            let weights = ExpertWeights::new(ctx, config.expert_shape(WeightType::Bf16))?;
             let router = router(ctx, &[0.0; 64 * 64], None)?;
-            let layer = MoeLayer::new(ctx, settings, router, weights)?;
+            let layer = MoeLayer::new(ctx, config, router, weights)?;
             let n = 64 * u64::from(tokens);
             layer.bind(&Batch::new(words(&x, n), tokens).into_out(words(&out, n)))
         })
@@ -323,20 +320,20 @@ fn windows_of_tensors_are_aligned() {
         ..Default::default()
     });
     let ctx = Context::with_variant(&device, Variant::PORTABLE).unwrap();
-    let base = find("llada2-mini").unwrap().settings;
+    let base = find("llada2-mini").unwrap().config;
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let routing = Routing::TokenChoice(rule.without_groups().with_experts_per_token(3));
     for hidden in [504, 508, 512] {
-        let settings = {
+        let config = {
             let mut config = base.with_routing(routing);
             config.hidden = hidden;
             config.intermediate = 40;
             config.experts = 12;
             config
         };
-        let weights = ExpertWeights::new(&ctx, settings.expert_shape(WeightType::Bf16)).unwrap();
+        let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::Bf16)).unwrap();
         let router = router(&ctx, &vec![0.0; 12 * hidden as usize], None).unwrap();
-        let layer = MoeLayer::new(&ctx, settings, router, weights).unwrap();
+        let layer = MoeLayer::new(&ctx, config, router, weights).unwrap();
         let tokens = 90;
         let [x, out] = [0; 2].map(|_| buffer(&device, 64 + 90 * u64::from(hidden)));
         let slice = |b| Slice::new(b, 256, 4 * 90 * u64::from(hidden));
@@ -360,7 +357,7 @@ fn no_tokens_are_no_work() {
     let b = buffer(&device, 64);
     let nothing = words(&b, 0);
     let dims = scores::Dims { tokens: 0, experts: 4, score: Score::Sigmoid, by_logits: true };
-    let args = scores::Args { logits: nothing, bias: None, score_of: nothing, values: nothing };
+    let args = scores::Args { logits: nothing, bias: None, scores: nothing, values: nothing };
     let step = scores::Scores::new(&ctx).unwrap().bind(&dims, args).unwrap();
     assert!(step.dispatches().is_empty());
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };

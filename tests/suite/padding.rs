@@ -9,11 +9,9 @@ use wgmoe::layer::{
     MoeRouting, Scratch, Sequences,
 };
 use wgmoe::ops::active_rows::{self, ActiveRows, Args, Capacities, Dims};
-use wgmoe::ops::expert_choice::ranges;
 use wgmoe::plan::{Stats, bits};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, GateRule, Normalise, Routing, Score, SequenceTop, TokenChoice,
-    schedule,
 };
 use wgmoe::{Context, Gpu, Slice, wgpu};
 
@@ -90,16 +88,6 @@ impl Case {
             Some(lengths) => active_rows::cpu(self.tokens(), &self.offsets, lengths),
             None => vec![u32::MAX; self.tokens().div_ceil(32)],
         }
-    }
-
-    /// What expert choice takes where the batch says nothing.
-    fn capacities(&self) -> Vec<u32> {
-        let of = ranges(&self.offsets, self.tokens()).into_iter().enumerate();
-        of.map(|(b, range)| {
-            let length = self.lengths.as_ref().map_or(u32::MAX, |l| l[b]);
-            schedule::capacity((range.len() as u32).min(length), K, E as u32)
-        })
-        .collect()
     }
 }
 
@@ -185,12 +173,9 @@ fn route(gpu: &Gpu, op: &MoeRouting, scratch: &Scratch, case: &Case) -> Routed {
 }
 
 fn twin(host: &HostLayer, case: &Case, selection: &[Vec<f32>; 3]) -> HostRouting {
-    let capacity = case.capacities();
-    let sequences = HostSequences {
-        offsets: &case.offsets,
-        lengths: case.lengths.as_deref(),
-        capacity: &capacity,
-    };
+    // What expert choice takes where the batch says nothing.
+    let (offsets, lengths) = (&case.offsets, case.lengths.as_deref());
+    let sequences = HostSequences { offsets, lengths, capacity: None };
     let blocks = case
         .blocks
         .as_ref()
@@ -235,7 +220,7 @@ fn every_rule_leaves_padding_out() {
         let scratch = Scratch::new(&ctx);
         for (name, routing) in every_rule() {
             let host = layer(routing);
-            let op = MoeRouting::new(&ctx, host.settings, host.router(&ctx).unwrap()).unwrap();
+            let op = MoeRouting::new(&ctx, host.config, host.router(&ctx).unwrap()).unwrap();
             for case in cases() {
                 let tokens = case.tokens();
                 // The long ones cost the twins most, which groups do not change.
@@ -301,7 +286,7 @@ fn a_padded_batch_routes_as_the_unpadded_one() {
         let scratch = Scratch::new(&ctx);
         for (name, routing) in every_rule() {
             let host = layer(routing);
-            let op = MoeRouting::new(&ctx, host.settings, host.router(&ctx).unwrap()).unwrap();
+            let op = MoeRouting::new(&ctx, host.config, host.router(&ctx).unwrap()).unwrap();
             let (mut heard, mut takes) = (false, false);
             for (padded, alone) in pairs() {
                 let (tokens, kept) = (padded.tokens(), alone.tokens());
@@ -358,7 +343,7 @@ fn outputs_of_padding_come_from_shared_experts_alone() {
     for ctx in contexts(&gpu) {
         for (name, routing) in &every {
             for shared in [0, 1] {
-                let config = layer(*routing).settings.with_shared_experts(shared);
+                let config = layer(*routing).config.with_shared_experts(shared);
                 let host = HostLayer::scripted(config);
                 let layer = host.layer(&ctx, &gpu.queue).unwrap();
                 for add in [false, true] {
@@ -405,7 +390,7 @@ fn batches_without_lengths_have_no_dispatch_more() {
     let whole = Case { lengths: None, ..padded.clone() };
     for (name, routing) in every_rule() {
         let host = layer(routing);
-        let op = MoeRouting::new(ctx, host.settings, host.router(ctx).unwrap()).unwrap();
+        let op = MoeRouting::new(ctx, host.config, host.router(ctx).unwrap()).unwrap();
         let with = route(&gpu, &op, &scratch, &padded).dispatches;
         let without = route(&gpu, &op, &scratch, &whole).dispatches;
         let others: Vec<_> = with.iter().copied().filter(|&n| n != "active_rows").collect();
@@ -421,7 +406,7 @@ fn errors_name_the_sequences() {
     let ctx = &contexts(&gpu)[0];
     let (_, routing) = every_rule().remove(0);
     let host = layer(routing);
-    let op = MoeRouting::new(ctx, host.settings, host.router(ctx).unwrap()).unwrap();
+    let op = MoeRouting::new(ctx, host.config, host.router(ctx).unwrap()).unwrap();
     let hidden = gpu.upload(&random(1, 70 * D));
     let words = gpu.upload(&[0u32, 70, 61]);
     let part = |from: u64, items: u64| Slice::new(&words, from * 4, items * 4);

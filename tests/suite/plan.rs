@@ -85,10 +85,10 @@ fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &s
     assert_same(&got.expert_offsets, &want.expert_offsets, &format!("{what}: expert_offsets"));
     assert_same(&got.token_offsets, &want.token_offsets, &format!("{what}: token_offsets"));
     assert_same(&got.active, &want.active, &format!("{what}: active"));
-    assert_same(&got.skinny.1, &want.skinny.1, &format!("{what}: skinny_offsets"));
-    assert_same(&got.skinny.0, &want.skinny.0, &format!("{what}: skinny_items"));
-    assert_same(&got.tiles.1, &want.tiles.1, &format!("{what}: tile_offsets"));
-    assert_same(&got.tiles.0, &want.tiles.0, &format!("{what}: tile_items"));
+    assert_same(&got.skinny.offsets, &want.skinny.offsets, &format!("{what}: skinny_offsets"));
+    assert_same(&got.skinny.items, &want.skinny.items, &format!("{what}: skinny_items"));
+    assert_same(&got.tiles.offsets, &want.tiles.offsets, &format!("{what}: tile_offsets"));
+    assert_same(&got.tiles.items, &want.tiles.items, &format!("{what}: tile_items"));
     assert_same(&got.token_of, &want.token_of, &format!("{what}: token_of"));
     assert_same(&got.slot_of, &want.slot_of, &format!("{what}: slot_of"));
     assert_same(&got.gate_of, &want.gate_of, &format!("{what}: gate_of"));
@@ -97,8 +97,8 @@ fn check(gpu: &Gpu, ctx: &Context, shape: &PlanShape, assigned: &[u32], what: &s
     let slots = got.token_of.len() as u32;
     for (name, first, used, end) in [
         ("active", at.active, got.active.len() as u32, at.skinny_offsets),
-        ("skinny_items", at.skinny_items, 2 * got.skinny.0.len() as u32, at.tile_items),
-        ("tile_items", at.tile_items, 2 * got.tiles.0.len() as u32, at.ranks),
+        ("skinny_items", at.skinny_items, 2 * got.skinny.items.len() as u32, at.tile_items),
+        ("tile_items", at.tile_items, 2 * got.tiles.items.len() as u32, at.ranks),
         ("token_of", at.token_of, slots, at.gate_of),
         ("gate_of", at.gate_of, slots, at.slot_of),
         ("slot_of", at.slot_of, slots, at.words),
@@ -143,14 +143,13 @@ fn equals_twin() {
                     for (tile_rows, skinny_rows) in
                         [(16, 0), (16, 4), (64, 16), (1, 0), (8, 7), (8, 8)]
                     {
-                        let shape = PlanShape {
-                            tokens: tokens as u32,
-                            experts: experts as u32,
-                            shared_experts,
-                            routed_slots: ones(&assigned, tokens, experts) + 3 * i as u32,
-                            tile_rows,
-                            skinny_rows,
-                        };
+                        let shape = PlanShape::on_host(
+                            tokens as u32,
+                            experts as u32,
+                            ones(&assigned, tokens, experts) + 3 * i as u32,
+                        )
+                        .with_item_rows(tile_rows, skinny_rows)
+                        .with_shared_experts(shared_experts);
                         check(&gpu, &ctx, &shape, &assigned, "");
                     }
                 }
@@ -167,14 +166,7 @@ fn an_expert_nobody_wants() {
     for t in 0..tokens {
         bits::set(&mut assigned, tokens, if t % 3 == 0 { 299 } else { 7 }, t);
     }
-    let shape = PlanShape {
-        tokens: 50,
-        experts: 300,
-        shared_experts: 0,
-        routed_slots: 50,
-        tile_rows: 16,
-        skinny_rows: 3,
-    };
+    let shape = PlanShape::on_host(50, 300, 50).with_item_rows(16, 3);
     for ctx in contexts(&gpu) {
         check(&gpu, &ctx, &shape, &assigned, "two experts");
     }
@@ -189,14 +181,9 @@ fn slots_past_the_bound_are_cut_off() {
     for ctx in contexts(&gpu) {
         for routed_slots in [0, 1, all / 2, all - 1, all] {
             for shared_experts in [0, 1, 2] {
-                let shape = PlanShape {
-                    tokens: tokens as u32,
-                    experts: experts as u32,
-                    shared_experts,
-                    routed_slots,
-                    tile_rows: 16,
-                    skinny_rows: 4,
-                };
+                let shape = PlanShape::on_host(tokens as u32, experts as u32, routed_slots)
+                    .with_item_rows(16, 4)
+                    .with_shared_experts(shared_experts);
                 check(&gpu, &ctx, &shape, &assigned, "cut off");
             }
         }
@@ -206,14 +193,7 @@ fn slots_past_the_bound_are_cut_off() {
 #[test]
 fn a_cut_leaves_every_token_what_is_there() {
     // Two experts that all 5 tokens chose, room for 7: the second expert keeps tokens 0 and 1.
-    let shape = PlanShape {
-        tokens: 5,
-        experts: 2,
-        shared_experts: 1,
-        routed_slots: 7,
-        tile_rows: 4,
-        skinny_rows: 0,
-    };
+    let shape = PlanShape::on_host(5, 2, 7).with_item_rows(4, 0).with_shared_experts(1);
     let assigned = [0b11111, 0b11111];
     let gates: Vec<f32> = (0..10).map(|i| i as f32).collect();
     let want = HostPlan::cpu(&shape, &assigned, &gates);
@@ -242,14 +222,9 @@ fn cuts_of_long_batches() {
         let assigned = cases::assignment(5, tokens, experts, probability);
         let all = ones(&assigned, tokens, experts);
         for routed_slots in [all / 3, all - all / 50] {
-            let shape = PlanShape {
-                tokens: tokens as u32,
-                experts: experts as u32,
-                shared_experts,
-                routed_slots,
-                tile_rows: 32,
-                skinny_rows: 8,
-            };
+            let shape = PlanShape::on_host(tokens as u32, experts as u32, routed_slots)
+                .with_item_rows(32, 8)
+                .with_shared_experts(shared_experts);
             for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
                 check(&gpu, &ctx, &shape, &assigned, "cut");
             }
@@ -262,14 +237,9 @@ fn bits_past_the_last_token_are_ignored() {
     let Some(gpu) = gpu() else { return };
     let (tokens, experts) = (70, 40);
     let mut assigned = cases::assignment(3, tokens, experts, 0.3);
-    let shape = PlanShape {
-        tokens: 70,
-        experts: 40,
-        shared_experts: 1,
-        routed_slots: ones(&assigned, tokens, experts),
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(70, 40, ones(&assigned, tokens, experts))
+        .with_item_rows(16, 4)
+        .with_shared_experts(1);
     for e in 0..experts {
         assigned[e * 3 + 2] |= u32::MAX << (tokens % 32);
     }
@@ -285,14 +255,10 @@ fn long_batches() {
         [(65_536, 4, 1.0, 0), (65_537, 16, 0.5, 1), (65_536, 256, 0.03, 1), (2_200_000, 1, 0.2, 0)]
     {
         let assigned = cases::assignment(5, tokens, experts, probability);
-        let shape = PlanShape {
-            tokens: tokens as u32,
-            experts: experts as u32,
-            shared_experts,
-            routed_slots: ones(&assigned, tokens, experts),
-            tile_rows: 32,
-            skinny_rows: 8,
-        };
+        let shape =
+            PlanShape::on_host(tokens as u32, experts as u32, ones(&assigned, tokens, experts))
+                .with_item_rows(32, 8)
+                .with_shared_experts(shared_experts);
         for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
             check(&gpu, &ctx, &shape, &assigned, "");
         }
@@ -305,14 +271,9 @@ fn a_plan_of_given_gates() {
     let (tokens, experts) = (40, 12);
     let assigned = cases::assignment(2, tokens, experts, 0.3);
     let gates = cases::values("random", 1, tokens * experts);
-    let shape = PlanShape {
-        tokens: 40,
-        experts: 12,
-        shared_experts: 1,
-        routed_slots: ones(&assigned, tokens, experts),
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(40, 12, ones(&assigned, tokens, experts))
+        .with_item_rows(16, 4)
+        .with_shared_experts(1);
     for ctx in contexts(&gpu) {
         let plan = Output::u32s(&gpu, shape.bytes().unwrap() as usize / 4);
         let stats = Output::u32s(&gpu, 8 + experts);
@@ -341,14 +302,8 @@ fn statistics_add_up_what_was_lost() {
     let (tokens, experts) = (300, 600);
     let assigned = cases::assignment(2, tokens, experts, 0.004);
     let source = cases::values("random", 1, tokens * experts);
-    let shape = PlanShape {
-        tokens: 300,
-        experts: 600,
-        shared_experts: 0,
-        routed_slots: ones(&assigned, tokens, experts),
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape =
+        PlanShape::on_host(300, 600, ones(&assigned, tokens, experts)).with_item_rows(16, 4);
     let lost: Vec<u32> = (0..610).map(|i| i * i % 17).collect();
     let offsets = [0, 40, 30, 90, 301, 300, 300, u32::MAX];
     for ctx in contexts(&gpu) {
@@ -371,14 +326,8 @@ fn statistics_are_added_to_what_is_there() {
     let assigned = cases::assignment(2, tokens, experts, 0.04);
     let source = cases::values("random", 1, tokens * experts);
     let chosen = ones(&assigned, tokens, experts);
-    let shape = PlanShape {
-        tokens: 32,
-        experts: 300,
-        shared_experts: 1,
-        routed_slots: chosen - 9,
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape =
+        PlanShape::on_host(32, 300, chosen - 9).with_item_rows(16, 4).with_shared_experts(1);
     let (a, s) = (gpu.upload(&assigned), gpu.upload(&source));
     let offsets = gpu.upload(&[0u32, 20, 10, 32]);
     for ctx in contexts(&gpu) {
@@ -437,14 +386,9 @@ fn twice_gives_equal_bits() {
     let (tokens, experts) = (1000, 96);
     let assigned = cases::assignment(2, tokens, experts, 0.1);
     let source = cases::values("random", 1, tokens * experts);
-    let shape = PlanShape {
-        tokens: 1000,
-        experts: 96,
-        shared_experts: 1,
-        routed_slots: ones(&assigned, tokens, experts),
-        tile_rows: 16,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(1000, 96, ones(&assigned, tokens, experts))
+        .with_item_rows(16, 4)
+        .with_shared_experts(1);
     for ctx in contexts(&gpu) {
         let how = (GateRule::Softmax, &source[..], 1.0, PLAIN);
         let [a, b] = [(); 2].map(|()| make(&gpu, &ctx, &shape, &assigned, how, (None, None)));

@@ -59,25 +59,25 @@ struct Case {
 
 impl Case {
     fn new(gpu: &Gpu, ctx: &Context, shared_experts: u32, routing: Routing) -> Self {
-        let settings = LayerConfig::new(D as u32, F as u32, E as u32, routing)
+        let config = LayerConfig::new(D as u32, F as u32, E as u32, routing)
             .with_shared_experts(shared_experts);
-        let host = HostLayer::new(settings);
+        let host = HostLayer::new(config);
         // Two experts a page.
         let limit = 2 * (F.next_multiple_of(32) * D * 4) as u64;
         let layer = host.layer_as(ctx, &gpu.queue, WeightType::F32, Some(limit)).unwrap();
         Self { layer, host }
     }
 
-    /// What `settings` make of `x`, from the device's own logits: the bits, and the output.
+    /// What `config` make of `x`, from the device's own logits: the bits, and the output.
     fn twin(
         &self,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         x: &[f32],
         selection: [&[f32]; 3],
         sequences: Option<HostSequences<'_>>,
     ) -> (Vec<u32>, Vec<f32>) {
         let batch = HostBatch { sequences, ..HostBatch::default() };
-        let want = cpu_routing(settings, &self.host.host_router(), batch, selection);
+        let want = cpu_routing(config, &self.host.host_router(), batch, selection);
         let out = self.host.outputs(x, &want.assigned, &want.gates);
         (want.assigned, out)
     }
@@ -167,10 +167,10 @@ fn capacities_change_between_records_of_one_step() {
                 let sequences = HostSequences {
                     offsets: &offsets,
                     lengths: Some(&LENGTHS),
-                    capacity: &capacity,
+                    capacity: Some(&capacity),
                 };
-                let settings = case.layer.config();
-                let (want_bits, want) = case.twin(settings, &x, [&logits, &s, &r], Some(sequences));
+                let config = case.layer.config();
+                let (want_bits, want) = case.twin(config, &x, [&logits, &s, &r], Some(sequences));
                 let got_bits: Vec<u32> = bit_log.get(&gpu);
                 let got: Vec<f32> = out_log.get(&gpu);
                 assert_same(&got_bits, &want_bits, &what);
@@ -226,7 +226,7 @@ fn another_rule_shares_the_pages() {
         assert_eq!(retrofit.config(), &case.layer.config().with_routing(EXPERT_CHOICE));
 
         // What is written through the one, the other reads.
-        case.host.experts = HostLayer::seeded(&case.host.settings, 900);
+        case.host.experts = HostLayer::seeded(&case.host.config, 900);
         case.host.write(&gpu.queue, case.layer.weights()).unwrap();
         let hidden = gpu.upload(&x);
         for layer in [&case.layer, &retrofit] {

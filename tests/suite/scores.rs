@@ -17,7 +17,7 @@ fn scores(
     let args = Args {
         logits: (&g).into(),
         bias: b.as_ref().map(Into::into),
-        score_of: s.slice(),
+        scores: s.slice(),
         values: r.slice(),
     };
     let dims = Dims {

@@ -21,8 +21,8 @@ fn block(rule: BlockRule) -> Routing {
 }
 
 fn host(routing: Routing) -> HostLayer {
-    let settings = LayerConfig::new(HIDDEN, 64, EXPERTS, routing).with_shared_experts(1);
-    HostLayer::new(settings).with_bias()
+    let config = LayerConfig::new(HIDDEN, 64, EXPERTS, routing).with_shared_experts(1);
+    HostLayer::new(config).with_bias()
 }
 
 fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) -> MoeLayer {

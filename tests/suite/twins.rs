@@ -34,14 +34,7 @@ fn election(rule: BlockRule, r: &[f32], experts: usize, own: &[u32], offsets: &[
 }
 
 fn plan(tile_rows: u32, assigned: &[u32], gates: &[f32]) -> HostPlan {
-    let shape = PlanShape {
-        tokens: 2,
-        experts: 3,
-        shared_experts: 0,
-        routed_slots: 6,
-        tile_rows,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(2, 3, 6).with_item_rows(tile_rows, 4);
     HostPlan::cpu(&shape, assigned, gates)
 }
 
@@ -82,7 +75,7 @@ const CASES: &[Case] = &[
     ("coreset", || { coreset::cpu(UNION, &R10, 2, &[0; 2], &[0, 5], Some(&[1; 4])); }, "`voters`: expected 5 values, got 4"),
     ("assign", || { assign::cpu(&[0; 7], &R10[..7], 2, 3); }, "`ids`: expected rows of 2 values, got 7"),
     ("assign", || { assign::cpu(&[0; 6], &R10, 2, 3); }, "`weights`: expected 6 values, got 10"),
-    ("assign", || { assign::cpu(&[0; 6], &R6, 0, 3); }, "`top`: expected 1 or more, got 0"),
+    ("assign", || { assign::cpu(&[0; 6], &R6, 0, 3); }, "`experts_per_token`: expected 1 or more, got 0"),
     ("assign", || { assign::cpu(&[0; 6], &R6, 2, 0); }, "`experts`: expected 1 or more, got 0"),
     ("assign_lists", || { assign_lists::cpu(&[], &[0; 6], &R6, 3); }, "`offsets`: expected one value more than there are ranges, got 0"),
     ("assign_lists", || { assign_lists::cpu(&[0, 6], &[0; 6], &R10, 3); }, "`weights`: expected 6 values, got 10"),
@@ -149,14 +142,7 @@ fn no_tokens_are_no_error() {
     assert!(expert_choice::cpu(&[], 3, &[0, 0], None, &[4]).is_empty());
     assert!(sequence_top::cpu(&[], 3, 2, &[0, 0]).is_empty());
     assert!(gather::cpu(&[], 3, &[]).is_empty());
-    let shape = PlanShape {
-        tokens: 0,
-        experts: 3,
-        shared_experts: 1,
-        routed_slots: 1,
-        tile_rows: 8,
-        skinny_rows: 4,
-    };
+    let shape = PlanShape::on_host(0, 3, 1).with_item_rows(8, 4).with_shared_experts(1);
     assert_eq!(HostPlan::cpu(&shape, &[], &[]).expert_offsets, [0; 5]);
 }
 

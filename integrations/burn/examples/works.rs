@@ -121,7 +121,7 @@ impl Both {
         if !self.wanted(name) {
             return Ok(());
         }
-        let (gpu, s) = (&self.gpu, work.settings);
+        let (gpu, s) = (&self.gpu, work.config);
         let [d, f, e] = [s.hidden, s.intermediate, s.experts].map(|n| n as usize);
         let layer = work.layer(&self.ctx, work.weights(gpu, &self.ctx, weight_type)?)?;
         let bound = work.bind(gpu, &layer, None)?;

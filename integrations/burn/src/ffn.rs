@@ -41,12 +41,12 @@ impl MoeFfn {
     /// LayerConfig that make no sense, tensors of other shapes, or what wgpu refuses.
     pub fn new(
         device: &MoeDevice,
-        settings: LayerConfig,
+        config: LayerConfig,
         weight_type: WeightType,
         tensors: MoeTensors,
     ) -> Result<Self> {
         let ctx = device.context();
-        let weights = ExpertWeights::new(ctx, settings.expert_shape(weight_type))?;
+        let weights = ExpertWeights::new(ctx, config.expert_shape(weight_type))?;
         let stacks = [("gate", tensors.gate), ("up", tensors.up), ("down", tensors.down)];
         for (projection, (name, stack)) in Projection::ALL.into_iter().zip(stacks) {
             let [rows, columns] = weights.shape().matrix(projection).map(|n| n as usize);
@@ -68,7 +68,7 @@ impl MoeFfn {
         };
         let mut router = Router::new(upload("router", device.read(tensors.router))?);
         router.bias = tensors.bias.map(|b| upload("bias", device.read(b))).transpose()?;
-        Ok(Self::from_layer(device, MoeLayer::new(ctx, settings, router, weights)?))
+        Ok(Self::from_layer(device, MoeLayer::new(ctx, config, router, weights)?))
     }
 
     /// A layer of weights from anywhere, which must have been made on the device's [context](MoeDevice::context).

@@ -51,14 +51,14 @@ fn assert_close(got: &[f32], want: &[f32], what: &str) {
 }
 
 /// The CPU twin for weights of Burn tensors.
-fn cpu(settings: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
+fn cpu(config: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
     let router = host(&tensors.router);
     let router = HostRouter { weight: &router, bias: None, scale_by_count: None, scale_by_expert: None };
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
-    let size = (settings.hidden * settings.intermediate) as usize;
+    let size = (config.hidden * config.intermediate) as usize;
     let matrix =
         |e: u32, p: Projection| HostWeights::F32(&stacks[p as usize][e as usize * size..][..size]);
-    layer::cpu(settings, &router, HostBatch::default(), &matrix, x)
+    layer::cpu(config, &router, HostBatch::default(), &matrix, x)
 }
 
 #[test]
@@ -71,14 +71,14 @@ fn equals_the_twin_under_every_kind_of_rule() {
         Routing::TokenChoice(block),
         models::find("ec-dlm").expect("a model").with_experts(8).routing,
     ] {
-        let settings = SETTINGS.with_routing(routing);
-        let ffn = MoeFfn::new(&device, settings, WeightType::F32, tensors.clone()).unwrap();
+        let config = SETTINGS.with_routing(routing);
+        let ffn = MoeFfn::new(&device, config, WeightType::F32, tensors.clone()).unwrap();
         for tokens in [1, 33, 70] {
             let x = random([tokens, 64], 1.0);
             let got = host(&ffn.forward(x.clone()));
             assert_close(
                 &got,
-                &cpu(&settings, &tensors, &host(&x)),
+                &cpu(&config, &tensors, &host(&x)),
                 &format!("{routing:?} {tokens}"),
             );
         }

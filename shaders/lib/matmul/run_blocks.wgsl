@@ -1,6 +1,6 @@
 // A run: what a lane loads of a column at once, all under way together. Here 32 values of a block of 256:
-// its words of scales and those of its codes. Needs a format of blocks, which says where they are, and
-// weights.wgsl. Twin of run_words.wgsl.
+// its words of scales and those of its codes. Needs a format of blocks, which says where they are. Twin of
+// run_words.wgsl.
 const BLOCK_DEPTH: u32 = 256u;
 const RUN_DEPTH: u32 = 32u;
 
@@ -10,24 +10,6 @@ struct Run {
   codes: vec4<u32>,
   more_codes: vec4<u32>,    // where CODE_WORDS is 2
   place: u32,               // of the run in its block, 0 to 7
-}
-
-fn load_run(up: bool, base: u32, run: u32) -> Run {
-  let block = base + run / 8u * (BLOCK_WORDS * PANEL);
-  var words: Run;
-  words.place = run % 8u;
-  words.scales = load_weights(up, block, 0u);
-  if SCALE_WORDS > 1u { words.more_scales = load_weights(up, block, 1u); }
-  words.codes = load_weights(up, block, code_word(words.place, 0u));
-  if CODE_WORDS > 1u { words.more_codes = load_weights(up, block, code_word(words.place, 1u)); }
-  return words;
-}
-
-// The same with zeros past the last block of the column.
-fn load_run_tail(up: bool, base: u32, run: u32) -> Run {
-  var words: Run;
-  if run * RUN_DEPTH < params.depth { words = load_run(up, base, run); }
-  return words;
 }
 
 // The four bytes of a word.

@@ -99,7 +99,7 @@ impl Keys<'_> {
             capacity_factor: None,
             coreset: None,
         };
-        let settings = LayerConfig {
+        let layer = LayerConfig {
             hidden: self.needed("embedding_length", MOST_SIZE)?,
             intermediate,
             experts,
@@ -107,7 +107,7 @@ impl Keys<'_> {
             activation: Activation::Silu,
             routing: Routing::TokenChoice(rule),
         };
-        settings.routing.check(experts).map_err(|e| failed(self.path, None, e.to_string()))?;
+        layer.routing.check(experts).map_err(|e| failed(self.path, None, e.to_string()))?;
         // Layers that predict further tokens come last, and are counted.
         let blocks = self.needed("block_count", MOST_LAYERS)?;
         let further = self.number("nextn_predict_layers", MOST_LAYERS)?.unwrap_or(0);
@@ -115,7 +115,7 @@ impl Keys<'_> {
             return self.fail("nextn_predict_layers", format!("{further} of {blocks} layers"));
         };
         Ok(Config {
-            settings,
+            layer,
             layers,
             dense: self.number("leading_dense_block_count", u32::MAX)?.unwrap_or(0),
             more_dense: vec![],

@@ -121,8 +121,8 @@ const BLOCK: u32 = 32;
 
 /// The rules compared.
 fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
-    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
-    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.settings.routing;
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.config;
+    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.config.routing;
     let Routing::TokenChoice(own) = mini.routing else {
         return Err("llada2-mini does not route by token choice".into());
     };
@@ -175,7 +175,7 @@ fn hidden_states(options: &Options, hidden: u32, rng: &mut StdRng) -> Vec<Vec<Ve
 struct Bench<'a> {
     gpu: &'a Gpu,
     ctx: &'a Context,
-    settings: LayerConfig,
+    config: LayerConfig,
     router: Router,
     source: Arc<Pool>,
     resident: MoeLayer,
@@ -188,17 +188,17 @@ impl<'a> Bench<'a> {
     fn new(
         gpu: &'a Gpu,
         ctx: &'a Context,
-        settings: LayerConfig,
+        config: LayerConfig,
         rng: &mut StdRng,
     ) -> Result<Self, Error> {
-        let router = router(ctx, &synthetic::router(rng, &settings), None)?;
-        let source = Arc::new(Pool::new(rng, &settings, WeightType::Bf16));
-        let shape = settings.expert_shape(WeightType::Bf16);
+        let router = router(ctx, &synthetic::router(rng, &config), None)?;
+        let source = Arc::new(Pool::new(rng, &config, WeightType::Bf16));
+        let shape = config.expert_shape(WeightType::Bf16);
         let weights = upload(gpu, ctx, shape, &|e, p| source.matrix(e, p))?;
-        let resident = MoeLayer::new(ctx, settings, router.clone(), weights)?;
-        let values = vec![f32::NAN; (BLOCK * settings.hidden) as usize];
+        let resident = MoeLayer::new(ctx, config, router.clone(), weights)?;
+        let values = vec![f32::NAN; (BLOCK * config.hidden) as usize];
         let [hidden, all, some] = [0; 3].map(|_| gpu.upload(&values));
-        Ok(Self { gpu, ctx, settings, router, source, resident, hidden, outs: [all, some] })
+        Ok(Self { gpu, ctx, config, router, source, resident, hidden, outs: [all, some] })
     }
 
     fn batch(&self, out: usize) -> Batch<'_> {
@@ -215,9 +215,9 @@ impl<'a> Bench<'a> {
     ) -> Result<(Row, u64), Error> {
         let Self { gpu, ctx, .. } = self;
         let resident = self.resident.with_routing(routing)?.bind(&self.batch(0))?;
-        let settings = self.settings.with_routing(routing);
+        let config = self.config.with_routing(routing);
         let (router, source) = (self.router.clone(), self.source.clone());
-        let mut layer = CachedLayer::new(ctx, &gpu.queue, settings, router, source, options)?;
+        let mut layer = CachedLayer::new(ctx, &gpu.queue, config, router, source, options)?;
         let mut step = layer.bind(&self.batch(1))?;
         // Kernels are compiled, perhaps, at their first run.
         gpu.queue.write_buffer(&self.hidden, 0, bytemuck::cast_slice(&blocks[0][0]));
@@ -241,7 +241,7 @@ impl<'a> Bench<'a> {
         };
         let mut moved = 0;
         for (b, block) in blocks.iter().enumerate() {
-            let mut touched = vec![false; self.settings.experts as usize];
+            let mut touched = vec![false; self.config.experts as usize];
             let mut before: Vec<u32> = vec![];
             for (i, x) in block.iter().enumerate() {
                 progress.say(format!(
@@ -312,13 +312,13 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         return Err("--agreement must lie in 0..=1".into());
     }
     let rules = rules(options.experts)?;
-    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.settings;
-    let settings = {
+    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.config;
+    let config = {
         let mut config = mini.with_routing(rules[0].1);
         config.experts = options.experts;
         config
     };
-    let shape = settings.expert_shape(WeightType::Bf16);
+    let shape = config.expert_shape(WeightType::Bf16);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
     let budget_bytes = match options.budget {
         Budget::Share(share) => (share * resident_bytes as f64) as u64,
@@ -334,8 +334,8 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let ctx = Context::new(&gpu.device).map_err(say)?;
     progress.say(format!("making and packing {} MB of expert weights", resident_bytes / 1_000_000));
     let mut rng = StdRng::seed_from_u64(options.seed);
-    let bench = Bench::new(&gpu, &ctx, settings, &mut rng).map_err(say)?;
-    let blocks = hidden_states(options, settings.hidden, &mut rng);
+    let bench = Bench::new(&gpu, &ctx, config, &mut rng).map_err(say)?;
+    let blocks = hidden_states(options, config.hidden, &mut rng);
     let mut rows = vec![];
     let mut cache_bytes = 0;
     for rule in rules {

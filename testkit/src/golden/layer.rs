@@ -47,9 +47,9 @@ fn sized(file: &File, name: &str, want: usize) -> Result<Vec<f32>, String> {
 }
 
 /// Gate, up and down of each expert, the shared ones last.
-fn experts(file: &File, settings: &LayerConfig) -> Result<Vec<[Vec<f32>; 3]>, String> {
-    let [d, f] = [settings.hidden, settings.intermediate].map(|n| n as usize);
-    let [e, shared] = [settings.experts, settings.shared_experts].map(|n| n as usize);
+fn experts(file: &File, config: &LayerConfig) -> Result<Vec<[Vec<f32>; 3]>, String> {
+    let [d, f] = [config.hidden, config.intermediate].map(|n| n as usize);
+    let [e, shared] = [config.experts, config.shared_experts].map(|n| n as usize);
     let [gate, up, down] =
         ["gate_proj", "up_proj", "down_proj"].map(|name| matrices(file, name, e, d * f));
     let mut experts: Vec<[Vec<f32>; 3]> =
@@ -83,7 +83,7 @@ impl Layer {
             (None, false) => None,
             _ => return Err("`top_p` is of block_coreset, and only there".into()),
         };
-        let settings = LayerConfig::new(
+        let config = LayerConfig::new(
             file.number("hidden")?,
             file.number("intermediate")?,
             file.number("experts")?,
@@ -100,16 +100,16 @@ impl Layer {
             }),
         )
         .with_shared_experts(file.number("shared_experts")?);
-        let [d, e] = [settings.hidden, settings.experts].map(|n| n as usize);
-        if [d, e, settings.intermediate as usize, tokens].contains(&0) {
+        let [d, e] = [config.hidden, config.experts].map(|n| n as usize);
+        if [d, e, config.intermediate as usize, tokens].contains(&0) {
             return Err("a size of 0".into());
         }
-        settings.routing.check(settings.experts).map_err(|e| e.to_string())?;
+        config.routing.check(config.experts).map_err(|e| e.to_string())?;
         let host = HostLayer {
-            settings,
+            config,
             router: sized(file, "router_weight", e * d)?,
             bias: Some(sized(file, "expert_bias", e)?),
-            experts: experts(file, &settings)?,
+            experts: experts(file, &config)?,
         };
         let defined = if in_blocks { file.flags("token_is_defined")? } else { vec![true; tokens] };
         if defined.len() != tokens {
@@ -131,14 +131,14 @@ impl Layer {
 
     /// The router's logits on the CPU twin.
     pub fn logits(&self) -> Vec<f32> {
-        logits::cpu(&self.x, &self.host.router, self.host.settings.hidden as usize)
+        logits::cpu(&self.x, &self.host.router, self.host.config.hidden as usize)
     }
 
     /// The output on the CPU twins.
     pub fn on_cpu(&self) -> Vec<f32> {
-        let (logits, settings) = (self.logits(), self.host.settings);
-        let (e, bias) = (settings.experts as usize, self.host.bias.as_deref());
-        let (s, r) = scores::cpu(&logits, e, settings.routing.score(), false, bias);
+        let (logits, config) = (self.logits(), self.host.config);
+        let (e, bias) = (config.experts as usize, self.host.bias.as_deref());
+        let (s, r) = scores::cpu(&logits, e, config.routing.score(), false, bias);
         let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, voters: None });
         let routed = self.host.routing(HostBatch { sequences: None, blocks }, [&logits, &s, &r]);
         self.host.outputs(&self.x, &routed.assigned, &routed.gates)
@@ -163,7 +163,7 @@ impl Layer {
         if got.len() != self.y.len() {
             return (f32::INFINITY, false);
         }
-        let d = self.host.settings.hidden as usize;
+        let d = self.host.config.hidden as usize;
         let rows = got.chunks(d).zip(self.y.chunks(d)).zip(&self.defined).filter(|(_, d)| **d);
         rows.fold((0.0, true), |(most, ok), ((got, want), _)| {
             (worst(got, want).max(most), ok && mismatch(got, want, ATOL, RTOL).is_none())

@@ -17,8 +17,7 @@ pub const RTOL: f32 = 1e-4;
 
 /// Kinds that the crate does not compute yet, each with what it waits for.
 pub const LATER: &[(&str, &str)] = &[
-    ("quantized", "quantized experts"),
-    ("gguf", "quantized experts"),
+    ("gguf", "none: `tests/suite/gguf.rs` compares them"),
     ("bias_update", "training"),
     ("gradient_block_coreset", "training"),
     ("gradient_expert_choice", "training"),
@@ -78,8 +77,8 @@ impl File {
 
     fn parse(name: &str, bytes: &[u8]) -> Result<Self, String> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
-        let settings = header.metadata().as_ref().and_then(|m| m.get("case"));
-        let case = serde_json::from_str(settings.ok_or("no `case` in the header")?)
+        let config = header.metadata().as_ref().and_then(|m| m.get("case"));
+        let case = serde_json::from_str(config.ok_or("no `case` in the header")?)
             .map_err(|e| format!("`case`: {e}"))?;
         let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
         let tensor = |(name, view): (&str, safetensors::tensor::TensorView<'_>)| {
@@ -158,6 +157,10 @@ impl File {
 
     pub fn f32s(&self, name: &str) -> Result<Vec<f32>, String> {
         self.values(name, Dtype::F32)
+    }
+
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, String> {
+        self.values(name, Dtype::U8)
     }
 
     pub fn i32s(&self, name: &str) -> Result<Vec<i32>, String> {

@@ -1,7 +1,6 @@
 //! The plan of an assignment, compared with the twin.
 use super::numbers::{SCORES, fill};
 use crate::compare::close;
-use wgmoe::ops::grouped_matmul::{SKINNY_ROWS, tile_rows};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
 use wgmoe::ops::plan_scan::{self, PlanScan};
@@ -29,14 +28,7 @@ pub fn plan(
 ) -> Result<Planned, String> {
     let say = |e: wgmoe::Error| e.to_string();
     let slots: u32 = assigned.iter().map(|w| w.count_ones()).sum();
-    let shape = PlanShape {
-        tokens,
-        experts,
-        shared_experts: 0,
-        routed_slots: slots,
-        tile_rows: tile_rows(ctx),
-        skinny_rows: SKINNY_ROWS,
-    };
+    let shape = PlanShape::new(ctx, tokens, experts, slots);
     let (assigned_in, logits_in) = (gpu.upload(assigned), gpu.upload(logits));
     let gates = gpu.upload(&vec![0f32; logits.len()]);
     let plan = gpu.upload(&vec![u32::MAX; (shape.bytes().map_err(say)? / 4) as usize]);

@@ -24,7 +24,7 @@ const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projecti
 /// A layer and its input. Clones share the experts.
 #[derive(Clone)]
 pub struct Work {
-    pub settings: LayerConfig,
+    pub config: LayerConfig,
     pub tokens: u32,
     /// `[T, D]`.
     pub x: Vec<f32>,
@@ -67,38 +67,38 @@ impl Matrix<'_> {
 const SHARED: f32 = 0.6;
 
 impl Work {
-    fn new(settings: LayerConfig, tokens: u32) -> Self {
-        let LayerConfig { hidden, experts, .. } = settings;
+    fn new(config: LayerConfig, tokens: u32) -> Self {
+        let LayerConfig { hidden, experts, .. } = config;
         let router = fill(ROUTER, experts * hidden, 12.0 / (hidden as f32).sqrt());
         let x = fill(X, tokens * hidden, 1.0);
-        Self { settings, tokens, x, router, bias: None, experts: Experts::Own }
+        Self { config, tokens, x, router, bias: None, experts: Experts::Own }
     }
 
     /// Decoding one block: T 32, D 2048, F 512, E 32, K 8, softmax, the gates of the 8 normalised.
     pub fn w1() -> Self {
         let routing = TokenChoice::new(8);
-        let settings = LayerConfig::new(2048, 512, 32, routing);
-        Self::new(settings, 32)
+        let config = LayerConfig::new(2048, 512, 32, routing);
+        Self::new(config, 32)
     }
 
     /// Expert choice: D 512, F 384, E 64, C T / 8 (W2 itself: T 512, C 64), chosen by and weighed
     /// with softmax over all experts.
     pub fn w2(tokens: u32) -> Self {
         let routing = ExpertChoice::new(8).with_normalise(Normalise::BeforeSelection);
-        let settings = {
-            let mut config = Self::w1().settings;
+        let config = {
+            let mut config = Self::w1().config;
             config.hidden = 512;
             config.intermediate = 384;
             config.experts = 64;
             config
         };
-        Self::new(settings.with_routing(routing), tokens)
+        Self::new(config.with_routing(routing), tokens)
     }
 
     /// The same with some experts more popular than others: to logits of variance 1, one of
     /// variance 1 is added that is each expert's own.
     pub fn skewed(mut self) -> Self {
-        let width = self.settings.hidden as usize;
+        let width = self.config.hidden as usize;
         self.x.chunks_exact_mut(width).for_each(|row| row[0] = 1.0);
         for (e, row) in self.router.chunks_exact_mut(width).enumerate() {
             row[0] = uniform(BIAS, e as u32, 12f32.sqrt());
@@ -115,8 +115,8 @@ impl Work {
     /// A model's layer with synthetic inputs: normal logits `2 (sqrt(0.6) Z_block + sqrt(0.4) Z) -
     /// 3`, of which the 32 tokens of a block share a part, so that a block of LLaDA2.0-mini uses
     /// about as many distinct experts as published (69.5 of 256). Weights are bf16.
-    pub fn synthetic(settings: LayerConfig, tokens: u32) -> Self {
-        let LayerConfig { hidden, intermediate, experts, shared_experts, routing, .. } = settings;
+    pub fn synthetic(config: LayerConfig, tokens: u32) -> Self {
+        let LayerConfig { hidden, intermediate, experts, shared_experts, routing, .. } = config;
         let unit = 12f32.sqrt(); // variance 1
         let mut router = fill(ROUTER, experts * hidden, 2.0 * unit / (hidden as f32).sqrt());
         for row in router.chunks_exact_mut(hidden as usize) {
@@ -130,12 +130,12 @@ impl Work {
             (0..count as u32).map(|i| bf16::from_f32(uniform(seed, i, scale))).collect()
         });
         let experts = Experts::Pool(Arc::new(pool));
-        Self { settings, tokens, x: vec![], router, bias, experts }.with_input(tokens, 0)
+        Self { config, tokens, x: vec![], router, bias, experts }.with_input(tokens, 0)
     }
 
     /// The same layer with another input: `tokens` tokens of batch number `batch`.
     pub fn with_input(&self, tokens: u32, batch: u32) -> Self {
-        let hidden = self.settings.hidden;
+        let hidden = self.config.hidden;
         let unit = 12f32.sqrt();
         let width = hidden as usize;
         let blocks = tokens.div_ceil(32);
@@ -154,7 +154,7 @@ impl Work {
 
     /// Useful floating-point operations of `slots` routed rows and the shared experts' rows.
     pub fn flops(&self, slots: u32) -> u64 {
-        let LayerConfig { hidden, intermediate, shared_experts, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, shared_experts, .. } = self.config;
         let rows = u64::from(slots) + u64::from(shared_experts) * u64::from(self.tokens);
         6 * rows * u64::from(hidden) * u64::from(intermediate)
     }
@@ -165,7 +165,7 @@ impl Work {
     }
 
     pub fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
-        let LayerConfig { hidden, intermediate, .. } = self.settings;
+        let LayerConfig { hidden, intermediate, .. } = self.config;
         let (place, seed, depth) = match projection {
             Projection::Gate => (0, GATE, hidden),
             Projection::Up => (1, UP, hidden),
@@ -187,7 +187,7 @@ impl Work {
         ctx: &Context,
         weight_type: WeightType,
     ) -> wgmoe::Result<ExpertWeights> {
-        let shape = self.settings.expert_shape(weight_type);
+        let shape = self.config.expert_shape(weight_type);
         let weights = ExpertWeights::new(ctx, shape)?;
         let write = |e| {
             PROJECTIONS
@@ -214,7 +214,7 @@ impl Work {
             router.bias = self.bias.as_ref().map(|b| Tensor::new(ctx, "bias", b)).transpose()?;
             router
         };
-        MoeLayer::new(ctx, self.settings, router, weights)
+        MoeLayer::new(ctx, self.config, router, weights)
     }
 
     /// Binds a layer of this work, under whatever rule, to this input.
@@ -229,15 +229,15 @@ impl Work {
         let mut batch = Batch::new(&hidden, self.tokens).into_out(&out);
         batch.scratch = scratch;
         let step = layer.bind(&batch)?;
-        Ok(Bound { settings: *layer.config(), step, hidden, out })
+        Ok(Bound { config: *layer.config(), step, hidden, out })
     }
 
     /// What the twins make of the logits and scores that the device computed, compared with what it
     /// chose: logits (whole, or in eight tokens where that takes long), scores of eight tokens,
     /// coresets and choice whole.
     pub fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
-        let settings = bound.settings;
-        let (d, e, t) = (settings.hidden as usize, settings.experts as usize, self.tokens as usize);
+        let config = bound.config;
+        let (d, e, t) = (config.hidden as usize, config.experts as usize, self.tokens as usize);
         let read = |slice: Slice<'_>| gpu.download::<f32>(slice).map_err(|e| e.to_string());
         let [logits, s, r] = selection(&bound.step).ok_or("no tokens")?;
         let [logits, s, r] = [read(logits)?, read(s)?, read(r)?];
@@ -248,7 +248,7 @@ impl Work {
             let (got, atol) = (&logits[t * e..][..e], 2e-5 * (d as f32).sqrt());
             close(got, &want, atol, 2e-5, &format!("token {t}: logits"))?;
         }
-        let routing = settings.routing;
+        let routing = config.routing;
         for &t in &eight {
             let row = |v: &[f32]| v[t * e..][..e].to_vec();
             let bias = self.bias.as_deref();
@@ -265,7 +265,7 @@ impl Work {
             scale_by_count: None,
             scale_by_expert: None,
         };
-        let want = cpu_routing(&settings, &router, HostBatch::default(), [&logits, &s, &r]);
+        let want = cpu_routing(&config, &router, HostBatch::default(), [&logits, &s, &r]);
         let words = |slice: Slice<'_>| gpu.download::<u32>(slice).map_err(|e| e.to_string());
         let assigned = words(bound.step.assigned().ok_or("no tokens")?)?;
         same(&assigned, &want.assigned, "assigned")?;
@@ -288,7 +288,7 @@ impl Work {
         choice: &Choice,
     ) -> Result<HostPlan, String> {
         let say = |e: wgmoe::Error| e.to_string();
-        let e = bound.settings.experts as usize;
+        let e = bound.config.experts as usize;
         let gates: Vec<f32> = gpu.download(bound.step.gates().ok_or("no tokens")?).map_err(say)?;
         // Only assigned pairs have a gate.
         let pairs: Vec<usize> = (0..choice.tokens * e)
@@ -323,8 +323,8 @@ impl Work {
         choice: &Choice,
         sample: usize,
     ) -> Result<(), String> {
-        let settings = bound.settings;
-        let (d, e) = (settings.hidden as usize, settings.experts as usize);
+        let config = bound.config;
+        let (d, e) = (config.hidden as usize, config.experts as usize);
         let shape = layer.weights().shape();
         let got: Vec<f32> = gpu.download(&bound.out).map_err(|e| e.to_string())?;
         let tokens: Vec<(usize, Vec<(u32, f32)>)> = spread(choice.tokens, sample)
@@ -335,7 +335,7 @@ impl Work {
                 (t, experts.into_iter().map(gate).collect())
             })
             .collect();
-        let shared = settings.experts..settings.experts + settings.shared_experts;
+        let shared = config.experts..config.experts + config.shared_experts;
         let used = tokens.iter().flat_map(|(_, chosen)| chosen).map(|&(e, _)| e).chain(shared);
         let mut experts: HashMap<(u32, Projection), Matrix<'_>> = HashMap::new();
         for e in used {
@@ -352,7 +352,7 @@ impl Work {
         let host = |e: u32, p: Projection| experts[&(e, p)].host();
         let check = |(t, chosen): &(usize, Vec<(u32, f32)>)| {
             let row = t * d..(t + 1) * d;
-            let want = cpu_token(&settings, &host, &self.x[row.clone()], chosen);
+            let want = cpu_token(&config, &host, &self.x[row.clone()], chosen);
             let atol = 2e-5 * largest(&want) + 1e-6;
             close(&got[row], &want, atol, 2e-5, &format!("token {t}: output"))
         };
@@ -369,7 +369,7 @@ const WHOLE_LOGITS: usize = 1 << 25;
 
 /// A layer bound to an input.
 pub struct Bound {
-    pub settings: LayerConfig,
+    pub config: LayerConfig,
     pub step: BoundLayer,
     pub hidden: wgpu::Buffer,
     pub out: wgpu::Buffer,

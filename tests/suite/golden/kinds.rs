@@ -1,4 +1,5 @@
 //! A function a kind of golden file: what is compared, and how closely.
+use super::quantized::quantized;
 use super::routing::{Routed, Routing, Rule};
 use testkit::compare::{close, same, worst};
 use testkit::golden::{ATOL, File, Layer, RTOL, blocks, schedules};
@@ -7,7 +8,7 @@ use wgmoe::plan::bits;
 use wgmoe::routing::{BlockRule, GateRule, Groups};
 use wgmoe::{Gpu, Score};
 
-type Outcome = Result<(), String>;
+pub(super) type Outcome = Result<(), String>;
 
 /// Reads a file and compares everything in it, on the twins and, where there is one, on the GPU in
 /// every variant.
@@ -24,6 +25,7 @@ pub(super) const KINDS: &[(&str, Check)] = &[
     ("opportunistic", block_rule),
     ("sequence_top", sequence_top),
     ("capacity_schedule", capacity_schedule),
+    ("quantized", quantized),
 ];
 
 /// Tokens of the blocks whose distinct experts were counted where a file names no blocks of its
@@ -41,6 +43,8 @@ pub(super) struct Report {
     /// Tokens of recorded layers, and those whose output the reference defines.
     pub(super) tokens: usize,
     pub(super) defined: usize,
+    /// Subnormal values that the device took for zero.
+    pub(super) flushed: usize,
 }
 
 /// Compares a choice, `[tokens, experts]`. `value(t, e)` is what was chosen by; where a pair

@@ -1,13 +1,14 @@
 //! What the reference implementations returned, on the CPU twins and on the GPU in every variant:
 //! every tensor of every file of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names.
 mod kinds;
+mod quantized;
 mod routing;
 
 use kinds::{KINDS, Report, compare_choice};
 use std::collections::BTreeMap;
 use testkit::golden::{File, LATER, files};
 use testkit::prelude::gpu;
-use wgmoe::Gpu;
+use wgmoe::{Gpu, WeightType};
 
 /// Compares a file. None where its kind belongs to a later issue.
 fn check(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Option<Result<(), String>> {
@@ -42,13 +43,14 @@ fn reference_outputs() {
     }
     println!(
         "{} files agree: {seen:?}; {} choices at a boundary fell the other way; gates differ by {:e} at most, \
-         layer outputs by {:e}; {} of {} tokens of layers defined; of later issues: {later:?}",
+         layer outputs by {:e}; {} of {} tokens of layers defined; {} subnormal weights flushed; of later issues: {later:?}",
         seen.values().sum::<usize>(),
         report.close_calls,
         report.worst_gate,
         report.worst_output,
         report.defined,
-        report.tokens
+        report.tokens,
+        report.flushed
     );
     let missing: Vec<&str> =
         KINDS.iter().map(|(kind, _)| *kind).filter(|kind| !seen.contains_key(*kind)).collect();
@@ -76,8 +78,24 @@ fn places(file: &File, name: &str) -> (Vec<usize>, f32) {
             let width = len / defined.len();
             (vec![t * width, (t + 1) * width - 1], 0.05)
         }
+        "data" | "weight" | "dequantized" => (of_value(file, name), 0.05),
         _ => (ends, 0.05),
     }
+}
+
+/// Where a value is neither zero nor so large that little does not move it: first, middle, last. Of
+/// blocks, whose scales may be zero, the byte in the middle of the block of such a value: codes.
+fn of_value(file: &File, name: &str) -> Vec<usize> {
+    let values = file.f32s("dequantized").expect("values");
+    let there = |i: &usize| (1e-6..1.0).contains(&values[*i].abs());
+    let all: Vec<usize> = (0..values.len()).filter(there).collect();
+    let some = vec![all[0], all[all.len() / 2], all[all.len() - 1]];
+    if name != "data" {
+        return some;
+    }
+    let format = WeightType::of_name(file.text("format").expect("a format")).expect("known");
+    let (values, bytes) = (format.block_values() as usize, format.block_bytes() as usize);
+    some.into_iter().map(|i| i / values * bytes + bytes / 2).collect()
 }
 
 /// The first chosen pair, one in the middle, the last.

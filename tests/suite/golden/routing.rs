@@ -125,7 +125,7 @@ impl Routing {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: bias.as_ref().map(Into::into),
-            score_of: s.slice(),
+            scores: s.slice(),
             values: r.slice(),
         };
         let dims =
@@ -251,14 +251,12 @@ impl Routing {
         assigned: &Output,
         gates: &Output,
     ) {
-        let shape = PlanShape {
-            tokens: self.tokens as u32,
-            experts: self.experts as u32,
-            shared_experts: 0,
-            routed_slots: (self.tokens * self.experts) as u32,
-            tile_rows: 16,
-            skinny_rows: 0,
-        };
+        let shape = PlanShape::on_host(
+            self.tokens as u32,
+            self.experts as u32,
+            (self.tokens * self.experts) as u32,
+        )
+        .with_item_rows(16, 0);
         let plan = Output::u32s(gpu, shape.bytes().unwrap() as usize / 4);
         let scale_by_count = self.scale_by_count.as_ref().map(|b| gpu.upload(b));
         let args = plan_count::Args {

@@ -10,7 +10,7 @@ use wgmoe::layer::{HostBatch, HostBlocks, HostSequences, LayerConfig, cpu_routin
 use wgmoe::ops::expert_union::{self, ExpertUnion, Totals};
 use wgmoe::ops::{coreset, scores, sequence_top, token_choice};
 use wgmoe::plan::bits;
-use wgmoe::routing::{BlockRule, Routing, Score};
+use wgmoe::routing::{Routing, Score};
 use wgmoe::{BoundOp, Context, Error, Gpu, WeightType, wgpu};
 
 /// Checks of one row; what failed is said on stderr.
@@ -65,23 +65,23 @@ pub(super) struct Routed {
 impl Routed {
     /// The CPU twin, from these scores.
     pub(super) fn twin(
-        settings: &LayerConfig,
+        config: &LayerConfig,
         rule: &Rule,
         draw: &Draw,
         s: &[f32],
         r: &[f32],
     ) -> Self {
-        let settings = settings.with_routing(rule.routing);
+        let config = config.with_routing(rule.routing);
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
-            sequences: Some(HostSequences { offsets, lengths: None, capacity: &[] }),
+            sequences: Some(HostSequences { offsets, lengths: None, capacity: None }),
             blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
         };
-        let routed = cpu_routing(&settings, &router, batch, [&draw.logits, s, r]);
+        let routed = cpu_routing(&config, &router, batch, [&draw.logits, s, r]);
         let (tokens, e) = (draw.tokens as usize, draw.experts as usize);
         let (members, counts, bytes) =
-            expert_union::cpu(&routed.assigned, tokens, e, offsets, expert_bytes(&settings));
+            expert_union::cpu(&routed.assigned, tokens, e, offsets, expert_bytes(&config));
         let mut totals = Totals::default();
         totals.add(&counts, offsets, tokens);
         let (coreset, assigned) = (routed.coreset, routed.assigned);
@@ -93,26 +93,24 @@ impl Routed {
         let mean =
             |words: &[u32]| words.iter().map(|w| f64::from(w.count_ones())).sum::<f64>() / blocks;
         let coreset = self.coreset.as_deref().map_or(draw.experts.into(), mean);
-        let used = self.totals.mean();
-        let by_coreset = matches!(rule.coreset(), Some(BlockRule::Mass { .. }));
         Row {
             rule: rule.name,
             block: rule.block,
             published: rule.published,
-            measured: if by_coreset { coreset } else { used },
+            kept: rule.kept,
+            measured: self.totals.mean(),
             coreset,
             bytes: self.bytes.iter().map(|&b| b as f64).sum::<f64>() / blocks,
             layer_ms: None,
             ok,
-            used,
             times: None,
         }
     }
 }
 
 /// Bytes of one expert in bf16.
-pub(super) fn expert_bytes(settings: &LayerConfig) -> u64 {
-    settings.expert_shape(WeightType::Bf16).expert_bytes()
+pub(super) fn expert_bytes(config: &LayerConfig) -> u64 {
+    config.expert_shape(WeightType::Bf16).expert_bytes()
 }
 
 /// A draw on the device, scored.
@@ -143,7 +141,7 @@ impl<'a> Scored<'a> {
         let args = scores::Args {
             logits: (&logits).into(),
             bias: None,
-            score_of: (&s).into(),
+            scores: (&s).into(),
             values: (&r).into(),
         };
         let dims = scores::Dims {
@@ -242,7 +240,7 @@ impl Scored<'_> {
         &self,
         rule: &Rule,
         checks: &mut Checks<'_>,
-        settings: &LayerConfig,
+        config: &LayerConfig,
         [s, r]: [&[f32]; 2],
     ) -> Result<Routed, Error> {
         let (gpu, draw) = (self.gpu, self.draw);
@@ -254,7 +252,7 @@ impl Scored<'_> {
         let bytes = self.poisoned(2 * blocks as usize);
         let totals = gpu.upload(&[0u32; 4]);
         let dims =
-            expert_union::Dims { tokens, experts, blocks, expert_bytes: expert_bytes(settings) };
+            expert_union::Dims { tokens, experts, blocks, expert_bytes: expert_bytes(config) };
         let args = expert_union::Args {
             assigned: (&chosen.assigned).into(),
             offsets: (&self.offsets).into(),
@@ -273,7 +271,7 @@ impl Scored<'_> {
             bytes: gpu.download(&bytes)?,
             totals: Totals::from_words(&gpu.download::<u32>(&totals)?)?,
         };
-        let want = Routed::twin(settings, rule, draw, s, r);
+        let want = Routed::twin(config, rule, draw, s, r);
         let [coreset, want_coreset] =
             [&got.coreset, &want.coreset].map(|c| c.as_deref().unwrap_or_default());
         checks.same("coreset", coreset, want_coreset);
@@ -289,7 +287,7 @@ impl Scored<'_> {
 /// Every rule on the device, with the blocks of one draw for each block size.
 pub(super) fn count_on_gpu(
     options: &Options,
-    settings: &LayerConfig,
+    config: &LayerConfig,
     gpu: &Gpu,
     ctx: &Context,
     rules: &[Rule],
@@ -299,17 +297,17 @@ pub(super) fn count_on_gpu(
     for of_size in rules.chunk_by(|a, b| a.block == b.block) {
         let block = of_size[0].block;
         progress.say(format!("{} blocks of {block}: drawing and scoring", options.blocks));
-        let draw = Draw::new(options.seed, settings.experts, block, options.blocks);
+        let draw = Draw::new(options.seed, config.experts, block, options.blocks);
         let scored = Scored::new(gpu, ctx, &draw)?;
         let [s, r]: [Vec<f32>; 2] = [gpu.download(&scored.s)?, gpu.download(&scored.r)?];
         let (want, _) =
-            scores::cpu(&draw.logits, settings.experts as usize, Score::Sigmoid, false, None);
+            scores::cpu(&draw.logits, config.experts as usize, Score::Sigmoid, false, None);
         for rule in of_size {
             progress.say(format!("{} blocks of {block}: {}", options.blocks, rule.name));
             let mut checks = checks(rule, progress);
             checks.close("scores", &s, &want, 1e-7, 1e-5);
             checks.same("selection", &r, &s);
-            let routed = scored.run(rule, &mut checks, settings, [&s, &r])?;
+            let routed = scored.run(rule, &mut checks, config, [&s, &r])?;
             rows.push(routed.row(rule, &draw, checks.ok));
         }
     }
@@ -319,18 +317,18 @@ pub(super) fn count_on_gpu(
 /// Every rule on the CPU twins alone; what must hold of any choice is checked.
 pub(super) fn count_on_cpu(
     options: &Options,
-    settings: &LayerConfig,
+    config: &LayerConfig,
     rules: &[Rule],
     progress: &Progress,
 ) -> Vec<Row> {
     let mut rows = vec![];
     for of_size in rules.chunk_by(|a, b| a.block == b.block) {
-        let draw = Draw::new(options.seed, settings.experts, of_size[0].block, options.blocks);
+        let draw = Draw::new(options.seed, config.experts, of_size[0].block, options.blocks);
         let (s, r) =
-            scores::cpu(&draw.logits, settings.experts as usize, Score::Sigmoid, false, None);
+            scores::cpu(&draw.logits, config.experts as usize, Score::Sigmoid, false, None);
         for rule in of_size {
             progress.say(format!("{} blocks of {}: {}", options.blocks, rule.block, rule.name));
-            let routed = Routed::twin(settings, rule, &draw, &s, &r);
+            let routed = Routed::twin(config, rule, &draw, &s, &r);
             let mut checks = checks(rule, progress);
             if let Some(coreset) = &routed.coreset {
                 let outside = |(used, elected): (&u32, &u32)| used & !elected;

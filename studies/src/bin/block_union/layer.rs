@@ -23,7 +23,7 @@ use wgmoe::{Context, Dispatch, Error, Gpu, WeightType};
 /// the layer takes little memory on the host. Deviations of 1 / sqrt(D) and 1 / sqrt(F) keep
 /// activations near 1.
 pub(super) struct Data {
-    pub(super) settings: LayerConfig,
+    pub(super) config: LayerConfig,
     pub(super) x: Vec<f32>,
     pub(super) router: Vec<f32>,
     pub(super) voters: Vec<u32>,
@@ -31,19 +31,19 @@ pub(super) struct Data {
 }
 
 impl Data {
-    pub(super) fn new(settings: LayerConfig, seed: u64) -> Self {
+    pub(super) fn new(config: LayerConfig, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let x = synthetic::hidden_states(&mut rng, BLOCK, BLOCK, settings.hidden);
-        let router = synthetic::router(&mut rng, &settings);
+        let x = synthetic::hidden_states(&mut rng, BLOCK, BLOCK, config.hidden);
+        let router = synthetic::router(&mut rng, &config);
         let voters = (0..BLOCK).map(|t| t % 2).collect();
-        let experts = Pool::new(&mut rng, &settings, WeightType::Bf16);
-        Self { settings, x, router, voters, experts }
+        let experts = Pool::new(&mut rng, &config, WeightType::Bf16);
+        Self { config, x, router, voters, experts }
     }
 
     pub(super) fn upload(&self, gpu: &Gpu, ctx: &Context) -> Result<MoeLayer, Error> {
-        let shape = self.settings.expert_shape(WeightType::Bf16);
+        let shape = self.config.expert_shape(WeightType::Bf16);
         let weights = upload(gpu, ctx, shape, &|e, p| self.experts.matrix(e, p))?;
-        MoeLayer::new(ctx, self.settings, router(ctx, &self.router, None)?, weights)
+        MoeLayer::new(ctx, self.config, router(ctx, &self.router, None)?, weights)
     }
 }
 
@@ -82,7 +82,7 @@ pub(super) fn check_layer(
     let [ends, voters] = [gpu.upload(&offsets), gpu.upload(&data.voters)];
     let mut batch = Batch::new(&hidden, BLOCK).into_out(&out);
     let marked = rule.marked.then(|| (&voters).into());
-    batch.blocks = Some({
+    batch.blocks = rule.elects().then(|| {
         let mut blocks = Blocks::new(1, &ends);
         blocks.voters = marked;
         blocks
@@ -91,8 +91,8 @@ pub(super) fn check_layer(
     wall(gpu, step.dispatches())?;
     let got: Vec<f32> = gpu.download(&out)?;
 
-    let settings = layer.config();
-    let (tokens, e, d) = (BLOCK as usize, settings.experts as usize, settings.hidden as usize);
+    let config = layer.config();
+    let (tokens, e, d) = (BLOCK as usize, config.experts as usize, config.hidden as usize);
     let none = || Error::Device("an empty step".into());
     let [logits, s, r] = testkit::layer::selection(&step).ok_or_else(none)?;
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
@@ -100,7 +100,7 @@ pub(super) fn check_layer(
     let voters = rule.marked.then_some(&data.voters[..]);
     let batch =
         HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, voters }) };
-    let want = cpu_routing(settings, &router, batch, [&logits, &s, &r]);
+    let want = cpu_routing(config, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
         checks.same("the layer's coreset", &gpu.download::<u32>(got)?, want);
     }
@@ -108,7 +108,7 @@ pub(super) fn check_layer(
     checks.same("the layer's choice", &assigned, &want.assigned);
     let sample = [0, tokens - 1];
     let choice = (&want.assigned[..], &want.gates[..]);
-    let want = outputs(settings, &|e, p| data.experts.matrix(e, p), &data.x, choice, &sample);
+    let want = outputs(config, &|e, p| data.experts.matrix(e, p), &data.x, choice, &sample);
     for (t, want) in sample.into_iter().zip(want) {
         let what = format!("the layer's output of token {t}");
         checks.close(&what, &got[t * d..][..d], &want, OUTPUT * largest(&want), OUTPUT);
@@ -152,23 +152,23 @@ pub(super) const ROUNDS: u32 = 3;
 /// Times every rule of blocks of [`BLOCK`] tokens.
 pub(super) fn time_rules(
     options: &Options,
-    settings: &LayerConfig,
+    config: &LayerConfig,
     (gpu, ctx): (&Gpu, &Context),
     rules: &[Rule],
     rows: &mut [Row],
     progress: &Progress,
 ) -> Result<String, Error> {
-    let from = settings.experts;
+    let from = config.experts;
     let routing = |rule: &Rule| rule.routing.with_fewer_experts(from, options.experts);
-    let settings = {
-        let mut config = settings.with_routing(routing(&rules[0]));
+    let config = {
+        let mut config = config.with_routing(routing(&rules[0]));
         config.experts = options.experts;
         config
     };
-    let shape = settings.expert_shape(WeightType::Bf16);
+    let shape = config.expert_shape(WeightType::Bf16);
     let bytes = u64::from(shape.experts) * shape.expert_bytes();
     progress.say(format!("making and packing {} MB of expert weights", bytes / 1_000_000));
-    let data = Data::new(settings, options.seed);
+    let data = Data::new(config, options.seed);
     let layer = data.upload(gpu, ctx)?;
     let mut timed = vec![];
     for (rule, row) in rules.iter().zip(rows).filter(|(rule, _)| rule.block == BLOCK) {
@@ -194,7 +194,7 @@ pub(super) fn time_rules(
         let (routing, ffn) = (median(laps.routing), median(laps.ffn));
         row.times = Some(Times { used, routing, ffn, layer });
     }
-    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = settings;
+    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = config;
     let fewer = if experts < from { ", counts of experts in rules in proportion" } else { "" };
     Ok(format!(
         "One block of {BLOCK} tokens through a layer of D {hidden}, F {intermediate}, {experts} experts in bf16{fewer} and {shared_experts} shared, synthetic weights; medians of {rounds} wall times, submission included"

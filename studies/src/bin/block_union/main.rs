@@ -67,8 +67,9 @@ struct Row {
     /// Tokens of a block.
     block: u32,
     published: Option<f64>,
-    /// Mean over the blocks of what was published: experts that a block's tokens use, or for dMoE
-    /// those it elects.
+    /// Share of the accuracy that the paper says is kept, in percent.
+    kept: Option<f64>,
+    /// Mean over the blocks of the experts that a block's tokens use.
     measured: f64,
     /// Mean of the experts a block elects; all where its rule elects none.
     coreset: f64,
@@ -76,9 +77,6 @@ struct Row {
     bytes: f64,
     layer_ms: Option<f64>,
     ok: bool,
-    /// Mean of the experts that a block's tokens use.
-    #[serde(skip)]
-    used: f64,
     #[serde(skip)]
     times: Option<Times>,
 }
@@ -95,10 +93,10 @@ struct Times {
 }
 
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
-    let (settings, rules) = (mini()?, rules()?);
+    let (config, rules) = (mini()?, rules()?);
     for rule in rules.iter().filter(|r| r.block == BLOCK) {
         rule.routing
-            .with_fewer_experts(settings.experts, options.experts)
+            .with_fewer_experts(config.experts, options.experts)
             .check(options.experts)
             .map_err(|e| format!("--experts {}: {}: {e}", options.experts, rule.name))?;
     }
@@ -113,21 +111,21 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     };
     let mut head = vec![
         format!(
-            "Router scores are synthetic: sigmoid of g = 2 (sqrt({RHO}) Z_block[e] + sqrt({:.1}) Z[t, e]) - 3, Z standard normal, seed {};",
-            1.0 - RHO,
-            options.seed
+            "Router scores are synthetic: sigmoid of g = 2 (sqrt({RHO}) Z_block[e] + \
+             sqrt({:.1}) Z[t, e]) - 3,",
+            1.0 - RHO
         ),
-        format!(
-            "nothing but that {RHO} was fitted. {} experts, means of {} blocks. published: arXiv 2605.30876 and LLaDA2.2, of real scores.",
-            settings.experts, options.blocks
-        ),
-        "measured: of dMoE the experts elected (coreset), else those used, which a model's groups may make fewer than elected."
-            .into(),
-        "MB: weights of the experts used, bf16, of one layer; cut: of those, against original.".into(),
+        format!("Z standard normal, seed {}; nothing but that {RHO} was fitted.", options.seed),
+        format!("{} experts, means of {} blocks.", config.experts, options.blocks),
+        "original: LLaDA2.0-mini's own rule, 8 experts a token, from 4 of 8 groups.".into(),
+        "published: experts that a block uses with real scores, and the accuracy kept,".into(),
+        "of dMoE v1 (floor 12) and v2 (floor 16), arXiv 2605.30876v1 and v2, and LLaDA2.2.".into(),
+        "measured: the same with synthetic scores; coreset: experts that a block elects.".into(),
+        "MB: weights of the experts used, bf16, of one layer; cut: against original.".into(),
     ];
     let Some(gpu) = gpu else {
         head.push("adapter: none (CPU twins)".into());
-        let rows = count_on_cpu(options, &settings, &rules, progress);
+        let rows = count_on_cpu(options, &config, &rules, progress);
         return Ok(Report { rules: rows, head, layer: None });
     };
     let say = |e: Error| e.to_string();
@@ -136,8 +134,8 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         "adapter: {}, {} {}, {}",
         gpu.info.name, gpu.info.driver, gpu.info.driver_info, gpu.info.backend
     ));
-    let mut rows = count_on_gpu(options, &settings, &gpu, &ctx, &rules, progress).map_err(say)?;
-    let layer = time_rules(options, &settings, (&gpu, &ctx), &rules, &mut rows, progress);
+    let mut rows = count_on_gpu(options, &config, &gpu, &ctx, &rules, progress).map_err(say)?;
+    let layer = time_rules(options, &config, (&gpu, &ctx), &rules, &mut rows, progress);
     Ok(Report { rules: rows, head, layer: Some(layer.map_err(say)?) })
 }
 

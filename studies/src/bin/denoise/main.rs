@@ -155,7 +155,7 @@ struct Devices {
 
 /// The layer on the host.
 struct Weights {
-    settings: LayerConfig,
+    config: LayerConfig,
     router: Vec<f32>,
     experts: Pool,
 }
@@ -164,14 +164,14 @@ impl Weights {
     /// Logits have deviation 2; `--skew` apart, all experts are equally popular.
     fn new(options: &Options, routing: Routing, rng: &mut StdRng) -> Self {
         let Options { hidden, intermediate, experts, .. } = *options;
-        let settings = LayerConfig::new(hidden, intermediate, experts, routing);
+        let config = LayerConfig::new(hidden, intermediate, experts, routing);
         let d = hidden as usize;
         let deviation = 2.0 / (d as f32).sqrt();
         let mut normal = |deviation: f32| deviation * rng.sample::<f32, _>(StandardNormal);
         let router = (0..experts as usize * d)
             .map(|i| normal(if i % d == 0 { options.skew } else { deviation }))
             .collect();
-        Self { settings, router, experts: Pool::new(rng, &settings, WeightType::Bf16) }
+        Self { config, router, experts: Pool::new(rng, &config, WeightType::Bf16) }
     }
 }
 

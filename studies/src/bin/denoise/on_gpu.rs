@@ -188,7 +188,7 @@ impl OnGpu<'_> {
         let sample = spread(tokens, 4);
         let matrices = |e, p| weights.experts.matrix(e, p);
         let choice = (&assigned[..], &gates[..]);
-        let want = outputs(&weights.settings, &matrices, &step.hidden, choice, &sample);
+        let want = outputs(&weights.config, &matrices, &step.hidden, choice, &sample);
         let out: Vec<f32> = gpu.download(out)?;
         for (t, want) in sample.into_iter().zip(want) {
             let what = format!("step {i}: output of token {t}");
@@ -214,11 +214,11 @@ pub(super) fn on_gpu(
     progress: &Progress,
 ) -> Result<Vec<RuleReport>, Error> {
     let ctx = Context::new(&gpu.device)?;
-    let shape = weights.settings.expert_shape(WeightType::Bf16);
+    let shape = weights.config.expert_shape(WeightType::Bf16);
     let experts = upload(gpu, &ctx, shape, &|e, p| weights.experts.matrix(e, p))?;
     let router = router(&ctx, &weights.router, None)?;
     progress.say("compiling the kernels");
-    let layer = MoeLayer::new(&ctx, weights.settings, router, experts)?;
+    let layer = MoeLayer::new(&ctx, weights.config, router, experts)?;
     let count = run.lengths.len();
     let [masked, capacity, k] = [0; 3].map(|_| gpu.upload(&vec![0u32; count]));
     let on = OnGpu {

@@ -98,11 +98,11 @@ pub(super) fn twin(
     capacity: Option<&[u32]>,
     selection: [&[f32]; 3],
 ) -> HostRouting {
-    let settings = weights.settings.with_routing(routing);
+    let config = weights.config.with_routing(routing);
     let router = host_router(&weights.router, None);
     let sequences =
-        capacity.map(|capacity| HostSequences { offsets: &run.offsets, lengths: None, capacity });
-    cpu_routing(&settings, &router, HostBatch { sequences, ..HostBatch::default() }, selection)
+        capacity.map(|_| HostSequences { offsets: &run.offsets, lengths: None, capacity });
+    cpu_routing(&config, &router, HostBatch { sequences, ..HostBatch::default() }, selection)
 }
 
 /// Statistics of a routing, counted on the host.
