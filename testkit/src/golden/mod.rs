@@ -15,7 +15,7 @@ use wgmoe::routing::schedule::Schedule;
 pub const ATOL: f32 = 1e-5;
 pub const RTOL: f32 = 1e-4;
 
-/// Kinds that the crate does not compute yet, each with what it waits for.
+/// Kinds that the tests of golden files do not compare yet, each with what it waits for.
 pub const LATER: &[(&str, &str)] = &[
     ("gguf", "none: `tests/suite/gguf.rs` compares them"),
     ("bias_update", "training"),
