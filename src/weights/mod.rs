@@ -5,9 +5,10 @@ mod host;
 mod pack;
 mod pages;
 pub(crate) mod upload;
+mod view;
 
 pub use format::{PANEL, WeightType};
 pub use host::HostWeights;
-pub use pack::{MatrixView, TileScales};
 pub(crate) use pages::Page;
 pub use pages::{ExpertShape, ExpertTypes, ExpertWeights, Projection};
+pub use view::{MatrixView, TileScales};

@@ -283,6 +283,30 @@ fn bad_tensors() {
     }
 }
 
+/// Blocks of two shared experts' width that none of the two has a whole number of.
+#[test]
+fn shared_experts_that_cut_blocks() {
+    let mut plan = plan(Layout::Each, 1);
+    [plan.config.hidden, plan.config.intermediate] = [256, 128];
+    let (_dir, path) = written_gguf(&plan, WeightType::Q8_0);
+    let good = Checkpoint::open(path).and_then(|c| c.check_layer(1));
+    good.expect("whole blocks of 32");
+    // The routed experts' own rows would be refused first: only the shared ones' say Q4_K.
+    let mut file = File::good();
+    file.set("qwen3moe.expert_shared_count", Value::U32(4));
+    let mut add = |name: &str, shape: [u64; 2], kind, bytes: usize| {
+        let offset = file.data.len() as u64;
+        file.data.resize(file.data.len() + bytes, 0);
+        let (name, shape) = (format!("blk.0.ffn_{name}_shexp.weight"), shape.to_vec());
+        file.header.tensors.push(Info { name, shape, kind, offset });
+    };
+    add("gate", [32, 256], 0, 32 * 256 * 4);
+    add("up", [32, 256], 0, 32 * 256 * 4);
+    add("down", [256, 32], 12, 32 * 144);
+    let says = "is Q4_K: the 64 of 256 values of a row that are one shared expert's";
+    expect_bytes(&file.bytes(), Some("blk.0.ffn_down_shexp.weight"), says);
+}
+
 #[test]
 fn metadata_that_makes_no_model() {
     expect(|f| f.header.values.clear(), Some(ARCH), "is missing");
