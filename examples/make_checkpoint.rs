@@ -1,5 +1,5 @@
-//! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`,
-//! with synthetic weights (`testkit/src/checkpoint_writer.rs` says which): `cargo run --release
+//! A checkpoint to try things on with no download: LLaDA2's tensor names, layout and `config.json`, or
+//! with `--gguf` llama.cpp's names and metadata, with synthetic weights (`testkit/src/checkpoint_writer.rs` says which): `cargo run --release
 //! --example make_checkpoint -- --help`. Written as it is made, so a model of any size takes little
 //! memory.
 use clap::Parser;
@@ -9,11 +9,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use testkit::checkpoint_writer::{Layout, Plan};
+use wgmoe::WeightType;
 use wgmoe::models::{self, MODELS};
 
 /// The layouts by name.
 fn layouts() -> impl TypedValueParser<Value = Layout> {
     PossibleValuesParser::new(Layout::ALL.map(Layout::name)).try_map(|name| name.parse())
+}
+
+/// The types of GGUF files by name.
+fn weights() -> impl TypedValueParser<Value = WeightType> {
+    let types = WeightType::ALL.iter().filter(|t| t.ggml_type().is_some());
+    PossibleValuesParser::new(types.map(|t| t.name()))
+        .try_map(|name| WeightType::of_name(&name).ok_or("no such type"))
 }
 
 /// Writes a checkpoint of synthetic weights.
@@ -35,7 +43,14 @@ struct Options {
     /// How experts are stored
     #[arg(long, default_value = "each", value_parser = layouts())]
     layout: Layout,
-    /// Files to spread the tensors over; with more than one, an index says what is where
+    /// Write a GGUF file, whose experts are always stacked
+    #[arg(long, conflicts_with = "layout")]
+    gguf: bool,
+    /// Storage type of the experts of a GGUF file
+    #[arg(long, default_value = "BF16", ignore_case = true, requires = "gguf", value_parser = weights())]
+    weights: WeightType,
+    /// Files to spread the tensors over; with more than one, an index says what is where, or, of a
+    /// GGUF file, each part's own number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     shards: u16,
     /// Seed of the weights
@@ -62,7 +77,8 @@ fn run(options: &Options) -> Result<(), String> {
         seed: options.seed,
     };
     let said = |e: std::io::Error| format!("{}: {e}", options.out.display());
-    let total = plan.bytes().map_err(|e| format!("--model {}: {e}", model.name))?;
+    let total = if options.gguf { plan.gguf_bytes(options.weights) } else { plan.bytes() };
+    let total = total.map_err(|e| format!("--model {}: {e}", model.name))?;
     let bar = ProgressBar::new(total);
     let style = "{wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
     bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
@@ -70,12 +86,18 @@ fn run(options: &Options) -> Result<(), String> {
         eprintln!("writing {} MB ...", total / 1_000_000);
     }
     let start = Instant::now();
-    let written = plan.write(&options.out, &mut |bytes| bar.inc(bytes));
+    let progress = &mut |bytes| bar.inc(bytes);
+    let written = if options.gguf {
+        let name = format!("{}-{}", model.name, options.weights.name());
+        plan.write_gguf(&options.out, &name, options.weights, progress)
+    } else {
+        plan.write(&options.out, progress).map(|()| options.out.clone())
+    };
     bar.finish_and_clear();
-    written.map_err(said)?;
+    let written = written.map_err(said)?;
     println!(
         "{}: layers {}..{} of {}, {experts} experts, {} MB in {:.1} s",
-        options.out.display(),
+        written.display(),
         dense,
         dense + plan.layers,
         model.name,

@@ -94,7 +94,7 @@ pub enum Error {
     Checkpoint {
         /// Path of the file.
         file: String,
-        /// Name of the tensor, or of the field of `config.json`, where it is about one.
+        /// Name of the tensor, or of the field of `config.json` or of metadata, where it is about one.
         item: Option<String>,
         /// What is wrong, and what was expected.
         reason: String,

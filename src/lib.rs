@@ -253,8 +253,8 @@
 //! of ours off.
 //!
 //! `checkpoint` adds the module of that name: layers from directories with `config.json` and
-//! safetensors files. Loading submits to the caller's queue and waits, since that is what bounds
-//! the memory it takes. `serde` lets a [`Variant`] be saved.
+//! safetensors files, or from GGUF files. Loading submits to the caller's queue and waits, since that
+//! is what bounds the memory it takes. `serde` lets a [`Variant`] be saved.
 //!
 
 #[cfg(feature = "checkpoint")]

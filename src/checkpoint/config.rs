@@ -1,5 +1,5 @@
 //! Shape and routing of a model from its `config.json`.
-use super::failed;
+use super::{failed, fp8};
 use crate::routing::{
     Activation, BlockRule, GateRule, Groups, MAX_EXPERTS, Routing, Score, TokenChoice,
 };
@@ -8,14 +8,14 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Largest hidden or intermediate size: a thousand times that of models of today would not fit a file.
-const MOST_SIZE: u32 = 1 << 20;
+pub(super) const MOST_SIZE: u32 = 1 << 20;
 /// What the `model_type` of models begins with whose routing and experts are as this module reads them. Others have fields of
 /// the same names and mean something else: Mixtral and others have no `norm_topk_prob` and normalise all the same, Qwen2-MoE
 /// weighs its shared experts by a gate, DeepSeek-V2 values groups by their highest expert.
 const KNOWN: [&str; 7] =
     ["llada", "sdar", "qwen3_moe", "qwen3_vl_moe", "bailing_moe", "deepseek_v3", "diffusion_gemma"];
 /// Most layers.
-const MOST_LAYERS: u32 = 1 << 16;
+pub(super) const MOST_LAYERS: u32 = 1 << 16;
 
 /// What `config.json` says of a model's MoE layers.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +43,7 @@ impl Config {
     /// (`router_num_group`, `router_topk_group`), `routed_scaling_factor`, `norm_topk_prob`, `score_function`
     /// (`scoring_func`, `moe_router_score_function`), `moe_router_enable_expert_bias`, `first_k_dense_replace`,
     /// `mlp_only_layers`, `decoder_sparse_step`, `moe_layer_freq`, `num_hidden_layers`, `hidden_act`, and LLaDA2.2's
-    /// `expert_capacity` and `block_size`. A `model_type`, where there is one, must be of LLaDA, SDAR, Qwen3-MoE, Bailing,
+    /// `expert_capacity` and `block_size`. Of `quantization_config` only `weight_block_size` is looked at. A `model_type`, where there is one, must be of LLaDA, SDAR, Qwen3-MoE, Bailing,
     /// DeepSeek-V3 or DiffusionGemma. `null` is as good as absent. Without a score function, LLaDA2.x and models with a
     /// router bias have sigmoid, others softmax; without `norm_topk_prob` gates of sigmoid scores are normalised, others are
     /// not: the defaults of their code.
@@ -134,8 +134,22 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Whether scales of 8-bit floats, if any, are for tiles as they are read here.
+    fn known_tiles(&self) -> Result<()> {
+        let Some((key, value)) = self.find(&["quantization_config"]) else { return Ok(()) };
+        match value.get("weight_block_size") {
+            Some(size) if !size.is_null() && *size != serde_json::json!([fp8::TILE, fp8::TILE]) => {
+                let reason =
+                    format!("`weight_block_size` {}, expected [128, 128] or none", short(size));
+                self.fail(key, reason)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn config(&self) -> Result<Config> {
         self.known_model()?;
+        self.known_tiles()?;
         let hidden = self.needed(&["hidden_size"], MOST_SIZE)?;
         let intermediate =
             self.needed(&["moe_intermediate_size", "expert_intermediate_size"], MOST_SIZE)?;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// says nothing.
 #[derive(Default)]
 pub struct Load<'a> {
-    /// Storage type on the device; that of the files ([`Checkpoint::weight_type`]) if absent.
+    /// Storage type on the device; those of the files ([`Checkpoint::expert_shape`]) if absent.
     pub weight_type: Option<WeightType>,
     /// As [`ExpertWeights::new`] takes it.
     pub page_limit: Option<u64>,
@@ -50,11 +50,11 @@ pub struct Progress {
 pub fn load_layer(
     ctx: &Context,
     queue: &wgpu::Queue,
-    dir: impl AsRef<Path>,
+    path: impl AsRef<Path>,
     layer: u32,
     load: Load<'_>,
 ) -> Result<MoeLayer> {
-    Checkpoint::open(dir)?.load_layer(ctx, queue, layer, load)
+    Checkpoint::open(path)?.load_layer(ctx, queue, layer, load)
 }
 
 /// Opens a checkpoint and loads some layers: [`Checkpoint::open`], [`Checkpoint::load_layers`].
@@ -65,11 +65,11 @@ pub fn load_layer(
 pub fn load_layers(
     ctx: &Context,
     queue: &wgpu::Queue,
-    dir: impl AsRef<Path>,
+    path: impl AsRef<Path>,
     layers: Range<u32>,
     load: Load<'_>,
 ) -> Result<Vec<MoeLayer>> {
-    Checkpoint::open(dir)?.load_layers(ctx, queue, layers, load)
+    Checkpoint::open(path)?.load_layers(ctx, queue, layers, load)
 }
 
 impl Checkpoint {
@@ -121,14 +121,13 @@ impl Checkpoint {
         // sizes.
         self.check_layer(layer)?;
         let config = self.config.layer;
-        let weight_type = match load.weight_type {
-            Some(weight_type) => weight_type,
-            None => self.weight_type(layer)?,
+        let shape = match load.weight_type {
+            Some(weight_type) => config.expert_shape(weight_type),
+            None => self.expert_shape(layer)?,
         };
         let mut uploader = Uploader::of_files(ctx.device());
         let router = self.upload_router(ctx, queue, layer, &mut uploader)?;
         let limit = load.page_limit.unwrap_or(u64::MAX);
-        let shape = config.expert_shape(weight_type);
         let weights = ExpertWeights::with_page_limit(ctx, shape, limit)?;
         let all = config.experts + config.shared_experts;
         let mut done = 0;

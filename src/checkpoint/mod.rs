@@ -1,6 +1,7 @@
-//! Layers from checkpoints: `config.json` and safetensors files (feature `checkpoint`).
+//! Layers from checkpoints: safetensors and GGUF files (feature `checkpoint`).
 //!
-//! A checkpoint is a directory as Hugging Face has them. Files are mapped, not read: an expert's
+//! A checkpoint is a directory with `config.json` and safetensors files, as Hugging Face has them, or
+//! a GGUF file, as llama.cpp has them; nothing but [`Checkpoint::open`] tells one from the other. Files are mapped, not read: an expert's
 //! matrix is a view of the map, in any of the layouts of [`Names`], and is packed straight into
 //! memory that the device copies from. Whatever a layer's size, the host allocates a few tens of
 //! megabytes.
@@ -23,7 +24,11 @@
 //! ```
 mod config;
 mod files;
+mod fp8;
+mod gguf;
+mod header;
 mod load;
+mod matrix;
 mod names;
 
 pub use config::Config;
@@ -31,10 +36,11 @@ pub use load::{Load, Progress, load_layer, load_layers};
 pub use names::{ExpertNames, Names};
 
 use crate::layer::cached::ExpertSource;
-use crate::weights::{HostWeights, MatrixView, Projection};
+use crate::weights::{ExpertShape, ExpertTypes, HostWeights, Projection};
 use crate::{Error, LayerConfig, Result, WeightType};
-use files::{Files, Tensor};
-use names::{fill, is_stacked};
+use files::Files;
+use matrix::Size;
+use names::fill;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -76,14 +82,20 @@ impl Checkpoint {
     /// `model.safetensors.index.json` names, and checks their headers. Tensors are found by
     /// [`Names::known`].
     ///
+    /// Or opens a GGUF file, or a directory with one and no safetensors files: its metadata says what
+    /// `config.json` says elsewhere. Of a split one (`NAME-00001-of-00003.gguf`) the first part is
+    /// the one to open, and the others lie beside it. Little-endian, versions 2 and 3, of the
+    /// architectures `bailingmoe2` (LLaDA2.x), `llada-moe`, `qwen3moe` (SDAR too) and `qwen3vlmoe`.
+    /// Tensors are found by [`Names::gguf`].
+    ///
     /// The files must not be cut short while they are open: reading what is no longer there ends
     /// the process.
     ///
     /// # Errors
     ///
     /// [`Error::Checkpoint`], naming the file, for what is missing or malformed.
-    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        Self::with_names(dir, Names::known())
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::opened(path.as_ref(), None)
     }
 
     /// As [`Checkpoint::open`], tensors called by the first of `names` whose tensors are there.
@@ -91,14 +103,23 @@ impl Checkpoint {
     /// # Errors
     ///
     /// As [`Checkpoint::open`].
-    pub fn with_names(dir: impl AsRef<Path>, names: Vec<Names>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let config_path = dir.join("config.json");
-        let config = Config::from_json(&config_path, &files::read_json_file(&config_path)?)?;
-        Ok(Self { config_path, config, files: Files::open(dir)?, names })
+    pub fn with_names(path: impl AsRef<Path>, names: Vec<Names>) -> Result<Self> {
+        Self::opened(path.as_ref(), Some(names))
     }
 
-    /// What `config.json` says.
+    fn opened(path: &Path, names: Option<Vec<Names>>) -> Result<Self> {
+        if let Some(file) = gguf::find(path)? {
+            let (files, config) = gguf::open(file)?;
+            let names = names.unwrap_or_else(Names::gguf);
+            return Ok(Self { config_path: files.list.clone(), config, files, names });
+        }
+        let config_path = path.join("config.json");
+        let config = Config::from_json(&config_path, &files::read_json_file(&config_path)?)?;
+        let names = names.unwrap_or_else(Names::known);
+        Ok(Self { config_path, config, files: Files::open(path)?, names })
+    }
+
+    /// What `config.json` or a GGUF file's metadata says.
     pub fn config(&self) -> &Config {
         &self.config
     }
@@ -108,19 +129,26 @@ impl Checkpoint {
         &self.config.layer
     }
 
-    /// Storage type of a layer's experts: that of its first one's down projection.
+    /// Shape of a layer's experts, in the storage types of the file: of the first routed expert and
+    /// of the shared ones. Where a file has the gate and the up projection in two types, both are f32
+    /// here, which holds any of them exactly.
     ///
     /// # Errors
     ///
-    /// [`Error::Checkpoint`] for a layer that is dense or not there, or a tensor of another type.
-    pub fn weight_type(&self, layer: u32) -> Result<WeightType> {
-        let names = self.names(layer)?;
-        let name = match &names.experts {
-            ExpertNames::Apart { down, .. } | ExpertNames::Fused { down, .. } => {
-                fill(down, layer, 0)
-            }
+    /// As [`Checkpoint::expert`].
+    pub fn expert_shape(&self, layer: u32) -> Result<ExpertShape> {
+        let types = |expert| -> Result<ExpertTypes> {
+            let of = |p| Ok(self.expert(layer, expert, p)?.weight_type());
+            let (gate, up) = (of(Projection::Gate)?, of(Projection::Up)?);
+            let gate_up = if gate == up { gate } else { WeightType::F32 };
+            Ok(ExpertTypes { gate_up, down: of(Projection::Down)? })
         };
-        self.files.tensor(&name)?.weight_type(&name)
+        let LayerConfig { experts, shared_experts, .. } = self.config.layer;
+        let shape = self.config.layer.expert_shape(types(0)?);
+        if shared_experts == 0 {
+            return Ok(shape);
+        }
+        Ok(shape.with_last_types(shared_experts, types(experts)?))
     }
 
     /// A layer's router `[E, D]`.
@@ -152,7 +180,8 @@ impl Checkpoint {
     /// # Errors
     ///
     /// [`Error::Checkpoint`], naming file and tensor: a layer that is dense or not there; a tensor
-    /// that is missing, of another shape or of a type that is not bf16, f16 or f32.
+    /// that is missing, of another shape or of a type that is no [`WeightType`]; 8-bit floats
+    /// without scales.
     /// [`Error::Invalid`] for an expert that is not there.
     pub fn expert(
         &self,
@@ -213,133 +242,4 @@ impl Checkpoint {
         let best = self.names.iter().rev().max_by_key(there);
         best.ok_or_else(|| Error::invalid("names", "none are given"))
     }
-
-    /// A tensor that is one matrix.
-    fn plain(&self, name: &str, matrix: [u32; 2], shape: &[u32]) -> Result<HostWeights<'_>> {
-        let tensor = self.files.tensor(name)?;
-        if !same(tensor.shape, shape) {
-            let reason = format!("has shape {:?}, expected {shape:?}", tensor.shape);
-            return Err(failed(tensor.file, Some(name), reason));
-        }
-        view(&tensor, name, 0, matrix, [matrix[1].into(), 1])
-    }
-
-    /// A projection among tensors of these names: of an expert among so many, or of a part of a
-    /// shared FFN.
-    fn matrix(
-        &self,
-        names: &ExpertNames,
-        layer: u32,
-        expert: Option<[u32; 2]>,
-        projection: Projection,
-        Size { hidden, intermediate, part, at }: Size,
-    ) -> Result<HostWeights<'_>> {
-        let [index, count] = expert.unwrap_or_default();
-        let find = |name: &str| -> Result<Found<'_>> {
-            let stacked = expert.is_some() && is_stacked(name);
-            let name = fill(name, layer, index);
-            let tensor = self.files.tensor(&name)?;
-            Ok(Found { tensor, name, stacked: stacked.then_some(count) })
-        };
-        let (wide, narrow) = ([intermediate, hidden], [hidden, intermediate]);
-        let (found, matrix, turned) = match (names, projection) {
-            (ExpertNames::Apart { gate: name, .. }, Projection::Gate)
-            | (ExpertNames::Apart { up: name, .. }, Projection::Up) => {
-                (find(name)?.expect(&[wide])?, wide, false)
-            }
-            (ExpertNames::Apart { down, .. }, Projection::Down) => {
-                (find(down)?.expect(&[narrow])?, narrow, false)
-            }
-            (ExpertNames::Fused { gate_up, down }, _) => {
-                let double = [2 * intermediate, hidden];
-                let [wide, narrow_turned] = [double, narrow].map(|[rows, columns]| [columns, rows]);
-                let (gate_up, down) = (find(gate_up)?, find(down)?);
-                // Either shape alone may fit both ways; not both.
-                gate_up.check(&[double, wide])?;
-                down.check(&[narrow, narrow_turned])?;
-                let turned = gate_up.is(wide) && down.is(narrow_turned);
-                let both = if turned { [wide, narrow_turned] } else { [double, narrow] };
-                if !gate_up.is(both[0]) || !down.is(both[1]) {
-                    let reason = format!(
-                        "has shape {:?}, which does not go with {:?} of `{}`",
-                        down.tensor.shape, gate_up.tensor.shape, gate_up.name
-                    );
-                    return Err(failed(down.tensor.file, Some(&down.name), reason));
-                }
-                match projection {
-                    Projection::Down => (down, narrow, turned),
-                    Projection::Gate | Projection::Up => (gate_up, double, turned),
-                }
-            }
-        };
-        let fused_up = matches!(names, ExpertNames::Fused { .. }) && projection == Projection::Up;
-        let (start, shape) = match projection {
-            Projection::Down => ([0, at], [hidden, part]),
-            _ => ([at + if fused_up { intermediate } else { 0 }, 0], [part, hidden]),
-        };
-        let [rows, columns] = matrix.map(u64::from);
-        let strides = if turned { [1, rows] } else { [columns, 1] };
-        let before = if found.stacked.is_some() { u64::from(index) * rows * columns } else { 0 };
-        let from = before + u64::from(start[0]) * strides[0] + u64::from(start[1]) * strides[1];
-        view(&found.tensor, &found.name, from, shape, strides)
-    }
-}
-
-/// Sizes of the tensors of an FFN, and which part of its intermediate size is meant.
-#[derive(Clone, Copy)]
-struct Size {
-    hidden: u32,
-    intermediate: u32,
-    part: u32,
-    at: u32,
-}
-
-/// A tensor by its name, and how many experts it has a matrix of, where it is stacked.
-struct Found<'a> {
-    tensor: Tensor<'a>,
-    name: String,
-    stacked: Option<u32>,
-}
-
-impl Found<'_> {
-    fn shape(&self, matrix: [u32; 2]) -> Vec<u32> {
-        self.stacked.into_iter().chain(matrix).collect()
-    }
-
-    fn is(&self, matrix: [u32; 2]) -> bool {
-        same(self.tensor.shape, &self.shape(matrix))
-    }
-
-    fn check(&self, any: &[[u32; 2]]) -> Result<()> {
-        if any.iter().any(|&matrix| self.is(matrix)) {
-            return Ok(());
-        }
-        let want: Vec<_> = any.iter().map(|&matrix| format!("{:?}", self.shape(matrix))).collect();
-        let reason = format!("has shape {:?}, expected {}", self.tensor.shape, want.join(" or "));
-        Err(failed(self.tensor.file, Some(&self.name), reason))
-    }
-
-    fn expect(self, any: &[[u32; 2]]) -> Result<Self> {
-        self.check(any).map(|()| self)
-    }
-}
-
-fn same(shape: &[usize], want: &[u32]) -> bool {
-    shape.len() == want.len() && shape.iter().zip(want).all(|(&n, &w)| n as u64 == u64::from(w))
-}
-
-/// A matrix of a tensor, `from` values behind its beginning.
-fn view<'a>(
-    tensor: &Tensor<'a>,
-    name: &str,
-    from: u64,
-    shape: [u32; 2],
-    strides: [u64; 2],
-) -> Result<HostWeights<'a>> {
-    let weight_type = tensor.weight_type(name)?;
-    let bytes = usize::try_from(from * weight_type.block_bytes())
-        .ok()
-        .and_then(|at| tensor.bytes.get(at..));
-    let view = MatrixView::new(bytes.unwrap_or_default(), weight_type, shape, strides);
-    view.map(HostWeights::View).map_err(|e| failed(tensor.file, Some(name), e.to_string()))
 }

@@ -65,6 +65,26 @@ impl Names {
         vec![Self::each(), Self::stacked(), Self::fused()]
     }
 
+    /// Those of GGUF files, as llama.cpp has them: experts stacked, gate and up apart or fused.
+    pub fn gguf() -> Vec<Self> {
+        let name = |tensor: &str| format!("blk.{{layer}}.{tensor}");
+        let apart = |suffix: &str| {
+            let name = |matrix: &str| name(&format!("ffn_{matrix}_{suffix}.weight"));
+            ExpertNames::Apart { gate: name("gate"), up: name("up"), down: name("down") }
+        };
+        let fused = ExpertNames::Fused {
+            gate_up: name("ffn_gate_up_exps.weight"),
+            down: name("ffn_down_exps.weight"),
+        };
+        let with = |experts| Self {
+            router: name("ffn_gate_inp.weight"),
+            bias: name("exp_probs_b.bias"),
+            experts,
+            shared: apart("shexp"),
+        };
+        vec![with(apart("exps")), with(fused)]
+    }
+
     fn with(experts: ExpertNames) -> Self {
         Self {
             router: ROUTER.into(),

@@ -70,7 +70,7 @@ pub struct Plan {
 
 /// One matrix; a tensor is one or several in a row.
 #[derive(Clone, Copy, Debug)]
-enum Matrix {
+pub(crate) enum Matrix {
     Router,
     Bias,
     Expert(u32, Projection),
@@ -90,7 +90,7 @@ impl Tensor {
     }
 }
 
-fn token_choice(config: &LayerConfig) -> Result<TokenChoice> {
+pub(crate) fn token_choice(config: &LayerConfig) -> Result<TokenChoice> {
     match config.routing {
         Routing::TokenChoice(rule) => Ok(rule),
         _ => Err(Error::other(
@@ -201,7 +201,8 @@ impl Plan {
             return self.write_file(&dir.join("model.safetensors"), &tensors, progress);
         }
         let mut weight_map = serde_json::Map::new();
-        for (i, range) in shares(&tensors, self.shards).into_iter().enumerate() {
+        let sizes: Vec<u64> = tensors.iter().map(Tensor::bytes).collect();
+        for (i, range) in shares(&sizes, self.shards).into_iter().enumerate() {
             let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, self.shards);
             let tensors = &tensors[range];
             self.write_file(&dir.join(&file), tensors, progress)?;
@@ -241,18 +242,21 @@ impl Plan {
         file.write_all(&header)?;
         for tensor in tensors {
             for &matrix in &tensor.matrices {
-                self.write_matrix(&mut file, tensor.layer, matrix, progress)?;
+                self.values(tensor.layer, matrix, &mut |values| {
+                    progress(values.len() as u64 * 2);
+                    file.write_all(bytemuck::cast_slice(values))
+                })?;
             }
         }
         file.flush()
     }
 
-    fn write_matrix(
+    /// Makes the values of a matrix, some whole rows or 2^18 values at a time.
+    pub(crate) fn values(
         &self,
-        file: &mut impl Write,
         layer: u32,
         matrix: Matrix,
-        progress: &mut dyn FnMut(u64),
+        take: &mut dyn FnMut(&[bf16]) -> Result<()>,
     ) -> Result<()> {
         let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = self.config;
         let [d, f] = [hidden, intermediate].map(|n| n as usize);
@@ -282,38 +286,34 @@ impl Plan {
                         row[0] = -3.0;
                     }
                     let row: Vec<bf16> = row.into_iter().map(bf16::from_f32).collect();
-                    file.write_all(bytemuck::cast_slice(&row))?;
-                    progress(d as u64 * 2);
+                    take(&row)?;
                 }
                 Ok(())
             }
             Matrix::Bias => {
                 let values: Vec<bf16> =
                     (0..experts).map(|_| bf16::from_f32(rng.random_range(-0.01..0.01))).collect();
-                file.write_all(bytemuck::cast_slice(&values))?;
-                progress(u64::from(experts) * 2);
-                Ok(())
+                take(&values)
             }
-            Matrix::Expert(_, p) => write_uniform(file, &mut rng, d * f, width(p), progress),
+            Matrix::Expert(_, p) => uniform(&mut rng, d * f, width(p), take),
             Matrix::Shared(p) => {
                 let count = d * f * shared_experts as usize;
-                write_uniform(file, &mut rng, count, width(p), progress)
+                uniform(&mut rng, count, width(p), take)
             }
         }
     }
 }
 
-const PROJECTIONS: [(Projection, &str); 3] =
+pub(crate) const PROJECTIONS: [(Projection, &str); 3] =
     [(Projection::Gate, "gate"), (Projection::Up, "up"), (Projection::Down, "down")];
 
 /// Uniform values with a deviation of 1 / sqrt(width), from 65,536 levels, a bounded number at a
 /// time.
-fn write_uniform(
-    file: &mut impl Write,
+fn uniform(
     rng: &mut StdRng,
     count: usize,
     width: usize,
-    progress: &mut dyn FnMut(u64),
+    take: &mut dyn FnMut(&[bf16]) -> Result<()>,
 ) -> Result<()> {
     let step = (3.0 / width as f32).sqrt() / 32768.0;
     let mut values = vec![0u16; count.min(1 << 18)];
@@ -324,30 +324,29 @@ fn write_uniform(
         for value in values.iter_mut() {
             *value = bf16::from_f32((f32::from(*value) - 32767.5) * step).to_bits();
         }
-        file.write_all(bytemuck::cast_slice(values))?;
-        progress(values.len() as u64 * 2);
+        take(bytemuck::cast_slice(values))?;
         left -= values.len();
     }
     Ok(())
 }
 
-/// Splits tensors into stretches of about as many bytes; some are empty where there are fewer
-/// tensors.
-fn shares(tensors: &[Tensor], count: usize) -> Vec<Range<usize>> {
-    let total: u64 = tensors.iter().map(Tensor::bytes).sum();
+/// Splits tensors of these sizes into stretches of about as many bytes; some are empty where there
+/// are fewer tensors.
+pub(crate) fn shares(sizes: &[u64], count: usize) -> Vec<Range<usize>> {
+    let total: u64 = sizes.iter().sum();
     let mut ends = vec![];
     let mut before = 0;
-    for (i, tensor) in tensors.iter().enumerate() {
+    for (i, size) in sizes.iter().enumerate() {
         // As many shares end here as lie before the middle of this tensor.
-        let middle = before + tensor.bytes() / 2;
+        let middle = before + size / 2;
         while ends.len() + 1 < count
             && middle as u128 * count as u128 >= total as u128 * (ends.len() as u128 + 1)
         {
             ends.push(i);
         }
-        before += tensor.bytes();
+        before += size;
     }
-    ends.resize(count, tensors.len());
+    ends.resize(count, sizes.len());
     let mut start = 0;
     ends.into_iter().map(|end| std::mem::replace(&mut start, end)..end).collect()
 }

@@ -5,6 +5,7 @@ pub mod cases;
 pub mod checkpoint_writer;
 pub mod compare;
 pub mod device;
+pub mod gguf;
 pub mod golden;
 pub mod house;
 pub mod layer;

@@ -63,17 +63,23 @@ fn bytes_as(dtype: Dtype, values: &[f32]) -> Vec<u8> {
 }
 
 /// The bytes of all pages.
-fn pages(gpu: &Gpu, weights: &ExpertWeights) -> Vec<Vec<u32>> {
+pub(crate) fn pages(gpu: &Gpu, weights: &ExpertWeights) -> Vec<Vec<u32>> {
     weights.buffers().map(|buffer| gpu.download(buffer).expect("read back")).collect()
 }
 
-fn load(gpu: &Gpu, ctx: &Context, dir: &Path, layer: u32, to: Option<WeightType>) -> MoeLayer {
+pub(crate) fn load(
+    gpu: &Gpu,
+    ctx: &Context,
+    dir: &Path,
+    layer: u32,
+    to: Option<WeightType>,
+) -> MoeLayer {
     let load = Load { weight_type: to, page_limit: Some(40_000), progress: None };
     checkpoint::load_layer(ctx, &gpu.queue, dir, layer, load).expect("loaded")
 }
 
 /// Every value of a matrix.
-fn values(matrix: HostWeights<'_>) -> Vec<f32> {
+pub(crate) fn values(matrix: HostWeights<'_>) -> Vec<f32> {
     (0..matrix.len()).map(|i| matrix.get(i)).collect()
 }
 
@@ -274,7 +280,7 @@ fn every_type_converts() {
             .collect();
         write_file(&dir.path().join("model.safetensors"), &tensors);
         let checkpoint = Checkpoint::open(dir.path()).expect("opened");
-        assert_eq!(checkpoint.weight_type(1), Ok(of_file));
+        assert_eq!(checkpoint.expert_shape(1).expect("a shape").types, of_file.into());
         // In the file's own type when not told, and in each type when told.
         for to in [None, Some(WeightType::F32), Some(WeightType::F16), Some(WeightType::Bf16)] {
             let layer = load(&gpu, &ctx, dir.path(), 1, to);
@@ -306,6 +312,44 @@ fn every_type_converts() {
     }
 }
 
+/// Whether a loaded layer computes what the twins do on the same file.
+#[track_caller]
+pub(crate) fn agrees(gpu: &Gpu, checkpoint: &Checkpoint, index: u32, layer: &MoeLayer) {
+    let settings = checkpoint.layer_config();
+    let Routing::TokenChoice(rule) = settings.routing else { panic!("token choice") };
+    let (tokens, d, e) = (45usize, settings.hidden as usize, settings.experts as usize);
+    let x = random(3, tokens * d);
+    assert_eq!(layer.config(), settings);
+    let hidden = gpu.upload(&x);
+    let out = gpu.upload(&vec![f32::NAN; x.len()]);
+    let step = layer.bind(&Batch::new(&hidden, tokens as u32).into_out(&out)).expect("bound");
+    gpu.run_layer(&step).expect("run");
+    let [logits, s, r] = testkit::layer::selection(&step)
+        .expect("tokens")
+        .map(|slice| gpu.download::<f32>(slice).expect("read back"));
+    let assigned: Vec<u32> = gpu.download(step.assigned().expect("tokens")).expect("read back");
+    let weight = values(checkpoint.router(index).expect("a router"));
+    let bias = checkpoint.bias(index).expect("read").map(values);
+    let logits_want = wgmoe::ops::logits::cpu(&x, &weight, d);
+    assert_close(&logits, &logits_want, 1e-4, 1e-4, "logits");
+    if rule.score == Score::Sigmoid {
+        let bias = bias.as_deref();
+        let (_, r_want) = wgmoe::ops::scores::cpu(&logits, e, Score::Sigmoid, false, bias);
+        assert_close(&r, &r_want, 1e-5, 1e-5, "selection");
+    }
+    let router = host_router(&weight, bias.as_deref());
+    let routed = cpu_routing(settings, &router, HostBatch::default(), [&logits, &s, &r]);
+    assert_same(&assigned, &routed.assigned, "assigned");
+    let got: Vec<f32> = gpu.download(&out).expect("read back");
+    let expert = |e, p| checkpoint.expert(index, e, p).expect("a matrix");
+    for t in 0..tokens {
+        let chosen = chosen(&assigned, &routed.gates, [tokens, e], t);
+        assert_eq!(chosen.len(), rule.experts_per_token as usize);
+        let want = cpu_token(settings, &expert, &x[t * d..][..d], &chosen);
+        assert_close(&got[t * d..][..d], &want, 1e-5, 1e-4, &format!("layer {index}, token {t}"));
+    }
+}
+
 /// The loaded layer against the twins, which read the same files.
 #[test]
 fn a_loaded_layer_runs() {
@@ -315,42 +359,9 @@ fn a_loaded_layer_runs() {
     let checkpoint = Checkpoint::open(dir.path()).expect("opened");
     let layers = checkpoint.load_layers(&ctx, &gpu.queue, 1..3, Load::default()).expect("loaded");
     assert_eq!(layers.len(), 2);
-    let config = small();
-    let (tokens, d, e) = (45usize, config.hidden as usize, config.experts as usize);
-    let x = random(3, tokens * d);
+    assert_eq!(checkpoint.layer_config(), &small());
     for (index, layer) in (1..).zip(&layers) {
-        assert_eq!(layer.config(), &config);
-        let hidden = gpu.upload(&x);
-        let out = gpu.upload(&vec![f32::NAN; x.len()]);
-        let step = layer.bind(&Batch::new(&hidden, tokens as u32).into_out(&out)).expect("bound");
-        gpu.run_layer(&step).expect("run");
-        let [logits, s, r] = testkit::layer::selection(&step)
-            .expect("tokens")
-            .map(|slice| gpu.download::<f32>(slice).expect("read back"));
-        let assigned: Vec<u32> = gpu.download(step.assigned().expect("tokens")).expect("read back");
-        let weight = values(checkpoint.router(index).expect("a router"));
-        let bias = values(checkpoint.bias(index).expect("a bias").expect("sigmoid has one"));
-        let logits_want = wgmoe::ops::logits::cpu(&x, &weight, d);
-        assert_close(&logits, &logits_want, 1e-4, 1e-4, "logits");
-        let (_, r_want) = wgmoe::ops::scores::cpu(&logits, e, Score::Sigmoid, false, Some(&bias));
-        assert_close(&r, &r_want, 1e-5, 1e-5, "selection");
-        let router = host_router(&weight, Some(&bias));
-        let routed = cpu_routing(&config, &router, HostBatch::default(), [&logits, &s, &r]);
-        assert_same(&assigned, &routed.assigned, "assigned");
-        let got: Vec<f32> = gpu.download(&out).expect("read back");
-        let expert = |e, p| checkpoint.expert(index, e, p).expect("a matrix");
-        for t in 0..tokens {
-            let chosen = chosen(&assigned, &routed.gates, [tokens, e], t);
-            assert_eq!(chosen.len(), 3);
-            let want = cpu_token(&config, &expert, &x[t * d..][..d], &chosen);
-            assert_close(
-                &got[t * d..][..d],
-                &want,
-                1e-5,
-                1e-4,
-                &format!("layer {index}, token {t}"),
-            );
-        }
+        agrees(&gpu, &checkpoint, index, layer);
     }
 }
 
@@ -370,11 +381,10 @@ fn routers_and_cached_layers_load() {
     assert_same(&got, &want, "bias");
     assert!(checkpoint.load_router(&ctx, &gpu.queue, 0).is_err(), "a dense layer");
 
-    let weight_type = checkpoint.weight_type(1).expect("a type");
+    let shape = checkpoint.expert_shape(1).expect("a shape");
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default()).expect("loaded");
-    let each = small().expert_shape(weight_type).device_bytes();
-    let options =
-        CacheOptions { types: weight_type.into(), ..CacheOptions::new(6 * each + 4 * 12) };
+    let budget = 6 * shape.device_bytes() + 4 * 12;
+    let options = CacheOptions { types: shape.types, ..CacheOptions::new(budget) };
     let mut cached = checkpoint.load_cached(&ctx, &gpu.queue, 1, options).expect("loaded");
     assert_eq!(cached.cache().capacity(), 4);
     let tokens = 45;

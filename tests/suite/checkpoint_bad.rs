@@ -9,7 +9,7 @@ use wgmoe::{Error, Result};
 /// Opens it and looks at all of a layer.
 fn check(dir: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(dir)?;
-    checkpoint.weight_type(1)?;
+    checkpoint.expert_shape(1)?;
     checkpoint.check_layer(1)
 }
 
@@ -469,7 +469,7 @@ fn layers_and_experts_that_are_not_there() {
             checkpoint.check_layer(layer).map_err(says),
             checkpoint.router(layer).map(|_| ()).map_err(says),
             checkpoint.bias(layer).map(|_| ()).map_err(says),
-            checkpoint.weight_type(layer).map(|_| ()).map_err(says),
+            checkpoint.expert_shape(layer).map(|_| ()).map_err(says),
             checkpoint.expert(layer, 0, Projection::Up).map(|_| ()).map_err(says),
         ] {
             let error = error.expect_err("no such layer");

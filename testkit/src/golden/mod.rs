@@ -15,9 +15,9 @@ use wgmoe::routing::schedule::Schedule;
 pub const ATOL: f32 = 1e-5;
 pub const RTOL: f32 = 1e-4;
 
-/// Kinds that the crate does not compute yet, each with what it waits for.
+/// Kinds that the tests of golden files do not compare yet, each with what it waits for.
 pub const LATER: &[(&str, &str)] = &[
-    ("gguf", "quantized experts"),
+    ("gguf", "none: `tests/suite/gguf.rs` compares them"),
     ("bias_update", "training"),
     ("gradient_block_coreset", "training"),
     ("gradient_expert_choice", "training"),
@@ -110,6 +110,13 @@ impl File {
 
     pub fn text(&self, key: &str) -> Result<&str, String> {
         self.case[key].as_str().ok_or_else(|| format!("no `{key}` in the header"))
+    }
+
+    /// The texts of a list in a setting that is a map of lists.
+    pub fn texts(&self, key: &str, entry: &str) -> Result<Vec<&str>, String> {
+        let list = self.case[key][entry].as_array();
+        let list = list.and_then(|list| list.iter().map(|v| v.as_str()).collect());
+        list.ok_or_else(|| format!("no `{key}` of `{entry}` in the header"))
     }
 
     pub fn flag(&self, key: &str) -> Option<bool> {
