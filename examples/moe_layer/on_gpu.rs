@@ -325,13 +325,13 @@ pub(super) fn on_gpu(
     // As many tokens as take the twin some three seconds, by the time of the first.
     let tokens = data.tokens();
     let all = |n: u32| (0..n).map(|e| (e, 1.0)).collect::<Vec<_>>();
-    let k = match config.routing {
-        Routing::TokenChoice(rule) => rule.experts_per_token,
-        Routing::ExpertChoice(rule) => rule.experts_per_token,
-        _ => 8,
-    };
     let start = Instant::now();
-    cpu_token(&config, &|e, p| data.expert(e, p), data.row(0), &all(k));
+    cpu_token(
+        &config,
+        &|e, p| data.expert(e, p),
+        data.row(0),
+        &all(config.routing.experts_per_token()),
+    );
     let count = 3.0 / start.elapsed().as_secs_f64() * threads() as f64;
     let sample = spread(tokens, (count as usize).clamp(4, 64));
 

@@ -339,6 +339,15 @@ impl Routing {
         }
     }
 
+    /// K: experts that a token takes, or has on average where the rule lets them differ.
+    pub fn experts_per_token(&self) -> u32 {
+        match self {
+            Self::ExpertChoice(rule) => rule.experts_per_token,
+            Self::TokenChoice(rule) => rule.experts_per_token,
+            Self::SequenceTop(rule) => rule.experts_per_token,
+        }
+    }
+
     /// Whether experts are chosen by logits rather than by scores.
     pub fn by_logits(&self) -> bool {
         match self {

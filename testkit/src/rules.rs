@@ -9,28 +9,19 @@ pub type Rule = (String, Routing);
 
 /// A model's own choice by tokens; where experts choose, tokens that have as many on average.
 fn by_tokens(own: Routing) -> TokenChoice {
-    match own {
-        Routing::TokenChoice(rule) => rule,
-        _ => TokenChoice::new(average(own)).with_score(own.score()).with_gate(match own.score() {
-            Score::Softmax => GateRule::Softmax,
-            _ => GateRule::Normalised,
-        }),
+    if let Routing::TokenChoice(rule) = own {
+        return rule;
     }
-}
-
-/// Experts that a token has on average.
-fn average(routing: Routing) -> u32 {
-    match routing {
-        Routing::ExpertChoice(rule) => rule.experts_per_token,
-        Routing::TokenChoice(rule) => rule.experts_per_token,
-        Routing::SequenceTop(rule) => rule.experts_per_token,
-        _ => 8,
-    }
+    let gate = match own.score() {
+        Score::Softmax => GateRule::Softmax,
+        _ => GateRule::Normalised,
+    };
+    TokenChoice::new(own.experts_per_token()).with_score(own.score()).with_gate(gate)
 }
 
 /// A model's own choice by experts; where tokens choose, as many slots.
 fn by_experts(own: Routing, most: u32) -> Routing {
-    let k = average(own).min(most);
+    let k = own.experts_per_token().min(most);
     match own {
         Routing::ExpertChoice(_) => own,
         _ => Routing::ExpertChoice(ExpertChoice::new(k).with_score(own.score())),
