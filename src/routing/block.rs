@@ -27,6 +27,10 @@ pub enum BlockRule {
 }
 
 impl BlockRule {
+    /// What the rules are called. Their numbers in the WGSL are their places, from 1 on.
+    #[doc(hidden)]
+    pub const NAMES: [&str; 4] = ["mass", "capacity", "vote", "union"];
+
     /// [`BlockRule::Mass`] with the floor of dMoE's released code, 16.
     pub const fn mass(p: f32) -> Self {
         Self::Mass { p, floor: 16 }
@@ -55,6 +59,17 @@ impl BlockRule {
     /// [`BlockRule::Union`].
     pub const fn union(experts_per_token: u32) -> Self {
         Self::Union(experts_per_token)
+    }
+
+    /// What the rule is called.
+    pub fn name(self) -> &'static str {
+        let [mass, capacity, vote, union] = Self::NAMES;
+        match self {
+            Self::Mass { .. } => mass,
+            Self::Capacity(_) => capacity,
+            Self::Vote(_) => vote,
+            Self::Union(_) => union,
+        }
     }
 
     /// How many experts each token must choose over all experts for the block to elect its coreset,
