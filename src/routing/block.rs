@@ -1,4 +1,5 @@
 //! How blocks of tokens elect coresets.
+use std::fmt;
 
 /// How a block of tokens that are decoded together elects its coreset: the experts that its tokens
 /// then choose among. A token's own top K is over all experts, groups apart; a vote for an expert
@@ -100,6 +101,19 @@ impl BlockRule {
         match self {
             Self::Mass { p, floor } => (floor.max(1), mass_units(p)),
             Self::Capacity(count) | Self::Vote(count) | Self::Union(count) => (count, 0),
+        }
+    }
+}
+
+/// As the tables of rules call it, with its numbers: `vote(38)`.
+impl fmt::Display for BlockRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name();
+        match self {
+            Self::Mass { p, floor } => write!(f, "{name}({p}, {floor})"),
+            Self::Capacity(count) | Self::Vote(count) | Self::Union(count) => {
+                write!(f, "{name}({count})")
+            }
         }
     }
 }

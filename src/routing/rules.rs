@@ -330,6 +330,20 @@ impl From<SequenceTop> for Routing {
 }
 
 impl Routing {
+    /// What the rules are called.
+    #[doc(hidden)]
+    pub const NAMES: [&str; 3] = ["expert choice", "token choice", "sequence top"];
+
+    /// What the rule is called.
+    pub fn name(&self) -> &'static str {
+        let [experts, tokens, pairs] = Self::NAMES;
+        match self {
+            Self::ExpertChoice(_) => experts,
+            Self::TokenChoice(_) => tokens,
+            Self::SequenceTop(_) => pairs,
+        }
+    }
+
     /// How logits become scores.
     pub fn score(&self) -> Score {
         match self {
