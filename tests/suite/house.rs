@@ -47,6 +47,24 @@ fn the_picture_of_the_layout_is_current() {
     );
 }
 
+/// Each twin of an op stands in `reference.rs` too.
+#[test]
+fn every_twin_is_a_reference() {
+    let reference = code(&src().join("reference.rs"));
+    let mut missing = vec![];
+    for path in sources(&src().join("ops")) {
+        let code = code(&path);
+        let stem = path.file_stem().expect("a stem").to_string_lossy();
+        let from = format!("pub use crate::ops::{stem}::");
+        let there = reference.split(';').find_map(|item| item.trim().strip_prefix(&from));
+        let there: Vec<&str> = there.unwrap_or_default().split([' ', ',', '{', '}']).collect();
+        let twins = code.split("\npub fn ").skip(1).filter(|rest| rest.starts_with("cpu"));
+        let twins = twins.filter_map(|rest| rest.split(['(', '<']).next());
+        missing.extend(twins.filter(|t| !there.contains(t)).map(|twin| format!("{stem}::{twin}")));
+    }
+    assert!(missing.is_empty(), "missing in src/reference.rs: {missing:?}");
+}
+
 /// Lines of a file: more need a reason in its first comment that says `Long:`.
 const FILE: usize = 500;
 /// Lines of a function.
