@@ -65,6 +65,25 @@ fn every_twin_is_a_reference() {
     assert!(missing.is_empty(), "missing in src/reference.rs: {missing:?}");
 }
 
+/// What a change touches, as CONTRIBUTING.md has it: the files are there. `x` is a new one.
+#[test]
+fn the_files_that_a_change_touches_exist() {
+    let text = std::fs::read_to_string(repository().join("CONTRIBUTING.md")).expect("a text");
+    let (_, table) = text.split_once("\n## What a change touches\n").expect("the table");
+    let (table, _) = table.split_once("\n## ").expect("the next title");
+    let names = table.split('`').skip(1).step_by(2).filter(|name| name.contains('/'));
+    let mut seen = 0;
+    for name in names {
+        let path = repository().join(name);
+        let stem = path.file_stem().expect("a stem").to_string_lossy().into_owned();
+        let new = stem == "x" || stem.ends_with("_x");
+        let path = if new { path.parent().expect("a folder") } else { &path };
+        assert!(path.exists(), "CONTRIBUTING.md names {name}, which does not exist");
+        seen += 1;
+    }
+    assert!(seen > 20, "only {seen} files found in the table");
+}
+
 /// Lines of a file: more need a reason in its first comment that says `Long:`.
 const FILE: usize = 500;
 /// Lines of a function.
