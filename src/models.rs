@@ -294,11 +294,7 @@ mod tests {
         assert_eq!(names, MODELS.iter().map(|m| m.name).collect::<Vec<_>>());
         for (line, model) in lines.iter().zip(MODELS) {
             let LayerConfig { hidden, intermediate, experts, routing, .. } = model.config;
-            let k = match routing {
-                Routing::TokenChoice(rule) => rule.experts_per_token,
-                Routing::ExpertChoice(rule) => rule.experts_per_token,
-                Routing::SequenceTop(rule) => rule.experts_per_token,
-            };
+            let k = routing.experts_per_token();
             let numbers = [hidden, intermediate, experts, k].map(|n| n.to_string());
             assert_eq!(line[2..6], numbers, "{}", model.name);
             assert_eq!(line[7], format!("{} ({})", model.layers, model.dense_layers));

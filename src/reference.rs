@@ -10,6 +10,7 @@
 //! | [`logits`] | [`ops::logits`](crate::ops::logits) | x `[T, D]`, weights `[E, D]` | logits `[T, E]` |
 //! | [`scores`] | [`ops::scores`](crate::ops::scores) | logits `[T, E]`, bias `[E]` | scores, selection values `[T, E]` each |
 //! | [`capacity`] | [`ops::capacity`](crate::ops::capacity) | mask ratios `[B]`, offsets `[B + 1]` | capacities, experts per token `[B]` each |
+//! | [`active_rows`] | [`ops::active_rows`](crate::ops::active_rows) | offsets `[B + 1]`, lengths `[B]` | rows that are not padding `[ceil(T / 32)]` |
 //! | [`expert_choice`] | [`ops::expert_choice`](crate::ops::expert_choice) | values `[T, E]`, offsets `[B + 1]`, capacities `[B]` | bit set |
 //! | [`token_choice`] | [`ops::token_choice`](crate::ops::token_choice) | values `[T, E]` | bit set |
 //! | [`sequence_top`] | [`ops::sequence_top`](crate::ops::sequence_top) | values `[T, E]`, offsets `[B + 1]` | bit set |
@@ -24,6 +25,7 @@
 //! | [`padded_expert_lists`] | [`ops::expert_lists`](crate::ops::expert_lists) | bit set | tokens `[E, room]`, counts, lost `[E]` each |
 //! | [`plan`] | [`ops::plan_scan`](crate::ops::plan_scan) and its neighbours | bit set, gates `[T, E]` | the plan |
 //! | [`gather`] | [`ops::gather`](crate::ops::gather) | x `[T, D]`, tokens `[S]` | rows `[S, D]` |
+//! | [`matmul_row`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[K]`, weights `[N, K]` as a function | row `[N]`, f64 |
 //! | [`expert`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[D]`, weights as functions | y `[D]` |
 //! | [`combine`] | [`ops::combine`](crate::ops::combine) | plan, y `[S, D]` | out `[T, D]` |
 //! | [`layer`], [`layer_routing`], [`layer_token`] | [`MoeLayer`](crate::MoeLayer) | x `[T, D]`, router, experts | out `[T, D]` |
@@ -63,6 +65,7 @@ pub use crate::layer::{
     HostBatch, HostBlocks, HostExperts, HostRouter, HostRouting, HostSequences, cpu as layer,
     cpu_routing as layer_routing, cpu_token as layer_token,
 };
+pub use crate::ops::active_rows::cpu as active_rows;
 pub use crate::ops::assign::cpu as assign;
 pub use crate::ops::assign_lists::cpu as assign_lists;
 pub use crate::ops::block_choice::cpu as block_choice;
@@ -73,7 +76,7 @@ pub use crate::ops::expert_choice::{cpu as expert_choice, cpu_drop as drop_over_
 pub use crate::ops::expert_lists::{cpu as expert_lists, cpu_padded as padded_expert_lists};
 pub use crate::ops::expert_union::cpu as expert_union;
 pub use crate::ops::gather::cpu as gather;
-pub use crate::ops::grouped_matmul::cpu_expert as expert;
+pub use crate::ops::grouped_matmul::{cpu_expert as expert, cpu_row as matmul_row};
 pub use crate::ops::logits::cpu as logits;
 pub use crate::ops::plan_count::cpu as gates;
 pub use crate::ops::scores::cpu as scores;

@@ -294,12 +294,7 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
     if heavy == 0 {
         return 0.0;
     }
-    let top = match group.routing {
-        wgmoe::Routing::ExpertChoice(rule) => rule.experts_per_token,
-        wgmoe::Routing::TokenChoice(rule) => rule.experts_per_token,
-        wgmoe::Routing::SequenceTop(rule) => rule.experts_per_token,
-        _ => config.experts,
-    };
+    let top = group.routing.experts_per_token();
     let tokens = f64::from(group.tokens);
     let slots = tokens * f64::from(top + config.shared_experts);
     let shape = config.expert_shape(WeightType::Bf16);

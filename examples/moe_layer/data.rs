@@ -124,10 +124,7 @@ pub(super) fn made(
     rng: &mut StdRng,
 ) -> (Vec<f32>, Option<Vec<f32>>, Experts<'static>) {
     let router = synthetic::router(rng, config);
-    let sigmoid = match config.routing {
-        Routing::TokenChoice(rule) => rule.score == Score::Sigmoid,
-        _ => false,
-    };
+    let sigmoid = config.routing.score() == Score::Sigmoid;
     let bias = sigmoid
         .then(|| (0..config.experts).map(|_| rng.random_range(-0.01..0.01)).collect::<Vec<f32>>());
     (router, bias, Experts::Synthetic(Pool::new(rng, config, weight_type)))

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use stored_layer::StoredLayer;
 use testkit::golden;
 use testkit::program::{self, Found, Progress};
-use testkit::rules::of_main_job;
+use testkit::rules::every_rule;
 use wgmoe::layer::LayerConfig;
 use wgmoe::models::{self, MODELS};
 use wgmoe::routing::{Groups, Routing};
@@ -159,7 +159,7 @@ fn subject(options: &Options) -> Result<Subject, String> {
 fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let subject = subject(options)?;
     let config = &subject.config;
-    for (name, rule) in of_main_job(config.routing, config.experts) {
+    for (name, rule) in every_rule(config.routing, config.experts) {
         rule.check(config.experts)
             .map_err(|e| format!("{} experts: {name}: {e}", config.experts))?;
     }

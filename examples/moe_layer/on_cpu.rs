@@ -6,7 +6,7 @@ use crate::{Options, Subject, describe, replay};
 use std::time::Instant;
 use testkit::compare::{Checks, largest};
 use testkit::program::Progress;
-use testkit::rules::of_main_job;
+use testkit::rules::every_rule;
 use wgmoe::layer::{HostBatch, HostRouting, HostSequences, LayerConfig, cpu_routing};
 use wgmoe::ops::{combine, expert_union, scores};
 use wgmoe::plan::{HostPlan, bits};
@@ -44,11 +44,11 @@ pub(super) fn on_cpu(
     notes.push(
         "kernel times: of the CPU twins, which are written to be read, not to be fast".into(),
     );
-    let reports = of_main_job(config.routing, config.experts)
+    let reports = every_rule(config.routing, config.experts)
         .into_iter()
         .map(|(name, routing)| {
             progress.say(format!("{name} on the CPU twins"));
-            rule_on_cpu(&data, name, routing, progress).map_err(|e| e.to_string())
+            rule_on_cpu(&data, &name, routing, progress).map_err(|e| e.to_string())
         })
         .collect::<Result<_, _>>()?;
     Ok(Report {
@@ -63,7 +63,7 @@ pub(super) fn on_cpu(
 
 pub(super) fn rule_on_cpu(
     data: &Data<'_>,
-    name: &'static str,
+    name: &str,
     routing: Routing,
     progress: &Progress,
 ) -> Result<RuleReport, Error> {
@@ -136,7 +136,7 @@ pub(super) fn rule_on_cpu(
         (0..tokens as u32).step_by(BLOCK as usize).chain(std::iter::once(tokens as u32)).collect();
     let (_, counts, _) = expert_union::cpu(&routed.assigned, tokens, e, &offsets, 0);
     Ok(RuleReport {
-        rule: name,
+        rule: name.into(),
         tokens: tokens as u32,
         experts: config.experts,
         slots,
@@ -161,10 +161,10 @@ pub(super) fn check_counts(
     let tokens = data.tokens();
     let mut of_expert = (0..config.experts as usize)
         .map(|e| bits::tokens_of(&routed.assigned, tokens, e).len() as u32);
+    let all = tokens as u32 * config.routing.experts_per_token();
     match config.routing {
         Routing::TokenChoice(rule) => {
             let dropped: u32 = routed.dropped.iter().sum();
-            let all = tokens as u32 * rule.experts_per_token;
             // A token may find fewer than K experts in its block's coreset.
             let fits = if rule.coreset.is_some() {
                 slots + dropped <= all
@@ -179,9 +179,7 @@ pub(super) fn check_counts(
             let each: u32 = data.capacity(config.routing).unwrap_or_default().iter().sum();
             checks.same("tokens of an expert", &[of_expert.all(|n| n == each)], &[true]);
         }
-        Routing::SequenceTop(rule) => {
-            checks.same("slots", &[slots], &[tokens as u32 * rule.experts_per_token])
-        }
-        _ => unreachable!("every rule is listed"),
+        // What differs between tokens adds up.
+        _ => checks.same("slots", &[slots], &[all]),
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use testkit::compare::{Checks, largest};
 use testkit::layer::router;
 use testkit::program::Progress;
-use testkit::rules::of_main_job;
+use testkit::rules::every_rule;
 use testkit::statistics::{median, spread, threads};
 use wgmoe::layer::{
     Batch, BoundLayer, HostBatch, HostSequences, LayerConfig, MoeLayer, Sequences, cpu_routing,
@@ -50,11 +50,7 @@ pub(super) struct OnGpu<'a> {
 }
 
 impl OnGpu<'_> {
-    pub(super) fn run(
-        &mut self,
-        name: &'static str,
-        routing: Routing,
-    ) -> Result<RuleReport, Error> {
+    pub(super) fn run(&mut self, name: &str, routing: Routing) -> Result<RuleReport, Error> {
         let (gpu, data, progress) = (self.gpu, self.data, self.progress);
         progress.say(format!("{}: first run, which compiles the kernels", name));
         let layer = self.layer.with_routing(routing)?;
@@ -100,7 +96,7 @@ impl OnGpu<'_> {
             None => d.name().to_string(),
         });
         Ok(RuleReport {
-            rule: name,
+            rule: name.into(),
             tokens: tokens as u32,
             experts: config.experts,
             slots: stats.slots,
@@ -325,13 +321,13 @@ pub(super) fn on_gpu(
     // As many tokens as take the twin some three seconds, by the time of the first.
     let tokens = data.tokens();
     let all = |n: u32| (0..n).map(|e| (e, 1.0)).collect::<Vec<_>>();
-    let k = match config.routing {
-        Routing::TokenChoice(rule) => rule.experts_per_token,
-        Routing::ExpertChoice(rule) => rule.experts_per_token,
-        _ => 8,
-    };
     let start = Instant::now();
-    cpu_token(&config, &|e, p| data.expert(e, p), data.row(0), &all(k));
+    cpu_token(
+        &config,
+        &|e, p| data.expert(e, p),
+        data.row(0),
+        &all(config.routing.experts_per_token()),
+    );
     let count = 3.0 / start.elapsed().as_secs_f64() * threads() as f64;
     let sample = spread(tokens, (count as usize).clamp(4, 64));
 
@@ -343,8 +339,8 @@ pub(super) fn on_gpu(
     let mut on_gpu =
         OnGpu { gpu, ctx: &ctx, layer, data: &data, hidden, sample, progress, timestamps: true };
     let mut reports = vec![];
-    for (name, routing) in of_main_job(config.routing, config.experts) {
-        reports.push(on_gpu.run(name, routing).map_err(|e| format!("{name}: {e}"))?);
+    for (name, routing) in every_rule(config.routing, config.experts) {
+        reports.push(on_gpu.run(&name, routing).map_err(|e| format!("{name}: {e}"))?);
     }
     notes.push(if on_gpu.timestamps {
         "kernel times: GPU timestamps, a pass for each kernel; kernels of one name are summed".into()

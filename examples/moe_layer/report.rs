@@ -25,7 +25,7 @@ pub(super) struct Golden {
 
 #[derive(Serialize)]
 pub(super) struct RuleReport {
-    pub(super) rule: &'static str,
+    pub(super) rule: String,
     pub(super) tokens: u32,
     pub(super) experts: u32,
     pub(super) slots: u32,

@@ -1,7 +1,6 @@
 //! One block of tokens, or a few small ones, decoded at once: each token's own choice, the election
 //! and the choice inside the coresets in one dispatch. It gives what [`token_choice`], [`coreset`]
 //! and [`token_choice`] give one after the other, whose CPU twins are its own.
-use super::coreset::rule_number;
 use super::token_choice::{groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing, token_choice};
 use crate::device::Kernel;
@@ -26,7 +25,7 @@ pub const SPEC: Spec = Spec {
     variants: || {
         let mut all = vec![];
         for target in Target::ALL {
-            for rule in coreset::RULES {
+            for rule in BlockRule::NAMES {
                 all.extend(sizes().map(|[list, groups]| prelude(target, rule, list, groups)));
             }
         }
@@ -135,13 +134,13 @@ fn each(items: u32, lanes: u32) -> u64 {
 fn prelude(target: Target, rule: &'static str, list: u32, groups: u32) -> Prelude {
     let [wg, lanes] = lanes(target);
     let groups_too = if groups > 1 { ", groups" } else { "" };
-    Prelude::new(format!("{rule}, {wg} lanes, {list} experts at a time{groups_too}"))
+    let prelude = Prelude::new(format!("{rule}, {wg} lanes, {list} experts at a time{groups_too}"))
         .constant("WG", wg)
         .constant("LANES", lanes)
         .constant("LIST", list)
         .constant("GROUPS", groups)
-        .constant("MOST", MAX_EXPERTS)
-        .constant("RULE", rule_number(rule))
+        .constant("MOST", MAX_EXPERTS);
+    coreset::with_rule(prelude, rule)
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
         .piece(piece!("common/offsets"))
@@ -243,8 +242,7 @@ impl BlockChoice {
         let list = list_of(top.max(own_top));
         let target = ctx.variant().target;
         let of_groups = groups_of(groups);
-        let kernel =
-            ctx.kernel(&SPEC, prelude(target, coreset::rule_name(rule), list, of_groups))?;
+        let kernel = ctx.kernel(&SPEC, prelude(target, rule.name(), list, of_groups))?;
         let loops = Loops { target, experts, own_top, top, groups: groups.map_or(1, |g| g.count) };
         let max_blocks = loops.max_blocks();
         Ok(Self { ctx: ctx.clone(), experts, rule, top, groups, max_blocks, kernel })

@@ -25,15 +25,15 @@ pub const SPEC: Spec = Spec {
         write("members", 4),
         write("block_of", 4),
     ],
-    variants: || LANES.into_iter().flat_map(|n| RULES.map(|rule| prelude(n, rule))).collect(),
+    variants: || {
+        LANES.into_iter().flat_map(|n| BlockRule::NAMES.map(|rule| prelude(n, rule))).collect()
+    },
 };
 
 params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32, has_rows: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
-
-pub(crate) const RULES: [&str; 4] = ["mass", "capacity", "vote", "union"];
 
 /// Lanes of a block: few, since a software driver's barriers cost by the lane, or more, to share out loops.
 const LANES: [u32; 3] = [8, 32, 256];
@@ -63,26 +63,19 @@ fn iterations(lanes: u32, experts: u32, dims: Dims) -> u64 {
     offset_iterations(dims.blocks, lanes) + tokens + votes + search + bits
 }
 
-/// What a rule is called in labels.
-pub(crate) fn rule_name(rule: BlockRule) -> &'static str {
-    match rule {
-        BlockRule::Mass { .. } => "mass",
-        BlockRule::Capacity(_) => "capacity",
-        BlockRule::Vote(_) => "vote",
-        BlockRule::Union(_) => "union",
-    }
-}
-
-/// What `RULE` is in the WGSL.
-pub(crate) fn rule_number(name: &str) -> u32 {
-    (1..).zip(RULES).find(|&(_, rule)| rule == name).map_or(0, |(i, _)| i)
+/// The numbers of the rules, and that of the one to elect by, in front of `election/elect`.
+pub(super) fn with_rule(prelude: Prelude, rule: &str) -> Prelude {
+    let numbers = || (1..).zip(BlockRule::NAMES);
+    let prelude = numbers().fold(prelude, |all, (n, name)| all.constant(&name.to_uppercase(), n));
+    let number = numbers().find(|&(_, name)| name == rule).map(|(n, _)| n);
+    prelude.constant("RULE", number.expect("a name of a rule"))
 }
 
 fn prelude(lanes: u32, rule: &'static str) -> Prelude {
-    Prelude::new(format!("{rule}, {lanes} lanes a block"))
+    let prelude = Prelude::new(format!("{rule}, {lanes} lanes a block"))
         .constant("WG", lanes)
-        .constant("MOST", MAX_EXPERTS)
-        .constant("RULE", rule_number(rule))
+        .constant("MOST", MAX_EXPERTS);
+    with_rule(prelude, rule)
         .piece(piece!("common/grid"))
         .piece(piece!("common/keys"))
         .piece(piece!("common/offsets"))
@@ -289,7 +282,7 @@ impl Coreset {
     /// The kernel for these sizes, and the iterations of its loops.
     fn kernel(&self, dims: Dims) -> Result<(Arc<Kernel>, u64)> {
         let lanes = lanes(self.ctx.variant().target, self.experts, dims);
-        let kernel = self.ctx.kernel(&SPEC, prelude(lanes, rule_name(self.rule)))?;
+        let kernel = self.ctx.kernel(&SPEC, prelude(lanes, self.rule.name()))?;
         Ok((kernel, iterations(lanes, self.experts, dims)))
     }
 

@@ -27,6 +27,7 @@
 //!
 //! [`schedule`] gives expert choice a k for each mask ratio, [`scaling`] EC-DLM's table of gate
 //! factors, [`order`] the order of values that all choices follow.
+mod block;
 pub(crate) mod check;
 mod exact;
 mod fewer;
@@ -35,10 +36,11 @@ mod rules;
 pub mod scaling;
 pub mod schedule;
 
+pub use block::BlockRule;
+pub(crate) use block::mass_units;
 pub use check::MAX_EXPERTS;
 pub(crate) use check::few_experts;
-pub(crate) use rules::mass_units;
 pub use rules::{
-    Activation, BlockRule, ExpertChoice, GateRule, Groups, MAX_GROUPS, MAX_TOP, Normalise, Routing,
-    Score, SequenceTop, TokenChoice,
+    Activation, ExpertChoice, GateRule, Groups, MAX_GROUPS, MAX_TOP, Normalise, Routing, Score,
+    SequenceTop, TokenChoice,
 };

@@ -140,7 +140,7 @@ fn direct(uses: &[BTreeSet<usize>]) -> Vec<(usize, usize)> {
     for (from, of) in uses.iter().enumerate() {
         for &to in of {
             let through = |&other: &usize| other != to && reach[other].contains(&to);
-            if !of.iter().any(|other| through(other)) {
+            if !of.iter().any(through) {
                 arrows.push((from, to));
             }
         }

@@ -3,6 +3,7 @@
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use testkit::layer::router;
 use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
+use testkit::rules::every_block_rule;
 use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeLayer, Tensor};
 use wgmoe::ops::plan_count::{self, Gates, PlanCount, Scales};
 use wgmoe::ops::plan_fill::{self, PlanFill};
@@ -84,22 +85,12 @@ impl Case<'_> {
     }
 }
 
-/// Every rule at counts that suit E experts and K, of each kind once.
-fn rules(experts: u32, top: u32) -> [BlockRule; 4] {
-    [
-        BlockRule::mass(0.6).with_floor(8.min(experts)),
-        BlockRule::Capacity(48.min(experts)),
-        BlockRule::Vote(experts.div_ceil(7)),
-        BlockRule::Union(3.min(top)),
-    ]
-}
-
 #[test]
 fn the_choice_of_a_block_is_that_of_three_kernels() {
     let Some(gpu) = gpu() else { return };
     for (tokens, experts) in [(1, 1), (5, 40), (31, 96), (32, 255), (32, 256), (32, 384)] {
         let top = 8.min(experts);
-        for rule in rules(experts as u32, top as u32) {
+        for rule in every_block_rule(experts as u32, top as u32) {
             for kind in 0..5 {
                 let r = values(kind, tokens, experts);
                 let groups = (experts % 8 == 0).then_some(Groups::new(8, 4));
@@ -120,7 +111,7 @@ fn several_blocks_of_a_column_and_marks() {
     // Side by side; gaps before, between and behind; empty ones; offsets that decrease or pass the end.
     let offsets: [&[u32]; 4] =
         [&[0, 13, 32], &[3, 9, 9, 20], &[5, 2, 30, 7, 99], &[0, 1, 2, 3, 4, 5, 6, 7, 32]];
-    for rule in rules(96, 8) {
+    for rule in every_block_rule(96, 8) {
         for kind in [0, 1, 3] {
             let r = values(kind, tokens, experts);
             for offsets in offsets {
@@ -288,7 +279,7 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
         let block = |rule: TokenChoice, coreset: Option<BlockRule>| {
             Routing::TokenChoice(coreset.map_or(rule, |c| rule.with_coreset(c)))
         };
-        for coreset in rules(256, 8) {
+        for coreset in every_block_rule(256, 8) {
             let routing = block(rule, Some(coreset));
             for blocks in [None, Some(1), Some(8)] {
                 let names = between(&ctx, 32, 256, blocks, routing);
@@ -320,7 +311,7 @@ fn most_blocks_of_the_longest_loops() {
     let r = values(0, 32, experts);
     let mut most = vec![];
     for ctx in targets(&gpu) {
-        for rule in rules(experts as u32, top as u32) {
+        for rule in every_block_rule(experts as u32, top as u32) {
             let new = |experts, top, groups| {
                 block_choice::BlockChoice::new(&ctx, experts, rule, top, groups).unwrap()
             };
@@ -349,7 +340,7 @@ fn most_blocks_of_the_longest_loops() {
     // Each begins within the turn of the one before.
     let mut offsets: Vec<u32> = (0..fewest).map(|b| 4 * b + 1).collect();
     offsets.push(32);
-    for rule in rules(experts as u32, top as u32) {
+    for rule in every_block_rule(experts as u32, top as u32) {
         for kind in [0, 1, 3] {
             let r = values(kind, 32, experts);
             Case { rule, experts, top, groups, r: &r, offsets: &offsets, voters: None }.check(&gpu);

@@ -1,6 +1,7 @@
 //! Coresets of blocks: exact against the twin, and the twin against what the rules say.
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::SliceRandom};
 use testkit::prelude::{Output, assert_same, contexts, gpu, random, run};
+use testkit::rules::every_block_rule;
 use wgmoe::ops::{coreset, token_choice};
 use wgmoe::plan::bits;
 use wgmoe::{BlockRule, Context, Gpu};
@@ -65,25 +66,25 @@ impl Case<'_> {
     }
 }
 
-/// Every rule at counts that suit E experts.
+/// Every rule at many counts.
 fn rules(experts: u32) -> Vec<BlockRule> {
     let mass = |p, floor| BlockRule::mass(p).with_floor(floor);
-    let mut all = vec![
+    let mut all = every_block_rule(experts, 6).to_vec();
+    all.extend([
         mass(0.0, 1),
         mass(0.0, 0),
-        mass(0.4, 8),
-        mass(0.6, 16),
+        mass(0.4, 16),
         mass(0.8, 1),
         mass(0.99, 2),
         mass(1.0, 8),
         mass(1.0, experts),
         mass(1.0, 1),
         mass(0.3, experts),
-    ];
-    for n in [1, 2, experts * 3 / 16, experts - 1, experts] {
+    ]);
+    for n in [1, 2, experts - 1, experts] {
         all.extend([BlockRule::Capacity(n), BlockRule::Vote(n)]);
     }
-    all.extend([1, 3, 8].map(BlockRule::Union));
+    all.extend([1, 8].map(BlockRule::Union));
     all
 }
 
@@ -160,12 +161,7 @@ fn long_blocks_and_many_experts() {
         for kind in [0, 5] {
             let r = scores(7 + kind as u64, kind, tokens, experts);
             // Longer than what has a say, where it is 1,025.
-            for rule in [
-                BlockRule::mass(0.7).with_floor(1),
-                BlockRule::Capacity(experts.min(48) as u32),
-                BlockRule::Vote(experts.min(38) as u32),
-                BlockRule::Union(1),
-            ] {
+            for rule in every_block_rule(experts as u32, 4) {
                 let own = own_choice(rule, &r, experts, 4.min(experts));
                 Case {
                     rule,
@@ -236,12 +232,7 @@ fn blocks_of_every_length_and_marks() {
                 if second { 0 } else { rng.random_range(0..3u32) * 0x1000 }
             })
             .collect();
-        for rule in [
-            BlockRule::mass(0.5).with_floor(3),
-            BlockRule::Capacity(12),
-            BlockRule::Vote(12),
-            BlockRule::Union(3),
-        ] {
+        for rule in every_block_rule(experts as u32, 4) {
             let own = own_choice(rule, &r, experts, 4);
             for voters in [None, Some(&voters[..])] {
                 let case = Case { rule, r: &r, experts, own: &own, offsets: &offsets, voters };

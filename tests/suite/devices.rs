@@ -2,9 +2,10 @@
 use std::time::Instant;
 use testkit::layer::HostLayer;
 use testkit::prelude::*;
+use testkit::rules::every_rule;
 use wgmoe::layer::*;
 use wgmoe::ops::*;
-use wgmoe::routing::{BlockRule, Routing, SequenceTop};
+use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::wgpu::{self, BufferUsages, Features};
 use wgmoe::{Context, Gpu, Slice, Target, Variant, models};
 
@@ -119,27 +120,19 @@ fn a_layer_makes_all_its_pipelines() {
     let base = config();
     let Routing::TokenChoice(rule) = base.routing else { unreachable!() };
     let choice = |rule| Routing::TokenChoice(rule);
-    let coreset = |coreset| choice(rule.with_coreset(coreset));
     let Routing::ExpertChoice(few) = models::find("ec-dlm").unwrap().config.routing else {
         unreachable!()
     };
     let few = few.with_max(1);
-    let pairs = SequenceTop::new(8).with_gate(rule.gate);
-    for (routing, experts) in [
-        (base.routing, 32),
-        (choice(rule.with_capacity_factor(1.25)), 32),
-        (models::find("ec-dlm").unwrap().config.routing, 32),
+    let every = every_rule(base.routing, 32).into_iter().map(|(_, routing)| (routing, 32));
+    for (routing, experts) in every.chain([
         (models::find("ec-dlm").unwrap().config.routing, 33),
-        (coreset(BlockRule::mass(0.6).with_floor(16)), 32),
-        (coreset(BlockRule::Capacity(10)), 512),
-        (coreset(BlockRule::Vote(9)), 32),
-        (coreset(BlockRule::Union(3)), 32),
-        (Routing::SequenceTop(pairs), 32),
+        (choice(rule.with_coreset(BlockRule::Capacity(10))), 512),
         // Narrow, so that many tokens fit.
         (choice(rule.without_groups().with_capacity_factor(1.0).with_experts_per_token(1)), 4),
         (Routing::ExpertChoice(few.with_experts_per_token(1)), 4),
         (Routing::ExpertChoice(few.with_experts_per_token(1)), 5),
-    ] {
+    ]) {
         let shared_experts = u32::from(experts > 5);
         let base = {
             let mut config = base.with_shared_experts(shared_experts);

@@ -47,6 +47,43 @@ fn the_picture_of_the_layout_is_current() {
     );
 }
 
+/// Each twin of an op stands in `reference.rs` too.
+#[test]
+fn every_twin_is_a_reference() {
+    let reference = code(&src().join("reference.rs"));
+    let mut missing = vec![];
+    for path in sources(&src().join("ops")) {
+        let code = code(&path);
+        let stem = path.file_stem().expect("a stem").to_string_lossy();
+        let from = format!("pub use crate::ops::{stem}::");
+        let there = reference.split(';').find_map(|item| item.trim().strip_prefix(&from));
+        let there: Vec<&str> = there.unwrap_or_default().split([' ', ',', '{', '}']).collect();
+        let twins = code.split("\npub fn ").skip(1).filter(|rest| rest.starts_with("cpu"));
+        let twins = twins.filter_map(|rest| rest.split(['(', '<']).next());
+        missing.extend(twins.filter(|t| !there.contains(t)).map(|twin| format!("{stem}::{twin}")));
+    }
+    assert!(missing.is_empty(), "missing in src/reference.rs: {missing:?}");
+}
+
+/// What a change touches, as CONTRIBUTING.md has it: the files are there. `x` is a new one.
+#[test]
+fn the_files_that_a_change_touches_exist() {
+    let text = std::fs::read_to_string(repository().join("CONTRIBUTING.md")).expect("a text");
+    let (_, table) = text.split_once("\n## What a change touches\n").expect("the table");
+    let (table, _) = table.split_once("\n## ").expect("the next title");
+    let names = table.split('`').skip(1).step_by(2).filter(|name| name.contains('/'));
+    let mut seen = 0;
+    for name in names {
+        let path = repository().join(name);
+        let stem = path.file_stem().expect("a stem").to_string_lossy().into_owned();
+        let new = stem == "x" || stem.ends_with("_x");
+        let path = if new { path.parent().expect("a folder") } else { &path };
+        assert!(path.exists(), "CONTRIBUTING.md names {name}, which does not exist");
+        seen += 1;
+    }
+    assert!(seen > 20, "only {seen} files found in the table");
+}
+
 /// Lines of a file: more need a reason in its first comment that says `Long:`.
 const FILE: usize = 500;
 /// Lines of a function.

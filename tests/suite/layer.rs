@@ -2,11 +2,10 @@
 use testkit::compare::largest;
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random};
+use testkit::rules::{assert_every_kind, every_block_rule};
 use wgmoe::layer::{Batch, HostBatch, LayerConfig, Sequences};
 use wgmoe::plan::{HostPlan, Stats, bits};
-use wgmoe::routing::{
-    BlockRule, ExpertChoice, Normalise, Routing, Score, SequenceTop, TokenChoice,
-};
+use wgmoe::routing::{ExpertChoice, Normalise, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::{Activation, Context, Gpu, WeightType};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice::new(4).with_score(Score::Sigmoid).with_scale(2.5);
@@ -93,19 +92,17 @@ fn matches_the_twins() {
     let sigmoid = Routing::ExpertChoice(EXPERT_CHOICE.with_score(Score::Sigmoid));
     let before = Routing::ExpertChoice(EXPERT_CHOICE.with_normalise(Normalise::BeforeSelection));
     // A software driver takes seconds to compile a matmul: all rules with one weight type, all types with one rule.
-    let rules = [
+    let mut rules = vec![
         (config(64, 32, 16, 1, tc), 40),
         (config(32, 48, 8, 2, ec), 130),
         (config(64, 32, 16, 0, grouped), 70),
         (config(64, 32, 12, 1, dropping), 50),
         (config(64, 32, 4, 0, sigmoid), 3),
         (config(64, 32, 6, 1, before), 9),
-        (config(64, 32, 40, 1, block(BlockRule::mass(0.4).with_floor(6))), 70),
-        (config(64, 32, 40, 1, block(BlockRule::Capacity(10))), 70),
-        (config(64, 32, 40, 1, block(BlockRule::Vote(7))), 70),
-        (config(64, 32, 40, 1, block(BlockRule::Union(2))), 70),
         (config(64, 32, 40, 1, pairs), 70),
     ];
+    rules.extend(every_block_rule(40, 4).map(|rule| (config(64, 32, 40, 1, block(rule)), 70)));
+    assert_every_kind(rules.iter().map(|(config, _)| &config.routing));
     let shapes = [
         (config(7, 5, 9, 1, ec), 33),
         (config(36, 20, 16, 0, tc), 70),
@@ -121,7 +118,7 @@ fn matches_the_twins() {
                 &Case { config, weight_type, page_limit: None, tokens, bias: tokens % 2 == 0 },
             );
         };
-        for case in rules.into_iter().chain(shapes) {
+        for &case in rules.iter().chain(&shapes) {
             run(case, WeightType::F32);
         }
         for weight_type in [WeightType::F16, WeightType::Bf16] {

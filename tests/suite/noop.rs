@@ -1,9 +1,10 @@
 //! Every op binds and records on wgpu's noop backend, under WebGPU's default limits, with no optional feature.
 use testkit::layer::router;
+use testkit::rules::every_rule;
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer};
 use wgmoe::models::find;
 use wgmoe::ops::*;
-use wgmoe::routing::{BlockRule, Routing, SequenceTop};
+use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
     BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
@@ -234,22 +235,12 @@ fn layers(ctx: &Context, tokens: u32) -> wgmoe::Result<Vec<BoundLayer>> {
         buffer(ctx.device(), 64 * u64::from(tokens)),
     );
     let config = find("llada2-mini").unwrap().config;
-    let Routing::TokenChoice(rule) = config.routing else { unreachable!() };
-    let coreset = |coreset| Routing::TokenChoice(rule.with_coreset(coreset));
-    let pairs = SequenceTop::new(8).with_gate(rule.gate);
-    let rules = [
-        config.routing,
-        find("ec-dlm").unwrap().config.routing,
-        Routing::TokenChoice(rule.with_capacity_factor(1.25)),
-        coreset(BlockRule::mass(0.6).with_floor(16)),
-        coreset(BlockRule::Capacity(48)),
-        coreset(BlockRule::Vote(38)),
-        coreset(BlockRule::Union(3)),
-        Routing::SequenceTop(pairs),
-    ];
-    rules
+    // Experts choose by logits too.
+    let softmax = ("EC-DLM's".into(), find("ec-dlm").unwrap().config.routing);
+    every_rule(config.routing, 64)
         .into_iter()
-        .map(|routing| {
+        .chain([softmax])
+        .map(|(_, routing)| {
             let config = {
                 let mut config = config.with_routing(routing);
                 config.hidden = 64;

@@ -4,6 +4,7 @@
 //! Long: every rule is compared in one table of batches.
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_close, assert_same, contexts, gpu, random, run};
+use testkit::rules::{assert_every_kind, every_block_rule};
 use wgmoe::layer::{
     Batch, Blocks, BoundLayer, HostBatch, HostBlocks, HostRouting, HostSequences, LayerConfig,
     MoeRouting, Scratch, Sequences,
@@ -24,18 +25,13 @@ fn every_rule() -> Vec<(String, Routing)> {
     let plain = TokenChoice::new(K).with_gate(GateRule::Softmax);
     let grouped = TokenChoice::new(K).with_score(Score::Sigmoid).with_groups(8, 3).with_scale(2.5);
     let dropping = plain.with_capacity_factor(0.8);
-    let coresets = [
-        BlockRule::mass(0.6).with_floor(8),
-        BlockRule::mass(1.0).with_floor(4),
-        BlockRule::capacity(9),
-        BlockRule::vote(7),
-        BlockRule::union(2),
-    ];
+    let all = BlockRule::mass(1.0).with_floor(4);
+    let coresets = || every_block_rule(E as u32, K).into_iter().chain([all]);
     let mut rules: Vec<(String, Routing)> = vec![];
     for (kind, rule) in [("plain", plain), ("groups", grouped), ("capacity factor", dropping)] {
         rules.push((kind.into(), rule.into()));
         let with = |coreset| (format!("{kind}, {coreset:?}"), rule.with_coreset(coreset).into());
-        rules.extend(coresets.map(with));
+        rules.extend(coresets().map(with));
     }
     let before = ExpertChoice::new(K).with_normalise(Normalise::BeforeSelection);
     rules.extend([
@@ -43,6 +39,7 @@ fn every_rule() -> Vec<(String, Routing)> {
         ("expert choice".into(), ExpertChoice::new(K).into()),
         ("expert choice, before".into(), before.into()),
     ]);
+    assert_every_kind(rules.iter().map(|(_, routing)| routing));
     rules
 }
 

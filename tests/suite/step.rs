@@ -2,6 +2,7 @@
 use testkit::compare::largest;
 use testkit::layer::HostLayer;
 use testkit::prelude::{assert_close, contexts, gpu, random};
+use testkit::rules::every_block_rule;
 use wgmoe::layer::{Batch, MoeLayer};
 use wgmoe::measure::tune::{Candidate, tune};
 use wgmoe::routing::{ExpertChoice, Score, TokenChoice};
@@ -33,15 +34,10 @@ fn layer(gpu: &Gpu, ctx: &Context, routing: Routing, page_limit: Option<u64>) ->
 #[test]
 fn dispatches_are_few() {
     let Some(gpu) = gpu() else { return };
-    let rules = [
-        (9, expert_choice()),
-        (12, block(BlockRule::mass(0.6).with_floor(4))),
-        (12, block(BlockRule::Capacity(12))),
-        (12, block(BlockRule::Vote(12))),
-        (12, block(BlockRule::Union(2))),
-    ];
+    let blocks = every_block_rule(EXPERTS, 4).map(|rule| (12, block(rule)));
+    let rules: Vec<_> = [(9, expert_choice())].into_iter().chain(blocks).collect();
     for ctx in contexts(&gpu) {
-        for (most, routing) in rules {
+        for &(most, routing) in &rules {
             for page_limit in [None, Some(64 * 64 * 2 * 10)] {
                 let layer = layer(&gpu, &ctx, routing, page_limit);
                 let [first, second] = layer.weights().page_counts();

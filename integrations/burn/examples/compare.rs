@@ -3,20 +3,20 @@
 use burn::tensor::{Distribution, Tensor};
 use std::time::{Duration, Instant};
 use wgmoe_burn::wgmoe::layer::LayerConfig;
-use wgmoe_burn::wgmoe::routing::{Routing, TokenChoice};
+use wgmoe_burn::wgmoe::routing::TokenChoice;
 use wgmoe_burn::wgmoe::{Activation, WeightType};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};
 
 const TOKENS: usize = 64;
 const ROUNDS: usize = 7;
 const TOP: u32 = 8;
-const SETTINGS: LayerConfig = LayerConfig::new(512, 256, 64, Routing::TokenChoice(TokenChoice::new(TOP))).with_shared_experts(1);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = MoeDevice::open()?;
     let info = device.context().info();
     println!("{} ({:?}), {} {}", info.name, info.backend, info.driver, info.driver_info);
-    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = SETTINGS;
+    let config = LayerConfig::new(512, 256, 64, TokenChoice::new(TOP)).with_shared_experts(1);
+    let LayerConfig { hidden, intermediate, experts, shared_experts, .. } = config;
     println!(
         "{TOKENS} tokens, D {hidden}, F {intermediate}, {experts} experts + {shared_experts} shared, top {TOP}, f32"
     );
@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         down: Tensor::random([x, d, f], deviation(f), device.device()),
     };
     let input = Tensor::<2>::random([TOKENS, d], Distribution::Normal(0.0, 1.0), device.device());
-    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone())?;
+    let ffn = MoeFfn::new(&device, config, WeightType::F32, tensors.clone())?;
     let reference = Reference::new(tensors, TOP as usize);
     let made = device.traffic();
 

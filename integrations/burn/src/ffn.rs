@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use burn_cubecl::tensor::CubeTensor;
 use std::sync::{Arc, Mutex, PoisonError};
-use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router, LayerConfig};
+use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer, Router};
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Error, ExpertWeights, Result, WeightType, layer};
 
@@ -38,7 +38,7 @@ impl MoeFfn {
     ///
     /// # Errors
     ///
-    /// LayerConfig that make no sense, tensors of other shapes, or what wgpu refuses.
+    /// A configuration that makes no sense, tensors of other shapes, or what wgpu refuses.
     pub fn new(
         device: &MoeDevice,
         config: LayerConfig,

@@ -1,7 +1,7 @@
 //! The module against the CPU twins and Burn's own operations, and that nothing is copied.
 use burn::tensor::{Distribution, Tensor};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, MoeLayer, Router, LayerConfig};
+use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, LayerConfig, MoeLayer, Router};
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
 use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, models};
@@ -9,7 +9,9 @@ use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference, place};
 
 const RULE: TokenChoice = TokenChoice::new(3);
 
-const SETTINGS: LayerConfig = LayerConfig::new(64, 32, 8, Routing::TokenChoice(RULE)).with_shared_experts(1);
+fn config() -> LayerConfig {
+    LayerConfig::new(64, 32, 8, RULE).with_shared_experts(1)
+}
 
 /// One device serves all tests: Burn makes it once.
 fn device() -> MoeDevice {
@@ -53,7 +55,8 @@ fn assert_close(got: &[f32], want: &[f32], what: &str) {
 /// The CPU twin for weights of Burn tensors.
 fn cpu(config: &LayerConfig, tensors: &MoeTensors, x: &[f32]) -> Vec<f32> {
     let router = host(&tensors.router);
-    let router = HostRouter { weight: &router, bias: None, scale_by_count: None, scale_by_expert: None };
+    let router =
+        HostRouter { weight: &router, bias: None, scale_by_count: None, scale_by_expert: None };
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
     let size = (config.hidden * config.intermediate) as usize;
     let matrix =
@@ -67,11 +70,11 @@ fn equals_the_twin_under_every_kind_of_rule() {
     let (device, tensors) = (device(), tensors());
     let block = RULE.with_coreset(BlockRule::Capacity(4));
     for routing in [
-        SETTINGS.routing,
+        config().routing,
         Routing::TokenChoice(block),
         models::find("ec-dlm").expect("a model").with_experts(8).routing,
     ] {
-        let config = SETTINGS.with_routing(routing);
+        let config = config().with_routing(routing);
         let ffn = MoeFfn::new(&device, config, WeightType::F32, tensors.clone()).unwrap();
         for tokens in [1, 33, 70] {
             let x = random([tokens, 64], 1.0);
@@ -89,7 +92,7 @@ fn equals_the_twin_under_every_kind_of_rule() {
 fn equals_burns_own_operations() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
-    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
+    let ffn = MoeFfn::new(&device, config(), WeightType::F32, tensors.clone()).unwrap();
     let reference = Reference::new(tensors, 3);
     let x = random([40, 64], 1.0);
     let got = host(&ffn.forward(x.clone()));
@@ -102,7 +105,7 @@ fn takes_a_layer_made_elsewhere() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
     let ctx = device.context();
-    let weights = ExpertWeights::new(ctx, SETTINGS.expert_shape(WeightType::F32)).unwrap();
+    let weights = ExpertWeights::new(ctx, config().expert_shape(WeightType::F32)).unwrap();
     let stacks = [&tensors.gate, &tensors.up, &tensors.down].map(host);
     for (p, stack) in Projection::ALL.into_iter().zip(&stacks) {
         for (e, matrix) in (0..).zip(stack.chunks(64 * 32)) {
@@ -111,10 +114,10 @@ fn takes_a_layer_made_elsewhere() {
     }
     let weight = layer::Tensor::new(ctx, "router", &host(&tensors.router)).unwrap();
     let router = Router::new(weight);
-    let made = MoeLayer::new(ctx, SETTINGS, router, weights).unwrap();
+    let made = MoeLayer::new(ctx, config(), router, weights).unwrap();
     let x = random([40, 64], 1.0);
     let of_layer = MoeFfn::from_layer(&device, made).forward(x.clone());
-    let of_tensors = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap().forward(x);
+    let of_tensors = MoeFfn::new(&device, config(), WeightType::F32, tensors).unwrap().forward(x);
     let bits = |t: &Tensor<2>| host(t).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     assert_eq!(bits(&of_layer), bits(&of_tensors));
 }
@@ -123,14 +126,14 @@ fn takes_a_layer_made_elsewhere() {
 fn runs_in_order_with_burns_work() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
-    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
+    let ffn = MoeFfn::new(&device, config(), WeightType::F32, tensors.clone()).unwrap();
     // Burn's work before, between and behind; memory of dropped tensors is handed out again meanwhile.
     let mut x = random([40, 64], 1.0);
     let mut want = host(&x);
     for _ in 0..5 {
         x = ffn.forward(x * 0.5 + 0.25) + 0.125;
         want = want.iter().map(|v| v * 0.5 + 0.25).collect();
-        want = cpu(&SETTINGS, &tensors, &want).iter().map(|v| v + 0.125).collect();
+        want = cpu(&config(), &tensors, &want).iter().map(|v| v + 0.125).collect();
     }
     assert_close(&host(&x), &want, "five in a row");
 }
@@ -139,10 +142,10 @@ fn runs_in_order_with_burns_work() {
 fn takes_views() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
-    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors.clone()).unwrap();
+    let ffn = MoeFfn::new(&device, config(), WeightType::F32, tensors.clone()).unwrap();
     let turned = random([64, 96], 1.0).transpose();
     for view in [turned.clone(), turned.slice([7..40])] {
-        let want = cpu(&SETTINGS, &tensors, &host(&view));
+        let want = cpu(&config(), &tensors, &host(&view));
         assert_close(&host(&ffn.forward(view)), &want, "a view");
     }
 }
@@ -151,7 +154,7 @@ fn takes_views() {
 fn nothing_is_copied() {
     let _turn = turn();
     let (device, tensors) = (device(), tensors());
-    let ffn = MoeFfn::new(&device, SETTINGS, WeightType::F32, tensors).unwrap();
+    let ffn = MoeFfn::new(&device, config(), WeightType::F32, tensors).unwrap();
     let before = device.traffic();
     assert!(before.readbacks > 0, "the weights were read");
     let x = random([33, 64], 1.0);
@@ -168,10 +171,10 @@ fn a_wrong_shape_is_an_error() {
     let _turn = turn();
     let device = device();
     let short = MoeTensors { up: random([9, 32, 60], 0.2), ..tensors() };
-    let error = MoeFfn::new(&device, SETTINGS, WeightType::F32, short).unwrap_err();
+    let error = MoeFfn::new(&device, config(), WeightType::F32, short).unwrap_err();
     assert_eq!(error.to_string(), "`up`: [9, 32, 60], expected [9, 32, 64]");
     let few = MoeTensors { down: random([5, 64, 32], 0.2), ..tensors() };
-    let error = MoeFfn::new(&device, SETTINGS, WeightType::Bf16, few).unwrap_err();
+    let error = MoeFfn::new(&device, config(), WeightType::Bf16, few).unwrap_err();
     assert_eq!(error.to_string(), "`down`: [5, 64, 32], expected [9, 64, 32]");
 }
 
@@ -179,6 +182,6 @@ fn a_wrong_shape_is_an_error() {
 #[should_panic(expected = "hidden states are [tokens, 64]")]
 fn hidden_states_of_another_width_panic() {
     let _turn = turn();
-    let ffn = MoeFfn::new(&device(), SETTINGS, WeightType::F32, tensors()).unwrap();
+    let ffn = MoeFfn::new(&device(), config(), WeightType::F32, tensors()).unwrap();
     ffn.forward(random([2, 4], 1.0));
 }

@@ -1,14 +1,10 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
 // Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters,
 // own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that are
-// not padding. Experts <= MOST.
-const MASS: u32 = 1u;
-const CAPACITY: u32 = 2u;
-const VOTE: u32 = 3u;
-const UNION: u32 = 4u;
-
+// not padding. Experts <= MOST. The rules' names (MASS, ...) and RULE are constants of the prelude.
 const MAX_BLOCK: u32 = 1024u;
 const VOTES: bool = RULE == MASS || RULE == VOTE;
+const SEARCHES: bool = VOTES || RULE == CAPACITY; // for the last key that is elected; other keys are 0 or 1
 
 struct Election {
   experts: u32,
@@ -168,7 +164,7 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
   // The last key that is elected, and how many of the experts that have it. Only the first lane knows these.
   var room = 0u;
   var low = vec2<u32>();
-  if RULE != UNION {
+  if SEARCHES {
     var count = election.count;
     var bounded = false; // by the mass
     var bound = vec2<u32>();
@@ -250,10 +246,10 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
     }
   }
   var last = vec3<u32>();
-  if RULE == UNION {
-    workgroupBarrier();
-  } else {
+  if SEARCHES {
     last = workgroupUniformLoad(&probe);
+  } else {
+    workgroupBarrier();
   }
 
   var there = anybody;
