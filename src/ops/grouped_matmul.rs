@@ -11,7 +11,7 @@ use crate::device::Kernel;
 use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
-use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection, WeightType};
+use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection};
 use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -118,8 +118,8 @@ pub struct Args<'a> {
 pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
-    /// For each storage type that experts have, by kind of item.
-    kernels: Vec<(WeightType, [(Specialization, Arc<Kernel>); 2])>,
+    /// For each storage type that experts have: of skinny items, of tiles.
+    kernels: Vec<(Specialization, Arc<Kernel>)>,
 }
 
 /// What one page contributes to a matmul.
@@ -145,8 +145,8 @@ impl GroupedMatmul {
         };
         let mut kernels = vec![];
         for weight_type in shape.types_there(projection) {
-            let both = [make(weight_type, ItemKind::Skinny)?, make(weight_type, ItemKind::Tile)?];
-            kernels.push((weight_type, both));
+            kernels.push(make(weight_type, ItemKind::Skinny)?);
+            kernels.push(make(weight_type, ItemKind::Tile)?);
         }
         Ok(Self { ctx: ctx.clone(), stage, kernels })
     }
@@ -169,13 +169,14 @@ impl GroupedMatmul {
         let mut step = BoundOp::default();
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };
-            let kernels = self.kernels.iter().find(|(t, _)| *t == page.weight_type);
-            let Some((_, kernels)) = kernels else {
+            let mut kernels =
+                self.kernels.iter().filter(|(p, _)| p.weight_type == page.weight_type).peekable();
+            if kernels.peek().is_none() {
                 let name = page.weight_type.name();
                 let reason = format!("{name}, the op was made for other storage types");
                 return Err(Error::invalid("weights", reason));
-            };
-            for kernel in &kernels[..kinds] {
+            }
+            for kernel in kernels.take(kinds) {
                 step = step.then(self.bind_page(shape, &args, &of, kernel)?);
             }
         }
