@@ -188,6 +188,23 @@ impl GroupedMatmul {
         let experts = args.weights.shape();
         let [width, depth] = experts.matrix(self.stage.projection());
         let all = shape.all_experts();
+        // Rows past those of a kernel's item would be left out.
+        for (name, rows, most) in [
+            ("tile_rows", shape.tile_rows, tile_rows(&self.ctx)),
+            ("skinny_rows", shape.skinny_rows, SKINNY_ROWS),
+        ] {
+            if rows > most {
+                let reason = format!("{rows}, the kernels of this device take at most {most}");
+                return Err(Error::invalid(name, reason));
+            }
+        }
+        let depth_is = match self.stage {
+            Stage::GateUp(_) => "hidden",
+            Stage::Down => "intermediate",
+        };
+        for (problem, _) in &self.kernels {
+            problem.check_loops(&self.ctx, depth_is, depth)?;
+        }
         match args.places {
             Some(places) => places.u32s("places", &[all.into()])?,
             None if experts.experts != all => {

@@ -82,6 +82,7 @@ impl Logits {
         } else {
             (&self.tile, tile_rows(&self.ctx))
         };
+        problem.check_loops(&self.ctx, "hidden", hidden)?;
         let mut params = Params {
             columns: experts,
             column_end: experts,

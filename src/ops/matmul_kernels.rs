@@ -9,8 +9,8 @@
 //! To add a kernel, add its file, its WGSL and a row here.
 use super::grouped_matmul::Stage;
 use super::{matmul_register, matmul_skinny, matmul_tile};
-use crate::device::Kernel;
 use crate::device::shader::{Binding, Prelude, Spec, params, read, read_uniform, write};
+use crate::device::{Kernel, quirks};
 use crate::routing::Activation;
 use crate::weights::{PANEL, WeightType};
 use crate::{Context, Result, Target};
@@ -80,6 +80,8 @@ pub(crate) struct MatmulKernel {
     pub(crate) group: fn(&Specialization) -> [u32; 2],
     /// The step between so many groups of items that follow one another.
     pub(crate) item_step: fn(u32) -> u32,
+    /// Iterations that the loops of one invocation take at a depth, at most.
+    pub(crate) iterations: fn(&Specialization, u32) -> u64,
 }
 
 /// The kernels: the first that serves is taken.
@@ -207,6 +209,13 @@ impl Specialization {
     pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
         let row = kernel_for(ctx.variant().target, self.kind);
         ctx.kernel(row.spec, (row.prelude)(ctx, self))
+    }
+
+    /// Fails where the loops of one invocation are too long for a software driver at a depth, which
+    /// is the caller's argument `name`.
+    pub(super) fn check_loops(&self, ctx: &Context, name: &'static str, depth: u32) -> Result<()> {
+        let row = kernel_for(ctx.variant().target, self.kind);
+        quirks::check_loops(ctx, name, depth, (row.iterations)(self, depth))
     }
 
     /// Workgroups for so many items, completing the parameters.

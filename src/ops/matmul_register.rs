@@ -29,6 +29,7 @@ pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     prelude: |ctx, problem| prelude(problem, Features::of(ctx)),
     group: group_tile,
     item_step,
+    iterations,
 };
 
 /// Lanes of a workgroup: one subgroup.
@@ -45,6 +46,14 @@ fn span(problem: &Specialization) -> [u32; 2] {
         ItemKind::Tile if problem.dense => [1, 1],
         ItemKind::Tile => [1, 4],
     }
+}
+
+/// A run of blocks is a loop of four steps in the loop over runs; drivers unroll that of one step.
+fn iterations(problem: &Specialization, depth: u32) -> u64 {
+    let [span, items] = span(problem).map(u64::from);
+    let steps = u64::from(depth.div_ceil(8));
+    let runs = if problem.weight_type.has_blocks() { depth.div_ceil(32) } else { 0 };
+    items * (1 + span * (1 + steps + u64::from(runs)))
 }
 
 /// What the device has that this kernel can use.

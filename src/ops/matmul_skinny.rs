@@ -26,6 +26,8 @@ pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     prelude: |_, problem| prelude(problem),
     group: |problem| [tile_columns(problem), 1],
     item_step: |_| 0,
+    // Steps are SPLIT runs, of 16 values at least; then come the sums over the parts.
+    iterations: |_, depth| u64::from(depth.div_ceil(16 * SPLIT) + 2 * SPLIT),
 };
 
 /// Columns of weights side by side.

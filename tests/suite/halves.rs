@@ -296,6 +296,6 @@ fn assignments_that_do_not_fit() {
     );
     assert_eq!(
         bind(2, of_experts(5, 13, 4)),
-        Err("`list`: expected 20 bytes, [5] u32, got 16".into())
+        Err("`tokens`: expected 20 bytes, [5] u32, got 16".into())
     );
 }

@@ -2,10 +2,11 @@
 //! to there, and past it `bind` says so.
 use testkit::{cases, prelude::*};
 use wgmoe::ops::{
-    assign, assign_lists, capacity, coreset, expert_choice, expert_union, plan_scan, sequence_top,
+    assign, assign_lists, capacity, coreset, expert_choice, expert_union, logits, plan_scan,
+    sequence_top,
 };
 use wgmoe::plan::bits;
-use wgmoe::{BlockRule, BoundOp, Context, Error, Gpu, PlanShape, wgpu};
+use wgmoe::{BlockRule, BoundOp, Context, Error, Gpu, PlanShape, Target, wgpu};
 
 /// Every layout of the work; subgroups make no difference to these kernels.
 fn layouts(gpu: &Gpu) -> Vec<Context> {
@@ -398,5 +399,24 @@ fn coresets_of_very_long_blocks() {
         run(&gpu, &op.bind(&dims, args).expect("within the limit"));
         assert_same(&members.get::<u32>(&gpu), &want.0, &variant_name(&ctx));
         assert_same(&block_of.get::<u32>(&gpu), &want.1, &variant_name(&ctx));
+    }
+}
+
+/// The matmul of software drivers loops over the depth of a row.
+#[test]
+fn logits_of_deep_rows() {
+    let Some(gpu) = gpu() else { return };
+    let bind = |ctx: &Context, hidden: u32| {
+        let [x, weights] = [(); 2].map(|()| gpu.upload(&vec![0f32; hidden as usize]));
+        let out = Output::f32s(&gpu, 1);
+        let op = logits::Logits::new(ctx, hidden, 1).unwrap();
+        let args = logits::Args { x: (&x).into(), weights: (&weights).into(), logits: out.slice() };
+        op.bind(&logits::Dims { tokens: 1 }, args)
+    };
+    for ctx in layouts(&gpu) {
+        bind(&ctx, 100_000).expect("within the loops");
+        if ctx.variant().target == Target::Serial {
+            refuses(&gpu, bind(&ctx, 200_000), "hidden", 200_000);
+        }
     }
 }

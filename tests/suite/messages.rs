@@ -4,12 +4,14 @@ use testkit::prelude::*;
 use wgmoe::layer::{Assignments, Batch, LayerConfig};
 use wgmoe::ops::capacity::{self, Capacity, Source};
 use wgmoe::ops::gather::{self, Gather};
+use wgmoe::ops::grouped_matmul::{self, GroupedMatmul, Rows, Stage};
 use wgmoe::routing::{
     BlockRule, ExpertChoice, GateRule, Groups, Normalise, Routing, Score, SequenceTop, TokenChoice,
 };
 use wgmoe::weights::ExpertShape;
 use wgmoe::{
-    Activation, Context, Error, ExpertWeights, Gpu, MoeExperts, MoeRouting, Slice, WeightType, wgpu,
+    Activation, Context, Error, ExpertWeights, Gpu, MoeExperts, MoeRouting, PlanShape, Slice,
+    WeightType, wgpu,
 };
 
 #[track_caller]
@@ -346,4 +348,45 @@ fn scores_by_their_own_name() {
         let (logits, values) = ((&logits).into(), (&values).into());
         op.bind(&dims, Args { logits, bias: None, scores, values })
     });
+}
+
+/// A plan of larger items than the kernels take would lose rows.
+#[test]
+fn items_larger_than_the_kernels() {
+    let (device, _) = wgpu::Device::noop(&Default::default());
+    let ctx = Context::new(&device).unwrap();
+    let shape = shape(1, 32, 32);
+    let weights = ExpertWeights::new(&ctx, shape).unwrap();
+    let buffer = |size| {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        })
+    };
+    let [x, plan, out] = [(); 3].map(|()| buffer(1 << 16));
+    let bind = |rows: [u32; 2]| {
+        let op = GroupedMatmul::new(&ctx, &shape, Stage::Down).unwrap();
+        let args = grouped_matmul::Args {
+            x: Rows::Slots((&x).into()),
+            plan: (&plan).into(),
+            weights: &weights,
+            places: None,
+            out: (&out).into(),
+            slots: 0..8,
+            columns: 0..32,
+        };
+        op.bind(&PlanShape::on_host(8, 1, 8).with_item_rows(rows[0], rows[1]), args)
+    };
+    let most = grouped_matmul::tile_rows(&ctx);
+    assert!(bind([most, 8]).is_ok());
+    assert_eq!(
+        message(bind([most + 1, 8])),
+        format!("`tile_rows`: {}, the kernels of this device take at most {most}", most + 1)
+    );
+    assert_eq!(
+        message(bind([most, 9])),
+        "`skinny_rows`: 9, the kernels of this device take at most 8"
+    );
 }

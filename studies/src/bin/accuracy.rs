@@ -81,8 +81,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let (bf16, routed) = run(WeightType::Bf16)?;
     let exact = host.outputs(&x, &routed.assigned, &routed.gates);
-    println!("{tokens} tokens, D {hidden}, F {intermediate}, {experts} experts, 4 a token; {}\n", gpu.info.name);
-    println!("| type | bits a value on the device | against f64, rms | against f64, most | against bf16, rms |");
+    println!(
+        "{tokens} tokens, D {hidden}, F {intermediate}, {experts} experts, 4 a token; {}\n",
+        gpu.info.name
+    );
+    println!(
+        "| type | bits a value on the device | against f64, rms | against f64, most | against bf16, rms |"
+    );
     println!("|---|---|---|---|---|");
     for &weight_type in WeightType::ALL {
         let (got, _) = run(weight_type)?;
