@@ -74,7 +74,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         bound.encode(&mut encoder);
         gpu.queue.submit([encoder.finish()]);
         let got: Vec<f32> = gpu.download(&out)?;
-        let choice = selection(&bound)?.map(|t| gpu.download::<f32>(t.buffer));
+        let choice = selection(&bound)
+            .ok_or("the layer routes itself")?
+            .map(|t| gpu.download::<f32>(t.buffer));
         let [logits, scores, values] = choice;
         let routed = host.routing(HostBatch::default(), [&logits?, &scores?, &values?]);
         Ok((got, routed))
