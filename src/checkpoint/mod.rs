@@ -41,6 +41,7 @@ use crate::{Error, LayerConfig, Result, WeightType};
 use files::Files;
 use matrix::Size;
 use names::fill;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -129,26 +130,38 @@ impl Checkpoint {
         &self.config.layer
     }
 
-    /// Shape of a layer's experts, in the storage types of the file: of the first routed expert and
-    /// of the shared ones. Where a file has the gate and the up projection in two types, both are f32
-    /// here, which holds any of them exactly.
+    /// Shape of a layer's experts, in the storage types of the file, those of the shared experts
+    /// apart. Where a file has the gate and the up projection in two types, or the same projection of
+    /// two routed experts, they are f32 here, which holds any of them exactly.
     ///
     /// # Errors
     ///
     /// As [`Checkpoint::expert`].
     pub fn expert_shape(&self, layer: u32) -> Result<ExpertShape> {
-        let types = |expert| -> Result<ExpertTypes> {
-            let of = |p| Ok(self.expert(layer, expert, p)?.weight_type());
-            let (gate, up) = (of(Projection::Gate)?, of(Projection::Up)?);
-            let gate_up = if gate == up { gate } else { WeightType::F32 };
-            Ok(ExpertTypes { gate_up, down: of(Projection::Down)? })
+        // One type, or f32 where there are several.
+        let one = |all: Range<u32>, projections: &[Projection]| -> Result<WeightType> {
+            let mut found = None;
+            for expert in all {
+                for &projection in projections {
+                    let this = self.expert(layer, expert, projection)?.weight_type();
+                    if found.replace(this).is_some_and(|other| other != this) {
+                        return Ok(WeightType::F32);
+                    }
+                }
+            }
+            Ok(found.unwrap_or(WeightType::F32))
+        };
+        let types = |all: Range<u32>| -> Result<ExpertTypes> {
+            let gate_up = one(all.clone(), &[Projection::Gate, Projection::Up])?;
+            Ok(ExpertTypes { gate_up, down: one(all, &[Projection::Down])? })
         };
         let LayerConfig { experts, shared_experts, .. } = self.config.layer;
-        let shape = self.config.layer.expert_shape(types(0)?);
+        let shape = self.config.layer.expert_shape(types(0..experts)?);
         if shared_experts == 0 {
             return Ok(shape);
         }
-        Ok(shape.with_last_types(shared_experts, types(experts)?))
+        let shared = types(experts..experts + shared_experts)?;
+        Ok(shape.with_last_types(shared_experts, shared))
     }
 
     /// A layer's router `[E, D]`.

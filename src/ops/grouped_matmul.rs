@@ -164,8 +164,9 @@ impl GroupedMatmul {
             Stage::GateUp(_) => args.weights.gate_up(),
             Stage::Down => args.weights.down(),
         };
-        // Few tokens make no tile.
-        let kinds = if shape.tokens <= SKINNY_ROWS { 1 } else { 2 };
+        // Few tokens make no tile item: an expert's rows are a rest, and that is a skinny one.
+        let few = shape.tokens <= shape.skinny_rows && shape.tokens < shape.tile_rows;
+        let kinds = if few { 1 } else { 2 };
         let mut step = BoundOp::default();
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };

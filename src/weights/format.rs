@@ -178,11 +178,14 @@ impl WeightType {
     /// | `F16`, `Bf16` | nearest, ties to even | 2^-11, 2^-8 of it, and 2^-25 (f16) |
     /// | `Q8_0` | `d = max / 127` of the block's magnitudes | d / 2, and 2^-11 of it |
     /// | `Q4_0` | `d =` the value of largest magnitude `/ -8` | d / 2 (d on the other side), and 2^-11 of it |
-    /// | `Q4_K`, `Q6_K` | scales of 6 and 8 bits of the extremes of 32 and 16 values | half a step of the block's largest scale |
-    /// | `Mxfp4` | the power of two that the largest magnitude needs | a quarter of it (one sixth of the largest at most) |
-    /// | `Fp8` | `max / 448` of 128 values of a row | 2^-4 of it, and a 2^-10 of the scale |
+    /// | `Q4_K` | scales and minima of 6 bits of the extremes of 32 values | half a step of the block's largest scale, and as much of the minimum's |
+    /// | `Q6_K` | scales of 8 bits of the extremes of 16 values | a step of the block's largest scale |
+    /// | `Mxfp4` | the power of two below the largest magnitude | a quarter of the largest magnitude |
+    /// | `Fp8` | `max / 448` of 128 values of a row | 2^-4 of the value, or 2^-10 of the scale |
     ///
-    /// Scales are rounded to f16, so that values below 2^-24 of what a scale can hold become zero.
+    /// Scales of GGUF's types are f16. Those below 2^-14 are coarser (a `Q8_0` block whose largest
+    /// magnitude is below 0.0078), those below 2^-25 are zero, and those above 65,504 are cut to it. NaN
+    /// becomes zero, and so does all of a block with an infinity.
     ///
     /// # Panics
     ///

@@ -12,7 +12,8 @@ pub enum HostWeights<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     Bf16(&'a [bf16]),
-    /// A matrix that need not be contiguous or aligned: a part of a tensor of a file.
+    /// A matrix that need not be contiguous or aligned: a part of a tensor of a file, in any type.
+    /// Types of blocks, such as Q4_K, are uploaded by this.
     View(MatrixView<'a>),
 }
 

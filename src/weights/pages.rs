@@ -2,7 +2,8 @@
 //! limits.
 //!
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
-//! the `c`-th 16 bytes (4 or 8 values of K, zero-padded) of column `n` are 16-byte word `c * PANEL + n`. So lanes that work
+//! 16-byte word `c` of column `n` (4 or 8 floats of K, or a part of a block, zero-padded) is word
+//! `c * PANEL + n`. So lanes that work
 //! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
 use super::pack;
 use super::{HostWeights, MatrixView, PANEL, WeightType};

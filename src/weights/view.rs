@@ -69,7 +69,7 @@ impl<'a> MatrixView<'a> {
     /// `row * strides[0] + column * strides[1]` of `bytes`.
     ///
     /// In a type of blocks rows are whole blocks ([`WeightType::row_bytes`]), the last one perhaps longer
-    /// than the row: `strides[0]` is a multiple of [`WeightType::block_values`], `strides[1]` is 1.
+    /// than the row, with finite values behind it ([`WeightType::encode`] puts zeros there): `strides[0]` is a multiple of [`WeightType::block_values`], `strides[1]` is 1.
     ///
     /// # Errors
     ///
@@ -161,7 +161,7 @@ impl<'a> MatrixView<'a> {
         let [rows, depth] = self.shape();
         let row =
             if self.scales.is_some() { depth.into() } else { self.weight_type.row_bytes(depth) };
-        u64::from(rows) * row
+        u64::from(rows).saturating_mul(row)
     }
 
     /// A value, widened exactly.
@@ -259,6 +259,8 @@ mod tests {
         assert!(view([2, 2], [u64::MAX / 4, u64::MAX / 4]).is_err());
         assert!(view([u32::MAX, u32::MAX], [u64::MAX, u64::MAX]).is_err());
         assert!(view([0, u32::MAX], [u64::MAX, u64::MAX]).is_ok());
+        // One value for all.
+        assert_eq!(view([u32::MAX, u32::MAX], [0, 0]).unwrap().size(), u64::MAX);
         let blocks = |shape, strides| MatrixView::new(&[0; 68], WeightType::Q8_0, shape, strides);
         assert!(blocks([2, 32], [32, 1]).is_ok());
         assert!(blocks([2, 20], [32, 1]).is_ok());

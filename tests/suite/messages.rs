@@ -381,6 +381,9 @@ fn items_larger_than_the_kernels() {
     };
     let most = grouped_matmul::tile_rows(&ctx);
     assert!(bind([most, 8]).is_ok());
+    // Of items that are smaller, those of tiles are made too.
+    let made = |rows| bind(rows).unwrap().dispatches().len();
+    assert_eq!([[most, 8], [8, 8], [most, 4], [most, 0], [4, 4]].map(made), [1, 2, 2, 2, 2]);
     assert_eq!(
         message(bind([most + 1, 8])),
         format!("`tile_rows`: {}, the kernels of this device take at most {most}", most + 1)

@@ -6,7 +6,7 @@
 pub(super) struct Type {
     /// Number in files.
     id: u32,
-    /// ggml's name, which is also what [`crate::WeightType::of_dtype`] knows.
+    /// ggml's name, which is also what [`crate::WeightType::of_name`] knows.
     pub(super) name: &'static str,
     /// Values of a block: a row is a whole number of them.
     pub(super) block: u64,
