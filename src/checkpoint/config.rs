@@ -247,15 +247,7 @@ impl<'a> Fields<'a> {
         }
         let key: Keys = &["shared_expert_intermediate_size"];
         let size = self.number(key, MOST_SIZE)?.unwrap_or(0);
-        if !size.is_multiple_of(intermediate) {
-            let reason = format!("{size} is no multiple of the experts' {intermediate}");
-            return self.fail(key[0], reason);
-        }
-        let shared = size / intermediate;
-        if shared > MAX_EXPERTS {
-            return self.fail(key[0], format!("{shared} experts' size, at most {MAX_EXPERTS}"));
-        }
-        Ok(shared)
+        experts_of_size(size, intermediate).or_else(|reason| self.fail(key[0], reason))
     }
 
     /// Dense layers by Qwen3-MoE's and LLaDA-MoE's ways of saying so.
@@ -307,6 +299,17 @@ impl<'a> Fields<'a> {
         dense.sort_unstable();
         dense.dedup();
         Ok(dense)
+    }
+}
+
+/// How many experts of an intermediate size a shared FFN is, or why it is none.
+pub(super) fn experts_of_size(size: u32, intermediate: u32) -> std::result::Result<u32, String> {
+    if !size.is_multiple_of(intermediate) {
+        return Err(format!("{size} is no multiple of the experts' {intermediate}"));
+    }
+    match size / intermediate {
+        n if n <= MAX_EXPERTS => Ok(n),
+        n => Err(format!("{n} experts' size, at most {MAX_EXPERTS}")),
     }
 }
 

@@ -185,7 +185,7 @@ impl Specialization {
     }
 
     pub(crate) fn label(&self) -> String {
-        let rows = if self.kind == ItemKind::Skinny { "skinny" } else { "tile" };
+        let rows = self.kind.name();
         let what = match self.activation {
             None => "plain",
             Some(Activation::Silu) => "silu",
@@ -203,6 +203,8 @@ impl Specialization {
             .flag("GATED", self.activation.is_some())
             .flag("GATHER", self.gather)
             .constant("PANEL", if self.layout == Layout::Packed { PANEL } else { 1 })
+            .constant("BLOCK_DEPTH", self.weight_type.device_depth())
+            .constant("BLOCK_WORDS", self.weight_type.device_words())
     }
 
     /// Compiles the kernel that serves it.
@@ -229,7 +231,8 @@ impl Specialization {
     }
 }
 
-/// The same of weights of a type. Kernels read blocks whole, and rows of x past their end by tests.
+/// Largest of 8, 4, 1 that divides the rows of x and of weights of a type. 1 where a run of a block may
+/// reach past the row: kernels then test each value of x.
 fn depth_lanes_in(weight_type: WeightType, depth: u32) -> u32 {
     if weight_type.has_blocks() && !depth.is_multiple_of(32) { 1 } else { depth_lanes(depth) }
 }

@@ -5,7 +5,7 @@
 //! `blocks.rs`. Kernels, packing, pages, checkpoints, tests and benches go over the table.
 use super::blocks::{Fp8, Mxfp4, Q4_0, Q4_K, Q6_K, Q8_0};
 use crate::device::shader::{Piece, piece};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 /// Columns of a panel of packed weights.
@@ -297,9 +297,4 @@ floats! {
     f32, 4, |v| v, |v: f32| v;
     f16, 2, f16::to_f32, f16::from_f32;
     bf16, 2, bf16::to_f32, bf16::from_f32;
-}
-
-/// A block of zero bytes: its values are zero in every type.
-pub(crate) fn zeros<F: Format>() -> F::Block {
-    F::Block::zeroed()
 }

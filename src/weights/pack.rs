@@ -122,8 +122,16 @@ fn pack_as<S: Format, T: Format>(
     }
 }
 
-/// Most words of a block.
-const MOST_WORDS: usize = 17;
+/// Most words of a block on the device.
+const MOST_WORDS: usize = {
+    let (mut most, mut i) = (0, 0);
+    while i < WeightType::ALL.len() {
+        let words = WeightType::ALL[i].device_words() as usize;
+        most = if words > most { words } else { most };
+        i += 1;
+    }
+    most
+};
 
 /// Values `k` of a row in the blocks of another type; the same bits where the types are the same.
 /// `k` begins with a block of `T`.

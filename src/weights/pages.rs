@@ -3,8 +3,8 @@
 //!
 //! A matrix `[N, K]` is packed for the kernels: cut into panels of [`PANEL`] columns (the last one padded); within a panel,
 //! 16-byte word `c` of column `n` (4 or 8 floats of K, or a part of a block, zero-padded) is word
-//! `c * PANEL + n`. So lanes that work
-//! on neighbouring columns read neighbouring words, and a workgroup reads whole stretches of memory.
+//! `c * PANEL + n`. So lanes that work on neighbouring columns read neighbouring words, and a
+//! workgroup reads whole stretches of memory.
 use super::pack;
 use super::{HostWeights, MatrixView, PANEL, WeightType};
 use crate::device::guard::{alive, scoped};

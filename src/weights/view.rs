@@ -1,8 +1,9 @@
 //! Matrices inside the bytes of a tensor: what is uploaded without a copy.
 use super::blocks::Fp8;
-use super::format::{ForFormat, Format, zeros};
+use super::format::{ForFormat, Format};
 use crate::error::bytes_of;
 use crate::{Error, Result, WeightType};
+use bytemuck::Zeroable;
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -203,7 +204,7 @@ impl<'a> MatrixView<'a> {
         if let Some(scales) = self.scales {
             let block = |b: usize| {
                 let k = b * S::VALUES..((b + 1) * S::VALUES).min(self.shape[1]);
-                let mut block = zeros::<S>();
+                let mut block = S::Block::zeroed();
                 let (scale, values) = bytemuck::bytes_of_mut(&mut block).split_at_mut(Fp8::SCALE);
                 scale.copy_from_slice(&scales.of(row, k.start, self.shape[1]));
                 values[..k.len()].copy_from_slice(&self.bytes[first + k.start..first + k.end]);

@@ -1,7 +1,6 @@
 // A run: what a lane loads of a column at once, all under way together. Here 32 values of a block of 256:
 // its words of scales and those of its codes. Needs a format of blocks, which says where they are. Twin of
 // run_words.wgsl.
-const BLOCK_DEPTH: u32 = 256u;
 const RUN_DEPTH: u32 = 32u;
 
 struct Run {

@@ -1,6 +1,6 @@
 // A run: what a lane loads of a column at once, all under way together. Here four words of floats.
 // Needs a format of floats and weights.wgsl or weights_rows.wgsl. Twin of run_blocks.wgsl.
-const RUN_DEPTH: u32 = 4u * WEIGHT_LANES;
+const RUN_DEPTH: u32 = 4u * BLOCK_DEPTH;
 
 struct Run {
   w0: vec4<u32>,
@@ -45,7 +45,7 @@ fn scale_of(run: Run) -> vec4<f32> {
 
 // Values 4 i to 4 i + 3 of a run; i is a constant wherever this is called.
 fn run_four(run: Run, scale: vec4<f32>, i: u32) -> vec4<f32> {
-  const FOURS = WEIGHT_LANES / 4u;
+  const FOURS = BLOCK_DEPTH / 4u;
   let word = word_of(run, i / FOURS);
   if i % FOURS == 0u {
     return unpack_low(word);

@@ -1,5 +1,5 @@
 //! Shape and routing of a model from the metadata of its GGUF file.
-use super::super::config::{Config, MOST_LAYERS, MOST_SIZE};
+use super::super::config::{Config, MOST_LAYERS, MOST_SIZE, experts_of_size};
 use super::super::failed;
 use super::read::{Value, Values};
 use crate::routing::{Activation, GateRule, Groups, MAX_EXPERTS, Routing, Score, TokenChoice};
@@ -192,13 +192,6 @@ impl Keys<'_> {
         if shared == 0 || width == 0 || width == intermediate {
             return Ok(shared);
         }
-        if !width.is_multiple_of(intermediate) {
-            return self
-                .fail(name, format!("{width} is no multiple of the experts' {intermediate}"));
-        }
-        match width / intermediate {
-            n if n <= MAX_EXPERTS => Ok(n),
-            n => self.fail(name, format!("{n} experts' size, at most {MAX_EXPERTS}")),
-        }
+        experts_of_size(width, intermediate).or_else(|reason| self.fail(name, reason))
     }
 }

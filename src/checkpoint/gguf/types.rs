@@ -1,12 +1,14 @@
 //! The types that tensors of GGUF files have. All of them, not only those that are computed with:
 //! a file's other tensors must be sized too, to see that none overlaps another.
 
+use crate::WeightType;
+
 /// A type of ggml's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Type {
     /// Number in files.
     id: u32,
-    /// ggml's name, which is also what [`crate::WeightType::of_name`] knows.
+    /// ggml's name, which is also what [`WeightType::of_name`] knows.
     pub(super) name: &'static str,
     /// Values of a block: a row is a whole number of them.
     pub(super) block: u64,
@@ -18,21 +20,15 @@ const fn row(id: u32, name: &'static str, block: u64, bytes: u64) -> Type {
     Type { id, name, block, bytes }
 }
 
-/// As `GGML_QUANT_SIZES` of the package `gguf` 0.19.0 (PyPI) has them.
-const TYPES: [Type; 34] = [
-    row(0, "F32", 1, 4),
-    row(1, "F16", 1, 2),
-    row(2, "Q4_0", 32, 18),
+/// Those that are no [`WeightType`], as `GGML_QUANT_SIZES` of the package `gguf` 0.19.0 (PyPI) has them.
+const OTHERS: [Type; 26] = [
     row(3, "Q4_1", 32, 20),
     row(6, "Q5_0", 32, 22),
     row(7, "Q5_1", 32, 24),
-    row(8, "Q8_0", 32, 34),
     row(9, "Q8_1", 32, 40),
     row(10, "Q2_K", 256, 84),
     row(11, "Q3_K", 256, 110),
-    row(12, "Q4_K", 256, 144),
     row(13, "Q5_K", 256, 176),
-    row(14, "Q6_K", 256, 210),
     row(15, "Q8_K", 256, 292),
     row(16, "IQ2_XXS", 256, 66),
     row(17, "IQ2_XS", 256, 74),
@@ -48,15 +44,16 @@ const TYPES: [Type; 34] = [
     row(27, "I64", 1, 8),
     row(28, "F64", 1, 8),
     row(29, "IQ1_M", 256, 56),
-    row(30, "BF16", 1, 2),
     row(34, "TQ1_0", 256, 54),
     row(35, "TQ2_0", 256, 66),
-    row(39, "MXFP4", 32, 17),
     row(40, "NVFP4", 64, 36),
     row(41, "Q1_0", 128, 18),
 ];
 
 /// The type of this number.
 pub(super) fn find(id: u32) -> Option<Type> {
-    TYPES.into_iter().find(|t| t.id == id)
+    match WeightType::of_ggml_type(id) {
+        Some(t) => Some(row(id, t.name(), t.block_values().into(), t.block_bytes())),
+        None => OTHERS.into_iter().find(|t| t.id == id),
+    }
 }

@@ -1,6 +1,7 @@
 //! Storage types of blocks: what reference implementations make of their bytes, to the bit. On the host,
 //! and on the device through matmuls with unit vectors, in every kernel.
 use super::kinds::{Outcome, Report};
+use testkit::compare::same;
 use testkit::golden::File;
 use testkit::prelude::{Output, contexts, run, variant_name};
 use testkit::works::plan;
@@ -17,6 +18,7 @@ pub(super) fn quantized(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> 
     let [rows, depth] = [file.number("out")?, file.number("in")?];
     let shape = [rows, depth];
     let want = file.f32s("dequantized")?;
+    same(&[want.len()], &[rows as usize * depth as usize], "values")?;
     let (bytes, scales);
     let view = if weight_type == WeightType::Fp8 {
         bytes = file.bytes("weight")?;

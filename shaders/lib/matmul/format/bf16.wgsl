@@ -1,7 +1,4 @@
 // 16 bytes of bf16 weights: eight values, the lower half of each word first; widened exactly by a shift.
-const WEIGHT_LANES: u32 = 8u;
-const BLOCK_DEPTH: u32 = WEIGHT_LANES;
-const BLOCK_WORDS: u32 = 1u;
 fn unpack_low(w: vec4<u32>) -> vec4<f32> {
   return bitcast<vec4<f32>>(vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u));
 }

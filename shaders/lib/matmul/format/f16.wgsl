@@ -1,7 +1,4 @@
 // 16 bytes of f16 weights: eight values, the lower half of each word first; no SHADER_F16 needed.
-const WEIGHT_LANES: u32 = 8u;
-const BLOCK_DEPTH: u32 = WEIGHT_LANES;
-const BLOCK_WORDS: u32 = 1u;
 fn unpack_low(w: vec4<u32>) -> vec4<f32> {
   return vec4<f32>(unpack2x16float(w.x), unpack2x16float(w.y));
 }

@@ -1,6 +1,5 @@
 // 8-bit floats (e4m3) times the scale of 128 values. A word of 2 scales (f32), half of it unused; then two
 // words a run, a byte a value. NaN is in the scales alone. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 17u;
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 2u;
 

@@ -1,6 +1,5 @@
 // MXFP4: `2^(e - 128)` times one of 0, 1, 2, 3, 4, 6, 8, 12 and their negatives. A word of 8 e (u8), half of
 // it unused; then a word a run, four bits a value. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 9u;
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
 

@@ -1,5 +1,4 @@
 // Q4_0: `d (q - 8)`. A word of 8 d (f16); then a word a run, four bits a value. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 9u;
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
 

@@ -1,6 +1,5 @@
 // Q4_K: `d sc q - dmin m`, sc and m of a run. A word of scales: d and dmin (f16), the low four bits of each
 // sc, those of each m, the high two of both; then a word a run, four bits a value. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 9u;
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
 

@@ -1,6 +1,5 @@
 // Q6_K: `d sc (q - 32)`, sc of half a run. A word of 16 sc (i8) and one of d (f32); then 8 words of the low
 // four bits, one a run, and 4 of the high two, one for two runs. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 14u;
 const SCALE_WORDS: u32 = 2u;
 const CODE_WORDS: u32 = 2u;
 

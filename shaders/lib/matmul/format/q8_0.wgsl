@@ -1,5 +1,4 @@
 // Q8_0: `d q`. A word of 8 d (f16); then two words a run, a byte a value: q + 128. Needs run_blocks.wgsl.
-const BLOCK_WORDS: u32 = 17u;
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 2u;
 

@@ -1,4 +1,5 @@
-// Four values a 16-byte word (f32): two words of each column. Twin of pair_halves.wgsl and pair_rows.wgsl.
+// Four values a 16-byte word (f32): two words of each column. Twin of pair_halves.wgsl, pair_rows.wgsl and
+// pair_blocks.wgsl.
 fn load_pair(up: bool, c: Columns, step: u32) -> Pair {
   let second = select(min(2u * step + 1u, weight_chunks() - 1u), 2u * step + 1u, WHOLE_STEPS);
   if PANEL == 1u && WHOLE_STEPS {

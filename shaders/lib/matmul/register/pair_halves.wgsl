@@ -1,4 +1,5 @@
-// Eight values a 16-byte word (f16, bf16): one word of each column. Twin of pair_f32.wgsl and pair_rows.wgsl.
+// Eight values a 16-byte word (f16, bf16): one word of each column. Twin of pair_f32.wgsl, pair_rows.wgsl and
+// pair_blocks.wgsl.
 fn widen(w: vec4<u32>) -> Eight {
   return Eight(unpack_low(w), unpack_high(w));
 }

@@ -1,7 +1,7 @@
 // What a lane brings of weights to a step of matmul_tile: two words of floats. Needs a format of floats and
 // weights.wgsl or weights_rows.wgsl. Twin of bring_blocks.wgsl.
 // Deeper steps: more workgroup memory, fewer waves.
-const TILE_DEPTH: u32 = 2u * WEIGHT_LANES;
+const TILE_DEPTH: u32 = 2u * BLOCK_DEPTH;
 
 struct Brought {
   w0: vec4<u32>,
@@ -31,7 +31,7 @@ fn bring_tail(base: u32, lane: u32, step: u32) -> Brought {
 }
 
 fn put_word(chunk: u32, column: u32, w: vec4<u32>) {
-  const FOURS = WEIGHT_LANES / 4u;
+  const FOURS = BLOCK_DEPTH / 4u;
   put_four(chunk * FOURS, column, unpack_low(w));
   if FOURS > 1u {
     put_four(chunk * FOURS + 1u, column, unpack_high(w));
