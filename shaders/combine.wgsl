@@ -1,8 +1,9 @@
 // out[t, h] = (out[t, h] +) sum over the slots s of t, in expert order: gate_of[s] * y[s, h]
 //   y [slots, hidden] f32; plan: token_offsets, slot_of, gate_of
-//   out [tokens, hidden] f32, added to where `add`
-// Grid: ceil(tokens * ceil(hidden / N) / WG) groups; one lane one Vector, of N elements.
-// Pieces: common/grid.
+//   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
+// Grid: ceil(tokens * ceil(hidden / N) / WG) groups; one lane one Vector, of N elements, Stored in out.
+// Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
+//   combine/floats | combine/halves_two | combine/halves_four.
 
 struct Params {
   tokens: u32,
@@ -19,7 +20,7 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> y: array<Vector>;
 @group(0) @binding(2) var<storage, read> plan: array<u32>;
-@group(0) @binding(3) var<storage, read_write> out: array<Vector>;
+@group(0) @binding(3) var<storage, read_write> out: array<Stored>;
 
 @compute @workgroup_size(WG)
 fn combine(
@@ -43,7 +44,7 @@ fn combine(
     }
   }
   if params.add == 1u {
-    sum += out[at];
+    sum += widen(out[at]);
   }
-  out[at] = sum;
+  out[at] = narrow(sum);
 }

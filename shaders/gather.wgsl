@@ -1,6 +1,6 @@
 // out[s, h] = x[token_of[first_slot + s] - first_token, h]; where that is no row of x: 0, or left alone
 // (keep). Where `planned`, token_of is a plan, and slots past those it holds (its first word) are 0.
-//   x [tokens, hidden] f32; token_of u32; out [slots, hidden] f32
+//   x [tokens, hidden], out [slots, hidden] of one type, copied word by word; token_of u32
 // Grid: ceil(slots * lanes / WG) groups; one lane every lanes-th Vector of a row.
 // Pieces: common/grid.
 

@@ -1,12 +1,14 @@
 // out[s, n] = sum over k of x[row(s), k] * W[expert of s][n, k]                                  (plain)
 // out[s, n] = activate(sum over k of x[row(s), k] * Wgate[e][n, k], the same sum with Wup)       (GATED)
-//   x        [rows, K] f32; row(s) = token_of[s] (GATHER, where token_of is given) or s
+//   x        [rows, K] f32, f16 or bf16; row(s) = token_of[s] (GATHER, where token_of is given) or s
 //   plan     u32: token_of, items and their offsets (lib/matmul/tile_plan.wgsl); none in the dense variant
 //   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 128, GATED 64.
-// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense, matmul/x_vec4 | matmul/x_scalar,
+// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense,
+//   common/halves_f16 | common/halves_bf16 | nothing, matmul/x_vec4 | matmul/x_scalar | matmul/x_halves |
+//   matmul/x_half_pairs,
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
 //   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
 //   matmul/run_blocks | nothing, matmul/load_blocks | nothing, matmul/tile/bring_words |

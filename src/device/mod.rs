@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`Context`] | a device, the [`Variant`] of the kernels in use, and the pipelines made so far: one a device |
 //! | [`Slice`] | a range of one of the caller's buffers: how every tensor is handed over |
+//! | [`Floats`] | a slice of f32, f16 or bf16: hidden states and outputs |
 //! | [`Tensor`] | a buffer that is kept, such as a router's weights |
 //! | [`BoundOp`] | an op with its arguments: a list of [`Dispatch`]es, recorded as often as it is to run |
 //!
@@ -20,7 +21,7 @@
 //! let arena = gpu.upload(&[0f32; 64 + 8]);
 //! let x = Slice::new(&arena, 256, 4 * 2 * 4);
 //! let (token_of, out) = (gpu.upload(&[2u32, 0]), gpu.upload(&[1f32; 4]));
-//! let args = Args { x, token_of: (&token_of).into(), out: (&out).into() };
+//! let args = Args { x: x.into(), token_of: (&token_of).into(), out: (&out).into() };
 //! let gather = Gather::new(&ctx)?.bind(&Dims { tokens: 4, slots: 2, hidden: 2 }, args)?;
 //!
 //! let mut encoder = gpu.device.create_command_encoder(&Default::default());
@@ -31,6 +32,7 @@
 //! # }
 //! ```
 mod context;
+mod floats;
 pub(crate) mod guard;
 pub(crate) mod quirks;
 mod record;
@@ -41,6 +43,7 @@ mod variant;
 pub(crate) mod wait;
 
 pub use context::Context;
+pub use floats::{FloatType, Floats};
 pub(crate) use record::Kernel;
 pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};

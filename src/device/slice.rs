@@ -1,7 +1,6 @@
 //! Arguments: a range of bytes of somebody's buffer.
 use crate::error::bytes_of;
 use crate::{Error, Result};
-use std::ops::Range;
 
 /// A range of a buffer: how every tensor is handed over, so that tensors an engine has placed inside larger buffers bind
 /// where they lie. A whole buffer converts (`(&buffer).into()`), and so does a [`wgpu::BufferSlice`].
@@ -49,13 +48,6 @@ impl<'a> Slice<'a> {
             return Ok(());
         }
         Err(Error::Size { name, expected, got, shape: Some(format!("{shape:?} {item}")) })
-    }
-
-    /// Some rows of a tensor of rows of `width` f32.
-    pub(crate) fn rows(&self, rows: &Range<u32>, width: u32) -> Self {
-        let row = 4 * u64::from(width);
-        let offset = self.offset + u64::from(rows.start) * row;
-        Self { offset, size: u64::from(rows.end - rows.start) * row, ..*self }
     }
 
     pub(crate) fn end(&self) -> u64 {

@@ -1,6 +1,6 @@
 //! What a layer is bound to: the caller's slices.
 use super::Scratch;
-use crate::{Error, Result, Slice};
+use crate::{Error, Floats, Result, Slice};
 
 /// Tokens of a block where a batch brings no blocks of its own, as LLaDA2.x decodes.
 pub const BLOCK: u32 = 32;
@@ -20,12 +20,13 @@ pub const BLOCK: u32 = 32;
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Batch<'a> {
-    /// `[T, D]` f32, read.
-    pub hidden: Slice<'a>,
+    /// `[T, D]`, rows of whole 32-bit words, read.
+    pub hidden: Floats<'a>,
     /// T: tokens.
     pub tokens: u32,
-    /// `[T, D]` f32, written; in a range apart from `hidden`, the same buffer allowed.
-    pub out: Option<Slice<'a>>,
+    /// `[T, D]`, rows of whole 32-bit words, written; in a range apart from `hidden`, the same buffer
+    /// allowed, the same type or another.
+    pub out: Option<Floats<'a>>,
     /// Whether the output is added to what `out` holds (a residual) rather than replacing it.
     pub add: bool,
     /// Sequences; one of all tokens, with the rule's own experts per token, where absent.
@@ -48,8 +49,9 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// `tokens` rows of hidden states `[T, D]` f32, one sequence.
-    pub fn new(hidden: impl Into<Slice<'a>>, tokens: u32) -> Self {
+    /// `tokens` rows of hidden states `[T, D]`, one sequence: f32, or what [`Floats`] says. The kernels
+    /// that read halves are compiled when a context first binds some.
+    pub fn new(hidden: impl Into<Floats<'a>>, tokens: u32) -> Self {
         Self {
             hidden: hidden.into(),
             tokens,
@@ -65,15 +67,16 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Writes the output `[T, D]` f32 into `out`.
+    /// Writes the output `[T, D]` into `out`: f32, or what [`Floats`] says.
     #[must_use]
-    pub fn into_out(self, out: impl Into<Slice<'a>>) -> Self {
+    pub fn into_out(self, out: impl Into<Floats<'a>>) -> Self {
         Self { out: Some(out.into()), add: false, ..self }
     }
 
-    /// Adds the output `[T, D]` f32 to what `out` holds: a residual.
+    /// Adds the output `[T, D]` to what `out` holds, a residual: f32, or what [`Floats`] says. The sum
+    /// is f32 and is rounded once.
     #[must_use]
-    pub fn added_to(self, out: impl Into<Slice<'a>>) -> Self {
+    pub fn added_to(self, out: impl Into<Floats<'a>>) -> Self {
         Self { out: Some(out.into()), add: true, ..self }
     }
 

@@ -8,7 +8,7 @@ use crate::ops::gather::{Gather, WindowArgs};
 use crate::ops::grouped_matmul::{self, GroupedMatmul, Rows, SlotRows, Stage};
 use crate::routing::Activation;
 use crate::weights::{ExpertWeights, PANEL};
-use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
+use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -32,8 +32,8 @@ struct Kernels {
 /// Where the experts read and write.
 #[derive(Clone, Copy)]
 pub(super) struct InOut<'a> {
-    pub(super) hidden: Slice<'a>,
-    pub(super) out: Slice<'a>,
+    pub(super) hidden: Floats<'a>,
+    pub(super) out: Floats<'a>,
     pub(super) add: bool,
 }
 
@@ -79,10 +79,10 @@ impl Experts {
     pub(super) fn in_out<'a>(&self, batch: &Batch<'a>) -> Result<InOut<'a>> {
         let Batch { hidden, out, tokens, add, .. } = *batch;
         let out = out.ok_or_else(|| Error::invalid("out", "missing: `Batch::into_out`"))?;
-        let shape = [tokens.into(), self.weights.shape().hidden.into()];
-        hidden.f32s("hidden", &shape)?;
-        out.f32s("out", &shape)?;
-        if hidden.overlaps(&out) {
+        let (rows, width) = (tokens.into(), self.weights.shape().hidden.into());
+        hidden.holds("hidden", rows, width)?;
+        out.holds("out", rows, width)?;
+        if hidden.slice.overlaps(&out.slice) {
             return Err(Error::Overlap { written: "out", other: "hidden" });
         }
         Ok(InOut { hidden, out, add })
@@ -127,26 +127,29 @@ impl Experts {
     fn bind_gate_up(
         &self,
         planned: &Planned<'_>,
-        x: Slice<'_>,
+        x: Floats<'_>,
         scratch: &Scratch,
     ) -> Result<(Vec<BoundOp>, Vec<Stretch>)> {
         let &Planned { shape, plan, places } = planned;
         let [intermediate, hidden] = self.weights.shape().gate_up_matrix();
         let slots = shape.slots()?;
-        let x_windows = windows(&self.ctx, "hidden", shape.tokens, hidden)?;
+        let x_windows = windows(&self.ctx, "hidden", x.float_type, [shape.tokens, hidden])?;
         // Where `hidden` does not fit a binding, the rows of each stretch's slots are copied
         // together, window by window.
         let gathered = x_windows.len() > 1;
         let widest = if gathered { intermediate.max(hidden) } else { intermediate };
         let most = self.ctx.max_binding() / 4 / u64::from(widest);
         let most_rows = most.clamp(1, slots.into()) as u32;
-        let bytes = |rows: u32, width: u32| u64::from(rows) * u64::from(width) * 4;
-        let x_rows =
-            if gathered { Some(scratch.get("x", bytes(most_rows, hidden))?) } else { None };
+        let values = |rows: u32, width: u32| u64::from(rows) * u64::from(width);
+        let x_rows = if gathered {
+            Some(scratch.get("x", x.float_type.bytes() * values(most_rows, hidden))?)
+        } else {
+            None
+        };
         let mut parts = vec![];
         let mut stretches = vec![];
         for (i, rows) in chunks(slots, most_rows).into_iter().enumerate() {
-            let h = scratch.part("h", i, bytes(rows.end - rows.start, intermediate))?;
+            let h = scratch.part("h", i, 4 * values(rows.end - rows.start, intermediate))?;
             let mut from = Rows::Tokens(x);
             if let Some(x_rows) = &x_rows {
                 for window in &x_windows {
@@ -161,14 +164,15 @@ impl Experts {
                     let rows = self.kernels.gather.bind_window(shape, args);
                     parts.push(rows.map_err(|e| e.renamed(&OWN))?);
                 }
-                from = Rows::Slots(SlotRows { rows: x_rows.slice(), first: rows.start });
+                let gathered = Floats::new(x_rows, x.float_type);
+                from = Rows::Slots(SlotRows { rows: gathered, first: rows.start });
             }
             let args = grouped_matmul::Args {
                 x: from,
                 plan,
                 weights: &self.weights,
                 places,
-                out: SlotRows { rows: h.slice(), first: rows.start },
+                out: SlotRows { rows: (&h).into(), first: rows.start },
                 slots: rows.clone(),
                 columns: 0..intermediate,
             };
@@ -189,7 +193,7 @@ impl Experts {
     ) -> Result<Vec<(Vec<BoundOp>, Vec<BoundOp>)>> {
         let &Planned { shape, plan, places } = planned;
         let hidden = self.weights.shape().hidden;
-        let out_windows = windows(&self.ctx, "out", shape.tokens, hidden)?;
+        let out_windows = windows(&self.ctx, "out", in_out.out.float_type, [shape.tokens, hidden])?;
         let mut down = vec![];
         for (i, columns) in self.column_stretches(shape)?.into_iter().enumerate() {
             let width = u64::from(columns.end - columns.start);
@@ -198,11 +202,11 @@ impl Experts {
             let mut matmuls = vec![];
             for (rows, h) in stretches {
                 let args = grouped_matmul::Args {
-                    x: Rows::Slots(SlotRows { rows: h.slice(), first: rows.start }),
+                    x: Rows::Slots(SlotRows { rows: h.into(), first: rows.start }),
                     plan,
                     weights: &self.weights,
                     places,
-                    out: SlotRows { rows: y.slice(), first: 0 },
+                    out: (&y).into(),
                     slots: rows.clone(),
                     columns: columns.clone(),
                 };
@@ -240,15 +244,15 @@ impl Experts {
     }
 }
 
-/// Rows `[rows, width]` f32 in stretches that each fit a binding and start where one may start; one
+/// Rows `[rows, width]` in stretches that each fit a binding and start where one may start; one
 /// of all where they fit.
 pub(super) fn windows(
     ctx: &Context,
     name: &'static str,
-    rows: u32,
-    width: u32,
+    float_type: FloatType,
+    [rows, width]: [u32; 2],
 ) -> Result<Vec<Range<u32>>> {
-    let (have, row) = (ctx.max_binding(), u64::from(width) * 4);
+    let (have, row) = (ctx.max_binding(), u64::from(width) * float_type.bytes());
     if u64::from(rows) * row <= have {
         return Ok(chunks(rows, rows.max(1)));
     }

@@ -84,7 +84,7 @@ impl MoeRouting {
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.config;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
-        batch.hidden.f32s("hidden", &[tokens.into(), hidden.into()])?;
+        batch.hidden.holds("hidden", tokens.into(), hidden.into())?;
         let chosen = batch.assignments.is_some();
         Batch::unused("assignments", chosen, "this router makes its own choice")?;
         kernels.choice.check(batch)?;
@@ -144,7 +144,7 @@ impl MoeRouting {
         let pairs = u64::from(tokens) * u64::from(experts) * 4;
         let logits = scratch.get("logits", pairs)?;
         let mut parts = vec![];
-        for rows in windows(&self.ctx, "hidden", tokens, hidden)? {
+        for rows in windows(&self.ctx, "hidden", batch.hidden.float_type, [tokens, hidden])? {
             let args = logits::Args {
                 x: batch.hidden.rows(&rows, hidden),
                 weights: self.router.weight.slice(),

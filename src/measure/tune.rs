@@ -19,6 +19,7 @@
 //! # }
 //! ```
 use crate::device::guard::{alive, scoped};
+use crate::error::{bytes_of, not_zero};
 use crate::layer::{Batch, BoundLayer, MoeLayer};
 use crate::plan::bits;
 use crate::{Context, Error, Gpu, Result, Slice, Variant};
@@ -61,19 +62,21 @@ const RUNS: usize = 5;
 ///
 /// Zero tokens, what [`MoeLayer::bind`] refuses, or a device that is lost meanwhile ([`Error`]).
 pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<Tuning> {
-    crate::error::not_zero(&[("tokens", batch.tokens)])?;
+    not_zero(&[("tokens", batch.tokens)])?;
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
     let (tokens, experts) = (batch.tokens as usize, layer.config().experts as usize);
+    let shape = [u64::from(batch.tokens), layer.config().hidden.into()];
+    let size = bytes_of("hidden", &shape, 4)?;
     let out = scoped(device, || {
         device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("out"),
-            size: batch.hidden.size, // perhaps more than a binding
+            size, // perhaps more than a binding
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         })
     })?;
-    let out = Slice::new(&out, 0, batch.hidden.size);
+    let out = Slice::new(&out, 0, size);
     // Each variant has a context of its own, and so scratch of its own.
     let batch = Batch { scratch: None, ..batch.into_out(out) };
 

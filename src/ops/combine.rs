@@ -4,7 +4,7 @@ use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::plan::HostPlan;
-use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
+use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -14,7 +14,13 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/combine.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("y", 4), read("plan", 4), write("out", 4)],
-    variants: || vec![prelude(1), prelude(4)],
+    variants: || {
+        let widths = |float_type| match float_type {
+            FloatType::F32 => [1, 4],
+            FloatType::F16 | FloatType::Bf16 => [2, 4],
+        };
+        FloatType::ALL.into_iter().flat_map(|t| widths(t).map(|w| prelude(t, w))).collect()
+    },
 };
 
 params! {
@@ -24,11 +30,20 @@ params! {
 
 const WG: u32 = 64;
 
-fn prelude(vector: u32) -> Prelude {
-    Prelude::new(format!("vectors of {vector}"))
+/// `vector` values a lane: 1 or 4 of f32, 2 or 4 of halves.
+fn prelude(float_type: FloatType, vector: u32) -> Prelude {
+    let (stored, piece) = match (float_type, vector) {
+        (FloatType::F32, _) => ("Vector", piece!("combine/floats")),
+        (_, 2) => ("u32", piece!("combine/halves_two")),
+        _ => ("vec2<u32>", piece!("combine/halves_four")),
+    };
+    Prelude::new(format!("{}, vectors of {vector}", float_type.name()))
         .constant("WG", WG)
         .alias("Vector", super::vector(vector))
+        .alias("Stored", stored)
         .piece(piece!("common/grid"))
+        .maybe_piece(float_type.halves())
+        .piece(piece)
 }
 
 /// The CPU twin: `[tokens, hidden]` from `y`, rows of `hidden` for all slots of the plan (and perhaps
@@ -68,9 +83,11 @@ pub struct Args<'a> {
     pub y: Slice<'a>,
     /// A plan of the shape, read.
     pub plan: Slice<'a>,
-    /// `[tokens, hidden]` f32: these columns are written, or added to.
-    pub out: Slice<'a>,
-    /// The columns of `out` that `y` holds; `0..hidden` for all.
+    /// `[tokens, hidden]`, rows of whole 32-bit words: these columns are written, or added to. Sums are
+    /// f32, rounded once.
+    pub out: Floats<'a>,
+    /// The columns of `out` that `y` holds; `0..hidden` for all. Of halves an even number from an even
+    /// one on.
     pub columns: Range<u32>,
     /// Elements of a row of `out`.
     pub hidden: u32,
@@ -82,6 +99,7 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct Combine {
     ctx: Context,
+    /// Of f32; those of halves are compiled when they are first bound.
     scalar: Arc<Kernel>,
     vector: Arc<Kernel>,
 }
@@ -93,7 +111,7 @@ impl Combine {
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        let [scalar, vector] = [1, 4].map(|v| ctx.kernel(&SPEC, prelude(v)));
+        let [scalar, vector] = [1, 4].map(|v| ctx.kernel(&SPEC, prelude(FloatType::F32, v)));
         Ok(Self { ctx: ctx.clone(), scalar: scalar?, vector: vector? })
     }
 
@@ -123,9 +141,20 @@ impl Combine {
         let columns = end - start;
         args.y.f32s("y", &[slots.into(), columns.into()])?;
         args.plan.u32s("plan", &[at.words.into()])?;
-        args.out.f32s("out", &[tokens.into(), hidden.into()])?;
-        let whole = [hidden, columns, start].iter().all(|n| n % 4 == 0);
-        let (kernel, vector) = if whole { (&self.vector, 4) } else { (&self.scalar, 1) };
+        args.out.holds("out", tokens.into(), hidden.into())?;
+        let multiples = |n: u32| [hidden, columns, start].iter().all(|v| v.is_multiple_of(n));
+        let (kernel, vector) = match args.out.float_type {
+            FloatType::F32 if multiples(4) => (self.vector.clone(), 4),
+            FloatType::F32 => (self.scalar.clone(), 1),
+            float_type => {
+                let vector = if multiples(4) { 4 } else { 2 };
+                if !multiples(vector) {
+                    let reason = format!("{start}..{end} of {}, must be even", float_type.name());
+                    return Err(Error::invalid("columns", reason));
+                }
+                (self.ctx.kernel(&SPEC, prelude(float_type, vector))?, vector)
+            }
+        };
         let params = Params {
             tokens,
             slots,
@@ -138,6 +167,8 @@ impl Combine {
             gate_of: at.gate_of,
         };
         let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
-        Ok(kernel.dispatch(&self.ctx, &params, &[args.y, args.plan, args.out], groups)?.into())
+        Ok(kernel
+            .dispatch(&self.ctx, &params, &[args.y, args.plan, args.out.slice], groups)?
+            .into())
     }
 }

@@ -5,7 +5,7 @@ use super::not_zero;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::expect_rows;
-use crate::{BoundOp, Context, PlanShape, Result, Slice, Target};
+use crate::{BoundOp, Context, FloatType, Floats, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, slots: u32, vectors: u32, lanes: u32, first_token: u32, first_slot: u32, keep: u32, planned: u32 }
 
-/// f32 of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
+/// Words of a vector, most first. Software drivers pay for a load by its components: 64-bit ones copy twice as much.
 fn widths(target: Target) -> &'static [u32] {
     match target {
         Target::Wide => &[4, 1],
@@ -87,22 +87,22 @@ pub struct Dims {
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
-    /// `[tokens, hidden]` f32, read.
-    pub x: Slice<'a>,
+    /// `[tokens, hidden]`, rows of whole 32-bit words, read.
+    pub x: Floats<'a>,
     /// `[slots]` u32, read: token of each slot; `tokens` or more gives a row of zeros.
     pub token_of: Slice<'a>,
-    /// `[slots, hidden]` f32, written whole.
+    /// `[slots, hidden]` of the type of `x`, written whole.
     pub out: Slice<'a>,
 }
 
 /// Buffers of a dispatch over the slots of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanArgs<'a> {
-    /// `[tokens, hidden]` f32, read.
-    pub x: Slice<'a>,
+    /// `[tokens, hidden]`, rows of whole 32-bit words, read.
+    pub x: Floats<'a>,
     /// A plan of the shape, read where it lies.
     pub plan: Slice<'a>,
-    /// `[slots, hidden]` f32, all slots of the shape ([`PlanShape::slots`]), written whole: rows past
+    /// `[slots, hidden]` of the type of `x`, all slots of the shape ([`PlanShape::slots`]), written whole: rows past
     /// the slots that the plan holds are 0.
     pub out: Slice<'a>,
     /// Elements of a row.
@@ -148,12 +148,12 @@ impl Gather {
         if slots == 0 {
             return Ok(BoundOp::default());
         }
-        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.x.holds("x", tokens.into(), hidden.into())?;
         args.plan.u32s("plan", &[at.words.into()])?;
-        args.out.f32s("out", &[slots.into(), hidden.into()])?;
+        Floats { slice: args.out, ..args.x }.holds("out", slots.into(), hidden.into())?;
         let params =
             Params { tokens, slots, first_slot: at.token_of, planned: 1, ..Params::default() };
-        self.dispatch(params, hidden, [args.x, args.plan, args.out])
+        self.dispatch(params, hidden, args.x, [args.plan, args.out])
     }
 
     /// Gathers the rows of a list of tokens.
@@ -167,11 +167,11 @@ impl Gather {
         if slots == 0 {
             return Ok(BoundOp::default());
         }
-        args.x.f32s("x", &[tokens.into(), hidden.into()])?;
+        args.x.holds("x", tokens.into(), hidden.into())?;
         args.token_of.u32s("token_of", &[slots.into()])?;
-        args.out.f32s("out", &[slots.into(), hidden.into()])?;
+        Floats { slice: args.out, ..args.x }.holds("out", slots.into(), hidden.into())?;
         let params = Params { tokens, slots, ..Params::default() };
-        self.dispatch(params, hidden, [args.x, args.token_of, args.out])
+        self.dispatch(params, hidden, args.x, [args.token_of, args.out])
     }
 
     /// The rows of some of a plan's slots whose tokens lie in a window of `x`; rows of other tokens are left alone.
@@ -184,34 +184,45 @@ impl Gather {
             keep: 1,
             ..Params::default()
         };
-        self.dispatch(params, args.hidden, [args.x, args.plan, args.out])
+        self.dispatch(params, args.hidden, args.x, [args.plan, args.out])
     }
 
-    fn dispatch(&self, params: Params, hidden: u32, slices: [Slice<'_>; 3]) -> Result<BoundOp> {
-        let fits = self.kernels.iter().find(|(width, _)| hidden.is_multiple_of(*width));
+    /// Rows are copied as they are, by words of 32 bits, whatever they hold.
+    fn dispatch(
+        &self,
+        params: Params,
+        hidden: u32,
+        x: Floats<'_>,
+        [token_of, out]: [Slice<'_>; 2],
+    ) -> Result<BoundOp> {
+        let words = match x.float_type {
+            FloatType::F32 => hidden,
+            FloatType::F16 | FloatType::Bf16 => hidden / 2,
+        };
+        let fits = self.kernels.iter().find(|(width, _)| words.is_multiple_of(*width));
         let (width, kernel) = fits.expect("every length is a multiple of 1");
         let target = self.ctx.variant().target;
-        let vectors = hidden / width;
+        let vectors = words / width;
         let lanes = vectors.div_ceil(items(target));
         let groups =
             (u64::from(params.slots) * u64::from(lanes)).div_ceil(workgroup(target).into());
         let params = Params { vectors, lanes, ..params };
-        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(kernel.dispatch(&self.ctx, &params, &[x.slice, token_of, out], groups)?.into())
     }
 }
 
 /// Buffers of a dispatch over a window of `x`.
 #[derive(Clone, Debug)]
 pub(crate) struct WindowArgs<'a> {
-    /// `[tokens of the window, hidden]` f32, read.
-    pub(crate) x: Slice<'a>,
+    /// `[tokens of the window, hidden]`, read.
+    pub(crate) x: Floats<'a>,
     /// The tokens of the window.
     pub(crate) tokens: Range<u32>,
     /// A plan, read.
     pub(crate) plan: Slice<'a>,
     /// The slots whose rows `out` holds.
     pub(crate) slots: Range<u32>,
-    /// `[slots, hidden]` f32 or more, written where a slot's token is in the window.
+    /// `[slots, hidden]` of the type of `x` or more, written where a slot's token is in the window.
     pub(crate) out: Slice<'a>,
     /// Elements of a row.
     pub(crate) hidden: u32,

@@ -8,11 +8,10 @@ pub use super::matmul_kernels::{SKINNY_ROWS, tile_rows};
 use super::matmul_kernels::{ItemKind, Params, Specialization};
 use super::or_nothing;
 use crate::device::Kernel;
-use crate::error::bytes_of;
 use crate::plan::Sections;
 use crate::routing::Activation;
 use crate::weights::{ExpertShape, ExpertWeights, PANEL, Page, Projection};
-use crate::{BoundOp, Context, Error, PlanShape, Result, Slice};
+use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -60,42 +59,44 @@ impl Stage {
     }
 }
 
-/// Rows of slots: `[slots, width]` f32, from a slot on.
+/// Rows of slots: `[slots, width]`, from a slot on.
 #[derive(Clone, Copy, Debug)]
 pub struct SlotRows<'a> {
-    /// The rows.
-    pub rows: Slice<'a>,
+    /// The rows, of whole 32-bit words.
+    pub rows: Floats<'a>,
     /// Slot of the first row.
     pub first: u32,
 }
 
 /// All slots.
-impl<'a> From<Slice<'a>> for SlotRows<'a> {
-    fn from(rows: Slice<'a>) -> Self {
-        Self { rows, first: 0 }
-    }
-}
-
-/// All slots.
-impl<'a> From<&'a wgpu::Buffer> for SlotRows<'a> {
-    fn from(rows: &'a wgpu::Buffer) -> Self {
-        Slice::from(rows).into()
+impl<'a, T: Into<Floats<'a>>> From<T> for SlotRows<'a> {
+    fn from(rows: T) -> Self {
+        Self { rows: rows.into(), first: 0 }
     }
 }
 
 /// Where a matmul's input rows are.
 #[derive(Clone, Copy, Debug)]
 pub enum Rows<'a> {
-    /// `[tokens, depth]` f32: the plan says which row a slot takes.
-    Tokens(Slice<'a>),
+    /// `[tokens, depth]`, rows of whole 32-bit words: the plan says which row a slot takes.
+    Tokens(Floats<'a>),
     /// A row a slot.
     Slots(SlotRows<'a>),
+}
+
+impl<'a> Rows<'a> {
+    fn floats(self) -> Floats<'a> {
+        match self {
+            Self::Tokens(x) => x,
+            Self::Slots(x) => x.rows,
+        }
+    }
 }
 
 /// Buffers of one grouped matmul.
 #[derive(Clone, Debug)]
 pub struct Args<'a> {
-    /// Rows of D values ([`Stage::GateUp`]) or of F values of slots ([`Stage::Down`]), read.
+    /// Rows of D values ([`Stage::GateUp`]) or of F f32 of slots ([`Stage::Down`]), read.
     pub x: Rows<'a>,
     /// A plan of the shape, read; in a buffer that is not written.
     pub plan: Slice<'a>,
@@ -222,11 +223,18 @@ impl GroupedMatmul {
         args.plan.u32s("plan", &[at.words.into()])?;
         let slots = |rows: SlotRows<'_>| u64::from(args.slots.end.saturating_sub(rows.first));
         match args.x {
-            Rows::Tokens(x) => at_least("x", x, &[shape.tokens.into(), depth.into()])?,
-            Rows::Slots(x) => at_least("x", x.rows, &[slots(x), depth.into()])?,
+            Rows::Tokens(x) => x.holds_at_least("x", shape.tokens.into(), depth.into())?,
+            Rows::Slots(x) => x.rows.holds_at_least("x", slots(x), depth.into())?,
         }
-        let columns = u64::from(end - start);
-        at_least("out", args.out.rows, &[slots(args.out), columns])
+        // What lies between the matmuls is f32.
+        let down = self.stage == Stage::Down;
+        for (name, rows, f32s) in [("x", args.x.floats(), down), ("out", args.out.rows, true)] {
+            if f32s && rows.float_type != FloatType::F32 {
+                let reason = format!("{}, must be f32", rows.float_type.name());
+                return Err(Error::invalid(name, reason));
+            }
+        }
+        args.out.rows.holds_at_least("out", slots(args.out), u64::from(end - start))
     }
 
     /// The columns of a page that lie within `args.columns`, for the page's experts and the items of
@@ -236,8 +244,9 @@ impl GroupedMatmul {
         shape: &PlanShape,
         args: &Args<'_>,
         of: &PageOf<'_>,
-        (problem, kernel): &(Specialization, Arc<Kernel>),
+        made: &(Specialization, Arc<Kernel>),
     ) -> Result<BoundOp> {
+        let problem = made.0.with_x_type(args.x.floats().float_type);
         let PageOf { at, page, .. } = *of;
         // What the page and the output have in common.
         let begin = args.columns.start.max(page.columns.start);
@@ -287,33 +296,19 @@ impl GroupedMatmul {
         };
         let Params { columns, column_begin, column_end, column_base, .. } = params;
         let ends = [columns, column_begin, column_end, column_base, out_stride];
-        let kernel = if ends.iter().all(|n| n % 4 == 0) || !problem.quad_columns {
-            kernel.clone()
-        } else {
-            Specialization { quad_columns: false, ..*problem }.kernel(&self.ctx)?
-        };
+        let quad_columns = problem.quad_columns && ends.iter().all(|n| n % 4 == 0);
+        let kernel = Specialization { quad_columns, ..problem }.kernel_or(&self.ctx, made)?;
         let weights = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(weights, Slice::from);
         let groups = problem.groups(&self.ctx, &mut params, bound);
         let places = or_nothing(&self.ctx, args.places);
-        let slices = [x, args.plan, weights, up, places, args.out.rows];
+        let slices = [x.slice, args.plan, weights, up, places, args.out.rows.slice];
         let stage = match self.stage {
             Stage::GateUp(_) => "gate_up",
             Stage::Down => "down",
         };
         let dispatch = kernel.dispatch(&self.ctx, &params, &slices, groups)?;
         Ok(dispatch.of_stage(stage).of_page(problem.kind.name(), of.index, of.pages).into())
-    }
-}
-
-/// Checks that a slice holds a shape of f32, and perhaps more.
-fn at_least(name: &'static str, slice: Slice<'_>, shape: &[u64]) -> Result<()> {
-    let expected = bytes_of(name, shape, 4)?;
-    if slice.size >= expected {
-        Ok(())
-    } else {
-        let shape = Some(format!("at least {shape:?} f32"));
-        Err(Error::Size { name, expected, got: slice.size, shape })
     }
 }
 

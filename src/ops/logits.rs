@@ -4,7 +4,7 @@ use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_
 use super::not_zero;
 use crate::device::Kernel;
 use crate::error::expect_rows;
-use crate::{BoundOp, Context, Error, Result, Slice};
+use crate::{BoundOp, Context, Error, Floats, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -18,8 +18,8 @@ pub struct Dims {
 /// Buffers of one dispatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Args<'a> {
-    /// `[tokens, hidden]` f32, read.
-    pub x: Slice<'a>,
+    /// `[tokens, hidden]`, rows of whole 32-bit words, read.
+    pub x: Floats<'a>,
     /// `[experts, hidden]` f32, row-major, read where it lies.
     pub weights: Slice<'a>,
     /// `[tokens, experts]` f32, written whole.
@@ -32,6 +32,7 @@ pub struct Logits {
     ctx: Context,
     hidden: u32,
     experts: u32,
+    /// Of f32; those of halves are compiled when they are first bound.
     skinny: (Specialization, Arc<Kernel>),
     tile: (Specialization, Arc<Kernel>),
 }
@@ -74,15 +75,17 @@ impl Logits {
             return Ok(BoundOp::default());
         }
         let (hidden, experts) = (self.hidden, self.experts);
-        args.x.f32s("x", &[rows.into(), hidden.into()])?;
+        args.x.holds("x", rows.into(), hidden.into())?;
         args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
         args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
-        let ((problem, kernel), item_rows) = if tokens <= SKINNY_ROWS {
+        let (of_f32, item_rows) = if tokens <= SKINNY_ROWS {
             (&self.skinny, SKINNY_ROWS)
         } else {
             (&self.tile, tile_rows(&self.ctx))
         };
-        problem.check_loops(&self.ctx, "hidden", hidden)?;
+        of_f32.0.check_loops(&self.ctx, "hidden", hidden)?;
+        let problem = of_f32.0.with_x_type(args.x.float_type);
+        let kernel = problem.kernel_or(&self.ctx, of_f32)?;
         let mut params = Params {
             columns: experts,
             column_end: experts,
@@ -96,7 +99,7 @@ impl Logits {
         };
         let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
         let nothing = self.ctx.nothing();
-        let slices = [args.x, nothing, args.weights, args.weights, nothing, args.logits];
+        let slices = [args.x.slice, nothing, args.weights, args.weights, nothing, args.logits];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())
     }
 }

@@ -13,7 +13,7 @@ use crate::device::shader::{Binding, Prelude, Spec, params, read, read_uniform, 
 use crate::device::{Kernel, quirks};
 use crate::routing::Activation;
 use crate::weights::{PANEL, WeightType};
-use crate::{Context, Result, Target};
+use crate::{Context, FloatType, Result, Target};
 use std::sync::Arc;
 
 params! {
@@ -107,6 +107,7 @@ pub(crate) struct Specialization {
     pub(crate) gather: bool,
     /// One expert for all rows, no plan.
     pub(crate) dense: bool,
+    pub(crate) x_type: FloatType,
     pub(crate) weight_type: WeightType,
     pub(crate) layout: Layout,
     /// Largest of 8, 4, 1 that divides the rows of x and of the weights.
@@ -132,6 +133,7 @@ impl Specialization {
             activation,
             gather: activation.is_some(),
             dense: false,
+            x_type: FloatType::F32,
             weight_type,
             layout: Layout::Packed,
             depth_lanes: depth_lanes_in(weight_type, depth),
@@ -147,6 +149,7 @@ impl Specialization {
             activation: None,
             gather: false,
             dense: true,
+            x_type: FloatType::F32,
             weight_type: WeightType::F32,
             layout: if depth_lanes == 1 { Layout::AnyRows } else { Layout::Rows },
             depth_lanes,
@@ -159,16 +162,21 @@ impl Specialization {
     /// known, so that a few stand for all.
     pub(crate) fn all() -> Vec<Self> {
         let mut all = vec![];
+        let of_any_x = |problem: Self| FloatType::ALL.map(|x_type| problem.with_x_type(x_type));
         for matrix in [[1, 1], [4, 1], [1, 4], [4, 4], [1, 32], [4, 32]] {
             for kind in [ItemKind::Skinny, ItemKind::Tile] {
                 for stage in
                     [Stage::Down, Stage::GateUp(Activation::Silu), Stage::GateUp(Activation::Gelu)]
                 {
                     for &weight_type in WeightType::ALL {
-                        all.push(Self::of_experts(stage, weight_type, matrix, kind));
+                        let problem = Self::of_experts(stage, weight_type, matrix, kind);
+                        match stage {
+                            Stage::Down => all.push(problem),
+                            Stage::GateUp(_) => all.extend(of_any_x(problem)),
+                        }
                     }
                 }
-                all.push(Self::of_logits(matrix, kind));
+                all.extend(of_any_x(Self::of_logits(matrix, kind)));
             }
         }
         all
@@ -177,6 +185,11 @@ impl Specialization {
     /// As a kernel sees it whose loads of x are of at most `lanes` values.
     pub(crate) fn with_lanes(self, lanes: u32) -> Self {
         Self { depth_lanes: self.depth_lanes.min(lanes), ..self }
+    }
+
+    /// The same by rows of x of another type.
+    pub(super) fn with_x_type(self, x_type: FloatType) -> Self {
+        Self { x_type, ..self }
     }
 
     /// As a kernel sees it that stores one value at a time.
@@ -194,7 +207,12 @@ impl Specialization {
         let source = if self.dense { "dense" } else { "grouped" };
         let [weights, layout] = [format!("{:?}", self.weight_type), format!("{:?}", self.layout)];
         let columns = if self.quad_columns { ", columns of 4" } else { "" };
-        format!("{rows} {what} {source} {weights} {layout} depth of {}{columns}", self.depth_lanes)
+        let x = match self.x_type {
+            FloatType::F32 => String::new(),
+            halves => format!(" by {}", halves.name()),
+        };
+        let lanes = self.depth_lanes;
+        format!("{rows} {what} {source} {weights}{x} {layout} depth of {lanes}{columns}")
     }
 
     /// The constants that all three kernels read.
@@ -211,6 +229,15 @@ impl Specialization {
     pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
         let row = kernel_for(ctx.variant().target, self.kind);
         ctx.kernel(row.spec, (row.prelude)(ctx, self))
+    }
+
+    /// The kernel that serves it: one that is made already, where it is of the same problem.
+    pub(super) fn kernel_or(
+        &self,
+        ctx: &Context,
+        made: &(Self, Arc<Kernel>),
+    ) -> Result<Arc<Kernel>> {
+        if *self == made.0 { Ok(made.1.clone()) } else { self.kernel(ctx) }
     }
 
     /// Fails where the loops of one invocation are too long for a software driver at a depth, which

@@ -1,6 +1,7 @@
 //! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
 //! `prelude` lists its pieces in order, and so does its WGSL.
 use super::matmul_kernels::{Layout, Specialization};
+use crate::FloatType;
 use crate::device::shader::{Piece, piece};
 use crate::routing::Activation;
 
@@ -63,21 +64,29 @@ pub(crate) fn activation(problem: &Specialization) -> Piece {
     }
 }
 
+/// How halves of x become f32.
+pub(crate) fn halves(problem: &Specialization) -> Option<Piece> {
+    problem.x_type.halves()
+}
+
 /// Four values of a row of x, for the kernels of GPUs.
 pub(crate) fn x(problem: &Specialization) -> Piece {
-    if problem.depth_lanes.is_multiple_of(4) {
-        piece!("matmul/x_vec4")
-    } else {
-        piece!("matmul/x_scalar")
+    match (problem.x_type, problem.depth_lanes.is_multiple_of(4)) {
+        (FloatType::F32, true) => piece!("matmul/x_vec4"),
+        (FloatType::F32, false) => piece!("matmul/x_scalar"),
+        (_, true) => piece!("matmul/x_halves"),
+        (_, false) => piece!("matmul/x_half_pairs"),
     }
 }
 
 /// Eight values of a row of x, for the register kernel; by 64-bit loads where `wide`.
 pub(crate) fn eight(problem: &Specialization, wide: bool) -> Piece {
-    match problem.depth_lanes {
-        _ if wide => piece!("matmul/register/eight_wide"),
-        4 | 8 => piece!("matmul/register/eight_vec4"),
-        _ => piece!("matmul/register/eight_scalar"),
+    match (problem.x_type, problem.depth_lanes) {
+        (FloatType::F32, _) if wide => piece!("matmul/register/eight_wide"),
+        (FloatType::F32, 4 | 8) => piece!("matmul/register/eight_vec4"),
+        (FloatType::F32, _) => piece!("matmul/register/eight_scalar"),
+        (_, 8) => piece!("matmul/register/eight_halves"),
+        _ => piece!("matmul/register/eight_half_pairs"),
     }
 }
 

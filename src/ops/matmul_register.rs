@@ -4,7 +4,7 @@ use super::matmul_kernels::{
 };
 use super::matmul_pieces as pieces;
 use crate::device::shader::{Prelude, Spec, piece};
-use crate::{Context, Target};
+use crate::{Context, FloatType, Target};
 
 /// See `shaders/matmul_register.wgsl`.
 pub const SPEC: Spec = Spec {
@@ -118,7 +118,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
             Layout::Rows => weight_type.device_depth() == 4 && depth_lanes % 8 == 0,
             Layout::AnyRows => false,
         };
-    let wide_x = features.wide && depth_lanes % 8 == 0;
+    let wide_x = features.wide && depth_lanes % 8 == 0 && problem.x_type == FloatType::F32;
     let mut prelude = Prelude::new(problem.label());
     if wide_weights || wide_x {
         prelude.label += ", 64-bit loads";
@@ -140,6 +140,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .piece(piece!("matmul/params"))
         .piece(pieces::tile(problem))
         .piece(piece!("matmul/register/eight"))
+        .maybe_piece(pieces::halves(problem))
         .piece(pieces::eight(problem, wide_x))
         .piece(if features.shuffle {
             piece!("matmul/register/share_shuffle")

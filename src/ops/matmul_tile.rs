@@ -43,6 +43,7 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(piece!("common/grid"))
         .piece(piece!("matmul/params"))
         .piece(pieces::tile(problem))
+        .maybe_piece(pieces::halves(problem))
         .piece(pieces::x(problem))
         .piece(pieces::unpack(problem))
         .maybe_piece(pieces::blocks(problem))

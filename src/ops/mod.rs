@@ -129,6 +129,7 @@ pub(crate) fn vector(width: u32) -> &'static str {
     match width {
         8 => "vec4<u64>",
         4 => "vec4<f32>",
+        2 => "vec2<f32>",
         _ => "f32",
     }
 }

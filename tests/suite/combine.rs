@@ -62,7 +62,7 @@ fn check(
     let args = Args {
         y: (&y_buffer).into(),
         plan: (&plan_buffer).into(),
-        out: out.slice(),
+        out: out.slice().into(),
         columns: start as u32..end as u32,
         hidden: hidden as u32,
         add,

@@ -36,7 +36,7 @@ fn bind(
     out: Slice<'_>,
 ) -> wgmoe::Result<wgmoe::BoundOp> {
     let dims = gather::Dims { tokens: 4, slots: 2, hidden: 8 };
-    Gather::new(ctx)?.bind(&dims, gather::Args { x, token_of, out })
+    Gather::new(ctx)?.bind(&dims, gather::Args { x: x.into(), token_of, out })
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn slices_of_one_buffer() {
         let x = cases::values("random", 1, 70 * 6);
         let token_of = [69u32, 0, 70, 3];
         let args = gather::Args {
-            x: put(0, bytemuck::cast_slice(&x)),
+            x: put(0, bytemuck::cast_slice(&x)).into(),
             token_of: put(2048, bytemuck::cast_slice(&token_of)),
             out: Slice::new(&whole, 4096, 96),
         };
@@ -128,7 +128,7 @@ fn slices_of_one_buffer() {
         assert_same(&floats(read(args.out)), &gather::cpu(&x, 6, &token_of), "gather");
 
         let args = scores::Args {
-            logits: args.x,
+            logits: args.x.slice,
             bias: None,
             scores: Slice::new(&whole, 8192, 1680),
             values: Slice::new(&whole, 12_288, 1680),
@@ -213,7 +213,7 @@ fn dimensions_that_make_no_sense() {
     let dims = |experts, sequences| expert_choice::Dims { tokens: 1, experts, sequences };
     assert_eq!(message(op.bind(&dims(0, 1), args)), "`experts`: must not be 0");
     assert_eq!(message(op.bind(&dims(1, 0), args)), "`sequences`: must not be 0");
-    let args = gather::Args { x: all, token_of: all, out: all };
+    let args = gather::Args { x: all.into(), token_of: all, out: all };
     let op = Gather::new(&ctx).unwrap();
     let dims = |tokens, hidden| gather::Dims { tokens, slots: 1, hidden };
     assert_eq!(message(op.bind(&dims(1, 0), args)), "`hidden`: must not be 0");
@@ -245,7 +245,7 @@ fn dimensions_that_make_no_sense() {
     assert_eq!(message(shape(1, 1, 0, 0).bytes()), "`tile_rows`: must not be 0");
     assert_eq!(message(shape(1, 1, 1025, 1).bytes()), "`shared_experts`: 1025, at most 1024");
     assert_eq!(message(shape(1, 1025, 0, 1).bytes()), "`experts`: 1025, at most 1024");
-    let args = combine::Args { y: all, plan: all, out: all, columns: 3..3, hidden: 4, add: false };
+    let args = combine::Args { y: all, plan: all, out: all.into(), columns: 3..3, hidden: 4, add: false };
     let op = combine::Combine::new(&ctx).unwrap();
     assert_eq!(message(op.bind(&shape(1, 1, 0, 1), args.clone())), "`columns`: 3..3 of 4");
     let args = combine::Args { columns: 2..5, ..args };
@@ -274,7 +274,7 @@ fn products_that_overflow() {
     let ctx = context(&gpu);
     let b = f32s(&gpu, 64);
     let all: Slice<'_> = (&b).into();
-    let args = gather::Args { x: all, token_of: all, out: all };
+    let args = gather::Args { x: all.into(), token_of: all, out: all };
     let dims = gather::Dims { tokens: u32::MAX, slots: 1, hidden: u32::MAX };
     let text = message(Gather::new(&ctx).unwrap().bind(&dims, args));
     assert_eq!(text, "`x`: [4294967295, 4294967295] overflows");

@@ -179,7 +179,7 @@ fn experts_of_another_engine() {
             let args = combine::Args {
                 y: y.slice(),
                 plan,
-                out: out.slice(),
+                out: out.slice().into(),
                 columns: 0..d as u32,
                 hidden: d as u32,
                 add: false,

@@ -185,7 +185,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
         gather::Gather::new(ctx)?.bind(
             &gather::Dims { tokens, slots: 2 * tokens, hidden: 6 },
             gather::Args {
-                x: words(&b[0], 6 * t),
+                x: words(&b[0], 6 * t).into(),
                 token_of: words(&b[1], 2 * t),
                 out: words(&b[2], 12 * t),
             },
@@ -195,7 +195,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
             combine::Args {
                 y: words(&b[0], 8 * u64::from(shape.slots()?)),
                 plan,
-                out: words(&b[1], 8 * t),
+                out: words(&b[1], 8 * t).into(),
                 columns: 0..8,
                 hidden: 8,
                 add: true,
@@ -354,7 +354,7 @@ fn no_tokens_are_no_work() {
     let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
     assert!(op.bind(&token_choice::Dims { tokens: 0 }, args).unwrap().dispatches().is_empty());
-    let args = gather::Args { x: words(&b, 4), token_of: nothing, out: nothing };
+    let args = gather::Args { x: words(&b, 4).into(), token_of: nothing, out: nothing };
     let dims = gather::Dims { tokens: 1, slots: 0, hidden: 4 };
     assert!(gather::Gather::new(&ctx).unwrap().bind(&dims, args).unwrap().dispatches().is_empty());
     let dims = expert_choice::Dims { tokens: 0, experts: 4, sequences: 1 };

@@ -1,0 +1,8 @@
+// out in halves, a word a lane. Needs common/halves_*. Twin of floats.wgsl and halves_four.wgsl.
+fn widen(w: Stored) -> Vector {
+  return widen_two(w);
+}
+
+fn narrow(v: Vector) -> Stored {
+  return narrow_two(v);
+}
