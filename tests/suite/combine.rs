@@ -5,7 +5,7 @@ use wgmoe::plan::bits;
 use wgmoe::{Context, Gpu, PlanShape};
 
 /// The words of a plan: the sections that the kernel reads, the rest poison.
-fn words(shape: &PlanShape, plan: &HostPlan) -> Vec<u32> {
+pub(crate) fn words(shape: &PlanShape, plan: &HostPlan) -> Vec<u32> {
     let at = shape.sections().unwrap();
     let mut words = vec![u32::MAX; at.words as usize];
     let mut put =

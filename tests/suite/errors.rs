@@ -245,7 +245,8 @@ fn dimensions_that_make_no_sense() {
     assert_eq!(message(shape(1, 1, 0, 0).bytes()), "`tile_rows`: must not be 0");
     assert_eq!(message(shape(1, 1, 1025, 1).bytes()), "`shared_experts`: 1025, at most 1024");
     assert_eq!(message(shape(1, 1025, 0, 1).bytes()), "`experts`: 1025, at most 1024");
-    let args = combine::Args { y: all, plan: all, out: all.into(), columns: 3..3, hidden: 4, add: false };
+    let args =
+        combine::Args { y: all, plan: all, out: all.into(), columns: 3..3, hidden: 4, add: false };
     let op = combine::Combine::new(&ctx).unwrap();
     assert_eq!(message(op.bind(&shape(1, 1, 0, 1), args.clone())), "`columns`: 3..3 of 4");
     let args = combine::Args { columns: 2..5, ..args };

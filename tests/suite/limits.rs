@@ -5,7 +5,9 @@ use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::{Batch, LayerConfig, MoeLayer, cpu_token};
 use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, ExpertWeights, Gpu, Target, Variant, WeightType, wgpu};
+use wgmoe::{
+    Context, Error, ExpertWeights, FloatType, Floats, Gpu, Target, Variant, WeightType, wgpu,
+};
 
 const TOKEN_CHOICE: TokenChoice = TokenChoice::new(3).with_score(Score::Sigmoid).with_scale(2.5);
 
@@ -31,12 +33,18 @@ fn small(gpu: &Gpu, bytes: u64) -> Gpu {
     Gpu { device, queue, info: adapter.get_info() }
 }
 
-/// What a layer adds to a residual.
-fn run(gpu: &Gpu, layer: &MoeLayer, x: &[f32], tokens: u32) -> (Vec<u32>, usize) {
+/// What a layer adds to a residual, in and out in one type.
+fn run(
+    gpu: &Gpu,
+    layer: &MoeLayer,
+    (x, float_type): (&[f32], FloatType),
+    tokens: u32,
+) -> (Vec<u32>, usize) {
     let residual: Vec<f32> = x.iter().map(|v| 1.0 - v).collect();
-    let hidden = gpu.upload(x);
-    let out = Output::holding(gpu, &residual);
-    let batch = Batch::new(&hidden, tokens).added_to(out.slice());
+    let hidden = gpu.upload(&float_type.encode(x));
+    let out = Output::holding(gpu, &float_type.encode(&residual));
+    let batch = Batch::new(Floats::new(&hidden, float_type), tokens);
+    let batch = batch.added_to(Floats::new(out.slice(), float_type));
     let step = layer.bind(&batch).unwrap();
     gpu.run_layer(&step).unwrap();
     (out.get(gpu), step.dispatches().count())
@@ -54,22 +62,28 @@ fn tensors_larger_than_a_binding() {
     let mass = token_choice(Some(BlockRule::mass(0.5).with_floor(4)));
     // Rows of whole vectors, and rows of which only one in 4 or 8 starts where a binding may.
     let odd = 512 - (gpu.device.limits().min_storage_buffer_offset_alignment / 32).max(1);
-    let rules = [(512, token_choice(None)), (512, EXPERT_CHOICE), (512, mass), (odd, mass)];
+    let (f32, bf16) = (FloatType::F32, FloatType::Bf16);
+    let rules = [
+        (512, token_choice(None), f32),
+        (512, EXPERT_CHOICE, bf16),
+        (512, mass, f32),
+        (odd, mass, f32),
+    ];
     // A software driver takes seconds to compile a matmul; subgroups change none of the kernels that this is about.
     for variant in Variant::all(&gpu.device).into_iter().filter(|v| !v.subgroups) {
         let devices =
             [&small, &gpu].map(|gpu| (gpu, Context::with_variant(&gpu.device, variant).unwrap()));
         let rules = if variant.target == Target::Wide { &rules[..2] } else { &rules[..] };
-        for &(hidden, routing) in rules {
-            let what = format!("{variant:?} D {hidden} {routing:?}");
+        for &(hidden, routing, float_type) in rules {
+            let what = format!("{variant:?} D {hidden} {routing:?} {float_type:?}");
             let host = HostLayer::new(config(hidden, routing));
             let x = random(3, (tokens * hidden) as usize);
-            assert!(x.len() as u64 * 4 > 3 * LIMIT);
+            assert!(x.len() as u64 * float_type.bytes() > 3 * LIMIT / 2);
             let [(got, dispatches), (want, fewer)] = devices.each_ref().map(|(gpu, ctx)| {
                 run(
                     gpu,
                     &host.layer_as(ctx, &gpu.queue, WeightType::Bf16, None).unwrap(),
-                    &x,
+                    (&x, float_type),
                     tokens,
                 )
             });
@@ -117,7 +131,7 @@ fn page_limits_give_equal_bits() {
     for limit in [128 << 20, 16 << 20, 1 << 20] {
         let layer = host.layer_as(&ctx, &gpu.queue, WeightType::F32, Some(limit)).unwrap();
         pages.push(layer.weights().page_counts());
-        let (got, _) = run(&gpu, &layer, &x, tokens);
+        let (got, _) = run(&gpu, &layer, (&x, FloatType::F32), tokens);
         assert_same(&got, want.get_or_insert(got.clone()), &format!("pages of {limit} bytes"));
     }
     assert_eq!(pages, [[1, 1], [2, 2], [30, 30]]);

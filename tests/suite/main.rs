@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
+mod activations;
 mod assign;
 mod assign_lists;
 mod batch;
