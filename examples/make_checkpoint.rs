@@ -20,8 +20,7 @@ fn layouts() -> impl TypedValueParser<Value = Layout> {
 /// The types of GGUF files by name.
 fn weights() -> impl TypedValueParser<Value = WeightType> {
     let types = WeightType::ALL.iter().filter(|t| t.ggml_type().is_some());
-    PossibleValuesParser::new(types.map(|t| t.name()))
-        .try_map(|name| WeightType::of_name(&name).ok_or("no such type"))
+    PossibleValuesParser::new(types.map(|t| t.name())).try_map(|name| name.parse())
 }
 
 /// Writes a checkpoint of synthetic weights.

@@ -13,14 +13,6 @@ pub(super) const BLOCK: u32 = 32;
 
 pub(super) const SEQUENCE: u32 = 128;
 
-/// A storage type by its name, such as bf16 or q4_k.
-pub(super) fn weight_type(name: &str) -> Result<WeightType, String> {
-    WeightType::of_name(name).ok_or_else(|| {
-        let known: Vec<String> = WeightType::ALL.iter().map(|t| t.name().to_lowercase()).collect();
-        format!("expected one of {}", known.join(", "))
-    })
-}
-
 /// The data of a layer on the host.
 ///
 /// Experts: each matrix is a window of one pool of random numbers, at a place of its own, so that a

@@ -52,7 +52,7 @@ struct Options {
     tokens: u32,
     /// Type the experts are stored as on the device, such as f32, q8_0, q4_k or f8_e4m3; bf16 by default, or a
     /// checkpoint's own
-    #[arg(long, value_parser = data::weight_type)]
+    #[arg(long)]
     weights: Option<WeightType>,
     /// Adapter, by a part of its name or by index
     #[arg(long, value_name = "NAME|INDEX")]

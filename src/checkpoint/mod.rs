@@ -58,6 +58,12 @@ impl ExpertSource for CheckpointExperts {
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
         self.checkpoint.expert(self.layer, expert, projection)
     }
+
+    /// Those of the files.
+    fn types(&self) -> Result<[ExpertTypes; 2]> {
+        let shape = self.checkpoint.expert_shape(self.layer)?;
+        Ok([shape.types, shape.last_types])
+    }
 }
 
 /// A checkpoint on disk, its files mapped.

@@ -14,6 +14,16 @@ pub trait ExpertSource: Send + Sync {
     ///
     /// Whatever kept the source from having it; the step that asked fails with it.
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>>;
+
+    /// What the experts are best stored as on the device: the routed ones, and the shared ones. bf16
+    /// where a source does not say.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the source from knowing it.
+    fn types(&self) -> Result<[ExpertTypes; 2]> {
+        Ok([WeightType::Bf16.into(); 2])
+    }
 }
 
 /// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes.
@@ -25,17 +35,17 @@ pub struct CacheOptions {
     /// Most bytes of uploads under way at once, in whole experts, two at least. wgpu holds as many in memory that the
     /// host writes.
     pub staging: u64,
-    /// What experts are stored as on the device.
-    pub types: ExpertTypes,
+    /// What all experts are stored as on the device; what the [source](ExpertSource::types) says where
+    /// absent.
+    pub types: Option<ExpertTypes>,
     /// Bytes that a page may have at most; the device's limit where absent.
     pub page_limit: Option<u64>,
 }
 
 impl CacheOptions {
-    /// bf16, and 64 MiB of uploads at once.
+    /// The source's storage types, and 64 MiB of uploads at once.
     pub const fn new(budget: u64) -> Self {
-        let types = ExpertTypes { gate_up: WeightType::Bf16, down: WeightType::Bf16 };
-        Self { budget, staging: 64 << 20, types, page_limit: None }
+        Self { budget, staging: 64 << 20, types: None, page_limit: None }
     }
 }
 
@@ -100,10 +110,12 @@ impl ExpertCache {
         options: CacheOptions,
     ) -> Result<Self> {
         let LayerConfig { experts, shared_experts, .. } = *config;
-        let shape = config.expert_shape(options.types);
+        let [routed, shared] = options.types.map_or_else(|| source.types(), |t| Ok([t; 2]))?;
+        let shape = config.expert_shape(routed).with_last_types(shared_experts, shared);
         shape.check()?;
         let (each, map) = (shape.device_bytes(), 4 * u64::from(shape.experts));
-        let fixed = each.saturating_mul(shared_experts.into()).saturating_add(map);
+        let shared = shape.last_device_bytes().saturating_mul(shared_experts.into());
+        let fixed = shared.saturating_add(map);
         let places = options.budget.saturating_sub(fixed) / each.max(1);
         let places = u32::try_from(places).unwrap_or(u32::MAX).min(experts);
         if places == 0 {
@@ -159,7 +171,7 @@ impl ExpertCache {
         self.weights.bytes() + 4 * u64::from(self.experts + self.shared_experts)
     }
 
-    /// Bytes of one expert on the device.
+    /// Bytes of one routed expert on the device.
     pub fn expert_bytes(&self) -> u64 {
         self.weights.shape().device_bytes()
     }

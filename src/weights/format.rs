@@ -5,8 +5,10 @@
 //! `blocks.rs`. Kernels, packing, pages, checkpoints, tests and benches go over the table.
 use super::blocks::{Fp8, Mxfp4, Q4_0, Q4_K, Q6_K, Q8_0};
 use crate::device::shader::{Piece, piece};
+use crate::{Error, Result};
 use bytemuck::Pod;
 use half::{bf16, f16};
+use std::str::FromStr;
 
 /// Columns of a panel of packed weights.
 #[doc(hidden)]
@@ -133,16 +135,24 @@ impl Sizes {
     }
 }
 
+/// By its name, in capitals or not.
+impl FromStr for WeightType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let named = Self::ALL.iter().copied().find(|t| t.name().eq_ignore_ascii_case(name));
+        named.ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|t| t.name()).collect();
+            Error::invalid("weight type", format!("{name}, expected one of {}", known.join(", ")))
+        })
+    }
+}
+
 impl WeightType {
     /// [`WeightType::Q8_0`]: what is stored as 8-bit integers in groups of 32.
     pub const INT8: Self = Self::Q8_0;
     /// [`WeightType::Q4_0`]: what is stored as 4-bit integers in groups of 32.
     pub const INT4: Self = Self::Q4_0;
-
-    /// The type of this name, in capitals or not.
-    pub fn of_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|t| t.name().eq_ignore_ascii_case(name))
-    }
 
     /// The type of this number in GGUF files.
     pub fn of_ggml_type(number: u32) -> Option<Self> {

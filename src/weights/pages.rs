@@ -132,13 +132,18 @@ impl ExpertShape {
         self.sum(packed_bytes)
     }
 
+    /// The same of one of the last experts, which may be of other types.
+    pub(crate) fn last_device_bytes(&self) -> u64 {
+        Self { types: self.last_types, ..*self }.device_bytes()
+    }
+
     fn sum(&self, bytes: impl Fn([u32; 2], WeightType) -> u64) -> u64 {
         let each = Projection::ALL.map(|p| bytes(self.matrix(p), self.types.of(p)));
         each.into_iter().fold(0, u64::saturating_add)
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        let Self { experts, hidden, intermediate, last, last_types, .. } = *self;
+        let Self { experts, hidden, intermediate, last, .. } = *self;
         crate::error::not_zero(&[
             ("experts", experts),
             ("hidden", hidden),
@@ -148,7 +153,7 @@ impl ExpertShape {
             return Err(Error::invalid("last", format!("{last} of {experts} experts")));
         }
         // Padded and packed they are more.
-        let most = self.device_bytes().max(Self { types: last_types, ..*self }.device_bytes());
+        let most = self.device_bytes().max(self.last_device_bytes());
         if most.checked_mul(experts.into()).is_none() {
             let shape = [hidden, intermediate, experts];
             return Err(Error::invalid("hidden", format!("{shape:?} overflows")));

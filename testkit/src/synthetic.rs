@@ -3,7 +3,7 @@
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
 use wgmoe::layer::cached::ExpertSource;
-use wgmoe::weights::{HostWeights, MatrixView, Projection};
+use wgmoe::weights::{ExpertTypes, HostWeights, MatrixView, Projection};
 use wgmoe::{Error, LayerConfig, WeightType};
 
 /// Share of a block's own part in the variance of its tokens' router logits: the one thing fitted, to 69.5 experts a block.
@@ -92,5 +92,9 @@ impl Pool {
 impl ExpertSource for Pool {
     fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>, Error> {
         Ok(Self::matrix(self, expert, projection))
+    }
+
+    fn types(&self) -> Result<[ExpertTypes; 2], Error> {
+        Ok([self.weight_type.into(); 2])
     }
 }

@@ -6,8 +6,10 @@ use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::cached::{BoundCached, CacheOptions, CacheStats, CachedLayer, ExpertSource};
 use wgmoe::layer::{Batch, LayerConfig};
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
-use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{Context, Error, Gpu, Result, Slice, Variant, WeightType, wgpu};
+use wgmoe::weights::{ExpertTypes, HostWeights, Projection};
+use wgmoe::{
+    Context, Error, ExpertWeights, Gpu, MoeLayer, Result, Slice, Variant, WeightType, wgpu,
+};
 
 const E: u32 = 20;
 const D: usize = 64;
@@ -92,6 +94,59 @@ fn equal_bits_whatever_the_budget() {
             }
         }
     }
+}
+
+/// A source of quantized experts, the shared one in another type.
+struct Quantized(HostLayer);
+
+const ROUTED: ExpertTypes = ExpertTypes { gate_up: WeightType::Q4_K, down: WeightType::Q6_K };
+const SHARED: ExpertTypes = ExpertTypes { gate_up: WeightType::Q8_0, down: WeightType::Q8_0 };
+
+impl ExpertSource for Quantized {
+    fn matrix(&self, expert: u32, projection: Projection) -> Result<HostWeights<'_>> {
+        Ok(self.0.matrix(expert, projection))
+    }
+
+    fn types(&self) -> Result<[ExpertTypes; 2]> {
+        Ok([ROUTED, SHARED])
+    }
+}
+
+#[test]
+fn types_of_the_source() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let host = HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE)));
+    let shape = host.config.expert_shape(ROUTED).with_last_types(1, SHARED);
+    let weights = ExpertWeights::new(&ctx, shape).unwrap();
+    host.write(&gpu.queue, &weights).unwrap();
+    let resident = MoeLayer::new(&ctx, host.config, host.router(&ctx).unwrap(), weights).unwrap();
+    let shared = host.config.expert_shape(SHARED).device_bytes();
+    let budget = 4 * shape.device_bytes() + shared + 4 * u64::from(shape.experts);
+    let source = Arc::new(Quantized(host.clone()));
+    let new = |budget| {
+        let (source, options) = (source.clone(), CacheOptions::new(budget));
+        CachedLayer::new(&ctx, &gpu.queue, host.config, host.router(&ctx)?, source, options)
+    };
+    assert_eq!(new(budget - 1).unwrap().cache().capacity(), 3);
+    let mut layer = new(budget).unwrap();
+    assert_eq!((layer.cache().capacity(), layer.cache().device_bytes()), (4, budget));
+
+    let hidden = gpu.upload(&random(60, 40 * D));
+    let outs = [(); 2].map(|()| Output::f32s(&gpu, 40 * D));
+    let [want, got] = outs.each_ref().map(|out| Batch::new(&hidden, 40).into_out(out.slice()));
+    gpu.run_layer(&resident.bind(&want).unwrap()).unwrap();
+    let mut step = layer.bind(&got).unwrap();
+    layer.run(&gpu.queue, &mut step).unwrap();
+    let [want, got] = outs.map(|out| out.get::<u32>(&gpu));
+    assert_same(&got, &want, "out");
+
+    // Whatever the source says, the options have the last word.
+    let types = Some(SHARED);
+    let options = CacheOptions { types, ..options(budget) };
+    let router = host.router(&ctx).unwrap();
+    let layer = CachedLayer::new(&ctx, &gpu.queue, host.config, router, source, options).unwrap();
+    assert_eq!(layer.cache().expert_bytes(), shared);
 }
 
 fn options(budget: u64) -> CacheOptions {

@@ -384,7 +384,7 @@ fn routers_and_cached_layers_load() {
     let shape = checkpoint.expert_shape(1).expect("a shape");
     let layer = checkpoint.load_layer(&ctx, &gpu.queue, 1, Load::default()).expect("loaded");
     let budget = 6 * shape.device_bytes() + 4 * 12;
-    let options = CacheOptions { types: shape.types, ..CacheOptions::new(budget) };
+    let options = CacheOptions::new(budget);
     let mut cached = checkpoint.load_cached(&ctx, &gpu.queue, 1, options).expect("loaded");
     assert_eq!(cached.cache().capacity(), 4);
     let tokens = 45;

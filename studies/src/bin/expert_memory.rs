@@ -45,6 +45,9 @@ struct Options {
     /// Correlation of a token's own part of its router logits from one step to the next
     #[arg(long, default_value_t = 0.9)]
     agreement: f32,
+    /// Storage type of the experts
+    #[arg(long, default_value = "bf16")]
+    weights: WeightType,
     /// Adapter, by a part of its name or by index
     #[arg(long, value_name = "NAME|INDEX")]
     adapter: Option<String>,
@@ -81,6 +84,8 @@ struct Report {
     adapter: String,
     driver: String,
     backend: String,
+    /// Storage type of the experts.
+    weights: &'static str,
     experts: u32,
     blocks: u32,
     steps: u32,
@@ -189,11 +194,12 @@ impl<'a> Bench<'a> {
         gpu: &'a Gpu,
         ctx: &'a Context,
         config: LayerConfig,
+        weight_type: WeightType,
         rng: &mut StdRng,
     ) -> Result<Self, Error> {
         let router = router(ctx, &synthetic::router(rng, &config), None)?;
-        let source = Arc::new(Pool::new(rng, &config, WeightType::Bf16));
-        let shape = config.expert_shape(WeightType::Bf16);
+        let source = Arc::new(Pool::new(rng, &config, weight_type));
+        let shape = config.expert_shape(weight_type);
         let weights = upload(gpu, ctx, shape, &|e, p| source.matrix(e, p))?;
         let resident = MoeLayer::new(ctx, config, router.clone(), weights)?;
         let values = vec![f32::NAN; (BLOCK * config.hidden) as usize];
@@ -318,7 +324,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         config.experts = options.experts;
         config
     };
-    let shape = config.expert_shape(WeightType::Bf16);
+    let shape = config.expert_shape(options.weights);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
     let budget_bytes = match options.budget {
         Budget::Share(share) => (share * resident_bytes as f64) as u64,
@@ -334,7 +340,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let ctx = Context::new(&gpu.device).map_err(say)?;
     progress.say(format!("making and packing {} MB of expert weights", resident_bytes / 1_000_000));
     let mut rng = StdRng::seed_from_u64(options.seed);
-    let bench = Bench::new(&gpu, &ctx, config, &mut rng).map_err(say)?;
+    let bench = Bench::new(&gpu, &ctx, config, options.weights, &mut rng).map_err(say)?;
     let blocks = hidden_states(options, config.hidden, &mut rng);
     let mut rows = vec![];
     let mut cache_bytes = 0;
@@ -349,6 +355,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
         adapter: gpu.info.name.clone(),
         driver: format!("{} {}", gpu.info.driver, gpu.info.driver_info),
         backend: gpu.info.backend.to_string(),
+        weights: options.weights.name(),
         experts: options.experts,
         blocks: options.blocks,
         steps: options.steps,
@@ -365,11 +372,12 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
 fn table(report: &Report) -> String {
     let mb = |bytes: u64| bytes as f64 / 1e6;
     let mut text = format!(
-        "{} of a layer of LLaDA2.0-mini in bf16, {} experts of {:.1} MB and a shared one, synthetic weights; {} blocks of {BLOCK} tokens, {} steps each\n\
+        "{} of a layer of LLaDA2.0-mini in {}, {} experts of {:.1} MB and a shared one, synthetic weights; {} blocks of {BLOCK} tokens, {} steps each\n\
          router scores are synthetic: correlation {RHO} within a block, {} of a token's own part from step to step\n\
          all experts: {:.1} MB on the device; budget {:.1} MB ({:.1} %), of which the cache takes {:.1}\n\
          adapter: {}, {}, {}\n\n",
         "Denoising steps",
+        report.weights,
         report.experts,
         mb(report.expert_bytes),
         report.blocks,

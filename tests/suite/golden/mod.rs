@@ -93,7 +93,7 @@ fn of_value(file: &File, name: &str) -> Vec<usize> {
     if name != "data" {
         return some;
     }
-    let format = WeightType::of_name(file.text("format").expect("a format")).expect("known");
+    let format: WeightType = file.text("format").expect("a format").parse().expect("known");
     let (values, bytes) = (format.block_values() as usize, format.block_bytes() as usize);
     some.into_iter().map(|i| i / values * bytes + bytes / 2).collect()
 }

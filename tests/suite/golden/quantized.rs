@@ -14,7 +14,7 @@ use wgmoe::{Context, ExpertWeights, Gpu, Target, WeightType};
 
 pub(super) fn quantized(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome {
     let format = file.text("format")?;
-    let weight_type = WeightType::of_name(format).ok_or_else(|| format!("format `{format}`"))?;
+    let weight_type: WeightType = format.parse().map_err(|e| format!("{e}"))?;
     let [rows, depth] = [file.number("out")?, file.number("in")?];
     let shape = [rows, depth];
     let want = file.f32s("dequantized")?;
