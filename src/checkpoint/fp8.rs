@@ -1,12 +1,12 @@
 //! Scales of 8-bit floats in safetensors files. They lie in a tensor beside: `X_scale_inv`, as
 //! DeepSeek-V3, LLaDA2.0-Uni-FP8 and transformers have it, or `X_scale`, as compressed-tensors and
-//! AutoFP8 have it. Whatever the name, a value is multiplied by its scale (vLLM's `fp8_utils.py`,
+//! AutoFP8 have it, often in bf16. Whatever the name, a value is multiplied by its scale (vLLM's `fp8_utils.py`,
 //! transformers' `finegrained_fp8.py`).
 use super::failed;
 use super::files::{Files, Tensor};
 use super::matrix::{Part, same};
-use crate::Result;
 use crate::weights::TileScales;
+use crate::{FloatType, Result};
 
 /// Their type in safetensors files.
 pub(super) const DTYPE: &str = "F8_E4M3";
@@ -27,9 +27,9 @@ pub(super) fn scales<'a>(
     };
     let scales = files.tensor(scale_name)?;
     let fail = |reason: String| Err(failed(scales.file, Some(scale_name), reason));
-    if scales.dtype != "F32" {
-        return fail(format!("is {}, expected F32", scales.dtype));
-    }
+    let Some(float_type) = FloatType::of_dtype(scales.dtype) else {
+        return fail(format!("is {}, expected F32, F16 or BF16", scales.dtype));
+    };
     let [rows, columns] = part.whole;
     let stack: Vec<u32> = part.stack.iter().map(|&[_, count]| count).collect();
     let tiles = [rows.div_ceil(TILE), columns.div_ceil(TILE)];
@@ -54,8 +54,8 @@ pub(super) fn scales<'a>(
         ));
     }
     let count: u64 = one.iter().map(|&n| u64::from(n)).product();
-    let at = part.stack.map_or(0, |[index, _]| u64::from(index) * count * 4);
+    let at = part.stack.map_or(0, |[index, _]| u64::from(index) * count * float_type.bytes());
     // Inside the tensor, whose shape is known.
     let bytes = usize::try_from(at).ok().and_then(|at| scales.bytes.get(at..)).unwrap_or_default();
-    Ok(TileScales::new(bytes, tile).from_row(part.start[0]))
+    Ok(TileScales::new(bytes, tile).of_type(float_type).from_row(part.start[0]))
 }

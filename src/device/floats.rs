@@ -56,17 +56,23 @@ impl FloatType {
 
     /// The values of bytes; bytes past the last whole value are left out.
     pub fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        let halves = |of: fn(u16) -> f32| {
-            bytes.chunks_exact(2).map(|v| of(u16::from_le_bytes([v[0], v[1]]))).collect()
-        };
+        (0..bytes.len() / self.bytes() as usize).map(|i| self.at(bytes, i)).collect()
+    }
+
+    /// The value at an index of bytes that hold it.
+    pub(crate) fn at(self, bytes: &[u8], index: usize) -> f32 {
+        let half = || u16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]);
         match self {
-            Self::F32 => bytes
-                .chunks_exact(4)
-                .map(|v| f32::from_le_bytes([v[0], v[1], v[2], v[3]]))
-                .collect(),
-            Self::F16 => halves(|v| f16::from_bits(v).to_f32()),
-            Self::Bf16 => halves(|v| bf16::from_bits(v).to_f32()),
+            Self::F32 => f32::from_le_bytes(std::array::from_fn(|i| bytes[4 * index + i])),
+            Self::F16 => f16::from_bits(half()).to_f32(),
+            Self::Bf16 => bf16::from_bits(half()).to_f32(),
         }
+    }
+
+    /// The type of this name in safetensors files.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn of_dtype(dtype: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(dtype))
     }
 
     /// How halves become f32 and f32 halves; none where nothing is to be done.

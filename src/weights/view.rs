@@ -2,7 +2,7 @@
 use super::blocks::Fp8;
 use super::format::{ForFormat, Format};
 use crate::error::bytes_of;
-use crate::{Error, Result, WeightType};
+use crate::{Error, FloatType, Result, WeightType};
 use bytemuck::Zeroable;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -24,16 +24,22 @@ pub struct MatrixView<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct TileScales<'a> {
     values: &'a [u8],
+    float_type: FloatType,
     tile: [u32; 2],
     first_row: u32,
 }
 
 impl<'a> TileScales<'a> {
-    /// f32, little endian, row-major `[ceil(out / tile[0]), ceil(in / tile[1])]`. Each value of a tile
+    /// f32 or [of another type](Self::of_type), little endian, row-major `[ceil(out / tile[0]), ceil(in / tile[1])]`. Each value of a tile
     /// is multiplied by its scale. DeepSeek and LLaDA2.0-Uni-FP8 have tiles of 128 x 128
     /// (`weight_scale_inv`); a scale a row is a tile of `[1, in]`, one for all `[out, in]`.
     pub fn new(values: &'a [u8], tile: [u32; 2]) -> Self {
-        Self { values, tile, first_row: 0 }
+        Self { values, float_type: FloatType::F32, tile, first_row: 0 }
+    }
+
+    /// The same in another type of floats.
+    pub fn of_type(self, float_type: FloatType) -> Self {
+        Self { float_type, ..self }
     }
 
     /// For a matrix that begins at this row of the tensor whose scales these are.
@@ -50,18 +56,17 @@ impl<'a> TileScales<'a> {
         }
         let down = u64::from(self.first_row) + u64::from(rows);
         let shape = [down.div_ceil(height.into()), depth.div_ceil(width).into()];
-        let (need, got) = (bytes_of("scales", &shape, 4)?, self.values.len() as u64);
+        let (need, got) =
+            (bytes_of("scales", &shape, self.float_type.bytes())?, self.values.len() as u64);
         if need > got { Err(Error::size("scales", need, got)) } else { Ok(()) }
     }
 
-    /// The bytes of the scale of a value.
-    fn of(&self, row: usize, k: usize, depth: usize) -> [u8; 4] {
+    /// The scale of a value.
+    fn of(&self, row: usize, k: usize, depth: usize) -> f32 {
         let [height, width] = self.tile.map(|n| n as usize);
         let across = depth.div_ceil(width);
         let at = (row + self.first_row as usize) / height * across + k / width;
-        let mut scale = [0; 4];
-        scale.copy_from_slice(&self.values[4 * at..4 * at + 4]);
-        scale
+        self.float_type.at(self.values, at)
     }
 }
 
@@ -206,7 +211,7 @@ impl<'a> MatrixView<'a> {
                 let k = b * S::VALUES..((b + 1) * S::VALUES).min(self.shape[1]);
                 let mut block = S::Block::zeroed();
                 let (scale, values) = bytemuck::bytes_of_mut(&mut block).split_at_mut(Fp8::SCALE);
-                scale.copy_from_slice(&scales.of(row, k.start, self.shape[1]));
+                scale.copy_from_slice(&scales.of(row, k.start, self.shape[1]).to_le_bytes());
                 values[..k.len()].copy_from_slice(&self.bytes[first + k.start..first + k.end]);
                 block
             };

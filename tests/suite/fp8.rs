@@ -1,5 +1,6 @@
 //! Checkpoints of 8-bit floats, whose scales lie in tensors beside.
 use crate::checkpoint::{agrees, values};
+use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -80,7 +81,7 @@ impl Written {
         stack: &[usize],
         matrix: [usize; 2],
         scales: Scales,
-        suffix: &str,
+        (suffix, dtype): (&str, Dtype),
     ) {
         let [rows, columns] = matrix;
         let count: usize = stack.iter().product();
@@ -94,6 +95,11 @@ impl Written {
         let one: usize = scales.shape(matrix).iter().product();
         let factors: Vec<f32> =
             random(seed + 1000, count * one).iter().map(|v| 0.05 + v.abs() * 0.02).collect();
+        let factors: Vec<f32> = match dtype {
+            Dtype::F16 => factors.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+            Dtype::BF16 => factors.iter().map(|&v| bf16::from_f32(v).to_f32()).collect(),
+            _ => factors,
+        };
         let value = |i: usize| {
             let (at, i) = (i / (rows * columns), i % (rows * columns));
             let factor = factors[at * one + scales.of([i / columns, i % columns], columns)];
@@ -109,9 +115,17 @@ impl Written {
         });
         self.tensors.push(Tensor {
             name: format!("{name}{suffix}"),
-            dtype: Dtype::F32,
+            dtype,
             shape: shape(&scales.shape(matrix)),
-            bytes: factors.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            bytes: match dtype {
+                Dtype::F16 => {
+                    factors.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect()
+                }
+                Dtype::BF16 => {
+                    factors.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect()
+                }
+                _ => factors.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            },
         });
     }
 
@@ -141,12 +155,13 @@ fn config() -> Value {
     })
 }
 
+const INV: (&str, Dtype) = ("_scale_inv", Dtype::F32);
 const STEM: &str = "model.layers.0.mlp";
 const GATE_UP: &str = "model.layers.0.mlp.experts.gate_up_proj";
 const GATE: &str = "model.layers.0.mlp.experts.1.gate_proj.weight";
 
 /// A layer's tensors: a tensor for each matrix, or stacked and fused.
-fn layer(fused: bool, scales: Scales, suffix: &str) -> Written {
+fn layer(fused: bool, scales: Scales, suffix: (&str, Dtype)) -> Written {
     let mut written = Written::default();
     let router = random(7, E * D);
     written.tensors.push(Tensor {
@@ -182,7 +197,8 @@ fn folder(written: &Written) -> TempDir {
 
 #[test]
 fn values_and_their_scales() {
-    let all = Scales::ALL.into_iter().flat_map(|s| [(s, "_scale_inv"), (s, "_scale")]);
+    let suffixes = [("_scale_inv", Dtype::F32), ("_scale", Dtype::BF16), ("_scale", Dtype::F16)];
+    let all = Scales::ALL.into_iter().flat_map(|s| suffixes.map(|suffix| (s, suffix)));
     for ((scales, suffix), fused) in all.flat_map(|s| [(s, false), (s, true)]) {
         let written = layer(fused, scales, suffix);
         let dir = folder(&written);
@@ -204,7 +220,11 @@ fn values_and_their_scales() {
                     &written.matrix(GATE_UP)[(2 * e + up) * one..][..one]
                 }
             };
-            assert_same(&got, want, &format!("{scales:?}, fused: {fused}, expert {e}, {word}"));
+            assert_same(
+                &got,
+                want,
+                &format!("{scales:?} {suffix:?}, fused: {fused}, expert {e}, {word}"),
+            );
         }
         assert_eq!(checkpoint.expert_shape(0).expect("a shape").types, WeightType::Fp8.into());
     }
@@ -215,7 +235,7 @@ fn a_layer_of_8_bit_floats_runs() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).expect("a context");
     for (fused, scales) in [(true, Scales::Tiles), (false, Scales::Rows)] {
-        let dir = folder(&layer(fused, scales, "_scale_inv"));
+        let dir = folder(&layer(fused, scales, INV));
         let checkpoint = Checkpoint::open(dir.path()).expect("opened");
         let loaded = checkpoint.load_layer(&ctx, &gpu.queue, 0, Load::default()).expect("loaded");
         assert_eq!(loaded.weights().shape().types, WeightType::Fp8.into());
@@ -226,7 +246,7 @@ fn a_layer_of_8_bit_floats_runs() {
 /// Damages a layer, and expects an error about this tensor or field that says this.
 #[track_caller]
 fn expect(damage: impl FnOnce(&mut Written, &mut Value), item: &str, says: &str) {
-    let (mut written, mut config) = (layer(false, Scales::Tiles, "_scale_inv"), config());
+    let (mut written, mut config) = (layer(false, Scales::Tiles, INV), config());
     damage(&mut written, &mut config);
     let dir = tempfile::tempdir().expect("a folder");
     written.write(dir.path(), &config);
@@ -245,12 +265,12 @@ fn scales_that_do_not_fit() {
     let scale = format!("{GATE}_scale_inv");
     let says = format!("is F8_E4M3, and neither `{scale}` nor `{GATE}_scale` is there");
     expect(|w, _| w.tensor(&scale).name = "x".into(), GATE, &says);
-    let bf16 = |w: &mut Written, _: &mut Value| {
+    let bytes = |w: &mut Written, _: &mut Value| {
         let tensor = w.tensor(&scale);
-        tensor.dtype = Dtype::BF16;
-        tensor.bytes.truncate(12);
+        tensor.dtype = Dtype::F8_E8M0;
+        tensor.bytes.truncate(6);
     };
-    expect(bf16, &scale, "is BF16, expected F32");
+    expect(bytes, &scale, "is F8_E8M0, expected F32, F16 or BF16");
     let turned = |w: &mut Written, _: &mut Value| w.tensor(&scale).shape.reverse();
     let says = "has shape [3, 2], expected [2, 3] or [200, 1] or [200] or [1]";
     expect(turned, &scale, says);
@@ -270,7 +290,7 @@ fn scales_that_do_not_fit() {
         w.tensors.retain(|t| !t.name.contains("shared"));
         for (p, matrix) in [("gate", [2 * F, D]), ("up", [2 * F, D]), ("down", [D, 2 * F])] {
             let name = format!("{STEM}.shared_experts.{p}_proj.weight");
-            w.add(&name, &[], matrix, Scales::Tiles, "_scale_inv");
+            w.add(&name, &[], matrix, Scales::Tiles, INV);
         }
     };
     let down = format!("{STEM}.shared_experts.down_proj.weight_scale_inv");
