@@ -12,21 +12,25 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("layer");
     group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
     let gpu = &bench.gpu;
-    let w1 = |&t: &WeightType| (format!("W1 {}", t.name().to_lowercase()), Work::w1(), t, 32 * 8);
-    let w2 = ("W2 f32".to_string(), Work::w2(512), WeightType::F32, 64 * 64);
-    for (name, work, weight_type, slots) in WeightType::ALL.iter().map(w1).chain([w2]) {
-        let flops = Throughput::Elements(work.flops(slots));
-        bench.case(&mut group, &name, bench.best(), flops, |ctx, what| {
-            let weights = work.weights(gpu, ctx, weight_type).unwrap();
-            layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
-        });
-    }
+    let slots = |count: u64, work: &Work| {
+        Throughput::Elements(6 * count * u64::from(work.config.hidden * work.config.intermediate))
+    };
+    let w1 = Work::w1();
+    bench_types(bench, &mut group, &w1, WeightType::ALL, ("W1", slots(32 * 8, &w1)));
+    let w2 = Work::w2(512);
+    bench_types(bench, &mut group, &w2, &[WeightType::F32], ("W2", slots(64 * 64, &w2)));
 
     // A block of LLaDA2.0-mini under each rule, over the same weights.
-    let experts = if std::env::var_os("WGMOE_BENCH_FULL").is_some() { 256 } else { 64 };
+    let full = std::env::var_os("WGMOE_BENCH_FULL").is_some();
+    let experts = if full { 256 } else { 64 };
     let work = Work::block(experts);
     let what = format!("LLaDA2-mini block of 32, {experts} experts bf16");
     bench_rules(bench, &mut group, &work, WeightType::Bf16, &what, &|_| true);
+    if full {
+        let types = [WeightType::Bf16, WeightType::Q8_0, WeightType::Q4_K, WeightType::Fp8];
+        let tokens = Throughput::Elements(work.tokens.into());
+        bench_types(bench, &mut group, &work, &types, ("block of 32, 256 experts", tokens));
+    }
     group.finish();
 
     // Equal slots, unequal demand.
@@ -53,6 +57,28 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
                 layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
             },
         );
+    }
+}
+
+/// One layer in several storage types, which take turns.
+fn bench_types(
+    bench: &Bench,
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    work: &Work,
+    types: &[WeightType],
+    (what, throughput): (&str, Throughput),
+) {
+    let gpu = &bench.gpu;
+    let name = |t: WeightType| format!("{what} {}", t.name().to_lowercase());
+    for (variant, ctx) in bench.best() {
+        let ids = types.iter().map(|&t| BenchmarkId::new(name(t), variant)).collect();
+        bench.turns(group, ids, throughput.clone(), || {
+            let step = |&t: &WeightType| {
+                let layer = work.layer(ctx, work.weights(gpu, ctx, t).unwrap()).unwrap();
+                layer_step(gpu, work, &layer, &format!("{}, {variant}", name(t)))
+            };
+            types.iter().map(step).collect()
+        });
     }
 }
 
