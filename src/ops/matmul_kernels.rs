@@ -187,6 +187,12 @@ impl Specialization {
         Self { depth_lanes: self.depth_lanes.min(lanes), ..self }
     }
 
+    /// As a kernel sees it that loads halves by eights or by twos.
+    pub(crate) fn with_lanes_of_halves(self) -> Self {
+        let few = self.x_type != FloatType::F32 && self.depth_lanes < 8;
+        Self { depth_lanes: if few { 1 } else { self.depth_lanes }, ..self }
+    }
+
     /// The same by rows of x of another type.
     pub(super) fn with_x_type(self, x_type: FloatType) -> Self {
         Self { x_type, ..self }

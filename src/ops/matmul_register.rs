@@ -109,7 +109,7 @@ pub(crate) fn item_step(groups: u32) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
-    let problem = &problem.with_any_stores();
+    let problem = &problem.with_any_stores().with_lanes_of_halves();
     let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide

@@ -189,7 +189,7 @@ impl WeightType {
     /// | `Q8_0` | `d = max / 127` of the block's magnitudes | d / 2, and 2^-11 of it |
     /// | `Q4_0` | `d =` the value of largest magnitude `/ -8` | d / 2 (d on the other side), and 2^-11 of it |
     /// | `Q4_K` | scales and minima of 6 bits of the extremes of 32 values | half a step of the block's largest scale, and as much of the minimum's |
-    /// | `Q6_K` | scales of 8 bits of the extremes of 16 values | a step of the block's largest scale |
+    /// | `Q6_K` | scales of 8 bits of the extremes of 16 values | a step and a quarter of the block's largest scale |
     /// | `Mxfp4` | the power of two below the largest magnitude | a quarter of the largest magnitude |
     /// | `Fp8` | `max / 448` of 128 values of a row | 2^-4 of the value, or 2^-10 of the scale |
     ///

@@ -34,6 +34,7 @@ mod noop;
 mod padding;
 mod plan;
 mod profile;
+mod quantize;
 mod ragged_layer;
 mod schedule;
 mod scores;
