@@ -21,6 +21,7 @@ fn main() -> wgmoe::Result<()> {
     let scores: Vec<f32> = (0..TOKENS * EXPERTS).map(|i| (i * 37 % 23) as f32 / 23.0).collect();
     let (values, assigned) = (gpu.upload(&scores), zeros(EXPERTS));
     let args = token_choice::Args {
+        experts_per_token: None,
         values: (&values).into(),
         coresets: None,
         assigned: (&assigned).into(), // one bit a pair

@@ -2,6 +2,7 @@
 // inside them, as token_choice.wgsl, coreset.wgsl and token_choice.wgsl do one after the other.
 //   values [tokens, experts] f32, any value
 //   offsets [blocks + 1] u32, clamped; voters [tokens] u32 where has_voters
+//   experts_per_token [tokens] u32, where has_tops: a token takes so many inside, `top` at most
 //   assigned [experts] words of the bit set, written whole
 //   members [blocks, ceil(experts / 32)] bit set, written whole
 // tokens <= 32, experts <= MOST; own_top 0: the rule needs no choice of the tokens' own.
@@ -20,14 +21,16 @@ struct Params {
   count: u32, // of the election, as the next two
   mass: u32,
   has_voters: u32,
+  has_tops: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> voters: array<u32>;
-@group(0) @binding(4) var<storage, read_write> assigned: array<u32>;
-@group(0) @binding(5) var<storage, read_write> members: array<u32>;
+@group(0) @binding(4) var<storage, read> experts_per_token: array<u32>;
+@group(0) @binding(5) var<storage, read_write> assigned: array<u32>;
+@group(0) @binding(6) var<storage, read_write> members: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
   return atomicLoad(&words[e]);
@@ -59,7 +62,7 @@ fn block_choice(
   if params.own_top > 0u {
     for (var i = 0u; i < 32u; i += TEAMS) {
       let t = i + index / LANES;
-      let row = Row(t * params.experts, 0u, false, t < params.tokens, 0xffffffffu);
+      let row = Row(t * params.experts, 0u, false, t < params.tokens, params.own_top, 0xffffffffu);
       choose(index, t, row, Choice(params.experts, params.own_top, 1u, 1u));
     }
     workgroupBarrier();
@@ -86,7 +89,10 @@ fn block_choice(
     workgroupBarrier();
     for (var i = range.x - range.x % TEAMS; i < range.y; i += TEAMS) {
       let t = i + index / LANES;
-      var row = Row(t * params.experts, 0u, true, t >= range.x && t < range.y, 0xffffffffu);
+      var row = Row(t * params.experts, 0u, true, t >= range.x && t < range.y, params.top, 0xffffffffu);
+      if row.live && params.has_tops == 1u {
+        row.top = min(row.top, experts_per_token[t]);
+      }
       if GROUPS > 1u {
         row.groups = choose_groups(index, row, choice);
       }

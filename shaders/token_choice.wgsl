@@ -3,6 +3,7 @@
 //   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   coreset [blocks, ceil(experts / 32)] bit set and block_of [tokens] u32, where blocks > 0: a token may
 //     have the experts of its block's coreset; block_of at least `blocks`: none
+//   experts_per_token [tokens] u32, where has_tops: a token takes so many instead, `top` at most
 //   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others take none
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 // Groups (group_count > 1): a group's value is the sum of its two highest eligible values. Its experts stay
@@ -19,6 +20,7 @@ struct Params {
   group_top: u32,
   blocks: u32, // of the coresets; 0: none, all experts are eligible
   has_rows: u32,
+  has_tops: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -26,7 +28,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read> coreset: array<u32>;
 @group(0) @binding(3) var<storage, read> block_of: array<u32>;
 @group(0) @binding(4) var<storage, read> rows: array<u32>;
-@group(0) @binding(5) var<storage, read_write> assigned: array<u32>;
+@group(0) @binding(5) var<storage, read> experts_per_token: array<u32>;
+@group(0) @binding(6) var<storage, read_write> assigned: array<u32>;
 
 fn coreset_word(at: u32) -> u32 {
   return coreset[at];
@@ -49,9 +52,12 @@ fn token_choice(
   workgroupBarrier();
   let bit = index / LANES;
   let t = column * 32u + bit;
-  var row = Row(t * params.experts, 0u, params.blocks > 0u, t < params.tokens, 0xffffffffu);
+  var row = Row(t * params.experts, 0u, params.blocks > 0u, t < params.tokens, params.top, 0xffffffffu);
   if row.live && params.has_rows == 1u {
     row.live = ((rows[column] >> bit) & 1u) == 1u;
+  }
+  if row.live && params.has_tops == 1u {
+    row.top = min(row.top, experts_per_token[t]);
   }
   if row.live && row.limited {
     let block = block_of[t];

@@ -80,8 +80,12 @@ pub(super) fn token_choice_step(
     let r = fill(SCORES, tokens * experts, 1.0);
     let r_in = gpu.upload(&r);
     let assigned = bench.poisoned(experts * columns(tokens));
-    let args =
-        token_choice::Args { values: (&r_in).into(), coresets: None, assigned: (&assigned).into() };
+    let args = token_choice::Args {
+        experts_per_token: None,
+        values: (&r_in).into(),
+        coresets: None,
+        assigned: (&assigned).into(),
+    };
     let op = token_choice::TokenChoice::new(ctx, experts, top, groups).unwrap();
     let step = op.bind(&token_choice::Dims { tokens }, args).unwrap();
     gpu.run(&step).unwrap();

@@ -34,6 +34,10 @@ pub struct Batch<'a> {
     /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent, counted from the
     /// batch's first, whatever its sequences.
     pub blocks: Option<Blocks<'a>>,
+    /// `[T]` u32: experts that each token takes under token choice, K at most, instead of the rule's
+    /// K: the first so many of those it would take. 0: none. Read when the work runs. Tokens vote for
+    /// coresets with K, as without it.
+    pub experts_per_token: Option<Slice<'a>>,
     /// Which experts work on which tokens, for [`MoeExperts`](super::MoeExperts).
     pub assignments: Option<Assignments<'a>>,
     /// Upper bound of the routed slots, where it is known better than the worst case that the layer
@@ -59,6 +63,7 @@ impl<'a> Batch<'a> {
             add: false,
             sequences: None,
             blocks: None,
+            experts_per_token: None,
             assignments: None,
             routed_slots: None,
             scratch: None,
@@ -90,6 +95,12 @@ impl<'a> Batch<'a> {
     #[must_use]
     pub fn with_blocks(self, blocks: Blocks<'a>) -> Self {
         Self { blocks: Some(blocks), ..self }
+    }
+
+    /// A number of experts for each token, `[T]` u32.
+    #[must_use]
+    pub fn with_experts_per_token(self, experts: impl Into<Slice<'a>>) -> Self {
+        Self { experts_per_token: Some(experts.into()), ..self }
     }
 
     /// Another router's choice.

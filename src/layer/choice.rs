@@ -101,6 +101,8 @@ impl Choice {
         let (sequences, blocks) = (batch.sequences, batch.blocks);
         let elects = matches!(self, Self::Tokens { coreset: Some(_), .. });
         Batch::unused("blocks", blocks.is_some() && !elects, "this rule elects no coreset")?;
+        let each = batch.experts_per_token.is_some() && !matches!(self, Self::Tokens { .. });
+        Batch::unused("experts_per_token", each, "only under token choice do tokens choose")?;
         if let Some(sequences) = sequences {
             let chooses = matches!(self, Self::Experts { .. });
             let given = sequences.capacity.is_some();
@@ -127,9 +129,10 @@ impl Choice {
             Self::Tokens { rule, choice, coreset, active, .. } => {
                 let active = Active::bind(active, rule, ctx, scratch, batch, input)?;
                 let rows = active.as_ref().map(|active| active.rows.slice());
+                let tops = batch.experts_per_token;
                 let mut chosen = match coreset {
                     None => Chosen {
-                        parts: vec![choose(choice, input, None, rows)?],
+                        parts: vec![choose(choice, input, None, (rows, tops))?],
                         ..Chosen::default()
                     },
                     Some(election) => election.bind(choice, ctx, scratch, batch, input, rows)?,
@@ -187,15 +190,15 @@ impl Choice {
     }
 }
 
-/// Token choice, of the tokens that are not padding.
+/// Token choice, of the tokens that are not padding, each with its own number of experts.
 fn choose(
     choice: &token_choice::TokenChoice,
     input: &ChoiceInput<'_>,
     coresets: Option<token_choice::Coresets<'_>>,
-    rows: Option<Slice<'_>>,
+    (rows, experts_per_token): (Option<Slice<'_>>, Option<Slice<'_>>),
 ) -> Result<BoundOp> {
     let (values, assigned) = (input.values.slice(), input.assigned.slice());
-    let args = token_choice::Args { values, coresets, assigned };
+    let args = token_choice::Args { values, coresets, experts_per_token, assigned };
     choice.bind_among(&token_choice::Dims { tokens: input.tokens }, args, rows)
 }
 
@@ -296,6 +299,7 @@ impl Election {
                 values,
                 offsets: blocks.offsets,
                 voters: blocks.voters,
+                experts_per_token: batch.experts_per_token,
                 assigned,
                 members: members.slice(),
             };
@@ -307,7 +311,7 @@ impl Election {
         // Each token's own choice stands where the final one will: it is read before that is
         // written.
         if let Some(own) = &self.own {
-            parts.push(choose(own, input, None, rows)?);
+            parts.push(choose(own, input, None, (rows, None))?);
         }
         let args = coreset::Args {
             values,
@@ -324,7 +328,7 @@ impl Election {
             coreset: members.slice(),
             block_of: block_of.slice(),
         };
-        parts.push(choose(inside, input, Some(coresets), rows)?);
+        parts.push(choose(inside, input, Some(coresets), (rows, batch.experts_per_token))?);
         Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() })
     }
 }

@@ -72,6 +72,7 @@ impl MoeExperts {
         let router = "the choice is another router's";
         Batch::unused("sequences", batch.sequences.is_some(), router)?;
         Batch::unused("blocks", batch.blocks.is_some(), router)?;
+        Batch::unused("experts_per_token", batch.experts_per_token.is_some(), router)?;
         let assignments = batch
             .assignments
             .ok_or_else(|| Error::invalid("assignments", "missing: `Batch::with_assignments`"))?;

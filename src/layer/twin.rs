@@ -53,6 +53,8 @@ pub struct HostBatch<'a> {
     pub sequences: Option<HostSequences<'a>>,
     /// Blocks of block-level rules.
     pub blocks: Option<HostBlocks<'a>>,
+    /// `[T]`: experts that each token takes under token choice, the rule's K at most.
+    pub experts_per_token: Option<&'a [u32]>,
 }
 
 /// A layer's routing on the CPU: what each twin makes of the values before it.
@@ -91,7 +93,7 @@ pub fn cpu_routing(
     let routing = config.routing;
     if let Some(HostSequences { offsets, lengths: Some(lengths), capacity }) = batch.sequences {
         let padded = Padded { offsets, lengths, capacity };
-        return padded.cpu_routing(config, router, batch.blocks, [logits, s, r]);
+        return padded.cpu_routing(config, router, batch, [logits, s, r]);
     }
     let mut coreset = None;
     let assigned = match routing {
@@ -109,7 +111,10 @@ pub fn cpu_routing(
         }
         Routing::TokenChoice(TokenChoice {
             experts_per_token: top, groups, coreset: None, ..
-        }) => token_choice::cpu(r, experts, top as usize, groups, &|_, _| true),
+        }) => {
+            let tops = tops_of(batch, top, tokens);
+            token_choice::cpu_each(r, experts, &tops, groups, &|_, _| true)
+        }
         Routing::TokenChoice(TokenChoice {
             experts_per_token: top,
             groups,
@@ -118,9 +123,10 @@ pub fn cpu_routing(
         }) => {
             let ends = default_blocks(tokens);
             let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
-            let top = top as usize;
+            let HostBlocks { offsets, voters } = blocks;
+            let tops = (top as usize, &tops_of(batch, top, tokens)[..]);
             let (assigned, members) =
-                block_choice::cpu(rule, r, experts, top, groups, blocks.offsets, blocks.voters);
+                block_choice::cpu_each(rule, r, experts, tops, groups, offsets, voters);
             coreset = Some(members);
             assigned
         }
@@ -153,6 +159,13 @@ pub fn cpu_routing(
     HostRouting { coreset, assigned: kept, gates, dropped }
 }
 
+/// Experts of each token, of a rule of at most `top`.
+fn tops_of(batch: HostBatch<'_>, top: u32, tokens: u32) -> Vec<u32> {
+    let Some(tops) = batch.experts_per_token else { return vec![top; tokens as usize] };
+    expect_len("experts_per_token", tops.len(), tokens as usize);
+    tops.iter().map(|&k| k.min(top)).collect()
+}
+
 /// Sequences with padding.
 struct Padded<'a> {
     offsets: &'a [u32],
@@ -167,7 +180,7 @@ impl Padded<'_> {
         &self,
         config: &LayerConfig,
         router: &HostRouter<'_>,
-        blocks: Option<HostBlocks<'_>>,
+        HostBatch { blocks, experts_per_token, .. }: HostBatch<'_>,
         selection: [&[f32]; 3],
     ) -> HostRouting {
         let experts = config.experts as usize;
@@ -195,6 +208,9 @@ impl Padded<'_> {
         let voters: Option<Vec<u32>> =
             blocks.voters.map(|voters| kept.iter().map(|&t| voters[t]).collect());
 
+        let tops: Option<Vec<u32>> =
+            experts_per_token.map(|tops| kept.iter().map(|&t| tops[t]).collect());
+
         let batch = HostBatch {
             sequences: Some(HostSequences {
                 offsets: &offsets,
@@ -202,6 +218,7 @@ impl Padded<'_> {
                 capacity: self.capacity,
             }),
             blocks: Some(HostBlocks { offsets: &block_offsets, voters: voters.as_deref() }),
+            experts_per_token: tops.as_deref(),
         };
         let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
         let mut assigned = bits::empty(tokens, experts);

@@ -7,7 +7,7 @@
 use super::or_nothing;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::error::{expect_most, expect_rows, expect_some};
+use crate::error::{expect_len, expect_most, expect_rows, expect_some};
 use crate::plan::bits;
 use crate::routing::{Groups, MAX_EXPERTS, MAX_GROUPS, check, order};
 use crate::{BoundOp, Context, Result, Slice, Target, Variant};
@@ -24,6 +24,7 @@ pub const SPEC: Spec =
             read("coreset", 4),
             read("block_of", 4),
             read("rows", 4),
+            read("experts_per_token", 4),
             write("assigned", 4),
         ],
         variants: || {
@@ -33,7 +34,7 @@ pub const SPEC: Spec =
         },
     };
 
-params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32 }
+params! { tokens: u32, experts: u32, top: u32, group_count: u32, group_top: u32, blocks: u32, has_rows: u32, has_tops: u32 }
 
 /// How many experts a lane may keep at a time.
 const LISTS: [u32; 3] = [4, 8, 16];
@@ -91,7 +92,24 @@ pub fn cpu(
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
     let tokens = expect_rows("values", values.len(), "experts", experts);
-    expect_most("top", top, experts);
+    cpu_each(values, experts, &vec![top as u32; tokens], groups, eligible)
+}
+
+/// The same where each token takes a number of its own: `tops` is `[tokens]`.
+///
+/// # Panics
+///
+/// As [`cpu`], or if there are not as many `tops` as tokens.
+pub fn cpu_each(
+    values: &[f32],
+    experts: usize,
+    tops: &[u32],
+    groups: Option<Groups>,
+    eligible: Eligible<'_>,
+) -> Vec<u32> {
+    let tokens = expect_rows("values", values.len(), "experts", experts);
+    expect_len("tops", tops.len(), tokens);
+    tops.iter().for_each(|&top| expect_most("top", top as usize, experts));
     if let Some(Groups { count, per_token }) = groups {
         expect_some("groups", count as usize);
         assert!(
@@ -123,7 +141,7 @@ pub fn cpu(
                 .collect();
             candidates.retain(|e| stay.contains(&(e / size)));
         }
-        for e in order::top(candidates, top, |e| row[e]) {
+        for e in order::top(candidates, tops[t] as usize, |e| row[e]) {
             bits::set(&mut assigned, tokens, e, t);
         }
     }
@@ -155,6 +173,8 @@ pub struct Args<'a> {
     pub values: Slice<'a>,
     /// The experts to choose among; all where absent.
     pub coresets: Option<Coresets<'a>>,
+    /// `[tokens]` u32, read: experts of each token, instead of the op's number, which is the most.
+    pub experts_per_token: Option<Slice<'a>>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
 }
@@ -230,6 +250,9 @@ impl TokenChoice {
         if let Some(rows) = rows {
             rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
         }
+        if let Some(tops) = args.experts_per_token {
+            tops.u32s("experts_per_token", &[tokens.into()])?;
+        }
         let params = Params {
             tokens,
             experts,
@@ -238,11 +261,13 @@ impl TokenChoice {
             group_top: groups.map_or(1, |g| g.per_token),
             blocks: args.coresets.map_or(0, |c| c.blocks),
             has_rows: rows.is_some().into(),
+            has_tops: args.experts_per_token.is_some().into(),
         };
         let coreset = or_nothing(&self.ctx, args.coresets.map(|c| c.coreset));
         let block_of = or_nothing(&self.ctx, args.coresets.map(|c| c.block_of));
         let rows = or_nothing(&self.ctx, rows);
-        let slices = [args.values, coreset, block_of, rows, args.assigned];
+        let tops = or_nothing(&self.ctx, args.experts_per_token);
+        let slices = [args.values, coreset, block_of, rows, tops, args.assigned];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, tokens.div_ceil(32).into())?.into())
     }
 }

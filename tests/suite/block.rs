@@ -65,6 +65,7 @@ impl Case<'_> {
             let assigned = Output::u32s(gpu, experts);
             let members = Output::u32s(gpu, blocks * experts.div_ceil(32));
             let args = block_choice::Args {
+                experts_per_token: None,
                 values: (&r).into(),
                 offsets: (&at).into(),
                 voters: marked.as_ref().map(Into::into),
@@ -322,6 +323,7 @@ fn most_blocks_of_the_longest_loops() {
             most.push(op.max_blocks());
             let all = Tensor::new(&ctx, "r", &r).unwrap();
             let args = block_choice::Args {
+                experts_per_token: None,
                 values: all.slice(),
                 offsets: all.slice(),
                 voters: None,
@@ -361,6 +363,7 @@ fn what_does_not_fit_is_an_error() {
     let tensor = |n: usize| Tensor::new(&ctx, "zeros", &vec![0u32; n]).unwrap();
     let [r, offsets, assigned, members] = [32 * 64, 2, 64, 2].map(tensor);
     let args = block_choice::Args {
+        experts_per_token: None,
         values: r.slice(),
         offsets: offsets.slice(),
         voters: None,

@@ -278,6 +278,7 @@ fn requests_packed_side_by_side_elect_as_they_would_alone() {
                 let assigned = Output::u32s(&gpu, experts * bits::columns(tokens));
                 let [rs, ms, bs] = [gpu.upload(r), gpu.upload(&members), gpu.upload(&block_of)];
                 let args = token_choice::Args {
+                    experts_per_token: None,
                     values: (&rs).into(),
                     coresets: Some(token_choice::Coresets {
                         blocks: offsets.len() as u32 - 1,

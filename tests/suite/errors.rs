@@ -141,6 +141,7 @@ fn slices_of_one_buffer() {
         assert_same(&floats(read(args.values)), &r, "scores");
 
         let args = token_choice::Args {
+            experts_per_token: None,
             values: args.values,
             coresets: None,
             assigned: Slice::new(&whole, 16_384, 72),

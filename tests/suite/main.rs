@@ -16,6 +16,7 @@ mod errors;
 mod expert_choice;
 mod expert_lists;
 mod expert_union;
+mod experts_per_token;
 mod failure;
 mod fp8;
 mod gates;

@@ -176,7 +176,12 @@ fn shapes_beside_bytes() {
     let ctx = Context::new(&gpu.device).unwrap();
     let words = |n: usize| gpu.upload(&vec![0u32; n]);
     let (r, short) = (words(8 * 128), words(8 * 3));
-    let args = Args { values: (&r).into(), coresets: None, assigned: (&short).into() };
+    let args = Args {
+        experts_per_token: None,
+        values: (&r).into(),
+        coresets: None,
+        assigned: (&short).into(),
+    };
     assert_eq!(
         message(TokenChoice::new(&ctx, 8, 2, None).unwrap().bind(&Dims { tokens: 128 }, args)),
         "`assigned`: expected 128 bytes, [8, 4] u32, got 96"

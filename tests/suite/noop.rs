@@ -70,12 +70,18 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
         )?,
         token_choice::TokenChoice::new(ctx, experts, 4, None)?.bind(
             &token_choice::Dims { tokens },
-            token_choice::Args { values: pairs(0), coresets: None, assigned: bits(1) },
+            token_choice::Args {
+                experts_per_token: None,
+                values: pairs(0),
+                coresets: None,
+                assigned: bits(1),
+            },
         )?,
         token_choice::TokenChoice::new(ctx, experts, 9, Some(wgmoe::routing::Groups::new(8, 5)))?
             .bind(
             &token_choice::Dims { tokens },
             token_choice::Args {
+                experts_per_token: None,
                 values: pairs(0),
                 coresets: Some(token_choice::Coresets {
                     blocks: 3,
@@ -140,6 +146,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
         block_choice::BlockChoice::new(ctx, experts, BlockRule::Vote(4), 4, None)?.bind(
             &block_choice::Dims { tokens: few.tokens, blocks: 2 },
             block_choice::Args {
+                experts_per_token: None,
                 values: few_pairs(0),
                 offsets: words(&b[1], 3),
                 voters: Some(words(&b[2], few.tokens.into())),
@@ -351,7 +358,12 @@ fn no_tokens_are_no_work() {
     let args = scores::Args { logits: nothing, bias: None, scores: nothing, values: nothing };
     let step = scores::Scores::new(&ctx).unwrap().bind(&dims, args).unwrap();
     assert!(step.dispatches().is_empty());
-    let args = token_choice::Args { values: nothing, coresets: None, assigned: nothing };
+    let args = token_choice::Args {
+        experts_per_token: None,
+        values: nothing,
+        coresets: None,
+        assigned: nothing,
+    };
     let op = token_choice::TokenChoice::new(&ctx, 8, 2, None).unwrap();
     assert!(op.bind(&token_choice::Dims { tokens: 0 }, args).unwrap().dispatches().is_empty());
     let args = gather::Args { x: words(&b, 4).into(), token_of: nothing, out: nothing };

@@ -26,7 +26,12 @@ impl Choice<'_> {
             block_of: block_of.into(),
         });
         let op = TokenChoice::new(ctx, self.experts as u32, self.top as u32, self.groups).unwrap();
-        let args = Args { values: (&r).into(), coresets, assigned: assigned.slice() };
+        let args = Args {
+            experts_per_token: None,
+            values: (&r).into(),
+            coresets,
+            assigned: assigned.slice(),
+        };
         run(gpu, &op.bind(&Dims { tokens: tokens as u32 }, args).unwrap());
         assigned.get(gpu)
     }

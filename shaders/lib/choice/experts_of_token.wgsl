@@ -18,6 +18,7 @@ struct Row {
   coreset: u32,    // first word of the coreset
   limited: bool,   // to a coreset
   live: bool,
+  top: u32,        // experts it takes, of those of the choice
   groups: u32,     // bit set of groups that stay
 }
 
@@ -86,7 +87,7 @@ fn choose_groups(index: u32, row: Row, choice: Choice) -> u32 {
   return atomicLoad(&group_masks[team]);
 }
 
-// Sets bit `bit` of the `top` best experts of a row.
+// Sets bit `bit` of the best experts of a row, as many as the row takes of the choice's `top`.
 fn choose(index: u32, bit: u32, row: Row, choice: Choice) {
   let team = index / LANES;
   let chunks = (choice.experts + 31u) / 32u;
@@ -133,7 +134,7 @@ fn choose(index: u32, bit: u32, row: Row, choice: Choice) {
     let rounds = min(LIST, choice.top - taken);
     if LANES == 1u {
       for (var i = 0u; i < LIST; i++) {
-        if i < rounds && keys[i] != 0u {
+        if i < rounds && taken + i < row.top && keys[i] != 0u {
           atomicOr(&words[indices[i]], 1u << bit);
         }
       }
@@ -152,7 +153,9 @@ fn choose(index: u32, bit: u32, row: Row, choice: Choice) {
         }
         workgroupBarrier();
         if best.x != 0u && best.y == indices[0] && best.x == keys[0] {
-          atomicOr(&words[best.y], 1u << bit);
+          if taken + i < row.top {
+            atomicOr(&words[best.y], 1u << bit);
+          }
           for (var j = 0u; j + 1u < LIST; j++) {
             keys[j] = keys[j + 1u];
             indices[j] = indices[j + 1u];

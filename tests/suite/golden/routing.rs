@@ -196,8 +196,12 @@ impl Routing {
                     coreset: elected.members.slice(),
                     block_of: elected.block_of.slice(),
                 });
-                let args =
-                    token_choice::Args { values: r.slice(), coresets, assigned: assigned.slice() };
+                let args = token_choice::Args {
+                    experts_per_token: None,
+                    values: r.slice(),
+                    coresets,
+                    assigned: assigned.slice(),
+                };
                 let op = TokenChoice::new(ctx, experts, *top as u32, *groups).unwrap();
                 run(gpu, &op.bind(&token_choice::Dims { tokens }, args).unwrap());
                 elected.map_or(vec![], |elected| self.members(&elected.members.get::<u32>(gpu)))
@@ -223,8 +227,12 @@ impl Routing {
         let mut step = BoundOp::default();
         let own_top = rule.own_top(top);
         if let Some(k) = own_top {
-            let args =
-                token_choice::Args { values: r.slice(), coresets: None, assigned: own.slice() };
+            let args = token_choice::Args {
+                experts_per_token: None,
+                values: r.slice(),
+                coresets: None,
+                assigned: own.slice(),
+            };
             let op = TokenChoice::new(ctx, experts, k, None).unwrap();
             step = step.then(op.bind(&token_choice::Dims { tokens }, args).unwrap());
         }

@@ -75,6 +75,7 @@ impl Routed {
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
+            experts_per_token: None,
             sequences: Some(HostSequences { offsets, lengths: None, capacity: None }),
             blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
         };
@@ -190,6 +191,7 @@ impl<'a> Scored<'a> {
                     let own = block.own_top(inside.experts_per_token);
                     if let Some(top) = own {
                         let args = token_choice::Args {
+                            experts_per_token: None,
                             values: (&self.r).into(),
                             coresets: None,
                             assigned: (&assigned).into(),
@@ -218,6 +220,7 @@ impl<'a> Scored<'a> {
                     block_of: block_of.into(),
                 });
                 let args = token_choice::Args {
+                    experts_per_token: None,
                     values: (&self.r).into(),
                     coresets,
                     assigned: (&assigned).into(),

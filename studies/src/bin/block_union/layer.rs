@@ -98,8 +98,11 @@ pub(super) fn check_layer(
     let [logits, s, r]: [Vec<f32>; 3] = [gpu.download(logits)?, gpu.download(s)?, gpu.download(r)?];
     let router = host_router(&data.router, None);
     let voters = rule.marked.then_some(&data.voters[..]);
-    let batch =
-        HostBatch { sequences: None, blocks: Some(HostBlocks { offsets: &offsets, voters }) };
+    let batch = HostBatch {
+        experts_per_token: None,
+        sequences: None,
+        blocks: Some(HostBlocks { offsets: &offsets, voters }),
+    };
     let want = cpu_routing(config, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
         checks.same("the layer's coreset", &gpu.download::<u32>(got)?, want);
