@@ -4,6 +4,7 @@
 //   offsets [blocks + 1] u32, clamped; voters [tokens] u32 where has_voters
 //   experts_per_token [tokens] u32, where has_tops: a token takes so many inside, `top` at most
 //   assigned [experts] words of the bit set, written whole
+//   refresh [blocks] u32, where has_refresh: a block with 0 elects nothing, and its members stay
 //   members [blocks, ceil(experts / 32)] bit set, written whole
 // tokens <= 32, experts <= MOST; own_top 0: the rule needs no choice of the tokens' own.
 // Grid: one group.
@@ -22,6 +23,7 @@ struct Params {
   mass: u32,
   has_voters: u32,
   has_tops: u32,
+  has_refresh: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -29,8 +31,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> voters: array<u32>;
 @group(0) @binding(4) var<storage, read> experts_per_token: array<u32>;
-@group(0) @binding(5) var<storage, read_write> assigned: array<u32>;
-@group(0) @binding(6) var<storage, read_write> members: array<u32>;
+@group(0) @binding(5) var<storage, read> refresh: array<u32>;
+@group(0) @binding(6) var<storage, read_write> assigned: array<u32>;
+@group(0) @binding(7) var<storage, read_write> members: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
   return atomicLoad(&words[e]);
@@ -73,9 +76,17 @@ fn block_choice(
   var inside = 0u; // tokens of the blocks so far
   for (var b = 0u; b < params.blocks; b++) {
     let range = token_range(index, b, params.tokens);
-    elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_voters));
-    for (var c = index; c < chunks; c += WG) {
-      members[b * chunks + c] = elected[c];
+    if params.has_refresh == 1u && refresh[b] == 0u {
+      for (var c = index; c < chunks; c += WG) {
+        elected[c] = members[b * chunks + c];
+      }
+    } else {
+      elect(
+        index, range.x, range.y,
+        Election(params.experts, params.count, params.mass, params.has_voters));
+      for (var c = index; c < chunks; c += WG) {
+        members[b * chunks + c] = elected[c];
+      }
     }
     if range.x == range.y {
       continue;

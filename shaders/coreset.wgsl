@@ -14,6 +14,7 @@
 //     expert
 //   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others are as if
 //     they were not there
+//   refresh [blocks] u32, where has_refresh: a block with 0 elects nothing, and its members stay
 //   members [blocks, ceil(experts / 32)] bit set, written whole; a block without tokens elects none
 //   block_of [tokens] u32, written whole: block of a token, or 0xffffffff
 // Grid: blocks groups; a lane owns experts index, index + WG, ...
@@ -28,6 +29,7 @@ struct Params {
   mass: u32,
   has_voters: u32,
   has_rows: u32,
+  has_refresh: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -36,8 +38,9 @@ struct Params {
 @group(0) @binding(3) var<storage, read> offsets: array<u32>;
 @group(0) @binding(4) var<storage, read> voters: array<u32>;
 @group(0) @binding(5) var<storage, read> rows: array<u32>;
-@group(0) @binding(6) var<storage, read_write> members: array<u32>;
-@group(0) @binding(7) var<storage, read_write> block_of: array<u32>;
+@group(0) @binding(6) var<storage, read> refresh: array<u32>;
+@group(0) @binding(7) var<storage, read_write> members: array<u32>;
+@group(0) @binding(8) var<storage, read_write> block_of: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
   return own_choice[e * ((params.tokens + 31u) / 32u) + w];
@@ -74,6 +77,9 @@ fn coreset(
     for (var t = range.y + index; t < params.tokens; t += WG) {
       block_of[t] = 0xffffffffu;
     }
+  }
+  if params.has_refresh == 1u && refresh[block] == 0u {
+    return;
   }
   elect(index, range.x, range.y, Election(params.experts, params.count, params.mass, params.has_voters));
   let chunks = (params.experts + 31u) / 32u;

@@ -68,7 +68,7 @@ pub use crate::layer::{
 pub use crate::ops::active_rows::cpu as active_rows;
 pub use crate::ops::assign::cpu as assign;
 pub use crate::ops::assign_lists::cpu as assign_lists;
-pub use crate::ops::block_choice::{cpu as block_choice, cpu_each as block_choice_of_each};
+pub use crate::ops::block_choice::cpu as block_choice;
 pub use crate::ops::capacity::{HostSource, cpu as capacity};
 pub use crate::ops::combine::cpu as combine;
 pub use crate::ops::coreset::cpu as coreset;

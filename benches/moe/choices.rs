@@ -139,6 +139,7 @@ pub(super) fn bench_coreset(bench: &Bench, c: &mut Criterion) {
             let (members, block_of) =
                 (bench.poisoned(blocks * EXPERTS / 32), bench.poisoned(tokens));
             let args = coreset::Args {
+                refresh: None,
                 values: (&r_in).into(),
                 own_choice: rule.own_top(8).map(|_| (&own_in).into()),
                 offsets: (&offsets_in).into(),

@@ -198,18 +198,40 @@ pub struct Blocks<'a> {
     /// `[tokens]` u32: tokens with 0 have no say in their block's coreset (TEAM, arXiv 2602.08404);
     /// all have one where absent.
     pub voters: Option<Slice<'a>>,
+    /// Coresets of the caller's, kept from step to step; elected anew at each where absent.
+    pub kept: Option<KeptCoresets<'a>>,
+}
+
+/// Coresets that outlive a step (Epoch, arXiv 2609.09748), or that the caller gives; read when the work
+/// runs, so that a step that elects and one that does not are the same recording.
+#[derive(Clone, Copy, Debug)]
+pub struct KeptCoresets<'a> {
+    /// `[blocks, ceil(E / 32)]` u32, read and written: a bit set of each block's experts. One of no
+    /// experts gives its tokens none; bits of experts that are not there are ignored.
+    pub coresets: Slice<'a>,
+    /// `[blocks]` u32, read: a block with 0 chooses inside its coreset as it is, another elects one and
+    /// writes it.
+    pub refresh: Slice<'a>,
 }
 
 impl<'a> Blocks<'a> {
     /// `count` blocks at offsets `[count + 1]` u32; every token votes.
     pub fn new(count: u32, offsets: impl Into<Slice<'a>>) -> Self {
-        Self { count, offsets: offsets.into(), voters: None }
+        Self { count, offsets: offsets.into(), voters: None, kept: None }
     }
 
     /// Only tokens with a value other than 0 in `voters`, `[tokens]` u32, vote.
     #[must_use]
     pub fn with_voters(self, voters: impl Into<Slice<'a>>) -> Self {
         Self { voters: Some(voters.into()), ..self }
+    }
+
+    /// Coresets `[count, ceil(E / 32)]` u32 of the caller's, which blocks with 0 in `refresh`, `[count]`
+    /// u32, keep and the others elect.
+    #[must_use]
+    pub fn with_kept(self, coresets: impl Into<Slice<'a>>, refresh: impl Into<Slice<'a>>) -> Self {
+        let kept = KeptCoresets { coresets: coresets.into(), refresh: refresh.into() };
+        Self { kept: Some(kept), ..self }
     }
 }
 

@@ -289,7 +289,12 @@ impl Election {
         let alone = Tensor::new(ctx, "blocks", &ends)?;
         let blocks = batch.blocks.unwrap_or_else(|| Blocks::new(count, alone.slice()));
         let words = u64::from(experts.div_ceil(32));
-        let members = scratch.get("coreset", u64::from(blocks.count) * words * 4)?;
+        let members = match blocks.kept {
+            Some(kept) => kept.coresets.into(),
+            None => scratch.get("coreset", u64::from(blocks.count) * words * 4)?,
+        };
+        let refresh = blocks.kept.map(|kept| kept.refresh);
+        let own_names = |e: Error| e.renamed(&[("members", "coresets")]);
         let offsets = batch.blocks.map(|b| b.offsets);
         let dims = block_choice::Dims { tokens, blocks: blocks.count };
         // The fused kernel knows nothing of padding.
@@ -300,10 +305,11 @@ impl Election {
                 offsets: blocks.offsets,
                 voters: blocks.voters,
                 experts_per_token: batch.experts_per_token,
+                refresh,
                 assigned,
                 members: members.slice(),
             };
-            let parts = vec![fused.bind(&dims, args)?];
+            let parts = vec![fused.bind(&dims, args).map_err(own_names)?];
             return Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() });
         }
         let mut parts = vec![];
@@ -318,11 +324,12 @@ impl Election {
             own_choice: self.own.as_ref().map(|_| assigned),
             offsets: blocks.offsets,
             voters: blocks.voters,
+            refresh,
             members: members.slice(),
             block_of: block_of.slice(),
         };
         let dims = coreset::Dims { tokens, blocks: blocks.count };
-        parts.push(self.coreset.bind_among(&dims, args, rows)?);
+        parts.push(self.coreset.bind_among(&dims, args, rows).map_err(own_names)?);
         let coresets = token_choice::Coresets {
             blocks: blocks.count,
             coreset: members.slice(),

@@ -55,7 +55,7 @@ mod scratch;
 mod twin;
 
 pub use crate::device::Tensor;
-pub use batch::{Assignments, BLOCK, Batch, Blocks, Sequences};
+pub use batch::{Assignments, BLOCK, Batch, Blocks, KeptCoresets, Sequences};
 pub use bound::BoundLayer;
 pub use config::{LayerConfig, Router};
 pub use foreign::MoeExperts;

@@ -5,7 +5,7 @@ use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::ops::expert_choice::ranges;
 use crate::ops::plan_count::{self, Scales};
 use crate::ops::{
-    block_choice, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
+    coreset, expert_choice, grouped_matmul, logits, scores, sequence_top, token_choice,
 };
 use crate::plan::bits;
 use crate::routing::{GateRule, Routing, TokenChoice, schedule};
@@ -43,6 +43,15 @@ pub struct HostBlocks<'a> {
     pub offsets: &'a [u32],
     /// Tokens with 0 have no say.
     pub voters: Option<&'a [u32]>,
+    /// Coresets `[n, ceil(E / 32)]` and, `[n]`, 0 where a block keeps its one.
+    pub kept: Option<[&'a [u32]; 2]>,
+}
+
+impl<'a> HostBlocks<'a> {
+    /// Blocks whose tokens all vote, and whose coresets are elected.
+    pub fn new(offsets: &'a [u32]) -> Self {
+        Self { offsets, voters: None, kept: None }
+    }
 }
 
 /// What a batch brings of its own, on the host; as in [`Batch`](super::Batch) where absent.
@@ -95,7 +104,7 @@ pub fn cpu_routing(
         let padded = Padded { offsets, lengths, capacity };
         return padded.cpu_routing(config, router, batch, [logits, s, r]);
     }
-    let mut coreset = None;
+    let mut coresets = None;
     let assigned = match routing {
         Routing::ExpertChoice(rule) => {
             let alone = HostSequences { offsets: &[0, tokens], lengths: None, capacity: None };
@@ -122,12 +131,29 @@ pub fn cpu_routing(
             ..
         }) => {
             let ends = default_blocks(tokens);
-            let blocks = batch.blocks.unwrap_or(HostBlocks { offsets: &ends, voters: None });
-            let HostBlocks { offsets, voters } = blocks;
-            let tops = (top as usize, &tops_of(batch, top, tokens)[..]);
-            let (assigned, members) =
-                block_choice::cpu_each(rule, r, experts, tops, groups, offsets, voters);
-            coreset = Some(members);
+            let blocks = batch.blocks.unwrap_or(HostBlocks::new(&ends));
+            let own = rule
+                .own_top(top)
+                .map(|top| token_choice::cpu(r, experts, top as usize, None, &|_, _| true));
+            let HostBlocks { offsets, voters, kept } = blocks;
+            let (mut members, block_of) =
+                coreset::cpu(rule, r, experts, &own.unwrap_or_default(), offsets, voters);
+            let words = experts.div_ceil(32);
+            if let Some([kept, refresh]) = kept {
+                expect_len("coresets", kept.len(), members.len());
+                expect_len("refresh", refresh.len(), members.len() / words);
+                for (b, _) in refresh.iter().enumerate().filter(|(_, refresh)| **refresh == 0) {
+                    let row = b * words..(b + 1) * words;
+                    members[row.clone()].copy_from_slice(&kept[row]);
+                }
+            }
+            let eligible = |t: usize, e: usize| {
+                let row = block_of[t] as usize * words;
+                block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
+            };
+            let tops = tops_of(batch, top, tokens);
+            let assigned = token_choice::cpu_each(r, experts, &tops, groups, &eligible);
+            coresets = Some(members);
             assigned
         }
         Routing::SequenceTop(rule) => {
@@ -146,7 +172,7 @@ pub fn cpu_routing(
         Routing::ExpertChoice(_) | Routing::SequenceTop(_) => None,
     };
     let Some(capacity) = capacity else {
-        return HostRouting { coreset, assigned, gates, dropped: vec![0; experts] };
+        return HostRouting { coreset: coresets, assigned, gates, dropped: vec![0; experts] };
     };
     let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
     for t in 0..tokens as usize {
@@ -156,7 +182,7 @@ pub fn cpu_routing(
             }
         }
     }
-    HostRouting { coreset, assigned: kept, gates, dropped }
+    HostRouting { coreset: coresets, assigned: kept, gates, dropped }
 }
 
 /// Experts of each token, of a rule of at most `top`.
@@ -199,7 +225,7 @@ impl Padded<'_> {
 
         // Blocks have the same numbers, those of padding alone as empty ones.
         let stretches = default_blocks(tokens as u32);
-        let blocks = blocks.unwrap_or(HostBlocks { offsets: &stretches, voters: None });
+        let blocks = blocks.unwrap_or(HostBlocks::new(&stretches));
         let kept_before = |t: usize| kept.partition_point(|&k| k < t) as u32;
         let block_ranges = ranges(blocks.offsets, tokens);
         let first = block_ranges.first().map(|range| kept_before(range.start));
@@ -217,7 +243,11 @@ impl Padded<'_> {
                 lengths: None,
                 capacity: self.capacity,
             }),
-            blocks: Some(HostBlocks { offsets: &block_offsets, voters: voters.as_deref() }),
+            blocks: Some(HostBlocks {
+                offsets: &block_offsets,
+                voters: voters.as_deref(),
+                kept: blocks.kept,
+            }),
             experts_per_token: tops.as_deref(),
         };
         let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);

@@ -5,8 +5,7 @@ use super::token_choice::{groups_of, list_of, sizes};
 use super::{coreset, not_zero, or_nothing, token_choice};
 use crate::device::Kernel;
 use crate::device::quirks::{LOOP_ITERATIONS, offset_iterations};
-use crate::device::shader::{Prelude, Spec, params, piece, read, write};
-use crate::error::expect_rows;
+use crate::device::shader::{Prelude, Spec, params, piece, read, read_uniform, write};
 use crate::routing::{BlockRule, Groups, check};
 use crate::{BoundOp, Context, Error, Result, Slice, Target};
 use std::sync::Arc;
@@ -21,6 +20,7 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("voters", 4),
         read("experts_per_token", 4),
+        read_uniform("refresh", 4),
         write("assigned", 4),
         write("members", 4),
     ],
@@ -37,7 +37,7 @@ pub const SPEC: Spec = Spec {
 
 params! {
     tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32,
-    count: u32, mass: u32, has_voters: u32, has_tops: u32,
+    count: u32, mass: u32, has_voters: u32, has_tops: u32, has_refresh: u32,
 }
 
 /// Most tokens: a column of the bit set.
@@ -170,26 +170,6 @@ pub fn cpu(
     offsets: &[u32],
     voters: Option<&[u32]>,
 ) -> (Vec<u32>, Vec<u32>) {
-    let tokens = expect_rows("values", values.len(), "experts", experts);
-    let tops = vec![top as u32; tokens];
-    cpu_each(rule, values, experts, (top, &tops), groups, offsets, voters)
-}
-
-/// The same where each token takes a number of experts of its own inside, `tops` `[tokens]`; it votes
-/// with `top`.
-///
-/// # Panics
-///
-/// As [`cpu`], or if there are not as many `tops` as tokens.
-pub fn cpu_each(
-    rule: BlockRule,
-    values: &[f32],
-    experts: usize,
-    (top, tops): (usize, &[u32]),
-    groups: Option<Groups>,
-    offsets: &[u32],
-    voters: Option<&[u32]>,
-) -> (Vec<u32>, Vec<u32>) {
     let own = rule
         .own_top(top as u32)
         .map(|top| token_choice::cpu(values, experts, top as usize, None, &|_, _| true));
@@ -199,7 +179,7 @@ pub fn cpu_each(
         let row = block_of[t] as usize * experts.div_ceil(32);
         block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
     };
-    (token_choice::cpu_each(values, experts, tops, groups, &eligible), members)
+    (token_choice::cpu(values, experts, top, groups, &eligible), members)
 }
 
 /// Sizes of one dispatch.
@@ -223,6 +203,9 @@ pub struct Args<'a> {
     /// `[tokens]` u32, read: experts that each token takes inside, instead of the op's number, which
     /// is the most.
     pub experts_per_token: Option<Slice<'a>>,
+    /// `[blocks]` u32, read: a block with 0 elects nothing, and what `members` holds for it stays; all
+    /// elect where absent.
+    pub refresh: Option<Slice<'a>>,
     /// `[experts]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,
     /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
@@ -309,6 +292,9 @@ impl BlockChoice {
         if let Some(tops) = args.experts_per_token {
             tops.u32s("experts_per_token", &[tokens.into()])?;
         }
+        if let Some(refresh) = args.refresh {
+            refresh.u32s("refresh", &[blocks.into()])?;
+        }
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
@@ -322,10 +308,13 @@ impl BlockChoice {
             mass,
             has_voters: args.voters.is_some().into(),
             has_tops: args.experts_per_token.is_some().into(),
+            has_refresh: args.refresh.is_some().into(),
         };
         let voters = or_nothing(&self.ctx, args.voters);
         let tops = or_nothing(&self.ctx, args.experts_per_token);
-        let slices = [args.values, args.offsets, voters, tops, args.assigned, args.members];
+        let refresh = or_nothing(&self.ctx, args.refresh);
+        let Args { values, offsets, assigned, members, .. } = args;
+        let slices = [values, offsets, voters, tops, refresh, assigned, members];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

@@ -3,7 +3,7 @@
 use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::{LOOP_ITERATIONS, check_loops, offset_iterations};
-use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::device::shader::{Prelude, Spec, params, piece, read, read_uniform, write};
 use crate::error::{expect_len, expect_offsets, expect_rows};
 use crate::plan::bits;
 use crate::routing::order;
@@ -22,6 +22,7 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("voters", 4),
         read("rows", 4),
+        read_uniform("refresh", 4),
         write("members", 4),
         write("block_of", 4),
     ],
@@ -30,7 +31,7 @@ pub const SPEC: Spec = Spec {
     },
 };
 
-params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32, has_rows: u32 }
+params! { tokens: u32, experts: u32, blocks: u32, count: u32, mass: u32, has_voters: u32, has_rows: u32, has_refresh: u32 }
 
 /// Tokens of a block that have a say in its coreset, from its first on; the others choose inside it like all.
 pub const MAX_BLOCK: u32 = 1024;
@@ -236,6 +237,9 @@ pub struct Args<'a> {
     /// `[tokens]` u32, read: tokens with 0 have no say, and a block where no token has one elects all experts (TEAM); all
     /// have one where absent.
     pub voters: Option<Slice<'a>>,
+    /// `[blocks]` u32, read: a block with 0 elects nothing, and what `members` holds for it stays; all
+    /// elect where absent.
+    pub refresh: Option<Slice<'a>>,
     /// `[blocks, ceil(experts / 32)]` u32, written whole: bit set of the experts elected.
     pub members: Slice<'a>,
     /// `[tokens]` u32, written whole: block of each token, `u32::MAX` for tokens outside all blocks.
@@ -334,6 +338,9 @@ impl Coreset {
             rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
         }
         args.block_of.u32s("block_of", &[tokens.into()])?;
+        if let Some(refresh) = args.refresh {
+            refresh.u32s("refresh", &[blocks.into()])?;
+        }
         let (count, mass) = self.rule.count_and_mass();
         let params = Params {
             tokens,
@@ -343,12 +350,14 @@ impl Coreset {
             mass,
             has_voters: args.voters.is_some().into(),
             has_rows: rows.is_some().into(),
+            has_refresh: args.refresh.is_some().into(),
         };
         let own_choice = or_nothing(&self.ctx, args.own_choice);
         let voters = or_nothing(&self.ctx, args.voters);
         let rows = or_nothing(&self.ctx, rows);
-        let slices =
-            [args.values, own_choice, args.offsets, voters, rows, args.members, args.block_of];
+        let refresh = or_nothing(&self.ctx, args.refresh);
+        let Args { values, offsets, members, block_of, .. } = args;
+        let slices = [values, own_choice, offsets, voters, rows, refresh, members, block_of];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, blocks.into())?.into())
     }
 }

@@ -65,6 +65,7 @@ impl Case<'_> {
             let assigned = Output::u32s(gpu, experts);
             let members = Output::u32s(gpu, blocks * experts.div_ceil(32));
             let args = block_choice::Args {
+                refresh: None,
                 experts_per_token: None,
                 values: (&r).into(),
                 offsets: (&at).into(),
@@ -323,6 +324,7 @@ fn most_blocks_of_the_longest_loops() {
             most.push(op.max_blocks());
             let all = Tensor::new(&ctx, "r", &r).unwrap();
             let args = block_choice::Args {
+                refresh: None,
                 experts_per_token: None,
                 values: all.slice(),
                 offsets: all.slice(),
@@ -363,6 +365,7 @@ fn what_does_not_fit_is_an_error() {
     let tensor = |n: usize| Tensor::new(&ctx, "zeros", &vec![0u32; n]).unwrap();
     let [r, offsets, assigned, members] = [32 * 64, 2, 64, 2].map(tensor);
     let args = block_choice::Args {
+        refresh: None,
         experts_per_token: None,
         values: r.slice(),
         offsets: offsets.slice(),

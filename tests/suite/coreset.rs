@@ -37,6 +37,7 @@ impl Case<'_> {
         let members = Output::u32s(gpu, blocks * self.experts.div_ceil(32));
         let block_of = Output::holding(gpu, &vec![77u32; tokens]);
         let args = coreset::Args {
+            refresh: None,
             values: (&r).into(),
             own_choice: own.as_ref().map(Into::into),
             offsets: (&offsets).into(),
@@ -403,6 +404,7 @@ fn wrong_rules_and_slices_are_errors() {
     let op = coreset::Coreset::new(ctx, 8, BlockRule::Vote(2)).expect("a rule");
     let buffers: Vec<_> = [32 * 8, 2, 8, 1, 32].map(|n| Output::u32s(&gpu, n)).into();
     let args = coreset::Args {
+        refresh: None,
         values: buffers[0].slice(),
         own_choice: Some(buffers[2].slice()),
         offsets: buffers[1].slice(),

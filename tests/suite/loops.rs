@@ -387,6 +387,7 @@ fn coresets_of_very_long_blocks() {
         let (r, offsets) = (gpu.upload(&r), gpu.upload(&offsets));
         let (members, block_of) = (Output::u32s(&gpu, 1), Output::u32s(&gpu, tokens));
         let args = coreset::Args {
+            refresh: None,
             values: (&r).into(),
             own_choice: None,
             offsets: (&offsets).into(),

@@ -26,6 +26,7 @@ mod gguf_bad;
 mod golden;
 mod halves;
 mod house;
+mod kept_coresets;
 mod layer;
 mod limits;
 mod loops;

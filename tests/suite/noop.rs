@@ -146,6 +146,7 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
         block_choice::BlockChoice::new(ctx, experts, BlockRule::Vote(4), 4, None)?.bind(
             &block_choice::Dims { tokens: few.tokens, blocks: 2 },
             block_choice::Args {
+                refresh: None,
                 experts_per_token: None,
                 values: few_pairs(0),
                 offsets: words(&b[1], 3),

@@ -173,10 +173,11 @@ fn twin(host: &HostLayer, case: &Case, selection: &[Vec<f32>; 3]) -> HostRouting
     // What expert choice takes where the batch says nothing.
     let (offsets, lengths) = (&case.offsets, case.lengths.as_deref());
     let sequences = HostSequences { offsets, lengths, capacity: None };
-    let blocks = case
-        .blocks
-        .as_ref()
-        .map(|(offsets, voters)| HostBlocks { offsets, voters: voters.as_deref() });
+    let blocks = case.blocks.as_ref().map(|(offsets, voters)| HostBlocks {
+        kept: None,
+        offsets,
+        voters: voters.as_deref(),
+    });
     let batch = HostBatch { experts_per_token: None, sequences: Some(sequences), blocks };
     host.routing(batch, selection.each_ref().map(Vec::as_slice))
 }

@@ -139,7 +139,8 @@ impl Layer {
         let (logits, config) = (self.logits(), self.host.config);
         let (e, bias) = (config.experts as usize, self.host.bias.as_deref());
         let (s, r) = scores::cpu(&logits, e, config.routing.score(), false, bias);
-        let blocks = self.blocks.as_ref().map(|offsets| HostBlocks { offsets, voters: None });
+        let blocks =
+            self.blocks.as_ref().map(|offsets| HostBlocks { kept: None, offsets, voters: None });
         let routed =
             self.host.routing(HostBatch { blocks, ..HostBatch::default() }, [&logits, &s, &r]);
         self.host.outputs(&self.x, &routed.assigned, &routed.gates)

@@ -238,6 +238,7 @@ impl Routing {
         }
         let offsets: wgpu::Buffer = gpu.upload(offsets);
         let args = coreset::Args {
+            refresh: None,
             values: r.slice(),
             own_choice: own_top.map(|_| own.slice()),
             offsets: (&offsets).into(),

@@ -77,7 +77,11 @@ impl Routed {
         let batch = HostBatch {
             experts_per_token: None,
             sequences: Some(HostSequences { offsets, lengths: None, capacity: None }),
-            blocks: Some(HostBlocks { offsets, voters: rule.marked.then_some(&draw.voters) }),
+            blocks: Some(HostBlocks {
+                kept: None,
+                offsets,
+                voters: rule.marked.then_some(&draw.voters),
+            }),
         };
         let routed = cpu_routing(&config, &router, batch, [&draw.logits, s, r]);
         let (tokens, e) = (draw.tokens as usize, draw.experts as usize);
@@ -202,6 +206,7 @@ impl<'a> Scored<'a> {
                     let members = self.poisoned(blocks as usize * experts.div_ceil(32) as usize);
                     let block_of = self.poisoned(tokens as usize);
                     let args = coreset::Args {
+                        refresh: None,
                         values: (&self.r).into(),
                         own_choice: own.map(|_| (&assigned).into()),
                         offsets: (&self.offsets).into(),

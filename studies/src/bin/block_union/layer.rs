@@ -101,7 +101,7 @@ pub(super) fn check_layer(
     let batch = HostBatch {
         experts_per_token: None,
         sequences: None,
-        blocks: Some(HostBlocks { offsets: &offsets, voters }),
+        blocks: Some(HostBlocks { kept: None, offsets: &offsets, voters }),
     };
     let want = cpu_routing(config, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {
