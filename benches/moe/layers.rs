@@ -3,6 +3,7 @@ use crate::timing::{Bench, Ready};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
 use std::time::Duration;
+use testkit::block_on;
 use testkit::rules::rules;
 use testkit::works::{Part, Work};
 use wgmoe::routing::Routing;
@@ -17,7 +18,7 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     for (name, work, weight_type, slots) in WeightType::ALL.iter().map(w1).chain([w2]) {
         let flops = Throughput::Elements(work.flops(slots));
         bench.case(&mut group, &name, bench.best(), flops, |ctx, what| {
-            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            let weights = block_on(work.weights(gpu, ctx, weight_type)).unwrap();
             layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
         });
     }
@@ -49,7 +50,7 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
             &bench.contexts[..1],
             slots,
             |ctx, what| {
-                let weights = work.weights(gpu, ctx, WeightType::F32).unwrap();
+                let weights = block_on(work.weights(gpu, ctx, WeightType::F32)).unwrap();
                 layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
             },
         );
@@ -72,7 +73,7 @@ pub(super) fn bench_rules(
         let name = |rule: &str| format!("{what}, {rule}");
         let ids = rules.iter().map(|(rule, _)| BenchmarkId::new(name(rule), variant)).collect();
         bench.turns(group, ids, Throughput::Elements(work.tokens.into()), || {
-            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            let weights = block_on(work.weights(gpu, ctx, weight_type)).unwrap();
             let layer = work.layer(ctx, weights).unwrap();
             let step = |(rule, routing): &(String, Routing)| {
                 let what = format!("{}, {variant}", name(rule));
@@ -87,12 +88,13 @@ pub(super) fn bench_rules(
 /// eight tokens.
 pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
     let bound = work.bind(gpu, layer, None).unwrap();
-    bound.run(gpu, &Part::ALL).unwrap();
-    let checked = work.check_choice(gpu, &bound).and_then(|choice| {
-        work.check_plan(gpu, &bound, &choice)?;
-        work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
+    block_on(bound.run(gpu, &Part::ALL)).unwrap();
+    let checked = block_on(async {
+        let choice = work.check_choice(gpu, &bound).await?;
+        work.check_plan(gpu, &bound, &choice).await?;
+        work.check_output(gpu, layer, &bound, &choice, 8).await.map(|()| choice)
     });
-    let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let choice = checked.unwrap_or_else(|e: String| panic!("{what}: {e}"));
     let (config, unique) = (layer.config(), choice.unique_experts());
     let loads = choice.loads();
     eprintln!(

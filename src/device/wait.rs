@@ -14,6 +14,10 @@ pub(crate) enum Wait {
 }
 
 impl Wait {
+    /// By polling, but in a browser: nothing may block there, and callbacks come by themselves.
+    pub(crate) const HERE: Self =
+        if cfg!(target_family = "wasm") { Self::Await } else { Self::Poll };
+
     /// The value of a callback of wgpu's that comes when a submission has run; all that was submitted where none is named.
     pub(crate) async fn until<T>(
         self,

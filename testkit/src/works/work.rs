@@ -17,7 +17,7 @@ use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::routing::{ExpertChoice, Normalise, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
+use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
@@ -181,7 +181,7 @@ impl Work {
     }
 
     /// The experts' weights, uploaded by every core.
-    pub fn weights(
+    pub async fn weights(
         &self,
         gpu: &Gpu,
         ctx: &Context,
@@ -196,13 +196,10 @@ impl Work {
         };
         let all: Vec<u32> = (0..shape.experts).collect();
         for part in all.chunks(threads()) {
-            std::thread::scope(|scope| {
-                let spawned: Vec<_> = part.iter().map(|&e| scope.spawn(move || write(e))).collect();
-                spawned.into_iter().try_for_each(|t| t.join().expect("no panic"))
-            })?;
+            on_every_core(part, |&e| write(e)).into_iter().collect::<wgmoe::Result<()>>()?;
             // Lets go of the staging memory.
             gpu.queue.submit([]);
-            gpu.wait()?;
+            gpu.wait_async().await?;
         }
         Ok(weights)
     }
@@ -235,12 +232,12 @@ impl Work {
     /// What the twins make of the logits and scores that the device computed, compared with what it
     /// chose: logits (whole, or in eight tokens where that takes long), scores of eight tokens,
     /// coresets and choice whole.
-    pub fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
+    pub async fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
         let config = bound.config;
         let (d, e, t) = (config.hidden as usize, config.experts as usize, self.tokens as usize);
-        let read = |slice: Slice<'_>| gpu.download::<f32>(slice).map_err(|e| e.to_string());
+        let read = async |slice| gpu.download_async::<f32>(slice).await.map_err(|e| e.to_string());
         let [logits, s, r] = selection(&bound.step).ok_or("no tokens")?;
-        let [logits, s, r] = [read(logits)?, read(s)?, read(r)?];
+        let [logits, s, r] = [read(logits).await?, read(s).await?, read(r).await?];
         let eight = spread(t, 8);
         let whole: Vec<usize> = (0..t).collect();
         for &t in if t * e * d <= WHOLE_LOGITS { &whole } else { &eight } {
@@ -266,11 +263,12 @@ impl Work {
             scale_by_expert: None,
         };
         let want = cpu_routing(&config, &router, HostBatch::default(), [&logits, &s, &r]);
-        let words = |slice: Slice<'_>| gpu.download::<u32>(slice).map_err(|e| e.to_string());
-        let assigned = words(bound.step.assigned().ok_or("no tokens")?)?;
+        let words = async |slice| gpu.download_async::<u32>(slice).await.map_err(|e| e.to_string());
+        let assigned = words(bound.step.assigned().ok_or("no tokens")?).await?;
         same(&assigned, &want.assigned, "assigned")?;
         if let Some(coreset) = &want.coreset {
-            same(&words(bound.step.coreset().ok_or("no coreset")?)?, coreset, "coreset")?;
+            let elected = words(bound.step.coreset().ok_or("no coreset")?).await?;
+            same(&elected, coreset, "coreset")?;
         }
         Ok(Choice {
             assigned,
@@ -281,7 +279,7 @@ impl Work {
     }
 
     /// The plan exactly, for the device's own gates; the gates of all pairs; the statistics.
-    pub fn check_plan(
+    pub async fn check_plan(
         &self,
         gpu: &Gpu,
         bound: &Bound,
@@ -289,7 +287,8 @@ impl Work {
     ) -> Result<HostPlan, String> {
         let say = |e: wgmoe::Error| e.to_string();
         let e = bound.config.experts as usize;
-        let gates: Vec<f32> = gpu.download(bound.step.gates().ok_or("no tokens")?).map_err(say)?;
+        let gates = bound.step.gates().ok_or("no tokens")?;
+        let gates: Vec<f32> = gpu.download_async(gates).await.map_err(say)?;
         // Only assigned pairs have a gate.
         let pairs: Vec<usize> = (0..choice.tokens * e)
             .filter(|i| bits::get(&choice.assigned, choice.tokens, i % e, i / e))
@@ -297,13 +296,13 @@ impl Work {
         let of = |gates: &[f32]| pairs.iter().map(|&i| gates[i]).collect::<Vec<_>>();
         close(&of(&gates), &of(&choice.gates), 1e-7, 1e-5, "gates")?;
         let (shape, plan) = bound.step.plan().ok_or("no tokens")?;
-        let words: Vec<u32> = gpu.download(plan).map_err(say)?;
+        let words: Vec<u32> = gpu.download_async(plan).await.map_err(say)?;
         let got = HostPlan::from_words(&shape, &words).map_err(say)?;
         let want = HostPlan::cpu(&shape, &choice.assigned, &gates);
         if got != want {
             return Err("the plan differs".into());
         }
-        let stats: Vec<u32> = gpu.download(bound.step.stats()).map_err(say)?;
+        let stats: Vec<u32> = gpu.download_async(bound.step.stats()).await.map_err(say)?;
         let stats = Stats::from_words(&stats).map_err(say)?;
         let got = [stats.slots, stats.unique_experts, stats.ignored];
         same(
@@ -315,7 +314,7 @@ impl Work {
     }
 
     /// The output of `sample` tokens, computed by every core; none may be NaN or infinite anywhere.
-    pub fn check_output(
+    pub async fn check_output(
         &self,
         gpu: &Gpu,
         layer: &MoeLayer,
@@ -326,7 +325,7 @@ impl Work {
         let config = bound.config;
         let (d, e) = (config.hidden as usize, config.experts as usize);
         let shape = layer.weights().shape();
-        let got: Vec<f32> = gpu.download(&bound.out).map_err(|e| e.to_string())?;
+        let got: Vec<f32> = gpu.download_async(&bound.out).await.map_err(|e| e.to_string())?;
         let tokens: Vec<(usize, Vec<(u32, f32)>)> = spread(choice.tokens, sample)
             .into_iter()
             .map(|t| {
@@ -382,10 +381,10 @@ impl Bound {
     }
 
     /// Runs some parts, and waits.
-    pub fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
+    pub async fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
         let dispatches = self.step.dispatches().filter(|d| parts.contains(&Part::of(d)));
         let step = dispatches.fold(BoundOp::default(), |step, d| step.then(d.clone().into()));
-        gpu.run(&step)
+        gpu.run_async(&step).await
     }
 }
 
