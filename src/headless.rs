@@ -9,14 +9,14 @@
 //! # Ok(())
 //! # }
 //! ```
-use crate::device::wait::{Wait, signal};
+use crate::device::wait::{Wait, block_on, signal};
 use crate::layer::BoundLayer;
 use crate::{BoundOp, Error, Result};
 
 /// A device and its queue, with the features our kernels can use where present.
 ///
-/// What waits for the device is there twice. In a browser nothing may block, and only the `async` ones work; elsewhere those
-/// poll the device, and come back with the result at once.
+/// What waits for the device is there twice. In a browser nothing may block: the `async` ones work there, the others are
+/// [`Error::Device`]. Elsewhere the `async` ones poll the device, and come back with the result at once.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     /// Device.
@@ -35,7 +35,7 @@ impl Gpu {
     ///
     /// [`Error::NoGpu`] if there is no adapter or it refuses the device.
     pub fn new() -> Result<Self> {
-        pollster::block_on(Self::open(None))
+        block_on(Self::open(None))
     }
 
     /// As [`Gpu::new`], `async`; `adapter` chooses one by a part of its name or by its index in [`Gpu::adapters`].
@@ -131,7 +131,7 @@ impl Gpu {
     ///
     /// [`Error::Device`] where the device is lost or refuses the work.
     pub fn run(&self, step: &BoundOp) -> Result<()> {
-        pollster::block_on(self.run_async(step))
+        block_on(self.run_async(step))
     }
 
     /// As [`Gpu::run`], `async`.
@@ -145,7 +145,7 @@ impl Gpu {
             step.record(&mut encoder.begin_compute_pass(&Default::default()));
             self.queue.submit([encoder.finish()]);
         })?;
-        self.wait()
+        self.wait_async().await
     }
 
     /// Records a layer's step, submits it, and waits.
@@ -154,7 +154,7 @@ impl Gpu {
     ///
     /// As [`Gpu::run`].
     pub fn run_layer(&self, step: &BoundLayer) -> Result<()> {
-        pollster::block_on(self.run_layer_async(step))
+        block_on(self.run_layer_async(step))
     }
 
     /// As [`Gpu::run_layer`], `async`.
@@ -168,7 +168,7 @@ impl Gpu {
             step.encode(&mut encoder);
             self.queue.submit([encoder.finish()]);
         })?;
-        self.wait()
+        self.wait_async().await
     }
 
     /// Waits for all submitted work.
@@ -177,7 +177,7 @@ impl Gpu {
     ///
     /// [`Error::Device`] where the device is lost.
     pub fn wait(&self) -> Result<()> {
-        pollster::block_on(self.wait_async())
+        block_on(self.wait_async())
     }
 
     /// As [`Gpu::wait`], `async`.
@@ -209,7 +209,7 @@ impl Gpu {
         &self,
         slice: impl Into<crate::Slice<'a>>,
     ) -> Result<Vec<T>> {
-        pollster::block_on(self.download_async(slice))
+        block_on(self.download_async(slice))
     }
 
     /// As [`Gpu::download`], `async`.

@@ -34,6 +34,15 @@ impl Wait {
     }
 }
 
+/// What waits by [`Wait::Poll`], to its end. An error in a browser, where the thread that waits would keep the answer from coming.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    if cfg!(target_family = "wasm") {
+        let told = "in a browser nothing may block: `await` the function whose name ends in `_async`";
+        return Err(Error::Device(told.into()));
+    }
+    pollster::block_on(work)
+}
+
 /// A submission, and what comes when it has run.
 pub(crate) struct Submitted {
     submission: wgpu::SubmissionIndex,

@@ -1,7 +1,7 @@
 //! A layer and its input, on the device and for the CPU twins.
 use super::numbers::{BIAS, BLOCK, DOWN, GATE, ROUTER, UP, X, fill, stretch, uniform};
 use crate::compare::{close, largest, same};
-use crate::layer::{selection, stored};
+use crate::layer::{host_router, selection, stored};
 use crate::statistics::{on_every_core, spread, threads};
 use half::bf16;
 use std::collections::HashMap;
@@ -55,6 +55,13 @@ pub enum Matrix<'a> {
 }
 
 impl Matrix<'_> {
+    fn values(&self) -> Vec<f32> {
+        match self {
+            Self::Own(values) => values.clone(),
+            Self::Window(values) => values.iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+
     pub fn host(&self) -> HostWeights<'_> {
         match self {
             Self::Own(values) => HostWeights::F32(values),
@@ -164,6 +171,11 @@ impl Work {
         &self.router
     }
 
+    /// The router for the twins.
+    pub fn host_router(&self) -> HostRouter<'_> {
+        host_router(&self.router, self.bias.as_deref())
+    }
+
     pub fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
         let LayerConfig { hidden, intermediate, .. } = self.config;
         let (place, seed, depth) = match projection {
@@ -256,13 +268,7 @@ impl Work {
                 close(&row(&r), &want_r, 1e-5, 1e-5, &format!("token {t}: selection values"))?;
             }
         }
-        let router = HostRouter {
-            weight: &self.router,
-            bias: self.bias.as_deref(),
-            scale_by_count: None,
-            scale_by_expert: None,
-        };
-        let want = cpu_routing(&config, &router, HostBatch::default(), [&logits, &s, &r]);
+        let want = cpu_routing(&config, &self.host_router(), HostBatch::default(), [&logits, &s, &r]);
         let words = async |slice| gpu.download_async::<u32>(slice).await.map_err(|e| e.to_string());
         let assigned = words(bound.step.assigned().ok_or("no tokens")?).await?;
         same(&assigned, &want.assigned, "assigned")?;
@@ -339,12 +345,16 @@ impl Work {
         let mut experts: HashMap<(u32, Projection), Matrix<'_>> = HashMap::new();
         for e in used {
             for p in PROJECTIONS {
-                experts.entry((e, p)).or_insert_with(|| match self.expert(e, p) {
-                    Matrix::Own(values) => {
-                        let weight_type = shape.types_of(e).of(p);
-                        Matrix::Own(stored(&values, shape.matrix(p)[1], weight_type))
+                experts.entry((e, p)).or_insert_with(|| {
+                    let weight_type = shape.types_of(e).of(p);
+                    match (self.expert(e, p), weight_type) {
+                        // What is held in bf16 is as it is in the wider types.
+                        (window @ Matrix::Window(_), WeightType::Bf16 | WeightType::F32) => window,
+                        (matrix, _) => {
+                            let depth = shape.matrix(p)[1];
+                            Matrix::Own(stored(&matrix.values(), depth, weight_type))
+                        }
                     }
-                    window => window,
                 });
             }
         }
