@@ -12,8 +12,9 @@ const MOST_SAMPLES: usize = 200;
 /// Fewest samples of a case, and of one that takes long.
 const FEWEST_SAMPLES: usize = 7;
 const FEWEST_SLOW_SAMPLES: usize = 3;
-/// A sample lasts about this long at least, in milliseconds, so that submitting it weighs little.
-const SAMPLE_MS: f64 = 2.0;
+/// A sample lasts about this long at least, in milliseconds, so that submitting it weighs little. A browser's clocks tick in
+/// tenths of a millisecond, the GPU's too.
+const SAMPLE_MS: f64 = if cfg!(target_family = "wasm") { 10.0 } else { 2.0 };
 const MOST_REPEATS: u32 = 256;
 /// Times have settled once the medians of two runs of samples differ by less than this share.
 const SETTLED: f64 = 0.05;

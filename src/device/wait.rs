@@ -34,12 +34,18 @@ impl Wait {
     }
 }
 
-/// What waits by [`Wait::Poll`], to its end. An error in a browser, where the thread that waits would keep the answer from coming.
-pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+/// Fails in a browser: a thread that waits there keeps the answer from coming, and there is no clock of the system's.
+pub(crate) fn may_block() -> Result<()> {
     if cfg!(target_family = "wasm") {
-        let told = "in a browser nothing may block: `await` the function whose name ends in `_async`";
+        let told = "in a browser nothing may block: `await` the function whose name ends in `_async`, where there is one";
         return Err(Error::Device(told.into()));
     }
+    Ok(())
+}
+
+/// What waits by [`Wait::Poll`], to its end; an error in a browser.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    may_block()?;
     pollster::block_on(work)
 }
 

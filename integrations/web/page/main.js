@@ -8,28 +8,29 @@ const element = (name, text, className = '') => Object.assign(document.createEle
 const bytes = (n) => (n >= 2 ** 30 ? `${+(n / 2 ** 30).toFixed(1)} GiB` : n >= 2 ** 20 ? `${Math.round(n / 2 ** 20)} MiB` : n >= 1024 ? `${Math.round(n / 1024)} KiB` : `${n} B`);
 
 /// What to switch on, where there is no WebGPU.
-function missing(why) {
+function missing(why, detail) {
   if (why === 'insecure') return 'WebGPU needs a page that comes by https or from this computer (localhost), and this one does not.';
   const agent = navigator.userAgent;
   const how = /Firefox/.test(agent)
-    ? 'In Firefox, open about:config and set dom.webgpu.enabled to true'
+    ? 'open about:config and set dom.webgpu.enabled to true'
     : /Safari/.test(agent) && !/Chrom/.test(agent)
-      ? 'In Safari, it comes with version 26; before that, switch on WebGPU among the feature flags of the settings'
-      : 'In Chrome or Edge, open chrome://flags, switch on “Unsafe WebGPU Support”, and see that graphics acceleration is on in the settings';
-  return `This browser gives this page no WebGPU (${why}). ${how}, then load the page again.`;
+      ? 'it comes with version 26; before that, switch on WebGPU among the feature flags of Safari’s settings'
+      : 'switch on graphics acceleration in the settings, or “Unsafe WebGPU Support” at chrome://flags';
+  const what = { none: 'This browser gives this page no WebGPU', 'no device': 'This browser has WebGPU, but no device for it', refused: `This browser’s WebGPU refused a device (${detail})` };
+  return `${what[why]}: ${how}, and load the page again.`;
 }
 
 async function openDevice() {
-  const { why, about, checks } = await call('open');
+  const { why, detail, about, checks } = await call('open');
   if (!about) {
-    $('device').textContent = `${missing(why)} Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.`;
+    $('device').textContent = `${missing(why, detail)} Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.`;
     $('where').textContent = 'by the CPU twins';
     $('check-words').textContent = 'Without WebGPU, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, and each routing rule is run in two ways that must agree.';
     $('measure-go').disabled = true;
     $('measure-state').textContent = 'There is no GPU to measure.';
     return checks;
   }
-  const name = about.name || 'a device without a name';
+  const name = about.name || 'A device whose name the browser keeps to itself';
   $('device').textContent = `${name}, through WebGPU${about.software ? ': a software driver, so expect it to be slow' : ''}.`;
   const shown = {
     'largest binding': bytes, 'largest buffer': bytes, 'workgroup memory': bytes,
@@ -46,6 +47,7 @@ async function openDevice() {
     row('Kernels', about.variant === 'Wide' ? 'for many lanes' : 'for a software driver'),
   );
   $('limits').hidden = false;
+  if (about.software) $('seconds').value = '300';
   return checks;
 }
 

@@ -8,17 +8,19 @@ const calls = {
   async open() {
     await init({ module_or_path: new URL('wgmoe_web_bg.wasm', import.meta.url) });
     let why;
+    let detail;
     if (!self.isSecureContext) why = 'insecure';
-    else if (!navigator.gpu) why = 'no WebGPU';
+    else if (!navigator.gpu) why = 'none';
+    else if (!(await navigator.gpu.requestAdapter())) why = 'no device';
     else {
       try {
         session = await Session.open(true);
       } catch (e) {
-        why = `no device: ${e.message ?? e}`;
+        [why, detail] = ['refused', e.message ?? String(e)];
       }
     }
     session ??= await Session.open(false);
-    return { why, about: JSON.parse(session.about()), checks: JSON.parse(session.checks()) };
+    return { why, detail, about: JSON.parse(session.about()), checks: JSON.parse(session.checks()) };
   },
   async recorded(name) {
     const answer = await fetch(`golden/${name}`);
