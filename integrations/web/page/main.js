@@ -110,21 +110,23 @@ function browser() {
   return brand ? `${brand.brand} ${brand.version}` : named ? `${named[1] === 'Version' ? 'Safari' : named[1]} ${named[2]}` : 'a browser';
 }
 
+const milliseconds = (ms) => `${ms >= 100 ? Math.round(ms) : ms.toPrecision(3)} ms`;
+
 let file;
 let measuring = false;
 function showTimes(text) {
   file = text;
   const body = $('measure-rows').tBodies[0];
-  const cases = JSON.parse(text).adapters.flatMap((adapter) => adapter.cases);
+  const cases = JSON.parse(text).adapters.flatMap((adapter) => adapter.cases).filter((c) => c.outcome.status !== 'skipped');
   body.replaceChildren(...cases.map((c) => {
     const row = document.createElement('tr');
     const head = element('th', `${c.model}, ${c.tokens} tokens`);
     head.scope = 'row';
     const { outcome } = c;
     const of = outcome.status === 'measured' ? outcome.gpu ?? outcome.wall : undefined;
-    const time = of ? element('td', `${of.median_ms.toPrecision(3)} ms`, 'number') : element('td', outcome.status, outcome.status === 'failed' ? 'bad' : 'number');
+    const time = of ? element('td', milliseconds(of.median_ms), 'number') : element('td', outcome.status, 'bad');
     if (!of) time.title = outcome.reason;
-    row.append(head, element('td', c.rule), element('td', c.part), time, element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
+    row.append(head, element('td', `${c.rule}: ${c.part}`), time, element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
     return row;
   }));
   $('measure-rows').hidden = $('save-json').hidden = $('save-page').hidden = cases.length === 0;
@@ -157,7 +159,7 @@ async function measure() {
     const { interrupted, adapters } = JSON.parse(file);
     const count = (status) => adapters.flatMap((a) => a.cases).filter((c) => c.outcome.status === status).length;
     const why = adapters.map((a) => a.failure).filter(Boolean).join('; ');
-    state.textContent = `${interrupted ? 'stopped; ' : ''}${count('measured')} cases measured, ${count('failed')} failed, ${count('skipped')} skipped${why && `; ${why}`}`;
+    state.textContent = `${interrupted ? 'stopped; ' : ''}${count('measured')} cases measured, ${count('failed')} failed, ${count('skipped')} skipped${count('skipped') ? ' for want of time' : ''}${why && `; ${why}`}`;
   } catch (e) {
     state.textContent = e.message;
   }
@@ -183,7 +185,7 @@ try {
   $('save-json').addEventListener('click', () => save('wgmoe-bench.json', 'application/json', file));
   $('save-page').addEventListener('click', async () => save('wgmoe-bench.html', 'text/html', await call('reportPage', [file])));
   await see.start();
-  document.documentElement.dataset.ready = '';
+  document.documentElement.dataset.ready = Math.round(performance.now());
 } catch (e) {
   $('device').textContent = e.message;
   $('device').className = 'wrong';

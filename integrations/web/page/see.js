@@ -19,6 +19,7 @@ let cursor;
 let busy = false;
 let again = false;
 let playing = 0;
+let ready = false; // the device has routed once
 
 function settings() {
   const number = (name) => Number(form.elements[name].value);
@@ -60,7 +61,7 @@ function showNumbers(n) {
     slots: `${n.slots}, ${(n.slots / n.tokens).toFixed(1)} a token`,
     untouched: String(n.untouched),
     'largest-load': `${n.largest_load} token${n.largest_load === 1 ? '' : 's'}`,
-    twin: n.on_device ? (n.same_as_twin ? 'the same' : 'differs') : 'this is the CPU',
+    twin: n.on_device ? (n.same_as_twin ? 'the same' : 'differs') : ready ? 'this is the CPU' : 'the CPU’s; yours comes',
   };
   for (const [id, value] of Object.entries(text)) $(id).textContent = value;
   $('twin').className = n.same_as_twin ? '' : 'bad';
@@ -160,11 +161,16 @@ async function route() {
     return;
   }
   busy = true;
+  canvas.setAttribute('aria-busy', 'true');
   do {
     again = false;
     const wanted = settings();
     try {
-      const next = await call('route', [wanted]);
+      // The twins answer at once; the device compiles its kernels first.
+      const first = !picture;
+      const next = await call('route', [wanted, first]);
+      again ||= first;
+      ready ||= !first;
       const same = picture && picture.chosen.length === next.chosen.length;
       from = same ? Float32Array.from(picture.chosen) : undefined;
       next.usesMask = rules[wanted.rule].uses.includes('mask');
@@ -184,6 +190,7 @@ async function route() {
     redraw();
   } while (again);
   busy = false;
+  canvas.setAttribute('aria-busy', 'false');
 }
 
 function stopPlaying() {

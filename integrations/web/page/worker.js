@@ -3,6 +3,7 @@
 import init, { Session, measure, report_page, stop } from './wgmoe_web.js';
 
 let session;
+let twins; // the same without a device
 
 const calls = {
   async open() {
@@ -19,7 +20,8 @@ const calls = {
         [why, detail] = ['refused', e.message ?? String(e)];
       }
     }
-    session ??= await Session.open(false);
+    twins = await Session.open(false);
+    session ??= twins;
     return { why, detail, about: JSON.parse(session.about()), checks: JSON.parse(session.checks()) };
   },
   async recorded(name) {
@@ -30,8 +32,8 @@ const calls = {
   async check(i) {
     return JSON.parse(await session.check(i));
   },
-  async route(settings) {
-    const picture = await session.route(JSON.stringify(settings));
+  async route(settings, onTwins) {
+    const picture = await (onTwins ? twins : session).route(JSON.stringify(settings));
     const { scores, gates, chosen, elected, masked, numbers } = picture;
     picture.free();
     return { scores, gates, chosen, elected, masked, numbers: JSON.parse(numbers) };

@@ -66,7 +66,10 @@ async function open(t, flags) {
   const afterwards = async (act, read = () => text('experts-read')) => {
     const [before, count] = [await read(), await routed()];
     await act();
-    await page.waitForFunction((n) => Number(document.getElementById('picture').dataset.routed) > n, { timeout: 2 * minutes, polling: 50 }, count);
+    await page.waitForFunction((n) => {
+      const { dataset, ariaBusy } = document.getElementById('picture');
+      return Number(dataset.routed) > n && ariaBusy === 'false';
+    }, { timeout: 2 * minutes, polling: 50 }, count);
     return [before, await read()];
   };
   return { page, said, elsewhere, downloads, text, afterwards };
@@ -95,7 +98,7 @@ async function download(folder, name) {
 test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
   const visit = await open(t, ['--enable-unsafe-webgpu']);
   const { page, said, elsewhere, downloads, text, afterwards } = visit;
-  t.diagnostic(`${await text('device')} First picture after ${await page.evaluate(() => document.documentElement.dataset.firstPicture)} ms.`);
+  t.diagnostic(`${await text('device')} First picture after ${await page.evaluate(() => document.documentElement.dataset.firstPicture)} ms, the device's own after ${await page.evaluate(() => document.documentElement.dataset.ready)} ms.`);
   assert.match(await text('device'), /through WebGPU/);
   assert.match(await text('limits'), /Largest binding/);
 
@@ -122,9 +125,12 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
   await t.test('every rule routes as the twin does, and only its own numbers can be moved', async () => {
     const rules = await page.$$eval('#rule option', (all) => all.map((o) => o.value));
     assert.equal(rules.length, 8);
-    await page.focus('#k');
-    await page.keyboard.press('Home');
-    await page.keyboard.press('ArrowRight');
+    await afterwards(async () => {
+      await page.focus('#k');
+      await page.keyboard.press('Home');
+      await page.keyboard.press('ArrowRight');
+    });
+    assert.equal(await page.$eval('#k', (e) => e.value), '2');
     const some = ['mass', 'expert_choice', 'masked_union'];
     for (const rule of short ? some : rules) {
       if ((await page.$eval('#rule', (e) => e.value)) !== rule) await afterwards(() => page.select('#rule', rule));
@@ -145,9 +151,13 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
     await page.keyboard.press('ArrowRight');
     assert.match(await text('cell'), /^Token 1, expert 2: score \d\.\d\d/);
     await afterwards(() => page.click('#another'), () => text('cell'));
-    await afterwards(() => page.click('#play'));
-    assert.equal(await text('play'), 'Stop');
+    const count = () => page.$eval('#picture', (e) => Number(e.dataset.routed));
+    const still = await count();
     await page.click('#play');
+    assert.equal(await text('play'), 'Stop');
+    await page.waitForFunction((n) => Number(document.getElementById('picture').dataset.routed) > n + 2, { timeout: minutes, polling: 50 }, still);
+    await page.click('#play');
+    assert.equal(await text('play'), 'Play');
     await afterwards(() => page.select('#experts', '128'));
     assert.match(await text('experts-read'), /of 128/);
   });
@@ -159,7 +169,7 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
   });
 
   await t.test('the measuring, its file and its page', async () => {
-    await page.select('#seconds', '75');
+    await page.select('#seconds', '300');
     await page.click('#measure-go');
     assert.ok(await page.$eval('#k', (e) => e.matches(':disabled')), 'nothing else has the device');
     const done = () => document.getElementById('measure-go').textContent === 'Measure';
