@@ -268,7 +268,8 @@ impl Work {
                 close(&row(&r), &want_r, 1e-5, 1e-5, &format!("token {t}: selection values"))?;
             }
         }
-        let want = cpu_routing(&config, &self.host_router(), HostBatch::default(), [&logits, &s, &r]);
+        let want =
+            cpu_routing(&config, &self.host_router(), HostBatch::default(), [&logits, &s, &r]);
         let words = async |slice| gpu.download_async::<u32>(slice).await.map_err(|e| e.to_string());
         let assigned = words(bound.step.assigned().ok_or("no tokens")?).await?;
         same(&assigned, &want.assigned, "assigned")?;
