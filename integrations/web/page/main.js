@@ -46,7 +46,7 @@ async function openDevice() {
     row('Timestamps', about.features.includes('timestamps') ? 'yes' : 'no'),
     row('Kernels', about.variant === 'Wide' ? 'for many lanes' : 'for a software driver'),
   );
-  $('limits').hidden = false;
+  $('limits-of').hidden = false;
   if (about.software) $('seconds').value = '300';
   return checks;
 }
