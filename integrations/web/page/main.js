@@ -12,7 +12,7 @@ function missing(why, detail) {
   if (why === 'insecure') return 'WebGPU needs a page that comes by https or from this computer (localhost), and this one does not.';
   const agent = navigator.userAgent;
   const how = /Firefox/.test(agent)
-    ? 'open about:config and set dom.webgpu.enabled to true'
+    ? 'take the newest Firefox, or open about:config and set dom.webgpu.enabled to true'
     : /Safari/.test(agent) && !/Chrom/.test(agent)
       ? 'it comes with version 26; before that, switch on WebGPU among the feature flags of Safari’s settings'
       : 'switch on graphics acceleration in the settings, or “Unsafe WebGPU Support” at chrome://flags';

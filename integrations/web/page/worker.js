@@ -12,10 +12,11 @@ const calls = {
     let detail;
     if (!self.isSecureContext) why = 'insecure';
     else if (!navigator.gpu) why = 'none';
-    else if (!(await navigator.gpu.requestAdapter())) why = 'no device';
     else {
       try {
-        session = await Session.open(true);
+        // Some builds of Firefox have the name and refuse the call.
+        if (await navigator.gpu.requestAdapter()) session = await Session.open(true);
+        else why = 'no device';
       } catch (e) {
         [why, detail] = ['refused', e.message ?? String(e)];
       }
