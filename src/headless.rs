@@ -9,10 +9,14 @@
 //! # Ok(())
 //! # }
 //! ```
+use crate::device::wait::{Wait, block_on, signal};
 use crate::layer::BoundLayer;
 use crate::{BoundOp, Error, Result};
 
 /// A device and its queue, with the features our kernels can use where present.
+///
+/// What waits for the device is there twice. In a browser nothing may block: the `async` ones work there, the others are
+/// [`Error::Device`]. Elsewhere the `async` ones poll the device, and come back with the result at once.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     /// Device.
@@ -31,7 +35,7 @@ impl Gpu {
     ///
     /// [`Error::NoGpu`] if there is no adapter or it refuses the device.
     pub fn new() -> Result<Self> {
-        pollster::block_on(Self::open(None))
+        block_on(Self::open(None))
     }
 
     /// As [`Gpu::new`], `async`; `adapter` chooses one by a part of its name or by its index in [`Gpu::adapters`].
@@ -127,12 +131,21 @@ impl Gpu {
     ///
     /// [`Error::Device`] where the device is lost or refuses the work.
     pub fn run(&self, step: &BoundOp) -> Result<()> {
+        block_on(self.run_async(step))
+    }
+
+    /// As [`Gpu::run`], `async`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::run`].
+    pub async fn run_async(&self, step: &BoundOp) -> Result<()> {
         crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             step.record(&mut encoder.begin_compute_pass(&Default::default()));
             self.queue.submit([encoder.finish()]);
         })?;
-        self.wait()
+        self.wait_async().await
     }
 
     /// Records a layer's step, submits it, and waits.
@@ -141,12 +154,21 @@ impl Gpu {
     ///
     /// As [`Gpu::run`].
     pub fn run_layer(&self, step: &BoundLayer) -> Result<()> {
+        block_on(self.run_layer_async(step))
+    }
+
+    /// As [`Gpu::run_layer`], `async`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::run`].
+    pub async fn run_layer_async(&self, step: &BoundLayer) -> Result<()> {
         crate::device::guard::scoped(&self.device, || {
             let mut encoder = self.device.create_command_encoder(&Default::default());
             step.encode(&mut encoder);
             self.queue.submit([encoder.finish()]);
         })?;
-        self.wait()
+        self.wait_async().await
     }
 
     /// Waits for all submitted work.
@@ -155,8 +177,26 @@ impl Gpu {
     ///
     /// [`Error::Device`] where the device is lost.
     pub fn wait(&self) -> Result<()> {
-        let poll = self.device.poll(wgpu::PollType::wait_indefinitely());
-        poll.map_err(|e| Error::Device(e.to_string()))?;
+        block_on(self.wait_async())
+    }
+
+    /// As [`Gpu::wait`], `async`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::wait`].
+    pub async fn wait_async(&self) -> Result<()> {
+        match Wait::HERE {
+            Wait::Poll => {
+                let poll = self.device.poll(wgpu::PollType::wait_indefinitely());
+                poll.map_err(|e| Error::Device(e.to_string()))?;
+            }
+            Wait::Await => {
+                let (done, future) = signal();
+                self.queue.on_submitted_work_done(move || done(()));
+                future.await;
+            }
+        }
         crate::device::guard::alive(&self.device)
     }
 
@@ -166,6 +206,18 @@ impl Gpu {
     ///
     /// [`Error::ReadBack`] if mapping fails, [`Error::Device`] if the copy is refused.
     pub fn download<'a, T: bytemuck::Pod>(
+        &self,
+        slice: impl Into<crate::Slice<'a>>,
+    ) -> Result<Vec<T>> {
+        block_on(self.download_async(slice))
+    }
+
+    /// As [`Gpu::download`], `async`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::download`].
+    pub async fn download_async<'a, T: bytemuck::Pod>(
         &self,
         slice: impl Into<crate::Slice<'a>>,
     ) -> Result<Vec<T>> {
@@ -183,16 +235,10 @@ impl Gpu {
             self.queue.submit([encoder.finish()]);
             staging
         })?;
-        let (send, receive) = std::sync::mpsc::channel();
-        staging.map_async(wgpu::MapMode::Read, .., move |result| {
-            let _ = send.send(result);
-        });
-        self.wait()?;
-        match receive.recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => return Err(Error::ReadBack(e.to_string())),
-            Err(e) => return Err(Error::ReadBack(e.to_string())),
-        }
+        let (send, mapped) = signal();
+        staging.map_async(wgpu::MapMode::Read, .., send);
+        let mapped = Wait::HERE.until(&self.device, None, mapped).await?;
+        mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
         let view = staging.get_mapped_range(..).map_err(|e| Error::ReadBack(e.to_string()))?;
         Ok(bytemuck::pod_collect_to_vec(&view))
     }

@@ -68,7 +68,7 @@ impl Bench<'_> {
     }
 
     /// `count` dispatches of `groups` workgroups a turn.
-    fn time(
+    async fn time(
         &self,
         kernel: &wgpu::ComputePipeline,
         bindings: &wgpu::BindGroup,
@@ -82,13 +82,13 @@ impl Bench<'_> {
                 pass.dispatch_workgroups(groups, 1, 1);
             }
         };
-        self.timer.time(&record, self.seconds)
+        self.timer.time(&record, self.seconds).await
     }
 }
 
 /// Measures the ceilings, about `seconds` each; what fails leaves a note. `Err` where the run is
 /// interrupted.
-pub(crate) fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings, Stop> {
+pub(crate) async fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings, Stop> {
     let gpu = timer.gpu();
     let device = &gpu.device;
     let module = device.create_shader_module(wgpu::include_wgsl!("ceilings.wgsl"));
@@ -125,16 +125,16 @@ pub(crate) fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings, Stop>
         }
         Ok(()) => Ok(()),
     };
-    note("multiply-adds", arithmetic(&bench).map(|rate| *multiply_add_gflop_s = Some(rate)))?;
+    note("multiply-adds", arithmetic(&bench).await.map(|rate| *multiply_add_gflop_s = Some(rate)))?;
     note(
         "memory",
-        memory(&bench).map(|(read, copy)| {
+        memory(&bench).await.map(|(read, copy)| {
             (*read_gb_s, *copy_gb_s) = (Some(read), Some(copy));
         }),
     )?;
     note(
         "dispatch",
-        overheads(&bench).map(|(dispatch, submit)| {
+        overheads(&bench).await.map(|(dispatch, submit)| {
             (*dispatch_us, *submit_us) = (Some(dispatch), Some(submit));
         }),
     )?;
@@ -146,7 +146,7 @@ fn software(gpu: &Gpu) -> bool {
 }
 
 /// The higher of two ways to write it, 10^9 operations a second.
-fn arithmetic(bench: &Bench<'_>) -> Result<f64, Stop> {
+async fn arithmetic(bench: &Bench<'_>) -> Result<f64, Stop> {
     let gpu = bench.gpu();
     let lanes = if software(gpu) { SOFTWARE_LANES } else { LANES };
     let data = gpu.upload(&[0f32; 4]);
@@ -155,8 +155,8 @@ fn arithmetic(bench: &Bench<'_>) -> Result<f64, Stop> {
         let kernel = bench.kernel(name);
         let out = gpu.upload(&vec![f32::NAN; 4 * lanes as usize]);
         let bindings = bench.bind(&data, &out, 1, lanes);
-        let timing = bench.time(&kernel, &bindings, lanes.div_ceil(64), 1)?;
-        let got: Vec<f32> = gpu.download(&out)?;
+        let timing = bench.time(&kernel, &bindings, lanes.div_ceil(64), 1).await?;
+        let got: Vec<f32> = gpu.download_async(&out).await?;
         if let Some(wrong) = got.iter().find(|v| (*v - 4.0).abs() > 1e-5 || v.is_nan()) {
             return Err(Stop::Failed(format!("{name}: got {wrong}, want 4")));
         }
@@ -166,7 +166,7 @@ fn arithmetic(bench: &Bench<'_>) -> Result<f64, Stop> {
 }
 
 /// Bytes read, and bytes read and written in a copy, 10^9 a second.
-fn memory(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
+async fn memory(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
     let gpu = bench.gpu();
     let (lanes, most) =
         if software(gpu) { (SOFTWARE_LANES, SOFTWARE_BYTES) } else { (LANES, BYTES) };
@@ -192,12 +192,13 @@ fn memory(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
         gpu.queue.write_buffer(&data, at, bytes_of);
     }
     gpu.queue.submit([]);
-    gpu.wait()?;
+    gpu.wait_async().await?;
     let bindings = bench.bind(&data, &out, items, lanes);
     let groups = lanes.div_ceil(64);
 
-    let read = bench.time(&bench.kernel("read_all"), &bindings, groups, 1)?;
-    let got: Vec<f32> = gpu.download(wgmoe::Slice::new(&out, 0, 16 * u64::from(lanes)))?;
+    let read = bench.time(&bench.kernel("read_all"), &bindings, groups, 1).await?;
+    let sums = wgmoe::Slice::new(&out, 0, 16 * u64::from(lanes));
+    let got: Vec<f32> = gpu.download_async(sums).await?;
     let rounds = (items / lanes) as f32;
     if let Some(i) = (0..got.len()).find(|&i| (got[i] - rounds * stretch[i]).abs() > 1e-3 * rounds)
     {
@@ -206,41 +207,40 @@ fn memory(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
     let rate = |bytes: u64, ms: f64| bytes as f64 / ms / 1e6;
     let read = rate(size, read.times().least_ms);
     // By a kernel, and by the driver's own copy, which on software drivers is much faster.
-    let copy = bench.time(&bench.kernel("copy_all"), &bindings, groups, 1)?;
-    let check = |what: &str| {
+    let copy = bench.time(&bench.kernel("copy_all"), &bindings, groups, 1).await?;
+    let check = async |what: &str| {
         for at in [0, size - bytes_of.len() as u64] {
-            let got: Vec<f32> = gpu.download(wgmoe::Slice::new(&out, at, bytes_of.len() as u64))?;
+            let part = wgmoe::Slice::new(&out, at, bytes_of.len() as u64);
+            let got: Vec<f32> = gpu.download_async(part).await?;
             if got != stretch {
                 return Err(Stop::Failed(format!("{what}: the copy differs")));
             }
         }
         Ok(())
     };
-    check("copy_all")?;
+    check("copy_all").await?;
     // So that what the driver does not copy is seen.
     let mut encoder = gpu.device.create_command_encoder(&Default::default());
     encoder.clear_buffer(&out, 0, None);
     gpu.queue.submit([encoder.finish()]);
-    let driver = bench.timer.submit(
-        &|encoder: &mut wgpu::CommandEncoder| {
-            encoder.copy_buffer_to_buffer(&data, 0, &out, 0, size);
-        },
-        bench.seconds,
-    )?;
-    check("copy_buffer_to_buffer")?;
+    let copy_in_driver = |encoder: &mut wgpu::CommandEncoder| {
+        encoder.copy_buffer_to_buffer(&data, 0, &out, 0, size);
+    };
+    let driver = bench.timer.submit(&copy_in_driver, bench.seconds).await?;
+    check("copy_buffer_to_buffer").await?;
     let best = copy.times().least_ms.min(driver.least_ms);
     Ok((read, rate(2 * size, best)))
 }
 
 /// Microseconds of one more dispatch that waits for the one before, and of one dispatch from
 /// encoding to the end.
-fn overheads(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
+async fn overheads(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
     let gpu = bench.gpu();
     let (data, out) = (gpu.upload(&[0f32; 4]), gpu.upload(&[0f32; 4]));
     let kernel = bench.kernel("empty");
     let bindings = bench.bind(&data, &out, 1, 1);
-    let chain = bench.time(&kernel, &bindings, 1, CHAIN)?;
-    let got: Vec<f32> = gpu.download(&out)?;
+    let chain = bench.time(&kernel, &bindings, 1, CHAIN).await?;
+    let got: Vec<f32> = gpu.download_async(&out).await?;
     if got[0] < CHAIN as f32 || got[0] % CHAIN as f32 != 0.0 {
         return Err(Stop::Failed(format!("dispatches of {CHAIN} each counted to {}", got[0])));
     }
@@ -250,7 +250,7 @@ fn overheads(bench: &Bench<'_>) -> Result<(f64, f64), Stop> {
         pass.set_bind_group(0, &bindings, &[]);
         pass.dispatch_workgroups(1, 1, 1);
     };
-    let submit = bench.timer.submit(&once, bench.seconds)?;
+    let submit = bench.timer.submit(&once, bench.seconds).await?;
     Ok((chain.times().least_ms / f64::from(CHAIN) * 1e3, submit.median_ms * 1e3))
 }
 

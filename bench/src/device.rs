@@ -14,11 +14,11 @@ pub(crate) struct Device {
 
 impl Device {
     /// Opens an adapter, or says what it lacks.
-    pub(crate) fn open(adapter: &wgpu::Adapter) -> Result<Self, String> {
+    pub(crate) async fn open(adapter: &wgpu::Adapter) -> Result<Self, String> {
         if let Some(lack) = lack(adapter) {
             return Err(lack);
         }
-        let gpu = pollster::block_on(Gpu::from_adapter(adapter)).map_err(|e| e.to_string())?;
+        let gpu = Gpu::from_adapter(adapter).await.map_err(|e| e.to_string())?;
         let errors = Arc::new(Mutex::new(vec![]));
         let kept = errors.clone();
         gpu.device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| {
@@ -43,20 +43,23 @@ impl Device {
     }
 
     /// Why the device can do no more work, if so.
-    pub(crate) fn lost(&self) -> Option<String> {
+    pub(crate) async fn lost(&self) -> Option<String> {
         let told = self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        told.or_else(|| self.gpu.wait().err().map(|e| e.to_string()))
+        match told {
+            None => self.gpu.wait_async().await.err().map(|e| e.to_string()),
+            told => told,
+        }
     }
 }
 
 /// What is said where there is nothing to measure.
-pub(crate) const NO_ADAPTERS: &str = "no adapters: wgpu found no driver of Vulkan, Metal, DX12 or \
+pub const NO_ADAPTERS: &str = "no adapters: wgpu found no driver of Vulkan, Metal, DX12 or \
     OpenGL. On Linux, `scripts/with-vulkan` in wgmoe's repository installs a software driver and \
     then runs a command: scripts/with-vulkan cargo run --release -p wgmoe-bench -- run --quick";
 
 /// The adapters of all backends.
-pub(crate) fn adapters() -> Vec<wgpu::Adapter> {
-    let all = pollster::block_on(Gpu::adapters());
+pub async fn adapters() -> Vec<wgpu::Adapter> {
+    let all = Gpu::adapters().await;
     all.into_iter().filter(|a| a.get_info().backend != wgpu::Backend::Noop).collect()
 }
 
@@ -90,7 +93,7 @@ fn lack(adapter: &wgpu::Adapter) -> Option<String> {
 }
 
 /// The adapter to measure where none is named: a GPU before a software driver, OpenGL last.
-pub(crate) fn first(adapters: &[wgpu::Adapter]) -> Option<usize> {
+pub fn first(adapters: &[wgpu::Adapter]) -> Option<usize> {
     (0..adapters.len()).min_by_key(|&i| {
         let info = adapters[i].get_info();
         let kind = match info.device_type {
@@ -105,7 +108,11 @@ pub(crate) fn first(adapters: &[wgpu::Adapter]) -> Option<usize> {
 }
 
 /// The adapter of this index, or the first whose name holds `want`.
-pub(crate) fn find(adapters: &[wgpu::Adapter], want: &str) -> Result<usize, String> {
+///
+/// # Errors
+///
+/// Which adapters there are, where it is none of them.
+pub fn find(adapters: &[wgpu::Adapter], want: &str) -> Result<usize, String> {
     let names: Vec<String> = adapters.iter().map(|a| a.get_info().name).collect();
     let by_name = || names.iter().position(|n| n.to_lowercase().contains(&want.to_lowercase()));
     want.parse().ok().filter(|&i| i < adapters.len()).or_else(by_name).ok_or_else(|| {
@@ -145,7 +152,7 @@ pub(crate) fn describe(adapter: &wgpu::Adapter) -> file::Adapter {
 }
 
 /// All adapters in words.
-pub(crate) fn list(adapters: &[wgpu::Adapter]) -> String {
+pub fn list(adapters: &[wgpu::Adapter]) -> String {
     if adapters.is_empty() {
         return format!("{NO_ADAPTERS}\n");
     }

@@ -14,7 +14,7 @@ const MOST_BYTES: u64 = 64 << 20;
 
 /// A run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Report {
+pub struct Report {
     format: String,
     version: u64,
     pub(crate) program: Program,
@@ -213,12 +213,12 @@ pub(crate) enum BoundBy {
 impl Report {
     /// An empty report of a run that begins now.
     pub(crate) fn new(quick: bool, commit: Option<String>) -> Self {
-        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let since = web_time::SystemTime::now().duration_since(web_time::UNIX_EPOCH);
         Self {
             format: FORMAT.into(),
             version: VERSION,
             program: Program { version: env!("CARGO_PKG_VERSION").into(), commit },
-            os: std::env::consts::OS.into(),
+            os: if cfg!(target_family = "wasm") { "browser" } else { std::env::consts::OS }.into(),
             arch: std::env::consts::ARCH.into(),
             began_unix_s: since.map_or(0, |d| d.as_secs()),
             quick,
@@ -227,15 +227,62 @@ impl Report {
         }
     }
 
+    /// Whether the run was stopped before its end.
+    pub fn interrupted(&self) -> bool {
+        self.interrupted
+    }
+
+    /// Whether something was measured, and nothing was wrong.
+    pub fn is_good(&self) -> bool {
+        let mut all = self.adapters.iter().flat_map(|a| &a.cases).map(|c| &c.outcome);
+        let failed = all.clone().any(|o| matches!(o, Outcome::Failed { .. }));
+        !failed && all.any(|o| o.measured().is_some())
+    }
+
+    /// A line for each adapter.
+    pub fn summary(&self) -> String {
+        let mut text = String::new();
+        for adapter in &self.adapters {
+            let count = |is: fn(&Outcome) -> bool| {
+                adapter.cases.iter().filter(|case| is(&case.outcome)).count()
+            };
+            let failed = count(|o| matches!(o, Outcome::Failed { .. }));
+            let skipped = count(|o| matches!(o, Outcome::Skipped { .. }));
+            let measured = count(|o| o.measured().is_some());
+            let why = adapter.failure.as_ref().map_or(String::new(), |why| format!("; {why}"));
+            let Adapter { name, backend, .. } = adapter;
+            text += &format!(
+                "{name} ({backend}): {measured} cases measured, {failed} failed, {skipped} skipped{why}\n"
+            );
+        }
+        text
+    }
+
+    /// The file's text.
+    ///
+    /// # Errors
+    ///
+    /// What the serializer says.
+    pub fn text(&self) -> Result<String, String> {
+        let text = serde_json::to_string_pretty(self).map_err(|e| e.to_string())?;
+        Ok(text + "\n")
+    }
+
     /// Writes the file whole or not at all: beside it first, then over it.
-    pub(crate) fn write(&self, path: &Path) -> Result<(), String> {
-        let mut text = serde_json::to_string_pretty(self).map_err(|e| e.to_string())?;
-        text.push('\n');
-        replace(path, text.as_bytes())
+    ///
+    /// # Errors
+    ///
+    /// Why the file could not be written.
+    pub fn write(&self, path: &Path) -> Result<(), String> {
+        replace(path, self.text()?.as_bytes())
     }
 
     /// Reads a file.
-    pub(crate) fn read(path: &Path) -> Result<Self, String> {
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot be read, or is no such file.
+    pub fn read(path: &Path) -> Result<Self, String> {
         let at = path.display();
         let size = std::fs::metadata(path).map_err(|e| format!("{at}: {e}"))?.len();
         if size > MOST_BYTES {
@@ -245,7 +292,12 @@ impl Report {
         Self::parse(&text).map_err(|e| format!("{at}: {e}"))
     }
 
-    fn parse(text: &str) -> Result<Self, String> {
+    /// A report from its text.
+    ///
+    /// # Errors
+    ///
+    /// What does not fit.
+    pub fn parse(text: &str) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Head {
             format: Option<String>,
@@ -354,7 +406,11 @@ impl CaseId {
 
 /// Puts `bytes` in the place of `path` in one step, so that a crash leaves the old file or the new
 /// one.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
+///
+/// # Errors
+///
+/// Why it could not be written.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), String> {
     let say = |e: std::io::Error| format!("{}: {e}", path.display());
     let mut beside = path.as_os_str().to_owned();
     beside.push(".part");

@@ -1,17 +1,12 @@
-//! How fast a GPU is at mixture-of-experts work: measures every part of the layers of known models
-//! on this machine's adapters, writes a file, and makes a page that compares files.
-mod ceilings;
-mod device;
-mod file;
-mod matrix;
-mod page;
-mod run;
-mod subject;
-mod timing;
+//! The program `wgmoe-bench`: lists adapters, measures them into a file, and makes a page of files.
+mod terminal;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use terminal::{Terminal, stop_at_ctrl_c};
+use testkit::block_on;
+use wgmoe_bench::{NO_ADAPTERS, Plan, Report, adapters, find, first, list, page, replace};
 
 /// Benchmarks mixture-of-experts kernels on any GPU, and compares the results.
 #[derive(Parser)]
@@ -75,7 +70,7 @@ const QUICK_MINUTES: f64 = 1.25;
 fn main() -> ExitCode {
     let done = match Options::parse().command {
         What::Devices => {
-            print(&device::list(&device::adapters()));
+            print(&list(&block_on(adapters())));
             Ok(ExitCode::SUCCESS)
         }
         What::Run(options) => run(&options),
@@ -88,54 +83,34 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &RunOptions) -> Result<ExitCode, String> {
-    let mut adapters = device::adapters();
+    let mut adapters = block_on(adapters());
     if !options.all {
         let index = match &options.adapter {
-            Some(want) => device::find(&adapters, want)?,
-            None => device::first(&adapters).ok_or(device::NO_ADAPTERS)?,
+            Some(want) => find(&adapters, want)?,
+            None => first(&adapters).ok_or(NO_ADAPTERS)?,
         };
         adapters = vec![adapters.swap_remove(index)];
     } else if adapters.is_empty() {
-        return Err(device::NO_ADAPTERS.into());
+        return Err(NO_ADAPTERS.into());
     }
     let minutes = options.minutes.unwrap_or(if options.quick { QUICK_MINUTES } else { MINUTES });
-    let plan = run::Plan {
-        quick: options.quick,
-        seconds: 60.0 * minutes,
-        memory: options.memory.map(|gib| gib << 30),
-        out: &options.output,
-        commit: commit(),
-        stop: run::stop_at_ctrl_c()?,
-    };
-    let report = run::run(&adapters, &plan)?;
-    print(&format!("{}\n", options.output.display()));
-    let mut wrong = false;
-    for adapter in &report.adapters {
-        let count = |is: fn(&file::Outcome) -> bool| {
-            adapter.cases.iter().filter(|case| is(&case.outcome)).count()
-        };
-        let failed = count(|o| matches!(o, file::Outcome::Failed { .. }));
-        wrong |= failed > 0;
-        let skipped = count(|o| matches!(o, file::Outcome::Skipped { .. }));
-        let measured = count(|o| o.measured().is_some());
-        let why = adapter.failure.as_ref().map_or(String::new(), |why| format!("; {why}"));
-        print(&format!(
-            "{} ({}): {measured} cases measured, {failed} failed, {skipped} skipped{why}\n",
-            adapter.name, adapter.backend
-        ));
-    }
-    let none =
-        report.adapters.iter().all(|a| a.cases.iter().all(|c| c.outcome.measured().is_none()));
-    Ok(match (report.interrupted, wrong || none) {
+    let mut plan = Plan::new(60.0 * minutes, stop_at_ctrl_c()?);
+    plan.quick = options.quick;
+    plan.memory = options.memory.map(|gib| gib << 30);
+    plan.commit = commit();
+    let mut terminal = Terminal::new(&options.output);
+    let report = block_on(wgmoe_bench::run(&adapters, &plan, &mut terminal))?;
+    print(&format!("{}\n{}", options.output.display(), report.summary()));
+    Ok(match (report.interrupted(), report.is_good()) {
         (true, _) => ExitCode::from(130),
-        (false, true) => ExitCode::FAILURE,
-        (false, false) => ExitCode::SUCCESS,
+        (false, false) => ExitCode::FAILURE,
+        (false, true) => ExitCode::SUCCESS,
     })
 }
 
 fn report(files: &[PathBuf], output: &Path) -> Result<ExitCode, String> {
-    let reports = files.iter().map(|f| file::Report::read(f)).collect::<Result<Vec<_>, _>>()?;
-    file::replace(output, page::page(&reports).as_bytes())?;
+    let reports = files.iter().map(|f| Report::read(f)).collect::<Result<Vec<_>, _>>()?;
+    replace(output, page(&reports).as_bytes())?;
     print(&format!("{}\n", output.display()));
     Ok(ExitCode::SUCCESS)
 }

@@ -52,7 +52,7 @@ fn devices_of(reports: &[Report]) -> Vec<Device<'_>> {
 }
 
 /// The page of all adapters of all files.
-pub(crate) fn page(reports: &[Report]) -> String {
+pub fn page(reports: &[Report]) -> String {
     let devices = devices_of(reports);
     // In the order of the files, each once.
     let mut seen = HashSet::new();

@@ -5,49 +5,94 @@ use crate::file::{Adapter, Case, Ceilings, Measured, Outcome, Part, Report};
 use crate::matrix::{Group, Layer, layers};
 use crate::subject::{Effort, Loaded, Subject, load};
 use crate::timing::{Stop, Timer};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use futures_util::FutureExt;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use web_time::Instant;
 use wgmoe::{Context, WeightType, wgpu};
 
 /// How a run goes.
-pub(crate) struct Plan<'a> {
-    pub(crate) quick: bool,
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Plan<'a> {
+    /// Few models with few experts, so that a software driver is done in time.
+    pub quick: bool,
     /// Seconds for each adapter.
-    pub(crate) seconds: f64,
+    pub seconds: f64,
     /// Bytes of weights, where they are limited.
-    pub(crate) memory: Option<u64>,
-    pub(crate) out: &'a Path,
-    pub(crate) commit: Option<String>,
-    pub(crate) stop: &'a AtomicBool,
+    pub memory: Option<u64>,
+    /// What to call a driver of which wgpu knows nothing.
+    pub driver: Option<String>,
+    /// Commit of this program's source.
+    pub commit: Option<String>,
+    /// Set to end the run early.
+    pub stop: &'a AtomicBool,
+}
+
+impl<'a> Plan<'a> {
+    /// A full run.
+    pub fn new(seconds: f64, stop: &'a AtomicBool) -> Self {
+        Self { quick: false, seconds, memory: None, driver: None, commit: None, stop }
+    }
+}
+
+/// Who watches a run.
+pub trait Watch {
+    /// The next adapter has so many cases, no fewer than one.
+    fn begin(&mut self, cases: usize);
+    /// What is going on, for at most so many seconds more.
+    fn say(&mut self, what: &str, seconds_left: u64);
+    /// What went wrong, to stay.
+    fn note(&mut self, what: &str);
+    /// One more case is done.
+    fn advance(&mut self);
+    /// The adapter is done.
+    fn end(&mut self);
+    /// Keeps what was measured until now.
+    ///
+    /// # Errors
+    ///
+    /// Why it cannot be kept. The run ends with it.
+    fn save(&mut self, report: &Report) -> Result<(), String>;
 }
 
 /// Seconds that a case is timed for.
 const CASE_SECONDS: [f64; 2] = [0.03, 0.6];
 
-/// Measures adapters one after another; the file is written after each group of cases.
-pub(crate) fn run(adapters: &[wgpu::Adapter], plan: &Plan<'_>) -> Result<Report, String> {
+/// Measures adapters one after another; what was measured is saved after each group of cases.
+///
+/// # Errors
+///
+/// Why it could not be saved.
+pub async fn run(
+    adapters: &[wgpu::Adapter],
+    plan: &Plan<'_>,
+    watch: &mut dyn Watch,
+) -> Result<Report, String> {
     let mut report = Report::new(plan.quick, plan.commit.clone());
     // Says at once where the file cannot be written.
-    report.write(plan.out)?;
+    watch.save(&report)?;
     for adapter in adapters {
-        report.adapters.push(device::describe(adapter));
-        report.write(plan.out)?;
-        let mut measuring = Measuring::new(plan, &mut report);
-        let outcome = match catch_unwind(AssertUnwindSafe(|| measuring.adapter(adapter))) {
+        let mut entry = device::describe(adapter);
+        if let Some(driver) = plan.driver.as_ref().filter(|_| entry.driver.is_empty()) {
+            entry.driver = driver.clone();
+        }
+        report.adapters.push(entry);
+        watch.save(&report)?;
+        let mut measuring = Measuring::new(plan, &mut report, watch);
+        let outcome = match AssertUnwindSafe(measuring.adapter(adapter)).catch_unwind().await {
             Ok(outcome) => outcome,
             Err(panic) => Err(Stop::Failed(message(&*panic))),
         };
-        measuring.bar.finish_and_clear();
+        measuring.watch.end();
         let entry = measuring.entry();
         match outcome {
             Ok(()) => {}
             Err(Stop::Failed(why)) => entry.failure = Some(why),
             Err(Stop::Interrupted) => report.interrupted = true,
         }
-        report.write(plan.out)?;
+        watch.save(&report)?;
         if report.interrupted {
             break;
         }
@@ -75,20 +120,14 @@ struct Site<'a> {
 struct Measuring<'a> {
     plan: &'a Plan<'a>,
     report: &'a mut Report,
-    bar: ProgressBar,
+    watch: &'a mut dyn Watch,
     end: Instant,
-    /// Cases that are still to come.
-    left: usize,
 }
 
 impl<'a> Measuring<'a> {
-    fn new(plan: &'a Plan<'a>, report: &'a mut Report) -> Self {
-        let bar = ProgressBar::new(0);
-        let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.enable_steady_tick(Duration::from_millis(500));
+    fn new(plan: &'a Plan<'a>, report: &'a mut Report, watch: &'a mut dyn Watch) -> Self {
         let end = Instant::now() + Duration::from_secs_f64(plan.seconds);
-        Self { plan, report, bar, end, left: 0 }
+        Self { plan, report, watch, end }
     }
 
     fn entry(&mut self) -> &mut Adapter {
@@ -96,52 +135,39 @@ impl<'a> Measuring<'a> {
     }
 
     /// So that a driver that crashes or hangs later takes nothing with it.
-    fn save(&self) -> Result<(), Stop> {
-        self.report.write(self.plan.out).map_err(Stop::Failed)
+    fn save(&mut self) -> Result<(), Stop> {
+        self.watch.save(self.report).map_err(Stop::Failed)
     }
 
     fn say(&mut self, what: &str) {
         let left = self.end.saturating_duration_since(Instant::now()).as_secs();
         let name = self.entry().name.clone();
-        if self.bar.is_hidden() {
-            eprintln!("{name}: {what} ...");
-        } else {
-            self.bar.set_message(format!(
-                "at most {}:{:02} left, {name}: {what}",
-                left / 60,
-                left % 60
-            ));
-        }
+        self.watch.say(&format!("{name}: {what}"), left);
     }
 
-    fn note(&self, what: &str) {
-        self.bar.suspend(|| eprintln!("{what}"));
-    }
-
-    fn adapter(&mut self, adapter: &wgpu::Adapter) -> Result<(), Stop> {
+    async fn adapter(&mut self, adapter: &wgpu::Adapter) -> Result<(), Stop> {
         self.say("opening");
-        let device = Device::open(adapter).map_err(|e| {
-            self.note(&format!("{}: {e}", adapter.get_info().name));
+        let device = Device::open(adapter).await.map_err(|e| {
+            self.watch.note(&format!("{}: {e}", adapter.get_info().name));
             Stop::Failed(e)
         })?;
         let ctx = Context::new(&device.gpu.device)?;
         let timer = Timer::new(&device, self.plan.stop);
         self.say("ceilings");
-        let ceilings = ceilings::measure(&timer, if self.plan.quick { 0.3 } else { 1.0 })?;
+        let ceilings = ceilings::measure(&timer, if self.plan.quick { 0.3 } else { 1.0 }).await?;
         self.entry().ceilings = Some(ceilings.clone());
         self.save()?;
         let site = Site { device: &device, ctx: &ctx, timer: &timer, ceilings: &ceilings };
         let layers = layers(self.plan.quick);
-        self.left = layers.iter().map(cases).sum();
-        self.bar.set_length(self.left as u64);
+        self.watch.begin(layers.iter().map(cases).sum());
         let count = layers.len();
         for (i, layer) in layers.into_iter().enumerate() {
             // What one layer leaves of its time goes to the next.
             let now = Instant::now();
             let end = now + self.end.saturating_duration_since(now) / (count - i) as u32;
-            self.layer(site, layer, end)?;
+            self.layer(site, layer, end).await?;
             self.save()?;
-            if let Some(why) = device.lost() {
+            if let Some(why) = device.lost().await {
                 return Err(Stop::Failed(why));
             }
         }
@@ -158,7 +184,7 @@ impl<'a> Measuring<'a> {
     }
 
     /// Measures a layer's groups until `end`.
-    fn layer(&mut self, site: Site<'_>, layer: Layer, end: Instant) -> Result<(), Stop> {
+    async fn layer(&mut self, site: Site<'_>, layer: Layer, end: Instant) -> Result<(), Stop> {
         if end <= Instant::now() {
             self.skip_layer(&layer, &self.out_of_time());
             return Ok(());
@@ -166,7 +192,8 @@ impl<'a> Measuring<'a> {
         let (device, quick) = (site.device, self.plan.quick);
         self.say(&format!("weights of {}", layer.model.name));
         let inputs = effort(quick, 0).inputs;
-        let loaded = match load(device, site.ctx, layer.clone(), self.memory(device), inputs) {
+        let memory = self.memory(device);
+        let loaded = match load(device, site.ctx, layer.clone(), memory, inputs).await {
             Ok(loaded) => loaded,
             Err(e) => {
                 self.skip_layer(&layer, &e);
@@ -191,15 +218,15 @@ impl<'a> Measuring<'a> {
             } else {
                 self.say(&format!("{}, {}", layer.model.name, group.rule));
                 let each = (seconds / left as f64 / 2.0).clamp(CASE_SECONDS[0], CASE_SECONDS[1]);
-                let turn = || self.group(site, &loaded, group, effort, each);
-                match catch_unwind(AssertUnwindSafe(turn)) {
+                let turn = self.group(site, &loaded, group, effort, each);
+                match AssertUnwindSafe(turn).catch_unwind().await {
                     Ok(result) => result?,
                     Err(panic) => self.fail(layer, group, &message(&*panic)),
                 }
                 self.save()?;
             }
             left -= group.parts.len();
-            if device.lost().is_some() {
+            if device.lost().await.is_some() {
                 break;
             }
         }
@@ -207,7 +234,7 @@ impl<'a> Measuring<'a> {
     }
 
     /// Prepares, checks and times the cases of a group, about `seconds` each.
-    fn group(
+    async fn group(
         &mut self,
         site: Site<'_>,
         loaded: &Loaded,
@@ -220,10 +247,11 @@ impl<'a> Measuring<'a> {
             return Err(Stop::Interrupted);
         }
         let one = Effort { inputs: 1, ..effort };
-        let prepared = loaded.prepare(device, ctx, group, effort).or_else(|e| {
-            // Several inputs may be more than fits.
-            if device.lost().is_some() { Err(e) } else { loaded.prepare(device, ctx, group, one) }
-        });
+        let mut prepared = loaded.prepare(device, ctx, group, effort).await;
+        // Several inputs may be more than fits.
+        if prepared.is_err() && device.lost().await.is_none() {
+            prepared = loaded.prepare(device, ctx, group, one).await;
+        }
         let subject = match prepared {
             Ok(subject) => subject,
             Err(e) => {
@@ -231,10 +259,10 @@ impl<'a> Measuring<'a> {
                 return Ok(());
             }
         };
-        for (part, outcome) in measure(timer, ceilings, &subject, group, seconds)? {
+        for (part, outcome) in measure(timer, ceilings, &subject, group, seconds).await? {
             if let Outcome::Failed { reason } = &outcome {
                 let name = &loaded.layer.model.name;
-                self.note(&format!("{name}, {}, {}: {reason}", group.rule, part.name()));
+                self.watch.note(&format!("{name}, {}, {}: {reason}", group.rule, part.name()));
             }
             self.push(&loaded.layer, group, part, outcome);
         }
@@ -244,12 +272,11 @@ impl<'a> Measuring<'a> {
     fn push(&mut self, layer: &Layer, group: &Group, part: Part, outcome: Outcome) {
         let (id, reduced) = (layer.case(group, part), layer.reduced.clone());
         self.entry().cases.push(Case { id, reduced, outcome });
-        self.left = self.left.saturating_sub(1);
-        self.bar.inc(1);
+        self.watch.advance();
     }
 
     fn fail(&mut self, layer: &Layer, group: &Group, reason: &str) {
-        self.note(&format!("{}, {}: {reason}", layer.model.name, group.rule));
+        self.watch.note(&format!("{}, {}: {reason}", layer.model.name, group.rule));
         for &part in &group.parts {
             self.push(layer, group, part, Outcome::Failed { reason: reason.into() });
         }
@@ -307,7 +334,7 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
 }
 
 /// Times the parts whose results were right; the others failed.
-pub(crate) fn measure(
+pub(crate) async fn measure(
     timer: &Timer<'_>,
     ceilings: &Ceilings,
     subject: &Subject,
@@ -316,7 +343,7 @@ pub(crate) fn measure(
 ) -> Result<Vec<(Part, Outcome)>, Stop> {
     let mut outcomes = vec![];
     for &part in &group.parts {
-        let outcome = match subject.time(timer, part, seconds) {
+        let outcome = match subject.time(timer, part, seconds).await {
             Err(Stop::Interrupted) if outcomes.is_empty() => return Err(Stop::Interrupted),
             Err(Stop::Interrupted) => break,
             Err(Stop::Failed(reason)) => Outcome::Failed { reason },
@@ -344,17 +371,4 @@ pub(crate) fn measure(
         outcomes.push((part, outcome));
     }
     Ok(outcomes)
-}
-
-/// Stops a run at Ctrl-C, at once at the second one.
-pub(crate) fn stop_at_ctrl_c() -> Result<&'static AtomicBool, String> {
-    static STOP: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping; what was measured is kept (Ctrl-C again: at once)");
-    })
-    .map_err(|e| e.to_string())?;
-    Ok(&STOP)
 }

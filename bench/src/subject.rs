@@ -23,7 +23,7 @@ pub(crate) struct Loaded {
 
 /// Uploads a layer's weights, cut down to `memory` bytes and to what the device gives; at most a
 /// copy for each input.
-pub(crate) fn load(
+pub(crate) async fn load(
     device: &Device,
     ctx: &Context,
     mut layer: Layer,
@@ -43,9 +43,9 @@ pub(crate) fn load(
         if experts < FEWEST_EXPERTS {
             return Err(format!("no room for {FEWEST_EXPERTS} experts"));
         }
-        match upload(device, ctx, &layer, memory, inputs) {
+        match upload(device, ctx, &layer, memory, inputs).await {
             Ok((work, copies)) => return Ok(Loaded { layer, work, copies }),
-            Err(e) if device.lost().is_some() => return Err(e.to_string()),
+            Err(e) if device.lost().await.is_some() => return Err(e.to_string()),
             // Out of memory, as a rule.
             Err(e @ (Error::Device(_) | Error::Limit { .. })) if experts / 2 >= FEWEST_EXPERTS => {
                 layer = layer.with_experts(experts / 2, &e.to_string());
@@ -55,7 +55,7 @@ pub(crate) fn load(
     }
 }
 
-fn upload(
+async fn upload(
     device: &Device,
     ctx: &Context,
     layer: &Layer,
@@ -64,12 +64,13 @@ fn upload(
 ) -> Result<(Work, Vec<MoeLayer>), Error> {
     let gpu = &device.gpu;
     let work = Work::synthetic(layer.config, 32);
-    let first = work.weights(gpu, ctx, WeightType::Bf16)?;
+    let first = work.weights(gpu, ctx, WeightType::Bf16).await?;
     let bytes = first.bytes();
     let count = BEYOND_CACHES.div_ceil(bytes).min(memory / bytes).clamp(1, inputs.into());
     let mut copies = vec![work.layer(ctx, first)?];
     for _ in 1..count {
-        copies.push(work.layer(ctx, work.weights(gpu, ctx, WeightType::Bf16)?)?);
+        let weights = work.weights(gpu, ctx, WeightType::Bf16).await?;
+        copies.push(work.layer(ctx, weights)?);
     }
     if let Err(Stop::Failed(e)) = device.errors() {
         return Err(Error::Device(e));
@@ -108,7 +109,7 @@ struct Input {
 impl Loaded {
     /// Binds a group's inputs, runs what its parts need, and compares it. `Err` is of the device;
     /// what differs from the twin is kept for its parts.
-    pub(crate) fn prepare(
+    pub(crate) async fn prepare(
         &self,
         device: &Device,
         ctx: &Context,
@@ -129,7 +130,7 @@ impl Loaded {
         for i in 0..effort.inputs {
             let work = self.work.with_input(group.tokens, i);
             let layer = &layers[i as usize % layers.len()];
-            subject.add(device, ctx, &work, layer, group)?;
+            subject.add(device, ctx, &work, layer, group).await?;
         }
         if let Err(Stop::Failed(e)) = device.errors() {
             return Err(Error::Device(e));
@@ -139,7 +140,7 @@ impl Loaded {
 }
 
 impl Subject {
-    fn add(
+    async fn add(
         &mut self,
         device: &Device,
         ctx: &Context,
@@ -150,19 +151,20 @@ impl Subject {
         let gpu = &device.gpu;
         let bound = work.bind(gpu, layer, None)?;
         let whole = group.parts.iter().any(|&p| p != Part::Routing);
-        bound.run(gpu, if whole { &Stage::ALL } else { &[Stage::Router, Stage::Routing] })?;
+        let parts: &[Stage] = if whole { &Stage::ALL } else { &[Stage::Router, Stage::Routing] };
+        bound.run(gpu, parts).await?;
         let mut input = Input { bound, choice: None, gather: vec![], gathered: 0, rows_read: 0 };
-        let choice = work.check_choice(gpu, &input.bound);
+        let choice = work.check_choice(gpu, &input.bound).await;
         if let Some(choice) = keep(&mut self.routing, choice) {
             if whole {
-                let plan = work.check_plan(gpu, &input.bound, &choice);
+                let plan = work.check_plan(gpu, &input.bound, &choice).await;
                 let plan = keep(&mut self.plan, plan);
                 if let Some(plan) = plan.filter(|_| group.parts.contains(&Part::Gather)) {
-                    let gather = input.bind_gather(gpu, ctx, work, &plan);
+                    let gather = input.bind_gather(gpu, ctx, work, &plan).await;
                     keep(&mut self.gather, gather);
                 }
                 let rows = self.effort.rows;
-                let output = work.check_output(gpu, layer, &input.bound, &choice, rows);
+                let output = work.check_output(gpu, layer, &input.bound, &choice, rows).await;
                 keep(&mut self.experts, output);
             }
             input.choice = Some(choice);
@@ -201,7 +203,12 @@ impl Subject {
     }
 
     /// Times a part whose result was right.
-    pub(crate) fn time(&self, timer: &Timer<'_>, part: Part, seconds: f64) -> Result<Timing, Stop> {
+    pub(crate) async fn time(
+        &self,
+        timer: &Timer<'_>,
+        part: Part,
+        seconds: f64,
+    ) -> Result<Timing, Stop> {
         self.wrong(part).map_err(Stop::Failed)?;
         let turns: Vec<Vec<Dispatch>> = self.inputs.iter().map(|i| i.dispatches(part)).collect();
         let record = |turn: usize, pass: &mut wgpu::ComputePass<'_>| {
@@ -209,7 +216,7 @@ impl Subject {
                 dispatch.record(pass);
             }
         };
-        timer.time(&record, seconds)
+        timer.time(&record, seconds).await
     }
 
     /// What a part must do, on average over the inputs.
@@ -247,7 +254,7 @@ impl Subject {
 
 impl Input {
     /// Binds and compares a gather of the plan's rows, as many as one binding holds.
-    fn bind_gather(
+    async fn bind_gather(
         &mut self,
         gpu: &Gpu,
         ctx: &Context,
@@ -259,7 +266,8 @@ impl Input {
         let most = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
         let rows = plan.token_of.len().min((most / (4 * u64::from(hidden))) as usize);
         let rows = &plan.token_of[..rows];
-        let step = works::gather(gpu, ctx, (&self.bound.hidden, &work.x[..]), hidden, rows)?;
+        let x = (&self.bound.hidden, &work.x[..]);
+        let step = works::gather(gpu, ctx, x, hidden, rows).await?;
         self.gather = step.dispatches().to_vec();
         self.gathered = rows.len() as u32;
         self.rows_read = distinct(rows);
@@ -336,14 +344,15 @@ pub(crate) mod tests {
     use crate::file::{Ceilings, Load, Outcome};
     use crate::run::measure;
     use std::sync::atomic::AtomicBool;
+    use testkit::block_on;
     use wgmoe::models;
     use wgmoe::weights::{HostWeights, Projection};
 
     /// The device, or `None` with a note; `MOE_REQUIRE_GPU=1` makes absence a failure.
     fn open() -> Option<Device> {
-        let adapters = device::adapters();
+        let adapters = block_on(device::adapters());
         let opened = device::first(&adapters).ok_or("no adapters".into());
-        match opened.and_then(|i| Device::open(&adapters[i])) {
+        match opened.and_then(|i| block_on(Device::open(&adapters[i]))) {
             Ok(device) => Some(device),
             Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
             Err(e) => {
@@ -363,15 +372,15 @@ pub(crate) mod tests {
         let layer =
             Layer { model, config: model.config, reduced: None, loads: vec![(Load::Block, 32)] };
         let layer = layer.with_experts(16, "a test");
-        let loaded = load(&device, &ctx, layer, 1 << 30, 1).unwrap();
+        let loaded = block_on(load(&device, &ctx, layer, 1 << 30, 1)).unwrap();
         let stop = AtomicBool::new(false);
         let timer = Timer::new(&device, &stop);
         let group = &loaded.layer.groups()[0];
         let outcomes = |subject: &Subject| {
-            measure(&timer, &Ceilings::default(), subject, group, 0.05).unwrap()
+            block_on(measure(&timer, &Ceilings::default(), subject, group, 0.05)).unwrap()
         };
 
-        let right = loaded.prepare(&device, &ctx, group, EFFORT).unwrap();
+        let right = block_on(loaded.prepare(&device, &ctx, group, EFFORT)).unwrap();
         for (part, outcome) in outcomes(&right) {
             let measured = outcome.measured().unwrap_or_else(|| panic!("{part:?}: {outcome:?}"));
             assert!(measured.wall.median_ms > 0.0 && measured.work.bytes > 0.0, "{measured:?}");
@@ -389,7 +398,7 @@ pub(crate) mod tests {
                 .write(&device.gpu.queue, e, Projection::Down, HostWeights::F32(&values))
                 .unwrap();
         }
-        let wrong = loaded.prepare(&device, &ctx, group, EFFORT).unwrap();
+        let wrong = block_on(loaded.prepare(&device, &ctx, group, EFFORT)).unwrap();
         for (part, outcome) in outcomes(&wrong) {
             match (part, outcome) {
                 (Part::Experts | Part::Layer, Outcome::Failed { reason }) => {
@@ -400,7 +409,7 @@ pub(crate) mod tests {
             }
         }
         let before = timer.turns();
-        assert!(matches!(wrong.time(&timer, Part::Layer, 0.05), Err(Stop::Failed(_))));
+        assert!(matches!(block_on(wrong.time(&timer, Part::Layer, 0.05)), Err(Stop::Failed(_))));
         assert_eq!(timer.turns(), before, "a wrong result was timed");
     }
 
@@ -439,6 +448,6 @@ pub(crate) mod tests {
         let Some(device) = open() else { return };
         let stop = AtomicBool::new(true);
         let timer = Timer::new(&device, &stop);
-        assert_eq!(timer.time(&|_, _| {}, 0.05).unwrap_err(), Stop::Interrupted);
+        assert_eq!(block_on(timer.time(&|_, _| {}, 0.05)).unwrap_err(), Stop::Interrupted);
     }
 }

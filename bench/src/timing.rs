@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::file::Times;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use web_time::Instant;
 use wgmoe::{Gpu, wgpu};
 
 /// Most samples of a case, and so timestamps in pairs.
@@ -12,8 +12,9 @@ const MOST_SAMPLES: usize = 200;
 /// Fewest samples of a case, and of one that takes long.
 const FEWEST_SAMPLES: usize = 7;
 const FEWEST_SLOW_SAMPLES: usize = 3;
-/// A sample lasts about this long at least, in milliseconds, so that submitting it weighs little.
-const SAMPLE_MS: f64 = 2.0;
+/// A sample lasts about this long at least, in milliseconds, so that submitting it weighs little. A browser's clocks tick in
+/// tenths of a millisecond, the GPU's too.
+const SAMPLE_MS: f64 = if cfg!(target_family = "wasm") { 10.0 } else { 2.0 };
 const MOST_REPEATS: u32 = 256;
 /// Times have settled once the medians of two runs of samples differ by less than this share.
 const SETTLED: f64 = 0.05;
@@ -102,18 +103,18 @@ impl<'a> Timer<'a> {
 
     /// Times work for about `seconds`, a third of it warming up at most; work that takes long may
     /// take three times that.
-    pub(crate) fn time(&self, record: Record<'_>, seconds: f64) -> Result<Timing, Stop> {
+    pub(crate) async fn time(&self, record: Record<'_>, seconds: f64) -> Result<Timing, Stop> {
         let start = Instant::now();
         let spent = || start.elapsed().as_secs_f64();
         // The first run may make things that later ones find. Work that takes long is warm after.
-        let mut once = self.sample(record, 1, 0)?;
+        let mut once = self.sample(record, 1, 0).await?;
         if once / 1e3 < seconds / 3.0 {
-            once = self.sample(record, 1, 0)?;
+            once = self.sample(record, 1, 0).await?;
         }
         let repeats = ((SAMPLE_MS / once).ceil() as u32).clamp(1, MOST_REPEATS);
         let mut warm = vec![];
         while !settled(&warm) && spent() < seconds / 3.0 && !self.stopped() {
-            warm.push(self.sample(record, repeats, 0)?);
+            warm.push(self.sample(record, repeats, 0).await?);
         }
         let settled = settled(&warm);
         let begin = spent();
@@ -130,12 +131,12 @@ impl<'a> Timer<'a> {
             } else if self.stopped() {
                 break;
             }
-            walls.push(self.sample(record, repeats, walls.len())?);
+            walls.push(self.sample(record, repeats, walls.len()).await?);
         }
         // Fails where the device was lost on the way: its times mean nothing.
-        self.gpu().wait()?;
+        self.gpu().wait_async().await?;
         self.device.errors()?;
-        let gpu = self.stamps(&walls)?;
+        let gpu = self.stamps(&walls).await?;
         let share =
             |ms: &[f64]| summary(&ms.iter().map(|ms| ms / f64::from(repeats)).collect::<Vec<_>>());
         let wall = share(&walls).ok_or_else(|| Stop::Failed("no samples".into()))?;
@@ -145,7 +146,7 @@ impl<'a> Timer<'a> {
 
     /// Times what `record` puts into an encoder, alone in its submission, on the host's clock, for
     /// about `seconds`.
-    pub(crate) fn submit(
+    pub(crate) async fn submit(
         &self,
         record: &dyn Fn(&mut wgpu::CommandEncoder),
         seconds: f64,
@@ -159,21 +160,25 @@ impl<'a> Timer<'a> {
             let begin = Instant::now();
             let mut encoder = self.gpu().device.create_command_encoder(&Default::default());
             record(&mut encoder);
-            self.submit_and_wait(encoder)?;
+            self.submit_and_wait(encoder).await?;
             walls.push(begin.elapsed().as_secs_f64() * 1e3);
         }
         self.device.errors()?;
         summary(&walls).ok_or_else(|| Stop::Failed("no samples".into()))
     }
 
-    fn submit_and_wait(&self, encoder: wgpu::CommandEncoder) -> Result<(), Stop> {
+    async fn submit_and_wait(&self, encoder: wgpu::CommandEncoder) -> Result<(), Stop> {
         self.gpu().queue.submit([encoder.finish()]);
+        if cfg!(target_family = "wasm") {
+            return Ok(self.gpu().wait_async().await?);
+        }
+        // No more than needed: it is timed.
         let polled = self.gpu().device.poll(wgpu::PollType::wait_indefinitely());
         polled.map(|_| ()).map_err(|e| Stop::Failed(e.to_string()))
     }
 
     /// Milliseconds of one sample on the host's clock. Its timestamps go to pair `pair`.
-    fn sample(&self, record: Record<'_>, repeats: u32, pair: usize) -> Result<f64, Stop> {
+    async fn sample(&self, record: Record<'_>, repeats: u32, pair: usize) -> Result<f64, Stop> {
         let start = Instant::now();
         let mut encoder = self.gpu().device.create_command_encoder(&Default::default());
         let first = 2 * pair as u32;
@@ -192,12 +197,12 @@ impl<'a> Timer<'a> {
                 self.turn.set(self.turn.get() + 1);
             }
         }
-        self.submit_and_wait(encoder)?;
+        self.submit_and_wait(encoder).await?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 
     /// The samples' milliseconds between timestamps, or why they cannot be used.
-    fn stamps(&self, walls: &[f64]) -> Result<Result<Vec<f64>, String>, Stop> {
+    async fn stamps(&self, walls: &[f64]) -> Result<Result<Vec<f64>, String>, Stop> {
         let Some(queries) = &self.queries else {
             return Ok(Err("the device has no timestamps".into()));
         };
@@ -206,7 +211,7 @@ impl<'a> Timer<'a> {
         encoder.resolve_query_set(&queries.set, 0..count, &queries.resolved, 0);
         self.gpu().queue.submit([encoder.finish()]);
         let size = 8 * u64::from(count);
-        let ticks: Vec<u64> = self.gpu().download(queries.resolved.slice(..size))?;
+        let ticks: Vec<u64> = self.gpu().download_async(queries.resolved.slice(..size)).await?;
         Ok(durations(&ticks, self.gpu().queue.get_timestamp_period(), walls))
     }
 }

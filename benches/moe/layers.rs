@@ -3,6 +3,7 @@ use crate::timing::{Bench, Ready};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
 use std::time::Duration;
+use testkit::block_on;
 use testkit::rules::rules;
 use testkit::works::{Part, Work};
 use wgmoe::routing::Routing;
@@ -12,13 +13,22 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     let mut group = c.benchmark_group("layer");
     group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
     let gpu = &bench.gpu;
-    let slots = |count: u64, work: &Work| {
-        Throughput::Elements(6 * count * u64::from(work.config.hidden * work.config.intermediate))
-    };
     let w1 = Work::w1();
-    bench_types(bench, &mut group, &w1, WeightType::ALL, ("W1", slots(32 * 8, &w1)));
+    bench_types(
+        bench,
+        &mut group,
+        &w1,
+        WeightType::ALL,
+        ("W1", Throughput::Elements(w1.flops(32 * 8))),
+    );
     let w2 = Work::w2(512);
-    bench_types(bench, &mut group, &w2, &[WeightType::F32], ("W2", slots(64 * 64, &w2)));
+    bench_types(
+        bench,
+        &mut group,
+        &w2,
+        &[WeightType::F32],
+        ("W2", Throughput::Elements(w2.flops(64 * 64))),
+    );
 
     // A block of LLaDA2.0-mini under each rule, over the same weights.
     let full = std::env::var_os("WGMOE_BENCH_FULL").is_some();
@@ -53,7 +63,7 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
             &bench.contexts[..1],
             slots,
             |ctx, what| {
-                let weights = work.weights(gpu, ctx, WeightType::F32).unwrap();
+                let weights = block_on(work.weights(gpu, ctx, WeightType::F32)).unwrap();
                 layer_step(gpu, &work, &work.layer(ctx, weights).unwrap(), what)
             },
         );
@@ -74,7 +84,7 @@ fn bench_types(
         let ids = types.iter().map(|&t| BenchmarkId::new(name(t), variant)).collect();
         bench.turns(group, ids, throughput.clone(), || {
             let step = |&t: &WeightType| {
-                let layer = work.layer(ctx, work.weights(gpu, ctx, t).unwrap()).unwrap();
+                let layer = work.layer(ctx, block_on(work.weights(gpu, ctx, t)).unwrap()).unwrap();
                 layer_step(gpu, work, &layer, &format!("{}, {variant}", name(t)))
             };
             types.iter().map(step).collect()
@@ -98,7 +108,7 @@ pub(super) fn bench_rules(
         let name = |rule: &str| format!("{what}, {rule}");
         let ids = rules.iter().map(|(rule, _)| BenchmarkId::new(name(rule), variant)).collect();
         bench.turns(group, ids, Throughput::Elements(work.tokens.into()), || {
-            let weights = work.weights(gpu, ctx, weight_type).unwrap();
+            let weights = block_on(work.weights(gpu, ctx, weight_type)).unwrap();
             let layer = work.layer(ctx, weights).unwrap();
             let step = |(rule, routing): &(String, Routing)| {
                 let what = format!("{}, {variant}", name(rule));
@@ -113,12 +123,13 @@ pub(super) fn bench_rules(
 /// eight tokens.
 pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
     let bound = work.bind(gpu, layer, None).unwrap();
-    bound.run(gpu, &Part::ALL).unwrap();
-    let checked = work.check_choice(gpu, &bound).and_then(|choice| {
-        work.check_plan(gpu, &bound, &choice)?;
-        work.check_output(gpu, layer, &bound, &choice, 8).map(|()| choice)
+    block_on(bound.run(gpu, &Part::ALL)).unwrap();
+    let checked = block_on(async {
+        let choice = work.check_choice(gpu, &bound).await?;
+        work.check_plan(gpu, &bound, &choice).await?;
+        work.check_output(gpu, layer, &bound, &choice, 8).await.map(|()| choice)
     });
-    let choice = checked.unwrap_or_else(|e| panic!("{what}: {e}"));
+    let choice = checked.unwrap_or_else(|e: String| panic!("{what}: {e}"));
     let (config, unique) = (layer.config(), choice.unique_experts());
     let loads = choice.loads();
     eprintln!(

@@ -3,6 +3,7 @@ use crate::plans::planned;
 use crate::timing::Bench;
 use criterion::{Criterion, SamplingMode, Throughput};
 use std::time::Duration;
+use testkit::block_on;
 use testkit::compare::close;
 use testkit::works::{GATHERS, INDEX, OP2, TABLE, chosen, fill, gather, grouped_matmul, mix};
 use wgmoe::WeightType;
@@ -16,7 +17,7 @@ pub(super) fn bench_gather(bench: &Bench, c: &mut Criterion) {
             let x = fill(TABLE, rows * hidden, 1.0);
             let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
             let x_in = bench.gpu.upload(&x);
-            let step = gather(&bench.gpu, ctx, (&x_in, &x), hidden, &token_of);
+            let step = block_on(gather(&bench.gpu, ctx, (&x_in, &x), hidden, &token_of));
             step.unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
     }

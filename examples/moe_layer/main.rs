@@ -127,7 +127,9 @@ fn replay(
         };
         progress.say(format!("recorded layer {case}"));
         let got = match gpu {
-            Some((gpu, ctx)) => layer.on_gpu(gpu, ctx).map_err(|e| format!("{case}: {e}"))?,
+            Some((gpu, ctx)) => {
+                testkit::block_on(layer.on_gpu(gpu, ctx)).map_err(|e| format!("{case}: {e}"))?
+            }
             None => layer.on_cpu(),
         };
         let (max_error, ok) = layer.compare(&got);

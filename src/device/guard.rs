@@ -1,19 +1,22 @@
 //! Error scopes around everything that makes wgpu objects: no error reaches the device's uncaptured-error handler.
 use crate::{Error, Result};
 
-/// Runs what makes wgpu objects under error scopes, so that no error reaches the device's uncaptured-error handler.
+/// Runs what makes wgpu objects under error scopes, so that no error reaches the device's uncaptured-error handler (but in a
+/// browser).
 pub(crate) fn watched<T>(
     device: &wgpu::Device,
     make: impl FnOnce() -> T,
 ) -> (T, Option<wgpu::Error>) {
+    // A browser answers later than we can wait for. Without scopes its errors reach the device's uncaptured-error handler,
+    // or else the console; popped and not waited for, they would be lost.
+    if cfg!(target_family = "wasm") {
+        return (make(), None);
+    }
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
     let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
     let made = make();
-    let errors = [validation.pop(), internal.pop(), memory.pop()].map(|pop| {
-        // In a browser the answer comes later than we can wait for; its own console shows it.
-        if cfg!(target_family = "wasm") { None } else { pollster::block_on(pop) }
-    });
+    let errors = [validation.pop(), internal.pop(), memory.pop()].map(pollster::block_on);
     (made, errors.into_iter().flatten().next())
 }
 

@@ -38,6 +38,9 @@ impl Variant {
     pub const PORTABLE: Self = Self { target: Target::Wide, subgroups: false };
 
     /// The one this device is likely to be fastest with, by its adapter's type and its features.
+    ///
+    /// In a browser that is never one with subgroups. Browsers have the feature `subgroups`, but the web backend of wgpu 30 maps
+    /// no feature to it, neither of the adapter nor in a request, so no device made through wgpu has [`wgpu::Features::SUBGROUP`].
     pub fn best(device: &wgpu::Device) -> Self {
         let cpu = device.adapter_info().device_type == wgpu::DeviceType::Cpu;
         Self {

@@ -14,6 +14,10 @@ pub(crate) enum Wait {
 }
 
 impl Wait {
+    /// By polling, but in a browser: nothing may block there, and callbacks come by themselves.
+    pub(crate) const HERE: Self =
+        if cfg!(target_family = "wasm") { Self::Await } else { Self::Poll };
+
     /// The value of a callback of wgpu's that comes when a submission has run; all that was submitted where none is named.
     pub(crate) async fn until<T>(
         self,
@@ -28,6 +32,21 @@ impl Wait {
         }
         Ok(callback.await)
     }
+}
+
+/// Fails in a browser: a thread that waits there keeps the answer from coming, and there is no clock of the system's.
+pub(crate) fn may_block() -> Result<()> {
+    if cfg!(target_family = "wasm") {
+        let told = "in a browser nothing may block: `await` the function whose name ends in `_async`, where there is one";
+        return Err(Error::Device(told.into()));
+    }
+    Ok(())
+}
+
+/// What waits by [`Wait::Poll`], to its end; an error in a browser.
+pub(crate) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    may_block()?;
+    pollster::block_on(work)
 }
 
 /// A submission, and what comes when it has run.

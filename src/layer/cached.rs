@@ -52,7 +52,7 @@ use super::experts::{ExpertSteps, Experts};
 use super::route::MoeRouting;
 use super::scratch::Scratch;
 use crate::device::guard::{alive, scoped};
-use crate::device::wait::{Wait, signal};
+use crate::device::wait::{Wait, block_on, signal};
 use crate::plan::Stats;
 use crate::{BoundOp, Context, Error, Result, Slice};
 use std::sync::Arc;
@@ -170,7 +170,7 @@ impl CachedLayer {
     /// A step of another layer; what the source fails with; [`Error::Device`] where the device is lost or refuses the work.
     /// After an error `out` is not written whole, and the step can be run again from its routing on.
     pub fn run_experts(&mut self, queue: &wgpu::Queue, step: &mut BoundCached) -> Result<()> {
-        pollster::block_on(self.experts(queue, step, Wait::Poll))
+        block_on(self.experts(queue, step, Wait::Poll))
     }
 
     /// As [`CachedLayer::run_experts`], and never blocks: the device must be polled elsewhere, as browsers do of themselves.
@@ -196,7 +196,7 @@ impl CachedLayer {
         if let Some(expert) = experts.iter().find(|&&e| e >= self.cache.experts) {
             return Err(Error::invalid("experts", format!("{expert} of {}", self.cache.experts)));
         }
-        pollster::block_on(self.cache.prefetch(queue, experts, Wait::Poll))
+        block_on(self.cache.prefetch(queue, experts, Wait::Poll))
     }
 
     fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {

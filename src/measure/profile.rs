@@ -23,6 +23,7 @@
 //! # }
 //! ```
 use crate::device::guard::scoped;
+use crate::device::wait::may_block;
 use crate::{Dispatch, Error, Gpu, Result};
 use std::time::Instant;
 
@@ -133,6 +134,7 @@ impl Gpu {
         &self,
         dispatches: impl IntoIterator<Item = &'a Dispatch>,
     ) -> Result<Option<Vec<(String, f64)>>> {
+        may_block()?;
         let start = Instant::now();
         let mut encoder = self.device.create_command_encoder(&Default::default());
         let Some(profile) = Profile::record(&self.device, &mut encoder, dispatches)? else {
@@ -158,6 +160,7 @@ impl Gpu {
         &self,
         dispatches: impl IntoIterator<Item = &'a Dispatch>,
     ) -> Result<Vec<(String, f64)>> {
+        may_block()?;
         dispatches
             .into_iter()
             .map(|dispatch| {

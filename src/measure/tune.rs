@@ -19,6 +19,7 @@
 //! # }
 //! ```
 use crate::device::guard::{alive, scoped};
+use crate::device::wait::may_block;
 use crate::error::{bytes_of, not_zero};
 use crate::layer::{Batch, BoundLayer, MoeLayer};
 use crate::plan::bits;
@@ -62,6 +63,7 @@ const RUNS: usize = 5;
 ///
 /// Zero tokens, what [`MoeLayer::bind`] refuses, or a device that is lost meanwhile ([`Error`]).
 pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<Tuning> {
+    may_block()?;
     not_zero(&[("tokens", batch.tokens)])?;
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };

@@ -2,7 +2,7 @@
 use super::{ExpertWeights, HostWeights, Projection};
 use crate::Result;
 use crate::device::guard::scoped;
-use crate::device::wait::{Submitted, Wait};
+use crate::device::wait::{Submitted, Wait, block_on};
 #[cfg(feature = "checkpoint")]
 use crate::error::bytes_of;
 #[cfg(feature = "checkpoint")]
@@ -92,7 +92,7 @@ impl Uploader {
             return Ok(());
         }
         self.flush(queue)?;
-        pollster::block_on(self.settle(UNDER_WAY, Wait::Poll))
+        block_on(self.settle(UNDER_WAY, Wait::Poll))
     }
 
     /// Sends what has been written on its way.
@@ -122,6 +122,6 @@ impl Uploader {
     #[cfg(feature = "checkpoint")]
     pub(crate) fn finish(mut self, queue: &wgpu::Queue) -> Result<()> {
         self.flush(queue)?;
-        pollster::block_on(self.settle(0, Wait::Poll))
+        block_on(self.settle(0, Wait::Poll))
     }
 }

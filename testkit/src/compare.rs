@@ -1,6 +1,7 @@
 //! Comparisons. `got` is close to `want` where `|got - want| <= atol + rtol |want|`, which is false
 //! for NaN; two arrays of different lengths are never alike. `tests/suite/comparisons.rs` shows
 //! that each can fail.
+#[cfg(not(target_family = "wasm"))]
 use crate::program::Progress;
 use std::fmt::Debug;
 
@@ -75,6 +76,7 @@ pub fn exact(values: &[f32]) -> Vec<u32> {
 
 /// Comparisons of a program that goes on after one has failed: each failure is told, and
 /// remembered.
+#[cfg(not(target_family = "wasm"))]
 pub struct Checks<'a> {
     /// Of what: the start of every message.
     subject: String,
@@ -82,6 +84,7 @@ pub struct Checks<'a> {
     pub ok: bool,
 }
 
+#[cfg(not(target_family = "wasm"))]
 impl<'a> Checks<'a> {
     pub fn new(subject: impl Into<String>, progress: &'a Progress) -> Self {
         Self { subject: subject.into(), progress, ok: true }

@@ -7,13 +7,18 @@ pub mod compare;
 pub mod device;
 pub mod gguf;
 pub mod golden;
+#[cfg(not(target_family = "wasm"))]
 pub mod house;
 pub mod layer;
+#[cfg(not(target_family = "wasm"))]
 pub mod program;
 pub mod rules;
 pub mod statistics;
 pub mod synthetic;
 pub mod works;
+
+/// For what waits for the device, where it may block.
+pub use pollster::block_on;
 
 /// What nearly every test of a kernel needs.
 pub mod prelude {

@@ -19,6 +19,10 @@ pub fn threads() -> usize {
 
 /// `one` of every item, in order, on every core. Twins of whole tokens take long on one.
 pub fn on_every_core<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    // A browser has no threads to start.
+    if threads() == 1 {
+        return items.iter().map(one).collect();
+    }
     let part = items.len().div_ceil(threads()).max(1);
     std::thread::scope(|scope| {
         let one = &one;

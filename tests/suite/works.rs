@@ -1,4 +1,5 @@
 //! The single works that the benches time, each compared with its twin in every variant.
+use testkit::block_on;
 use testkit::prelude::{contexts, gpu, variant_name};
 use testkit::works::{CHOICES, GATHERS, INDEX, PLANS, TABLE, chosen, fill, gather, mix, plan};
 
@@ -33,7 +34,7 @@ fn gathers() {
         let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
         let x_in = gpu.upload(&x);
         for ctx in contexts(&gpu) {
-            gather(&gpu, &ctx, (&x_in, &x), hidden, &token_of)
+            block_on(gather(&gpu, &ctx, (&x_in, &x), hidden, &token_of))
                 .unwrap_or_else(|e| panic!("{name}, {}: {e}", variant_name(&ctx)));
         }
     }

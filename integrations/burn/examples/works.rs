@@ -8,6 +8,7 @@ use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::time::{Duration, Instant};
 use testkit::compare::{close, same};
+use testkit::block_on;
 use testkit::works::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, choice, fill, gather, grouped_matmul, mix};
 use wgmoe::layer::BoundLayer;
 use wgmoe::ops::expert_choice;
@@ -123,11 +124,11 @@ impl Both {
         }
         let (gpu, s) = (&self.gpu, work.config);
         let [d, f, e] = [s.hidden, s.intermediate, s.experts].map(|n| n as usize);
-        let layer = work.layer(&self.ctx, work.weights(gpu, &self.ctx, weight_type)?)?;
+        let layer = work.layer(&self.ctx, block_on(work.weights(gpu, &self.ctx, weight_type))?)?;
         let bound = work.bind(gpu, &layer, None)?;
-        bound.run(gpu, &Part::ALL)?;
-        let choice = work.check_choice(gpu, &bound)?;
-        work.check_output(gpu, &layer, &bound, &choice, 8)?;
+        block_on(bound.run(gpu, &Part::ALL))?;
+        let choice = block_on(work.check_choice(gpu, &bound))?;
+        block_on(work.check_output(gpu, &layer, &bound, &choice, 8))?;
 
         // Burn multiplies by `[in, out]`.
         let all = |projection, rows: usize, columns: usize| {
@@ -217,7 +218,7 @@ impl Both {
         let x = fill(TABLE, rows * d, 1.0);
         let token_of: Vec<u32> = (0..rows).map(|i| mix(INDEX, i) % rows).collect();
         let x_in = self.gpu.upload(&x);
-        let step = gather(&self.gpu, &self.ctx, (&x_in, &x), d, &token_of)?;
+        let step = block_on(gather(&self.gpu, &self.ctx, (&x_in, &x), d, &token_of))?;
         let table = self.tensor(x.clone(), [rows as usize, d as usize]);
         let index = self.indices(token_of.iter().map(|&t| t as i32).collect());
         let got = table.clone().select(0, index.clone()).try_into_vec_as::<f32>()?;

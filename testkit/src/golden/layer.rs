@@ -147,7 +147,7 @@ impl Layer {
     }
 
     /// The output on the GPU, weights in f32.
-    pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
+    pub async fn on_gpu(&self, gpu: &Gpu, ctx: &Context) -> wgmoe::Result<Vec<f32>> {
         let layer = self.host.layer(ctx, &gpu.queue)?;
         let hidden = gpu.upload(&self.x);
         let out = gpu.upload(&vec![f32::NAN; self.y.len()]);
@@ -155,8 +155,8 @@ impl Layer {
         let offsets = self.blocks.as_ref().map(|blocks| gpu.upload(blocks));
         batch.blocks =
             offsets.as_ref().map(|offsets| Blocks::new((offsets.size() / 4 - 1) as u32, offsets));
-        gpu.run_layer(&layer.bind(&batch)?)?;
-        gpu.download(&out)
+        gpu.run_layer_async(&layer.bind(&batch)?).await?;
+        gpu.download_async(&out).await
     }
 
     /// The largest difference from the recorded output, and whether every value is within

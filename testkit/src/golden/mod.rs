@@ -75,7 +75,8 @@ impl File {
         Self::parse(name, &bytes).map_err(|e| format!("{name}: {e}"))
     }
 
-    fn parse(name: &str, bytes: &[u8]) -> Result<Self, String> {
+    /// A file of this name, from its bytes.
+    pub fn parse(name: &str, bytes: &[u8]) -> Result<Self, String> {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
         let config = header.metadata().as_ref().and_then(|m| m.get("case"));
         let case = serde_json::from_str(config.ok_or("no `case` in the header")?)

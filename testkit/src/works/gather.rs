@@ -10,7 +10,7 @@ const SAMPLE: usize = 64;
 
 /// `x[token_of]`, run once and compared: whole, or in `SAMPLE` rows where it is large. `x_in`
 /// holds `x [tokens, hidden]`.
-pub fn gather(
+pub async fn gather(
     gpu: &Gpu,
     ctx: &Context,
     (x_in, x): (&wgpu::Buffer, &[f32]),
@@ -31,14 +31,14 @@ pub fn gather(
     let args = Args { x: x_in.into(), token_of: (&token_of_in).into(), out: (&out).into() };
     let dims = Dims { tokens: (x.len() / width) as u32, slots: token_of.len() as u32, hidden };
     let step = Gather::new(ctx).and_then(|op| op.bind(&dims, args)).map_err(say)?;
-    gpu.run(&step).map_err(say)?;
+    gpu.run_async(&step).await.map_err(say)?;
     if bytes <= WHOLE {
-        let got: Vec<f32> = gpu.download(&out).map_err(say)?;
+        let got: Vec<f32> = gpu.download_async(&out).await.map_err(say)?;
         return same(&got, &gather::cpu(x, width, token_of), "gathered").map(|()| step);
     }
     for slot in (0..token_of.len()).step_by(token_of.len() / SAMPLE) {
         let row = Slice::new(&out, slot as u64 * row_bytes, row_bytes);
-        let got: Vec<f32> = gpu.download(row).map_err(say)?;
+        let got: Vec<f32> = gpu.download_async(row).await.map_err(say)?;
         let want = gather::cpu(x, width, &token_of[slot..=slot]);
         same(&got, &want, &format!("gathered slot {slot}"))?;
     }

@@ -1,7 +1,7 @@
 //! A layer and its input, on the device and for the CPU twins.
 use super::numbers::{BIAS, BLOCK, DOWN, GATE, ROUTER, UP, X, fill, stretch, uniform};
 use crate::compare::{close, largest, same};
-use crate::layer::{selection, stored};
+use crate::layer::{host_router, selection, stored};
 use crate::statistics::{on_every_core, spread, threads};
 use half::bf16;
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use wgmoe::plan::Stats;
 use wgmoe::plan::bits;
 use wgmoe::routing::{ExpertChoice, Normalise, Score, TokenChoice};
 use wgmoe::weights::{HostWeights, Projection};
-use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, Slice, WeightType, models, wgpu};
+use wgmoe::{BoundOp, Context, Dispatch, ExpertWeights, Gpu, WeightType, models, wgpu};
 
 const PROJECTIONS: [Projection; 3] = [Projection::Gate, Projection::Up, Projection::Down];
 
@@ -55,6 +55,13 @@ pub enum Matrix<'a> {
 }
 
 impl Matrix<'_> {
+    fn values(&self) -> Vec<f32> {
+        match self {
+            Self::Own(values) => values.clone(),
+            Self::Window(values) => values.iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+
     pub fn host(&self) -> HostWeights<'_> {
         match self {
             Self::Own(values) => HostWeights::F32(values),
@@ -164,6 +171,11 @@ impl Work {
         &self.router
     }
 
+    /// The router for the twins.
+    pub fn host_router(&self) -> HostRouter<'_> {
+        host_router(&self.router, self.bias.as_deref())
+    }
+
     pub fn expert(&self, e: u32, projection: Projection) -> Matrix<'_> {
         let LayerConfig { hidden, intermediate, .. } = self.config;
         let (place, seed, depth) = match projection {
@@ -181,7 +193,7 @@ impl Work {
     }
 
     /// The experts' weights, uploaded by every core.
-    pub fn weights(
+    pub async fn weights(
         &self,
         gpu: &Gpu,
         ctx: &Context,
@@ -196,13 +208,10 @@ impl Work {
         };
         let all: Vec<u32> = (0..shape.experts).collect();
         for part in all.chunks(threads()) {
-            std::thread::scope(|scope| {
-                let spawned: Vec<_> = part.iter().map(|&e| scope.spawn(move || write(e))).collect();
-                spawned.into_iter().try_for_each(|t| t.join().expect("no panic"))
-            })?;
+            on_every_core(part, |&e| write(e)).into_iter().collect::<wgmoe::Result<()>>()?;
             // Lets go of the staging memory.
             gpu.queue.submit([]);
-            gpu.wait()?;
+            gpu.wait_async().await?;
         }
         Ok(weights)
     }
@@ -235,12 +244,12 @@ impl Work {
     /// What the twins make of the logits and scores that the device computed, compared with what it
     /// chose: logits (whole, or in eight tokens where that takes long), scores of eight tokens,
     /// coresets and choice whole.
-    pub fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
+    pub async fn check_choice(&self, gpu: &Gpu, bound: &Bound) -> Result<Choice, String> {
         let config = bound.config;
         let (d, e, t) = (config.hidden as usize, config.experts as usize, self.tokens as usize);
-        let read = |slice: Slice<'_>| gpu.download::<f32>(slice).map_err(|e| e.to_string());
+        let read = async |slice| gpu.download_async::<f32>(slice).await.map_err(|e| e.to_string());
         let [logits, s, r] = selection(&bound.step).ok_or("no tokens")?;
-        let [logits, s, r] = [read(logits)?, read(s)?, read(r)?];
+        let [logits, s, r] = [read(logits).await?, read(s).await?, read(r).await?];
         let eight = spread(t, 8);
         let whole: Vec<usize> = (0..t).collect();
         for &t in if t * e * d <= WHOLE_LOGITS { &whole } else { &eight } {
@@ -259,18 +268,14 @@ impl Work {
                 close(&row(&r), &want_r, 1e-5, 1e-5, &format!("token {t}: selection values"))?;
             }
         }
-        let router = HostRouter {
-            weight: &self.router,
-            bias: self.bias.as_deref(),
-            scale_by_count: None,
-            scale_by_expert: None,
-        };
-        let want = cpu_routing(&config, &router, HostBatch::default(), [&logits, &s, &r]);
-        let words = |slice: Slice<'_>| gpu.download::<u32>(slice).map_err(|e| e.to_string());
-        let assigned = words(bound.step.assigned().ok_or("no tokens")?)?;
+        let want =
+            cpu_routing(&config, &self.host_router(), HostBatch::default(), [&logits, &s, &r]);
+        let words = async |slice| gpu.download_async::<u32>(slice).await.map_err(|e| e.to_string());
+        let assigned = words(bound.step.assigned().ok_or("no tokens")?).await?;
         same(&assigned, &want.assigned, "assigned")?;
         if let Some(coreset) = &want.coreset {
-            same(&words(bound.step.coreset().ok_or("no coreset")?)?, coreset, "coreset")?;
+            let elected = words(bound.step.coreset().ok_or("no coreset")?).await?;
+            same(&elected, coreset, "coreset")?;
         }
         Ok(Choice {
             assigned,
@@ -281,7 +286,7 @@ impl Work {
     }
 
     /// The plan exactly, for the device's own gates; the gates of all pairs; the statistics.
-    pub fn check_plan(
+    pub async fn check_plan(
         &self,
         gpu: &Gpu,
         bound: &Bound,
@@ -289,7 +294,8 @@ impl Work {
     ) -> Result<HostPlan, String> {
         let say = |e: wgmoe::Error| e.to_string();
         let e = bound.config.experts as usize;
-        let gates: Vec<f32> = gpu.download(bound.step.gates().ok_or("no tokens")?).map_err(say)?;
+        let gates = bound.step.gates().ok_or("no tokens")?;
+        let gates: Vec<f32> = gpu.download_async(gates).await.map_err(say)?;
         // Only assigned pairs have a gate.
         let pairs: Vec<usize> = (0..choice.tokens * e)
             .filter(|i| bits::get(&choice.assigned, choice.tokens, i % e, i / e))
@@ -297,13 +303,13 @@ impl Work {
         let of = |gates: &[f32]| pairs.iter().map(|&i| gates[i]).collect::<Vec<_>>();
         close(&of(&gates), &of(&choice.gates), 1e-7, 1e-5, "gates")?;
         let (shape, plan) = bound.step.plan().ok_or("no tokens")?;
-        let words: Vec<u32> = gpu.download(plan).map_err(say)?;
+        let words: Vec<u32> = gpu.download_async(plan).await.map_err(say)?;
         let got = HostPlan::from_words(&shape, &words).map_err(say)?;
         let want = HostPlan::cpu(&shape, &choice.assigned, &gates);
         if got != want {
             return Err("the plan differs".into());
         }
-        let stats: Vec<u32> = gpu.download(bound.step.stats()).map_err(say)?;
+        let stats: Vec<u32> = gpu.download_async(bound.step.stats()).await.map_err(say)?;
         let stats = Stats::from_words(&stats).map_err(say)?;
         let got = [stats.slots, stats.unique_experts, stats.ignored];
         same(
@@ -315,7 +321,7 @@ impl Work {
     }
 
     /// The output of `sample` tokens, computed by every core; none may be NaN or infinite anywhere.
-    pub fn check_output(
+    pub async fn check_output(
         &self,
         gpu: &Gpu,
         layer: &MoeLayer,
@@ -326,7 +332,7 @@ impl Work {
         let config = bound.config;
         let (d, e) = (config.hidden as usize, config.experts as usize);
         let shape = layer.weights().shape();
-        let got: Vec<f32> = gpu.download(&bound.out).map_err(|e| e.to_string())?;
+        let got: Vec<f32> = gpu.download_async(&bound.out).await.map_err(|e| e.to_string())?;
         let tokens: Vec<(usize, Vec<(u32, f32)>)> = spread(choice.tokens, sample)
             .into_iter()
             .map(|t| {
@@ -340,12 +346,16 @@ impl Work {
         let mut experts: HashMap<(u32, Projection), Matrix<'_>> = HashMap::new();
         for e in used {
             for p in PROJECTIONS {
-                experts.entry((e, p)).or_insert_with(|| match self.expert(e, p) {
-                    Matrix::Own(values) => {
-                        let weight_type = shape.types_of(e).of(p);
-                        Matrix::Own(stored(&values, shape.matrix(p)[1], weight_type))
+                experts.entry((e, p)).or_insert_with(|| {
+                    let weight_type = shape.types_of(e).of(p);
+                    match (self.expert(e, p), weight_type) {
+                        // What is held in bf16 is as it is in the wider types.
+                        (window @ Matrix::Window(_), WeightType::Bf16 | WeightType::F32) => window,
+                        (matrix, _) => {
+                            let depth = shape.matrix(p)[1];
+                            Matrix::Own(stored(&matrix.values(), depth, weight_type))
+                        }
                     }
-                    window => window,
                 });
             }
         }
@@ -382,10 +392,10 @@ impl Bound {
     }
 
     /// Runs some parts, and waits.
-    pub fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
+    pub async fn run(&self, gpu: &Gpu, parts: &[Part]) -> wgmoe::Result<()> {
         let dispatches = self.step.dispatches().filter(|d| parts.contains(&Part::of(d)));
         let step = dispatches.fold(BoundOp::default(), |step, d| step.then(d.clone().into()));
-        gpu.run(&step)
+        gpu.run_async(&step).await
     }
 }
 

@@ -424,7 +424,11 @@ fn whole_layer(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome {
     let Some(gpu) = gpu else { return Ok(()) };
     for ctx in contexts(gpu) {
         let what = variant_name(&ctx);
-        compare(&what, &layer.on_gpu(gpu, &ctx).map_err(|e| format!("{name}, {what}: {e}"))?)?;
+        compare(
+            &what,
+            &testkit::block_on(layer.on_gpu(gpu, &ctx))
+                .map_err(|e| format!("{name}, {what}: {e}"))?,
+        )?;
     }
     report.tokens += layer.defined.len();
     report.defined += layer.defined.iter().filter(|&&d| d).count();

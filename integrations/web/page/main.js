@@ -1,0 +1,192 @@
+// The page: the device, the checks, the measuring. The picture is see.js's.
+import { call } from './kernels.js';
+import * as see from './see.js';
+
+const $ = (id) => document.getElementById(id);
+const element = (name, text, className = '') => Object.assign(document.createElement(name), { textContent: text, className });
+
+const bytes = (n) => (n >= 2 ** 30 ? `${+(n / 2 ** 30).toFixed(1)} GiB` : n >= 2 ** 20 ? `${Math.round(n / 2 ** 20)} MiB` : n >= 1024 ? `${Math.round(n / 1024)} KiB` : `${n} B`);
+
+/// What to switch on, where there is no WebGPU.
+function missing(why, detail) {
+  if (why === 'insecure') return 'WebGPU needs a page that comes by https or from this computer (localhost), and this one does not.';
+  const agent = navigator.userAgent;
+  const how = /Firefox/.test(agent)
+    ? 'take the newest Firefox, or open about:config and set dom.webgpu.enabled to true'
+    : /Safari/.test(agent) && !/Chrom/.test(agent)
+      ? 'it comes with version 26; before that, switch on WebGPU among the feature flags of Safari’s settings'
+      : 'switch on graphics acceleration in the settings, or “Unsafe WebGPU Support” at chrome://flags';
+  const what = { none: 'This browser gives this page no WebGPU', 'no device': 'This browser has WebGPU, but no device for it', refused: `This browser’s WebGPU refused a device (${detail})` };
+  return `${what[why]}: ${how}, and load the page again.`;
+}
+
+async function openDevice() {
+  const { why, detail, about, checks } = await call('open');
+  if (!about) {
+    $('device').textContent = `${missing(why, detail)} Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.`;
+    $('where').textContent = 'by the CPU twins';
+    $('check-words').textContent = 'Without WebGPU, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, and each routing rule is run in two ways that must agree.';
+    $('measure-go').disabled = true;
+    $('measure-state').textContent = 'There is no GPU to measure.';
+    return checks;
+  }
+  const name = about.name || 'A device whose name the browser keeps to itself';
+  $('device').textContent = `${name}, through WebGPU${about.software ? ': a software driver, so expect it to be slow' : ''}.`;
+  const shown = {
+    'largest binding': bytes, 'largest buffer': bytes, 'workgroup memory': bytes,
+    bindings: (n) => `${n} storage buffers`, lanes: (n) => `${n} in a workgroup`,
+  };
+  const row = (term, value) => {
+    const div = document.createElement('div');
+    div.append(element('dt', term), element('dd', value));
+    return div;
+  };
+  $('limits').replaceChildren(
+    ...about.limits.map(([term, value]) => row(term[0].toUpperCase() + term.slice(1), shown[term](value))),
+    row('Timestamps', about.features.includes('timestamps') ? 'yes' : 'no'),
+    row('Kernels', about.variant === 'Wide' ? 'for many lanes' : 'for a software driver'),
+  );
+  $('limits-of').hidden = false;
+  if (about.software) $('seconds').value = '300';
+  return checks;
+}
+
+/// Only one of the parts has the device at a time; the picture may go on while checks run.
+function occupy(who) {
+  $('check-go').disabled = who === 'measure';
+  $('measure-go').disabled = who === 'check' || who === 'none';
+  see.pause(who === 'measure');
+}
+
+let hasDevice = true;
+let checking = false;
+async function check(names) {
+  if (checking) {
+    checking = false;
+    return;
+  }
+  checking = true;
+  occupy('check');
+  $('check-go').textContent = 'Stop';
+  const [table, bar, state] = [$('check-rows'), $('check-bar'), $('check-state')];
+  const body = table.tBodies[0];
+  body.replaceChildren();
+  state.textContent = '';
+  table.hidden = bar.hidden = false;
+  let [ok, wrong] = [0, 0];
+  try {
+    const recorded = await (await fetch('golden/list.json')).json();
+    const all = [
+      ...recorded.map((name) => [`recorded: ${name.replace(/\.safetensors$/, '')}`, () => call('recorded', [name])]),
+      ...names.map((name, i) => [name, () => call('check', [i])]),
+    ];
+    bar.max = all.length;
+    for (const [i, [name, run]] of all.entries()) {
+      if (!checking) break;
+      state.textContent = `${i + 1} of ${all.length}: ${name}`;
+      const found = await run().catch((e) => ({ ok: false, what: e.message }));
+      found.ok ? ok++ : wrong++;
+      const row = body.insertRow();
+      const head = element('th', name);
+      head.scope = 'row';
+      row.append(head, element('td', found.ok ? 'ok' : 'WRONG', found.ok ? 'ok' : 'bad'), element('td', found.what));
+      bar.value = i + 1;
+    }
+    state.textContent = wrong ? `${wrong} wrong, ${ok} ok` : checking ? `all ${ok} ok` : `stopped; ${ok} ok`;
+  } catch (e) {
+    state.textContent = e.message;
+  }
+  state.className = wrong ? 'bad' : 'ok';
+  bar.hidden = true;
+  checking = false;
+  $('check-go').textContent = 'Check';
+  occupy(hasDevice ? undefined : 'none');
+}
+
+/// The browser's name and version, without what tells one visitor from another.
+function browser() {
+  const brand = navigator.userAgentData?.brands.find(({ brand }) => !/not.*brand/i.test(brand) && brand !== 'Chromium') ?? navigator.userAgentData?.brands.find(({ brand }) => brand === 'Chromium');
+  const named = navigator.userAgent.match(/(Firefox|Version)\/(\d+)/);
+  return brand ? `${brand.brand} ${brand.version}` : named ? `${named[1] === 'Version' ? 'Safari' : named[1]} ${named[2]}` : 'a browser';
+}
+
+const milliseconds = (ms) => `${ms >= 100 ? Math.round(ms) : ms.toPrecision(3)} ms`;
+
+let file;
+let measuring = false;
+function showTimes(text) {
+  file = text;
+  const body = $('measure-rows').tBodies[0];
+  const cases = JSON.parse(text).adapters.flatMap((adapter) => adapter.cases).filter((c) => c.outcome.status !== 'skipped');
+  body.replaceChildren(...cases.map((c) => {
+    const row = document.createElement('tr');
+    const head = element('th', `${c.model}, ${c.tokens} tokens`);
+    head.scope = 'row';
+    const { outcome } = c;
+    const of = outcome.status === 'measured' ? outcome.gpu ?? outcome.wall : undefined;
+    const time = of ? element('td', milliseconds(of.median_ms), 'number') : element('td', outcome.status, 'bad');
+    if (!of) time.title = outcome.reason;
+    row.append(head, element('td', `${c.rule}: ${c.part}`), time, element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
+    return row;
+  }));
+  $('measure-rows').hidden = $('save-json').hidden = $('save-page').hidden = cases.length === 0;
+}
+
+async function measure() {
+  if (measuring) {
+    $('measure-state').textContent = 'stopping …';
+    return call('stop');
+  }
+  measuring = true;
+  occupy('measure');
+  $('measure-go').textContent = 'Stop';
+  const [bar, state, notes] = [$('measure-bar'), $('measure-state'), $('measure-notes')];
+  bar.value = 0;
+  bar.hidden = false;
+  notes.replaceChildren();
+  notes.hidden = true;
+  let left = '';
+  const told = {
+    cases: (n) => { bar.max = n; },
+    case: () => { bar.value += 1; },
+    left: (seconds) => { left = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`; },
+    say: (what) => { state.textContent = `at most ${left} left; ${what}`; },
+    note: (what) => { notes.append(element('li', what)); notes.hidden = false; },
+    report: showTimes,
+  };
+  try {
+    showTimes(await call('measure', [Number($('seconds').value), browser()], (kind, value) => told[kind](value)));
+    const { interrupted, adapters } = JSON.parse(file);
+    const count = (status) => adapters.flatMap((a) => a.cases).filter((c) => c.outcome.status === status).length;
+    const why = adapters.map((a) => a.failure).filter(Boolean).join('; ');
+    state.textContent = `${interrupted ? 'stopped; ' : ''}${count('measured')} cases measured, ${count('failed')} failed, ${count('skipped')} skipped${count('skipped') ? ' for want of time' : ''}${why && `; ${why}`}`;
+  } catch (e) {
+    state.textContent = e.message;
+  }
+  bar.hidden = true;
+  measuring = false;
+  $('measure-go').textContent = 'Measure';
+  occupy();
+}
+
+function save(name, type, text) {
+  const a = document.createElement('a');
+  a.href = URL.createObjectURL(new Blob([text], { type }));
+  a.download = name;
+  a.click();
+  setTimeout(() => URL.revokeObjectURL(a.href), 10_000);
+}
+
+try {
+  const checks = await openDevice();
+  hasDevice = !$('measure-go').disabled;
+  $('check-go').addEventListener('click', () => check(checks));
+  $('measure-go').addEventListener('click', measure);
+  $('save-json').addEventListener('click', () => save('wgmoe-bench.json', 'application/json', file));
+  $('save-page').addEventListener('click', async () => save('wgmoe-bench.html', 'text/html', await call('reportPage', [file])));
+  await see.start();
+  document.documentElement.dataset.ready = Math.round(performance.now());
+} catch (e) {
+  $('device').textContent = e.message;
+  $('device').className = 'wrong';
+}
