@@ -1,7 +1,7 @@
 //! The files of a checkpoint, mapped, and the tensors that their headers name: safetensors files
 //! (`header.rs`) or GGUF files (`gguf`). A header is checked before a tensor of it is given out.
 use super::{failed, header};
-use crate::{Error, Result, WeightType};
+use crate::{Result, WeightType};
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata as Stat};
 use std::io::Read;
@@ -45,9 +45,9 @@ pub(super) struct Tensor<'a> {
 impl Tensor<'_> {
     /// The storage type, where it is one of ours.
     pub(super) fn weight_type(&self, name: &str) -> Result<WeightType> {
-        self.dtype.parse().map_err(|e| match e {
-            Error::Invalid { reason, .. } => failed(self.file, Some(name), format!("is {reason}")),
-            other => other,
+        self.dtype.parse().map_err(|_| {
+            let known = WeightType::names();
+            failed(self.file, Some(name), format!("is {}, expected one of {known}", self.dtype))
         })
     }
 }

@@ -34,9 +34,10 @@ pub struct Batch<'a> {
     /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent, counted from the
     /// batch's first, whatever its sequences.
     pub blocks: Option<Blocks<'a>>,
-    /// `[T]` u32: experts that each token takes under token choice, K at most, instead of the rule's
-    /// K: the first so many of those it would take. 0: none. Read when the work runs. Tokens vote for
-    /// coresets with K, as without it.
+    /// `[T]` u32, read when the work runs: experts that each token takes under token choice, instead of
+    /// the rule's K: the first so many of those it would take with K, and its gates are made from these
+    /// (REFLEX, arXiv 2608.01784). 0 leaves the shared experts. More than K is K, and not counted. Votes for
+    /// coresets and capacity factors go by K all the same.
     pub experts_per_token: Option<Slice<'a>>,
     /// Which experts work on which tokens, for [`MoeExperts`](super::MoeExperts).
     pub assignments: Option<Assignments<'a>>,
@@ -54,7 +55,7 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     /// `tokens` rows of hidden states `[T, D]`, one sequence: f32, or what [`Floats`] says. The kernels
-    /// that read halves are compiled when a context first binds some.
+    /// for f16 and bf16 are compiled when a context first binds such slices.
     pub fn new(hidden: impl Into<Floats<'a>>, tokens: u32) -> Self {
         Self {
             hidden: hidden.into(),

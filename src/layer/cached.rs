@@ -67,7 +67,7 @@ pub struct CachedLayer {
 }
 
 impl CachedLayer {
-    /// A layer from config, router and experts. Compiles every kernel it can need, makes the pages of the cache, and uploads
+    /// A layer from config, router and experts. Compiles every kernel it can need (those for f16 and bf16 wait for a `bind` of such slices), makes the pages of the cache, and uploads
     /// the shared experts; submits, and waits where those are many.
     ///
     /// # Errors

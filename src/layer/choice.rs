@@ -102,7 +102,7 @@ impl Choice {
         let elects = matches!(self, Self::Tokens { coreset: Some(_), .. });
         Batch::unused("blocks", blocks.is_some() && !elects, "this rule elects no coreset")?;
         let each = batch.experts_per_token.is_some() && !matches!(self, Self::Tokens { .. });
-        Batch::unused("experts_per_token", each, "only under token choice do tokens choose")?;
+        Batch::unused("experts_per_token", each, "only token choice reads it")?;
         if let Some(sequences) = sequences {
             let chooses = matches!(self, Self::Experts { .. });
             let given = sequences.capacity.is_some();

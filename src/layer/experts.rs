@@ -137,8 +137,8 @@ impl Experts {
         // Where `hidden` does not fit a binding, the rows of each stretch's slots are copied
         // together, window by window.
         let gathered = x_windows.len() > 1;
-        let widest = if gathered { intermediate.max(hidden) } else { intermediate };
-        let most = self.ctx.max_binding() / 4 / u64::from(widest);
+        let of_x = if gathered { x.float_type.bytes() * u64::from(hidden) } else { 0 };
+        let most = self.ctx.max_binding() / of_x.max(4 * u64::from(intermediate));
         let most_rows = most.clamp(1, slots.into()) as u32;
         let values = |rows: u32, width: u32| u64::from(rows) * u64::from(width);
         let x_rows = if gathered {

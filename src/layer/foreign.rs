@@ -32,7 +32,8 @@ struct Kernels {
 
 impl MoeExperts {
     /// Experts of which the last `shared_experts` are shared: each takes every token with gate 1.
-    /// Compiles every kernel it can need, those that the context has not made yet.
+    /// Compiles every kernel it can need, those that the context has not made yet; those for f16 and
+    /// bf16 wait for a `bind` of such slices.
     ///
     /// # Errors
     ///

@@ -80,7 +80,7 @@ pub struct MoeLayer {
 
 impl MoeLayer {
     /// A layer from its configuration and weights. Compiles every kernel it can need, those that the
-    /// context has not made yet.
+    /// context has not made yet; those for f16 and bf16 wait for a `bind` of such slices.
     ///
     /// # Errors
     ///

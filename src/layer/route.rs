@@ -35,7 +35,8 @@ struct Kernels {
 }
 
 impl MoeRouting {
-    /// The router of a layer. Compiles every kernel it can need. Of the experts of `config` only
+    /// The router of a layer. Compiles every kernel it can need; those
+    /// for f16 and bf16 wait for a `bind` of such slices. Of the experts of `config` only
     /// their number is looked at.
     ///
     /// # Errors

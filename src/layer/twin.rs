@@ -62,7 +62,8 @@ pub struct HostBatch<'a> {
     pub sequences: Option<HostSequences<'a>>,
     /// Blocks of block-level rules.
     pub blocks: Option<HostBlocks<'a>>,
-    /// `[T]`: experts that each token takes under token choice, the rule's K at most.
+    /// `[T]`: experts that each token takes under token choice, the rule's K at most; other rules
+    /// leave it alone.
     pub experts_per_token: Option<&'a [u32]>,
 }
 
@@ -104,6 +105,8 @@ pub fn cpu_routing(
         let padded = Padded { offsets, lengths, capacity };
         return padded.cpu_routing(config, router, batch, [logits, s, r]);
     }
+    let unlimited = vec![u32::MAX; tokens as usize];
+    let own_numbers = batch.experts_per_token.unwrap_or(&unlimited);
     let mut coresets = None;
     let assigned = match routing {
         Routing::ExpertChoice(rule) => {
@@ -120,10 +123,7 @@ pub fn cpu_routing(
         }
         Routing::TokenChoice(TokenChoice {
             experts_per_token: top, groups, coreset: None, ..
-        }) => {
-            let tops = tops_of(batch, top, tokens);
-            token_choice::cpu_each(r, experts, &tops, groups, &|_, _| true)
-        }
+        }) => token_choice::cpu_each(r, experts, top as usize, own_numbers, groups, &|_, _| true),
         Routing::TokenChoice(TokenChoice {
             experts_per_token: top,
             groups,
@@ -151,8 +151,8 @@ pub fn cpu_routing(
                 let row = block_of[t] as usize * words;
                 block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
             };
-            let tops = tops_of(batch, top, tokens);
-            let assigned = token_choice::cpu_each(r, experts, &tops, groups, &eligible);
+            let top = top as usize;
+            let assigned = token_choice::cpu_each(r, experts, top, own_numbers, groups, &eligible);
             coresets = Some(members);
             assigned
         }
@@ -183,13 +183,6 @@ pub fn cpu_routing(
         }
     }
     HostRouting { coreset: coresets, assigned: kept, gates, dropped }
-}
-
-/// Experts of each token, of a rule of at most `top`.
-fn tops_of(batch: HostBatch<'_>, top: u32, tokens: u32) -> Vec<u32> {
-    let Some(tops) = batch.experts_per_token else { return vec![top; tokens as usize] };
-    expect_len("experts_per_token", tops.len(), tokens as usize);
-    tops.iter().map(|&k| k.min(top)).collect()
 }
 
 /// Sequences with padding.

@@ -57,7 +57,7 @@ pub struct Candidate {
 const RUNS: usize = 5;
 
 /// Measures every variant that the device can run on a batch. Submits to `queue` and waits, some runs of each variant; reads
-/// the batch's inputs, but writes to buffers of its own.
+/// the batch's inputs, but writes to buffers of its own, in f32.
 ///
 /// # Errors
 ///
@@ -68,8 +68,9 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     let (device, own) = (layer.context().device(), layer.context().variant());
     let gpu = Gpu { device: device.clone(), queue: queue.clone(), info: device.adapter_info() };
     let (tokens, experts) = (batch.tokens as usize, layer.config().experts as usize);
-    let shape = [u64::from(batch.tokens), layer.config().hidden.into()];
-    let size = bytes_of("hidden", &shape, 4)?;
+    let [rows, width] = [u64::from(batch.tokens), layer.config().hidden.into()];
+    batch.hidden.holds("hidden", rows, width)?;
+    let size = bytes_of("out", &[rows, width], 4)?;
     let out = scoped(device, || {
         device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("out"),

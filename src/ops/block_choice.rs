@@ -200,8 +200,8 @@ pub struct Args<'a> {
     pub offsets: Slice<'a>,
     /// `[tokens]` u32, read: tokens with 0 have no say, as for [`coreset`].
     pub voters: Option<Slice<'a>>,
-    /// `[tokens]` u32, read: experts that each token takes inside, instead of the op's number, which
-    /// is the most.
+    /// `[tokens]` u32, read: experts that each token takes inside, instead of the op's number, which a
+    /// larger one is taken for.
     pub experts_per_token: Option<Slice<'a>>,
     /// `[blocks]` u32, read: a block with 0 elects nothing, and what `members` holds for it stays; all
     /// elect where absent.

@@ -86,8 +86,8 @@ pub struct Args<'a> {
     /// `[tokens, hidden]`, rows of whole 32-bit words: these columns are written, or added to. Sums are
     /// f32, rounded once.
     pub out: Floats<'a>,
-    /// The columns of `out` that `y` holds; `0..hidden` for all. Of halves an even number from an even
-    /// one on.
+    /// The columns of `out` that `y` holds; `0..hidden` for all. In f16 and bf16 an even number from
+    /// an even one on.
     pub columns: Range<u32>,
     /// Elements of a row of `out`.
     pub hidden: u32,
@@ -99,7 +99,7 @@ pub struct Args<'a> {
 #[derive(Clone, Debug)]
 pub struct Combine {
     ctx: Context,
-    /// Of f32; those of halves are compiled when they are first bound.
+    /// Of f32; that of f16 or bf16 is compiled when such an output is first bound.
     scalar: Arc<Kernel>,
     vector: Arc<Kernel>,
 }
@@ -119,7 +119,8 @@ impl Combine {
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]).
+    /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]);
+    /// [`Error::Device`] where wgpu refuses a kernel for f16 or bf16, which the first such `bind` compiles.
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         self.bind_tokens(shape, 0..shape.tokens, args)
     }

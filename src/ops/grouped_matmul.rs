@@ -157,7 +157,8 @@ impl GroupedMatmul {
     /// # Errors
     ///
     /// As [`PlanShape::sections`], weights of other experts than the plan's, columns outside the
-    /// matrix, or a slice that does not fit ([`Error`]).
+    /// matrix, or a slice that does not fit ([`Error`]); [`Error::Device`] where wgpu refuses a kernel
+    /// for f16 or bf16, which the first `bind` of such rows compiles.
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         let at = shape.sections()?;
         self.check(shape, &at, &args)?;
@@ -168,6 +169,13 @@ impl GroupedMatmul {
         // Few tokens make no tile item: an expert's rows are a rest, and that is a skinny one.
         let few = shape.tokens <= shape.skinny_rows && shape.tokens < shape.tile_rows;
         let kinds = if few { 1 } else { 2 };
+        let x_type = args.x.floats().float_type;
+        if x_type != FloatType::F32 {
+            // All kinds at once, so that no later batch waits for a compiler.
+            for (problem, _) in &self.kernels {
+                problem.with_x_type(x_type).kernel(&self.ctx)?;
+            }
+        }
         let mut step = BoundOp::default();
         for (index, page) in pages.iter().enumerate() {
             let of = PageOf { at: &at, index, pages: pages.len(), page };

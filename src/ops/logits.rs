@@ -4,7 +4,7 @@ use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_
 use super::not_zero;
 use crate::device::Kernel;
 use crate::error::expect_rows;
-use crate::{BoundOp, Context, Error, Floats, Result, Slice};
+use crate::{BoundOp, Context, Error, FloatType, Floats, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ pub struct Logits {
     ctx: Context,
     hidden: u32,
     experts: u32,
-    /// Of f32; those of halves are compiled when they are first bound.
+    /// Of f32; those of f16 and bf16 are compiled when such rows are first bound.
     skinny: (Specialization, Arc<Kernel>),
     tile: (Specialization, Arc<Kernel>),
 }
@@ -62,7 +62,8 @@ impl Logits {
     ///
     /// # Errors
     ///
-    /// A slice that does not fit ([`Error`]).
+    /// A slice that does not fit ([`Error`]); [`Error::Device`] where wgpu refuses a kernel for f16 or
+    /// bf16, which the first `bind` of such rows compiles.
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
         self.bind_rows(tokens, 0..tokens, args)
@@ -84,6 +85,12 @@ impl Logits {
             (&self.tile, tile_rows(&self.ctx))
         };
         of_f32.0.check_loops(&self.ctx, "hidden", hidden)?;
+        if args.x.float_type != FloatType::F32 {
+            // Both at once, so that no later batch waits for a compiler.
+            for (problem, _) in [&self.skinny, &self.tile] {
+                problem.with_x_type(args.x.float_type).kernel(&self.ctx)?;
+            }
+        }
         let problem = of_f32.0.with_x_type(args.x.float_type);
         let kernel = problem.kernel_or(&self.ctx, of_f32)?;
         let mut params = Params {

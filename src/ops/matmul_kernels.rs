@@ -187,7 +187,7 @@ impl Specialization {
         Self { depth_lanes: self.depth_lanes.min(lanes), ..self }
     }
 
-    /// As a kernel sees it that loads halves by eights or by twos.
+    /// As a kernel sees it that loads f16 and bf16 by eights or by twos.
     pub(crate) fn with_lanes_of_halves(self) -> Self {
         let few = self.x_type != FloatType::F32 && self.depth_lanes < 8;
         Self { depth_lanes: if few { 1 } else { self.depth_lanes }, ..self }

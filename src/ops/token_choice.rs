@@ -92,24 +92,26 @@ pub fn cpu(
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
     let tokens = expect_rows("values", values.len(), "experts", experts);
-    cpu_each(values, experts, &vec![top as u32; tokens], groups, eligible)
+    cpu_each(values, experts, top, &vec![u32::MAX; tokens], groups, eligible)
 }
 
-/// The same where each token takes a number of its own: `tops` is `[tokens]`.
+/// The same where each token takes a number of its own, `experts_per_token` `[tokens]`, but `top` at
+/// most.
 ///
 /// # Panics
 ///
-/// As [`cpu`], or if there are not as many `tops` as tokens.
+/// As [`cpu`], or if there are not as many `experts_per_token` as tokens.
 pub fn cpu_each(
     values: &[f32],
     experts: usize,
-    tops: &[u32],
+    top: usize,
+    experts_per_token: &[u32],
     groups: Option<Groups>,
     eligible: Eligible<'_>,
 ) -> Vec<u32> {
     let tokens = expect_rows("values", values.len(), "experts", experts);
-    expect_len("tops", tops.len(), tokens);
-    tops.iter().for_each(|&top| expect_most("top", top as usize, experts));
+    expect_len("experts_per_token", experts_per_token.len(), tokens);
+    expect_most("top", top, experts);
     if let Some(Groups { count, per_token }) = groups {
         expect_some("groups", count as usize);
         assert!(
@@ -141,7 +143,8 @@ pub fn cpu_each(
                 .collect();
             candidates.retain(|e| stay.contains(&(e / size)));
         }
-        for e in order::top(candidates, tops[t] as usize, |e| row[e]) {
+        let own = top.min(experts_per_token[t] as usize);
+        for e in order::top(candidates, own, |e| row[e]) {
             bits::set(&mut assigned, tokens, e, t);
         }
     }
@@ -173,7 +176,8 @@ pub struct Args<'a> {
     pub values: Slice<'a>,
     /// The experts to choose among; all where absent.
     pub coresets: Option<Coresets<'a>>,
-    /// `[tokens]` u32, read: experts of each token, instead of the op's number, which is the most.
+    /// `[tokens]` u32, read: experts of each token, instead of the op's number, which a larger one is
+    /// taken for.
     pub experts_per_token: Option<Slice<'a>>,
     /// `[experts, ceil(tokens / 32)]` u32, written whole: the bit set.
     pub assigned: Slice<'a>,

@@ -142,8 +142,7 @@ impl FromStr for WeightType {
     fn from_str(name: &str) -> Result<Self> {
         let named = Self::ALL.iter().copied().find(|t| t.name().eq_ignore_ascii_case(name));
         named.ok_or_else(|| {
-            let known: Vec<_> = Self::ALL.iter().map(|t| t.name()).collect();
-            Error::invalid("weight type", format!("{name}, expected one of {}", known.join(", ")))
+            Error::invalid("weight type", format!("{name}, expected one of {}", Self::names()))
         })
     }
 }
@@ -153,6 +152,11 @@ impl WeightType {
     pub const INT8: Self = Self::Q8_0;
     /// [`WeightType::Q4_0`]: what is stored as 4-bit integers in groups of 32.
     pub const INT4: Self = Self::Q4_0;
+
+    /// All names, for messages.
+    pub(crate) fn names() -> String {
+        Self::ALL.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ")
+    }
 
     /// The type of this number in GGUF files.
     pub fn of_ggml_type(number: u32) -> Option<Self> {

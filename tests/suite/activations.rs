@@ -37,7 +37,12 @@ fn around(float_type: FloatType) -> Vec<f32> {
         let bits = value_of(float_type, half).to_bits();
         let middle = match float_type {
             FloatType::F16 => {
-                let next = f64::from(value_of(float_type, half.wrapping_add(1)));
+                // After the largest comes what it would be with one more exponent.
+                let next = match half {
+                    0x7bff => 65_536.0,
+                    0xfbff => -65_536.0,
+                    _ => f64::from(value_of(float_type, half.wrapping_add(1))),
+                };
                 ((f64::from(f32::from_bits(bits)) + next) / 2.0) as f32
             }
             _ => f32::from_bits(bits + 0x8000),
@@ -101,14 +106,17 @@ fn every_value_is_widened_exactly() {
     let Some(gpu) = gpu() else { return };
     for ctx in contexts(&gpu).into_iter().filter(|ctx| !ctx.variant().subgroups) {
         for float_type in HALVES {
-            let finite: Vec<f32> =
-                (0..=u16::MAX).map(|b| value_of(float_type, b)).filter(|v| v.is_finite()).collect();
+            // Odd steps, so that a few rows have values of every size, and all rows every value.
+            let finite: Vec<f32> = (0..=u16::MAX)
+                .map(|i| value_of(float_type, i.wrapping_mul(40_503)))
+                .filter(|v| v.is_finite())
+                .collect();
             // Rows in words of eight, four and two values. Sums of one value and zeros are exact.
-            for (hidden, rows) in [(16u32, 4064), (20, 3), (22, 64)] {
+            for (hidden, rows) in [(16u32, 4080), (20, 3), (22, 64)] {
                 let x: Vec<f32> = finite.iter().copied().take((hidden * rows) as usize).collect();
                 let identity: Vec<f32> =
                     (0..hidden * hidden).map(|i| f32::from(i / hidden == i % hidden)).collect();
-                let tokens = x.len() as u32 / hidden;
+                let tokens = x.len() as u32 / hidden; // f16 has fewer finite values
                 let x = &x[..(tokens * hidden) as usize];
                 let (buffer, weights) = (buffer_of(&gpu, float_type, x), gpu.upload(&identity));
                 let out = Output::f32s(&gpu, x.len());
@@ -131,6 +139,30 @@ fn every_value_is_widened_exactly() {
                 }
             }
         }
+    }
+}
+
+/// What is no number, read as a residual, stays what it is.
+#[test]
+fn infinities_and_nan_are_widened() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    for float_type in HALVES {
+        let odd = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0];
+        let (shape, plan) = one_each(1);
+        let (y, plan) = (gpu.upload(&[0f32; 4]), gpu.upload(&plan));
+        let out = Output::holding(&gpu, &float_type.encode(&odd));
+        let args = combine::Args {
+            y: (&y).into(),
+            plan: (&plan).into(),
+            out: Floats::new(out.slice(), float_type),
+            columns: 0..4,
+            hidden: 4,
+            add: true,
+        };
+        run(&gpu, &Combine::new(&ctx).unwrap().bind(&shape, args).unwrap());
+        let got = float_type.decode(&out.get::<u8>(&gpu));
+        assert_same(&exact(&got), &exact(&odd), float_type.name());
     }
 }
 

@@ -7,23 +7,27 @@ use wgmoe::layer::{
     Batch, BoundLayer, HostBatch, HostSequences, LayerConfig, MoeRouting, Sequences,
 };
 use wgmoe::plan::{Stats, bits};
-use wgmoe::routing::{ExpertChoice, Routing, Score, SequenceTop, TokenChoice};
+use wgmoe::routing::{BlockRule, ExpertChoice, Routing, Score, SequenceTop, TokenChoice};
 use wgmoe::{Context, Gpu};
 
 const D: u32 = 32;
 const E: u32 = 40;
 const K: u32 = 4;
+const MANY: u32 = 20;
 
 fn rules() -> Vec<Routing> {
-    let plain = TokenChoice::new(K).with_score(Score::Sigmoid).with_scale(2.5);
+    let of = |k| TokenChoice::new(k).with_score(Score::Sigmoid).with_scale(2.5);
+    let plain = of(K);
     let mut rules = vec![plain, plain.with_groups(8, 4), plain.with_capacity_factor(1.0)];
     rules.extend(every_block_rule(E, K).map(|rule| plain.with_coreset(rule)));
+    // More than kernels choose at a time.
+    rules.extend([of(MANY), of(MANY).with_coreset(BlockRule::vote(30))]);
     rules.into_iter().map(Routing::TokenChoice).collect()
 }
 
-/// From none to more than there may be.
-fn numbers(tokens: usize) -> Vec<u32> {
-    random(5, tokens).iter().map(|v| (v.to_bits() >> 7) % (K + 3)).collect()
+/// From none to more than a rule of `most` takes.
+fn numbers(tokens: usize, most: u32) -> Vec<u32> {
+    random(5, tokens).iter().map(|v| (v.to_bits() >> 7) % (most + 3)).collect()
 }
 
 /// What a routing made: the bit set, and what was chosen by.
@@ -50,9 +54,10 @@ fn check(gpu: &Gpu, ctx: &Context, routing: Routing, tokens: usize, padded: bool
     let op = MoeRouting::new(ctx, host.config, host.router(ctx).unwrap()).unwrap();
     let what = format!("{} {routing:?} T {tokens}, padded: {padded}", variant_name(ctx));
     let hidden = gpu.upload(&random(3, tokens * D as usize));
-    let tops = numbers(tokens);
+    let most = routing.experts_per_token();
+    let tops = numbers(tokens, most);
     let (offsets, lengths) = ([0, 7, tokens as u32], [5, tokens as u32 - 10]);
-    let buffers = [&tops[..], &vec![K; tokens], &offsets, &lengths].map(|all| gpu.upload(all));
+    let buffers = [&tops[..], &vec![most; tokens], &offsets, &lengths].map(|all| gpu.upload(all));
     let [own, equal, offsets_of, lengths_of] = &buffers;
     let batch = Batch::new(&hidden, tokens as u32);
     let batch = if padded {
@@ -104,7 +109,7 @@ fn a_layer_of_few_experts() {
     let layer = host.layer(&ctx, &gpu.queue).unwrap();
     let tokens = 33;
     let x = random(3, tokens * D as usize);
-    let tops: Vec<u32> = numbers(tokens).into_iter().map(|k| k.min(K)).collect();
+    let tops: Vec<u32> = numbers(tokens, K).into_iter().map(|k| k.min(K)).collect();
     let (hidden, own) = (gpu.upload(&x), gpu.upload(&tops));
     let out = Output::f32s(&gpu, x.len());
     let batch = Batch::new(&hidden, tokens as u32).with_experts_per_token(&own);
@@ -136,7 +141,7 @@ fn what_cannot_be() {
     for routing in rules() {
         assert_eq!(message(routing, &short), want, "{routing:?}");
     }
-    let want = "`experts_per_token`: only under token choice do tokens choose";
+    let want = "`experts_per_token`: only token choice reads it";
     for routing in [ExpertChoice::new(2).into(), SequenceTop::new(2).into()] {
         assert_eq!(message(routing, &fits), want, "{routing:?}");
     }

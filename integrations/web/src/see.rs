@@ -204,7 +204,7 @@ impl Block {
                     Some(HostSequences { offsets: &offsets, lengths: None, capacity });
             }
             Rule::MaskedUnion => {
-                batch.blocks = Some(HostBlocks { offsets: &offsets, voters: Some(&voters) });
+                batch.blocks = Some(HostBlocks { voters: Some(&voters), ..HostBlocks::new(&offsets) });
             }
             _ => {}
         }

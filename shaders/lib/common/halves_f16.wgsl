@@ -9,7 +9,7 @@ fn half_of_f32(v: f32) -> u32 {
   let magnitude = bits & 0x7fffffffu;
   let normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13u) & 1u)) >> 13u;
   // Below 2^-14 in units of 2^-24.
-  let shift = min(126u - (magnitude >> 23u), 25u);
+  let shift = clamp(126u - (magnitude >> 23u), 1u, 25u);
   let mantissa = (magnitude & 0x7fffffu) | 0x800000u;
   let odd = (mantissa >> shift) & 1u;
   let subnormal = (mantissa + (1u << (shift - 1u)) - 1u + odd) >> shift;

@@ -8,7 +8,7 @@ use crate::WeightType;
 pub(super) struct Type {
     /// Number in files.
     id: u32,
-    /// ggml's name, which is also what [`WeightType::of_name`] knows.
+    /// ggml's name, which is also that of the [`WeightType`].
     pub(super) name: &'static str,
     /// Values of a block: a row is a whole number of them.
     pub(super) block: u64,
