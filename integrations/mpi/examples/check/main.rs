@@ -1,0 +1,31 @@
+//! What the tests run under `mpirun`: layers on several ranks beside the same layer on one device, and
+//! what becomes of ranks that fail. `tests/ranks.rs` reads what it prints.
+//!
+//! ```sh
+//! scripts/mpirun -n 4 cargo run --release --example check -- bits
+//! ```
+mod cases;
+mod faults;
+mod naive;
+mod run;
+
+use wgmoe_mpi::World;
+use wgmoe_mpi::mpi;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let universe = mpi::initialize().expect("MPI, once");
+    let comm = universe.world();
+    let result = match arguments[..] {
+        ["bits"] => World::new(&comm).and_then(|world| run::all(&world, false)),
+        ["bits", "naive"] => World::new(&comm).and_then(|world| run::all(&world, true)),
+        ["fault", fault, rank] => faults::run(&comm, fault, rank.parse().expect("a rank")),
+        _ => panic!("`bits`, `bits naive` or `fault NAME RANK`"),
+    };
+    if let Err(e) = result {
+        eprintln!("error: {e}");
+        // Ranks may be gone, whom `MPI_Finalize` would wait for.
+        std::process::exit(3);
+    }
+}
