@@ -9,6 +9,7 @@ use crate::split::Schedule;
 use crate::step::{Clock, Doing, Step};
 use crate::world::{State, tag};
 use crate::{Error, Result};
+use std::collections::VecDeque;
 use std::ops::Range;
 use wgmoe::layer::{Batch as LayerBatch, Sequences as LayerSequences, Tensor};
 use wgmoe::ops::combine;
@@ -150,14 +151,14 @@ impl<'a> BoundParallel<'a> {
     fn exchange(&self, schedule: &Schedule, step: &mut Step, clock: &mut Clock) -> Result<()> {
         let layer = self.layer;
         let rounds = schedule.rounds();
-        let mut under_way: Vec<Round> = vec![];
+        let mut under_way: VecDeque<Round> = VecDeque::new();
         let mut next = 0;
         layer.world.wait("rows of experts", || {
             let mut progress = layer.exchange.borrow_mut().poll()?;
             layer.device.poll()?;
             while next < rounds && under_way.len() < layer.options.rounds as usize {
                 let out = self.start(schedule, next, step)?;
-                under_way.push(Round { number: next, out, computed: None, back: None });
+                under_way.push_back(Round { number: next, out, computed: None, back: None });
                 next += 1;
                 progress = true;
             }
@@ -166,9 +167,10 @@ impl<'a> BoundParallel<'a> {
             }
             let exchange = layer.exchange.borrow();
             let before = under_way.len();
-            under_way.retain(|round| {
-                !round.back.is_some_and(|back| exchange.done(back))
-            });
+            // In order: a round's buffers serve again so many rounds later.
+            while under_way.front().is_some_and(|r| r.back.is_some_and(|b| exchange.done(b))) {
+                under_way.pop_front();
+            }
             progress |= under_way.len() < before;
             clock.now(doing(&under_way, |ticket| exchange.done(ticket)));
             if under_way.is_empty() && next == rounds {
@@ -276,7 +278,7 @@ impl<'a> BoundParallel<'a> {
 }
 
 /// What this rank is waiting for, of rounds under way.
-fn doing(under_way: &[Round], done: impl Fn(u64) -> bool) -> Doing {
+fn doing(under_way: &VecDeque<Round>, done: impl Fn(u64) -> bool) -> Doing {
     if under_way.iter().any(|r| r.computed.as_ref().is_some_and(|c| !c.is_done())) {
         Doing::Compute
     } else if under_way.iter().any(|r| !done(r.out)) {

@@ -59,7 +59,7 @@ struct Inner {
 }
 
 /// The time limit that [`World::new`] takes.
-pub const LIMIT: Duration = Duration::from_secs(8);
+pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// What a wait has come to.
 pub(crate) enum State {
@@ -72,7 +72,7 @@ pub(crate) enum State {
 }
 
 impl World {
-    /// The ranks of a communicator, with a time limit of 8 s ([`LIMIT`]). Called by all of them.
+    /// The ranks of a communicator, with a time limit of 30 s ([`LIMIT`]). Called by all of them.
     ///
     /// # Errors
     ///

@@ -182,9 +182,10 @@ fn compare(got: &[f32], want: &[f32], case: &Case) -> std::result::Result<(), St
     let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     if let Some(i) = difference(&bits(got), &bits(want)) {
         let d = case.layer.config.hidden as usize;
-        let off = got.chunks(d).zip(want.chunks(d)).filter(|(a, b)| bits(a) != bits(b)).count();
+        let rows = got.chunks(d).zip(want.chunks(d)).enumerate();
+        let off: Vec<usize> = rows.filter(|(_, (a, b))| bits(a) != bits(b)).map(|r| r.0).collect();
         let (got, want) = (got.get(i), want.get(i));
-        return Err(format!("token {}: got {got:?}, want {want:?}; {off} tokens differ", i / d));
+        return Err(format!("token {}: got {got:?}, want {want:?}; {off:?} differ", i / d));
     }
     // Logits of random numbers lie far apart: the twin's choices are the device's.
     let twin = twin(case);
@@ -192,10 +193,11 @@ fn compare(got: &[f32], want: &[f32], case: &Case) -> std::result::Result<(), St
 }
 
 /// Every case in every kind of kernels. Rank 0 prints a line of each, and their number.
-pub fn all(world: &World, naive: bool) -> Result<()> {
+pub fn all(world: &World, naive: bool, filter: &[&str]) -> Result<()> {
     let gpu = Gpu::new()?;
     let mut failed = vec![];
-    let cases = cases::all(world.ranks());
+    let mut cases = cases::all(world.ranks());
+    cases.retain(|case| filter.iter().all(|part| case.name.contains(part)));
     let mut done = 0;
     let best = Variant::best(&gpu.device);
     for variant in [best, Variant::PORTABLE] {
