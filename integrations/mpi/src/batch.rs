@@ -13,12 +13,14 @@ pub struct Options {
     pub rounds: u32,
     /// Whether ranks may hold no expert, or bring no token.
     pub idle_ranks: bool,
+    /// The engine's own version, or what else must be the same on every rank; may be empty.
+    pub engine: &'static str,
 }
 
 impl Default for Options {
     /// Chunks of 512 rows, three rounds, no idle ranks.
     fn default() -> Self {
-        Self { chunk_rows: 512, rounds: 3, idle_ranks: false }
+        Self { chunk_rows: 512, rounds: 3, idle_ranks: false, engine: "" }
     }
 }
 
@@ -33,6 +35,12 @@ impl Options {
     #[must_use]
     pub const fn with_rounds(self, rounds: u32) -> Self {
         Self { rounds: if rounds == 0 { 1 } else { rounds }, ..self }
+    }
+
+    /// The engine's own version, or what else must be the same on every rank.
+    #[must_use]
+    pub const fn with_engine(self, engine: &'static str) -> Self {
+        Self { engine, ..self }
     }
 
     /// Allows ranks without experts, as where ranks are more than experts, and ranks without tokens.

@@ -97,8 +97,13 @@ impl ExpertParallel {
             // Ranks without experts have no type of their own; a rank that lacks them says so below.
             let types = weights.experts.as_ref().map(|w| w.shape().types);
             world.agree(&[
-                ("version", format!("{} protocol {PROTOCOL}", env!("CARGO_PKG_VERSION"))),
-                ("config", format!("{config:?}")),
+                ("version", version(&options)),
+                ("hidden", config.hidden.to_string()),
+                ("intermediate", config.intermediate.to_string()),
+                ("experts", config.experts.to_string()),
+                ("shared_experts", config.shared_experts.to_string()),
+                ("activation", format!("{:?}", config.activation)),
+                ("routing", format!("{:?}", config.routing)),
                 ("split", format!("{split:?}")),
                 ("options", format!("{options:?}")),
                 ("variant", format!("{:?}, items of {tile_rows} rows", ctx.variant())),
@@ -179,6 +184,15 @@ impl ExpertParallel {
     /// The ranks.
     pub fn world(&self) -> &World {
         &self.world
+    }
+}
+
+/// What ranks that work together are made of.
+fn version(options: &Options) -> String {
+    let own = env!("CARGO_PKG_VERSION");
+    match options.engine {
+        "" => format!("{own}, protocol {PROTOCOL}"),
+        engine => format!("{own}, protocol {PROTOCOL}, {engine}"),
     }
 }
 

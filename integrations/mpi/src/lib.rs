@@ -1,6 +1,7 @@
 //! Expert parallelism for [wgmoe](wgmoe) on MPI: layers whose experts lie on several ranks.
 mod batch;
 mod bound;
+pub mod cluster;
 mod error;
 mod exchange;
 mod layer;

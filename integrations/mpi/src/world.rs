@@ -58,6 +58,43 @@ struct Inner {
     small: RefCell<Vec<Transfer>>,
 }
 
+impl Inner {
+    /// The other ranks, beginning with the next one, so that not all begin with the same.
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, ranks) = (self.wire.rank, self.wire.ranks);
+        (1..ranks).map(move |i| (rank + i) % ranks)
+    }
+
+    fn fail(&self, reason: &str) {
+        let mut text = format!("{reason}\0").into_bytes();
+        text.truncate(4096);
+        let start = Instant::now();
+        let mut sent: Vec<_> = self
+            .others()
+            .filter_map(|to| {
+                self.wire.send(Memory::Bytes(text.clone()), to, tag::FAULT).ok()
+            })
+            .collect();
+        // Small messages are on their way at once; a rank that is gone takes none.
+        while start.elapsed() < Duration::from_millis(500) {
+            sent.retain_mut(|t| matches!(t.test(), Ok(false)));
+            if sent.is_empty() {
+                break;
+            }
+            pause();
+        }
+    }
+}
+
+/// Where a rank panics, the others are told before `MPI_Finalize`, which would wait for them.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.fail("it panicked");
+        }
+    }
+}
+
 /// The time limit that [`World::new`] takes.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
@@ -125,10 +162,8 @@ impl World {
         self.inner.limit
     }
 
-    /// The other ranks, beginning with the next one, so that not all begin with the same.
     pub(crate) fn others(&self) -> impl Iterator<Item = usize> + use<> {
-        let (rank, ranks) = (self.rank(), self.ranks());
-        (1..ranks).map(move |i| (rank + i) % ranks)
+        self.inner.others()
     }
 
     pub(crate) fn wire(&self) -> &Wire {
@@ -136,25 +171,9 @@ impl World {
     }
 
     /// Tells every other rank that this one failed, so that their calls end with an error that names
-    /// it. The calls of this crate do so themselves; for failures between them.
+    /// it. The calls of this crate do so themselves, and so does a panic; for failures between calls.
     pub fn fail(&self, reason: &str) {
-        let mut text = format!("{reason}\0").into_bytes();
-        text.truncate(4096);
-        let start = Instant::now();
-        let mut sent: Vec<_> = self
-            .others()
-            .filter_map(|to| {
-                self.wire().send(Memory::Bytes(text.clone()), to, tag::FAULT).ok()
-            })
-            .collect();
-        // Small messages are on their way at once; a rank that is gone takes none.
-        while start.elapsed() < Duration::from_millis(500) {
-            sent.retain_mut(|t| matches!(t.test(), Ok(false)));
-            if sent.is_empty() {
-                break;
-            }
-            pause();
-        }
+        self.inner.fail(reason);
     }
 
     /// Ends the job, every rank of it, as MPI does where errors are fatal.

@@ -60,7 +60,8 @@ fn steps(world: &World, fault: &str, bad: bool) -> Result<()> {
         std::thread::sleep(Duration::from_secs(60));
     }
     let device = (&ctx, &gpu.queue);
-    let options = (&split, Options::default());
+    let engine = if fault == "version" && bad { "engine 2" } else { "engine 1" };
+    let options = (&split, Options::default().with_engine(engine));
     let router = case.layer.router(&ctx)?;
     let layer = ExpertParallel::new(world, device, config, options, router, own)?;
     let x = vec![0.5f32; (tokens * 64 + 1) as usize];

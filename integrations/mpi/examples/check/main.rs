@@ -28,6 +28,8 @@ fn main() {
     };
     if let Err(e) = result {
         eprintln!("error: {e}");
+        // `mpirun` ends all others with the first: let them say what they got.
+        std::thread::sleep(Duration::from_secs(1));
         // Ranks may be gone, whom `MPI_Finalize` would wait for.
         std::process::exit(3);
     }
