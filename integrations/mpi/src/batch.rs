@@ -15,12 +15,14 @@ pub struct Options {
     pub idle_ranks: bool,
     /// The engine's own version, or what else must be the same on every rank; may be empty.
     pub engine: &'static str,
+    /// Whether a step waits for the device after each of its parts.
+    pub timed: bool,
 }
 
 impl Default for Options {
     /// Chunks of 512 rows, three rounds, no idle ranks.
     fn default() -> Self {
-        Self { chunk_rows: 512, rounds: 3, idle_ranks: false, engine: "" }
+        Self { chunk_rows: 512, rounds: 3, idle_ranks: false, engine: "", timed: false }
     }
 }
 
@@ -41,6 +43,13 @@ impl Options {
     #[must_use]
     pub const fn with_engine(self, engine: &'static str) -> Self {
         Self { engine, ..self }
+    }
+
+    /// Waits for the device after each part of a step, so that [`Times`](crate::Times) are those of the
+    /// parts whatever the driver does while work is submitted. Nothing overlaps then.
+    #[must_use]
+    pub const fn with_timed(self) -> Self {
+        Self { timed: true, ..self }
     }
 
     /// Allows ranks without experts, as where ranks are more than experts, and ranks without tokens.
@@ -74,11 +83,7 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     /// `tokens` rows of hidden states, whose output is written into `out`.
-    pub fn new(
-        hidden: impl Into<Slice<'a>>,
-        tokens: u32,
-        out: impl Into<Slice<'a>>,
-    ) -> Self {
+    pub fn new(hidden: impl Into<Slice<'a>>, tokens: u32, out: impl Into<Slice<'a>>) -> Self {
         let (hidden, out) = (hidden.into(), out.into());
         Self { hidden, tokens, out, add: false, sequences: None, blocks: None }
     }

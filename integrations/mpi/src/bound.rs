@@ -63,10 +63,10 @@ impl<'a> BoundParallel<'a> {
             check(s, batch.tokens)?;
         }
         let real = sequences.map_or(batch.tokens, |s| s.real().iter().sum());
-        let own: Vec<u8> =
-            [batch.tokens, real].iter().flat_map(|n| n.to_le_bytes()).collect();
+        let own: Vec<u8> = [batch.tokens, real].iter().flat_map(|n| n.to_le_bytes()).collect();
         let all = world.all_gather("the tokens of a batch", tag::TOKENS, own)?;
-        let pairs: Vec<[u32; 2]> = all.iter().flat_map(|b| bytemuck::pod_collect_to_vec(b)).collect();
+        let pairs: Vec<[u32; 2]> =
+            all.iter().flat_map(|b| bytemuck::pod_collect_to_vec(b)).collect();
         let tokens = Tokens::new(&pairs.iter().map(|p| p[0]).collect::<Vec<_>>())?;
         let active = pairs.iter().map(|p| p[1]).sum();
         world.agree(&[
@@ -130,6 +130,7 @@ impl<'a> BoundParallel<'a> {
             local.gather.record(&mut encoder.begin_compute_pass(&Default::default()));
             device.queue.submit([encoder.finish()]);
         }
+        self.settle()?;
         clock.now(Doing::Route);
         let mut step = Step::new(&schedule, &layer.split, world.rank());
         self.exchange(&schedule, &mut step, &mut clock)?;
@@ -142,9 +143,19 @@ impl<'a> BoundParallel<'a> {
             local.combine.record(&mut encoder.begin_compute_pass(&Default::default()));
             device.queue.submit([encoder.finish()]);
         }
+        self.settle()?;
         clock.now(Doing::Return);
         step.times = clock.times;
         Ok(step)
+    }
+
+    /// Waits for the device, where times by part are asked for.
+    fn settle(&self) -> Result<()> {
+        if self.layer.options.timed {
+            let poll = self.layer.device.ctx.device().poll(wgpu::PollType::wait_indefinitely());
+            poll.map_err(|e| wgmoe::Error::Device(e.to_string()))?;
+        }
+        Ok(())
     }
 
     /// Rows to the experts and back, in rounds.
@@ -163,7 +174,7 @@ impl<'a> BoundParallel<'a> {
                 progress = true;
             }
             for round in &mut under_way {
-                progress |= self.advance(schedule, round, step)?;
+                progress |= self.advance(schedule, round, step, clock)?;
             }
             let exchange = layer.exchange.borrow();
             let before = under_way.len();
@@ -185,8 +196,11 @@ impl<'a> BoundParallel<'a> {
         let layer = self.layer;
         let parts = self.parts(schedule, round);
         let tag = tag::ROWS + 2 * (round % tag::ROUNDS) as i32;
-        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| {
-            Part { buffer, bytes: bytes.clone(), rank: *rank, tag }
+        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| Part {
+            buffer,
+            bytes: bytes.clone(),
+            rank: *rank,
+            tag,
         };
         let (mut out, mut into) = (vec![], vec![]);
         let rank = layer.world.rank();
@@ -229,7 +243,8 @@ impl<'a> BoundParallel<'a> {
         let layer = self.layer;
         let width = 4 * u64::from(layer.config.hidden);
         let own = layer.world.rank();
-        let bytes = |slots: Range<u32>| u64::from(slots.start) * width..u64::from(slots.end) * width;
+        let bytes =
+            |slots: Range<u32>| u64::from(slots.start) * width..u64::from(slots.end) * width;
         let mut slots = vec![];
         let mut rows = vec![];
         let mut first = 0;
@@ -248,7 +263,13 @@ impl<'a> BoundParallel<'a> {
     }
 
     /// Takes a round a step further: whether there was one to take.
-    fn advance(&self, schedule: &Schedule, round: &mut Round, step: &mut Step) -> Result<bool> {
+    fn advance(
+        &self,
+        schedule: &Schedule,
+        round: &mut Round,
+        step: &mut Step,
+        clock: &mut Clock,
+    ) -> Result<bool> {
         let layer = self.layer;
         if round.back.is_some() || !layer.exchange.borrow().done(round.out) {
             return Ok(false);
@@ -256,13 +277,20 @@ impl<'a> BoundParallel<'a> {
         let parts = self.parts(schedule, round.number);
         let at = [layer.world.rank(), round.number];
         let tag = tag::ROWS + 2 * (round.number % tag::ROUNDS) as i32 + 1;
-        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| {
-            Part { buffer, bytes: bytes.clone(), rank: *rank, tag }
+        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| Part {
+            buffer,
+            bytes: bytes.clone(),
+            rank: *rank,
+            tag,
         };
         let (mut out, mut into) = (vec![], vec![]);
         if let Some(owner) = layer.owner.as_ref().filter(|_| !parts.rows.is_empty()) {
             let (queue, device) = (&layer.device.queue, layer.device.ctx.device());
+            self.settle()?;
+            clock.now(Doing::Send);
             round.computed = Some(owner.run(queue, device, schedule, &layer.split, at)?);
+            self.settle()?;
+            clock.now(Doing::Compute);
             let others = parts.rows.iter().filter(|(r, _)| *r != at[0]);
             out.extend(others.map(|s| part(owner.results(round.number), s)));
         }
@@ -304,8 +332,7 @@ impl Local {
         let args = PlanArgs { x: batch.hidden, plan, out: all, hidden };
         let gather = layer.gather.bind_plan(&shape, args)?;
         let add = batch.add;
-        let args =
-            combine::Args { y: all, plan, out: batch.out, columns: 0..hidden, hidden, add };
+        let args = combine::Args { y: all, plan, out: batch.out, columns: 0..hidden, hidden, add };
         let combine = layer.combine.bind(&shape, args)?;
         let shared = match &layer.weights.shared {
             Some(weights) if config.shared_experts > 0 => {

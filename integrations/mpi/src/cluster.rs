@@ -162,11 +162,8 @@ mod tests {
     #[test]
     fn a_step_by_hand() {
         // Two devices, 10 and 30 slots of rows of 8 bytes; half of each device's rows travel.
-        let cluster = Cluster::h200()
-            .with_bandwidth(16.0)
-            .with_latency(1.0)
-            .with_rate(360.0)
-            .with_other(0.5);
+        let cluster =
+            Cluster::h200().with_bandwidth(16.0).with_latency(1.0).with_rate(360.0).with_other(0.5);
         let step = cluster.step(&Work::new(2, 3), &Split::even(2, 2), &[10.0, 30.0]);
         // 2 * (1 + 30 * 8 / 2 / 16); 30 * 6 * 2 * 3 / 360.
         assert!(near(step.transfer, 17.0) && near(step.compute, 3.0), "{step:?}");

@@ -10,11 +10,7 @@ use wgmoe::plan::HostPlan;
 use wgmoe::{BoundOp, Context, ExpertWeights, PlanShape, Slice, wgpu};
 
 /// Buffers of rows between kernels and copies.
-pub(crate) fn buffer(
-    ctx: &Context,
-    label: &'static str,
-    bytes: u64,
-) -> Result<wgpu::Buffer> {
+pub(crate) fn buffer(ctx: &Context, label: &'static str, bytes: u64) -> Result<wgpu::Buffer> {
     let have = ctx.limits().max_storage_buffer_binding_size.min(ctx.limits().max_buffer_size);
     if bytes > have {
         let limit = "max_storage_buffer_binding_size";

@@ -217,9 +217,7 @@ impl Whole {
                 let k = rule.experts_per_token;
                 (false, schedule::capacity(tokens.all(), k, experts))
             }
-            Routing::TokenChoice(rule) => {
-                (true, rule.capacity(active, experts).unwrap_or(active))
-            }
+            Routing::TokenChoice(rule) => (true, rule.capacity(active, experts).unwrap_or(active)),
             _ => return Err(Error::invalid("routing", "no expert chooses under this rule")),
         };
         let own = split.experts_of(rank).len() as u32;

@@ -64,8 +64,8 @@ impl Shared {
                 reason: format!("{slots} slots of shared experts do not fit 32 bits"),
             };
             let slots = u32::try_from(slots).map_err(many)?;
-            let shape = PlanShape::new(ctx, tokens, all, slots)
-                .with_item_rows(own.tile_rows, skinny_rows);
+            let shape =
+                PlanShape::new(ctx, tokens, all, slots).with_item_rows(own.tile_rows, skinny_rows);
             let token_of: Vec<u32> = of.clone().collect();
             let plan = HostPlan::of_rows(&shape, &vec![token_of; all as usize])?;
             let plan = Tensor::new(ctx, "plan", &plan.to_words(&shape)?)?;

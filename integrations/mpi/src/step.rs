@@ -26,7 +26,9 @@ pub struct Step {
 }
 
 /// The time of a step by part. Transfers run while the device computes: a moment in which it does
-/// counts as `compute`, so the others are what transfers cost beside it.
+/// counts as `compute`, so the others are what transfers cost beside it. Where a driver does the work
+/// of one submission within the next, as software drivers do, it counts as whatever that is;
+/// [`Options::with_timed`](crate::Options::with_timed) tells the parts apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Times {

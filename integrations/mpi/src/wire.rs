@@ -70,10 +70,8 @@ impl Transfer {
         if !self.done {
             let mut flag = 0;
             // SAFETY: the request is ours and active; the status is one that MPI may leave out.
-            check(unsafe {
-                ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE)
-            })
-            .map_err(|e| Error::Mpi(format!("{e}, with rank {}", self.rank)))?;
+            check(unsafe { ffi::MPI_Test(&mut self.request, &mut flag, ffi::RSMPI_STATUS_IGNORE) })
+                .map_err(|e| Error::Mpi(format!("{e}, with rank {}", self.rank)))?;
             self.done = flag != 0;
         }
         Ok(self.done)

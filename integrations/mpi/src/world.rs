@@ -71,9 +71,7 @@ impl Inner {
         let start = Instant::now();
         let mut sent: Vec<_> = self
             .others()
-            .filter_map(|to| {
-                self.wire.send(Memory::Bytes(text.clone()), to, tag::FAULT).ok()
-            })
+            .filter_map(|to| self.wire.send(Memory::Bytes(text.clone()), to, tag::FAULT).ok())
             .collect();
         // Small messages are on their way at once; a rank that is gone takes none.
         while start.elapsed() < Duration::from_millis(500) {
@@ -197,11 +195,7 @@ impl World {
     }
 
     /// Waits until `poll` is done, within the time limit since something last happened.
-    pub(crate) fn wait(
-        &self,
-        what: &str,
-        mut poll: impl FnMut() -> Result<State>,
-    ) -> Result<()> {
+    pub(crate) fn wait(&self, what: &str, mut poll: impl FnMut() -> Result<State>) -> Result<()> {
         let limit = self.limit();
         let mut since = Instant::now();
         let mut asked = None;
@@ -362,7 +356,9 @@ impl World {
             let values: Vec<String> = (0..self.ranks()).map(|r| value(r, name)).collect();
             let times = |v: &String| values.iter().filter(|other| *other == v).count();
             // Of equally many the first: rank 0's.
-            let Some(most) = values.iter().rev().max_by_key(|v| times(v)).cloned() else { continue };
+            let Some(most) = values.iter().rev().max_by_key(|v| times(v)).cloned() else {
+                continue;
+            };
             let ranks: Vec<usize> = (0..self.ranks()).filter(|r| values[*r] != most).collect();
             if let Some(&first) = ranks.first() {
                 let (field, theirs) = (name.to_string(), values[first].clone());

@@ -2,7 +2,9 @@
 use testkit::cases::random;
 use testkit::layer::HostLayer;
 use wgmoe_mpi::wgmoe::layer::LayerConfig;
-use wgmoe_mpi::wgmoe::routing::{BlockRule, ExpertChoice, Normalise, Score, SequenceTop, TokenChoice};
+use wgmoe_mpi::wgmoe::routing::{
+    BlockRule, ExpertChoice, Normalise, Score, SequenceTop, TokenChoice,
+};
 use wgmoe_mpi::wgmoe::{Activation, Routing, WeightType};
 
 /// A layer, its batch, and how it is split.
@@ -91,7 +93,12 @@ fn rules() -> Vec<(&'static str, Routing, [Option<u32>; 2], bool)> {
         ("expert choice, batch, by scores", before.into(), none, false),
         ("expert choice, sequences", ExpertChoice::new(2).into(), [Some(17), None], false),
         ("expert choice, dynamic", ExpertChoice::new(2).with_max(5).into(), [Some(29), None], true),
-        ("dMoE", sigmoid.with_coreset(BlockRule::mass(0.6).with_floor(2)).into(), [None, Some(8)], false),
+        (
+            "dMoE",
+            sigmoid.with_coreset(BlockRule::mass(0.6).with_floor(2)).into(),
+            [None, Some(8)],
+            false,
+        ),
         ("sequence top", SequenceTop::new(2).into(), [Some(40), None], false),
     ]
 }
@@ -101,7 +108,8 @@ fn rules() -> Vec<(&'static str, Routing, [Option<u32>; 2], bool)> {
 pub fn all(ranks: usize) -> Vec<Case> {
     let mut cases = vec![];
     for (i, (name, routing, [sequences, blocks], ragged)) in rules().into_iter().enumerate() {
-        for (j, (tokens, experts)) in [(197, 5), (132, 9), (7, 5), (30, 9)].into_iter().enumerate() {
+        for (j, (tokens, experts)) in [(197, 5), (132, 9), (7, 5), (30, 9)].into_iter().enumerate()
+        {
             let how = i + j;
             let mut config = LayerConfig::new(64, 40, experts, routing);
             config.shared_experts = [0, 1, 2][how % 3];

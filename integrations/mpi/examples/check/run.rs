@@ -94,7 +94,15 @@ fn parallel(world: &World, gpu: &Gpu, ctx: &Context, case: &Case, naive: bool) -
     let device = (ctx, &gpu.queue);
     let layer = if naive {
         let exchange = Rc::new(RefCell::new(Naive::new(gpu)));
-        ExpertParallel::with_exchange(world, device, config, (&split, options), router, own, exchange)?
+        ExpertParallel::with_exchange(
+            world,
+            device,
+            config,
+            (&split, options),
+            router,
+            own,
+            exchange,
+        )?
     } else {
         ExpertParallel::new(world, device, config, (&split, options), router, own)?
     };
@@ -211,7 +219,10 @@ pub fn all(world: &World, naive: bool, filter: &[&str]) -> Result<()> {
                 match outcome {
                     Ok(()) => println!("ok: {name}"),
                     Err(e) => {
-                        println!("FAILED: {name}: {e}, tokens {:?}, experts {:?}", case.tokens, case.experts);
+                        println!(
+                            "FAILED: {name}: {e}, tokens {:?}, experts {:?}",
+                            case.tokens, case.experts
+                        );
                         failed.push(name);
                     }
                 }
@@ -220,7 +231,11 @@ pub fn all(world: &World, naive: bool, filter: &[&str]) -> Result<()> {
         }
     }
     if world.rank() == 0 {
-        println!("{} of {done} cases equal to one device on {} ranks", done - failed.len(), world.ranks());
+        println!(
+            "{} of {done} cases equal to one device on {} ranks",
+            done - failed.len(),
+            world.ranks()
+        );
     }
     if failed.is_empty() { Ok(()) } else { Err(Error::Mpi(format!("{} cases", failed.len()))) }
 }

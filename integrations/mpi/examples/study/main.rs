@@ -103,7 +103,8 @@ pub(crate) struct Row {
     pub(crate) equal: bool,
 }
 
-/// What one rank did; times are the least of the steps.
+/// What one rank did; times are the least of the steps: of the parts where each is waited for, of a
+/// step where none is.
 #[derive(Serialize, Deserialize, Clone)]
 pub(crate) struct Rank {
     pub(crate) slots: u32,
@@ -115,6 +116,7 @@ pub(crate) struct Rank {
     pub(crate) send_ms: f64,
     pub(crate) compute_ms: f64,
     pub(crate) return_ms: f64,
+    pub(crate) step_ms: f64,
 }
 
 /// A run.

@@ -12,7 +12,8 @@ use wgmoe_mpi::wgmoe::routing::schedule::{self, Schedule, ScheduleKind};
 use wgmoe_mpi::wgmoe::routing::{BlockRule, ExpertChoice, GateRule, TokenChoice};
 use wgmoe_mpi::wgmoe::weights::Projection;
 use wgmoe_mpi::wgmoe::{Context, ExpertWeights, Gpu, Routing, WeightType};
-use wgmoe_mpi::{Batch, ExpertParallel, RankWeights, Sequences, Split, Step, World};
+use wgmoe_mpi::{Batch, ExpertParallel, Options as Settings, RankWeights, Sequences, Split, Step};
+use wgmoe_mpi::{Times, World};
 
 /// Tokens of a sequence, and of a block.
 const SEQUENCE: u32 = 128;
@@ -33,9 +34,8 @@ fn rules(options: &Measure) -> Vec<Rule> {
     let (k, experts) = (options.top, options.experts);
     let tokens = TokenChoice::new(k).with_gate(GateRule::Softmax);
     let choice = ExpertChoice::new(k);
-    let rule = |name, routing, equal| {
-        Rule { name, routing, sequences: false, schedule: None, equal }
-    };
+    let rule =
+        |name, routing, equal| Rule { name, routing, sequences: false, schedule: None, equal };
     let blocks = BlockRule::mass(0.6).with_floor((experts / 16).max(1));
     vec![
         rule("token choice, dropless", tokens.into(), false),
@@ -119,8 +119,7 @@ pub fn run(options: &Measure) -> Result<(), Box<dyn std::error::Error>> {
         let slowest_over_mean = split.slowest_over_mean(&tokens_per_expert);
         let (name, equal) = (rule.name.to_string(), rule.equal);
         eprintln!("{} ranks: {name}: {slots} slots, {slowest_over_mean:.3}", world.ranks());
-        let row =
-            Row { rule: name, ranks, tokens_per_expert, dropped, slowest_over_mean, equal };
+        let row = Row { rule: name, ranks, tokens_per_expert, dropped, slowest_over_mean, equal };
         rows.push(row);
     }
     if world.rank() == 0 {
@@ -146,8 +145,12 @@ fn measure(
     let weights = RankWeights { experts: Some(own), shared: None };
     let router = Router::new(Tensor::new(ctx, "router", &host.router)?);
     let device = (ctx, &gpu.queue);
-    let settings = (&split, Default::default());
-    let layer = ExpertParallel::new(world, device, config, settings, router, weights)?;
+    // Once with the parts apart, once as it runs.
+    let make = |settings| {
+        let (router, weights) = (router.clone(), weights.clone());
+        ExpertParallel::new(world, device, config, (&split, settings), router, weights)
+    };
+    let layers = [make(Settings::default().with_timed())?, make(Settings::default())?];
     // Whole sequences for each rank.
     let sequences = Split::even(tokens.div_ceil(SEQUENCE), world.ranks());
     let mine = sequences.experts_of(world.rank());
@@ -168,28 +171,34 @@ fn measure(
         sequences.capacity = capacity.as_deref();
         batch = batch.with_sequences(sequences);
     }
-    let mut bound = layer.bind(&batch)?;
-    let mut steps: Vec<Step> = vec![];
-    for _ in 0..=options.steps {
-        gpu.wait()?;
-        steps.push(bound.run()?);
+    let mut steps = [vec![], vec![]];
+    for (layer, steps) in layers.iter().zip(&mut steps) {
+        let mut bound = layer.bind(&batch)?;
+        for _ in 0..=options.steps {
+            let start = std::time::Instant::now();
+            let step: Step = bound.run()?;
+            gpu.wait()?;
+            steps.push((step, start.elapsed()));
+        }
     }
-    gpu.wait()?;
-    let least = |time: &dyn Fn(&Step) -> std::time::Duration| {
-        let ms = steps[1..].iter().map(|s| time(s).as_secs_f64() * 1e3);
-        ms.fold(f64::INFINITY, f64::min)
+    let least = |times: &mut dyn Iterator<Item = std::time::Duration>| {
+        times.map(|t| t.as_secs_f64() * 1e3).fold(f64::INFINITY, f64::min)
     };
-    let step = &steps[0];
+    let part = |time: fn(&Times) -> std::time::Duration| {
+        least(&mut steps[0][1..].iter().map(|(step, _)| time(&step.times)))
+    };
+    let (step, _) = &steps[0][0];
     let rank = Rank {
         slots: step.slots,
         sent_bytes: step.sent_bytes,
         returned_bytes: step.returned_bytes,
         messages: step.messages,
         rounds: step.rounds,
-        route_ms: least(&|s| s.times.route),
-        send_ms: least(&|s| s.times.send),
-        compute_ms: least(&|s| s.times.compute),
-        return_ms: least(&|s| s.times.back),
+        route_ms: part(|t| t.route),
+        send_ms: part(|t| t.send),
+        compute_ms: part(|t| t.compute),
+        return_ms: part(|t| t.back),
+        step_ms: least(&mut steps[1][1..].iter().map(|(_, time)| *time)),
     };
     Ok((rank, step.tokens_per_expert.clone()))
 }

@@ -25,6 +25,9 @@ pub struct Modelled {
     pub tflops: f64,
     /// The rate over that of dropless token choice.
     pub ratio: f64,
+    /// The same where every expert's rows are padded to the capacity, and dropped pairs count as done:
+    /// as a batched matmul has it.
+    pub padded: Option<f64>,
     /// The same as published.
     pub published: Option<f64>,
 }
@@ -44,15 +47,20 @@ pub fn run(options: &Report) -> Result<(), Box<dyn std::error::Error>> {
     let last = runs.last().ok_or("no files")?;
     table(&runs);
     let cluster = modelled(options, last)?;
-    println!("\n{} devices of {} TFLOP/s and {} GB/s each way, {} us a message, {} tokens each, D 512, F 384, bf16;",
-        options.devices, options.tflops, options.bandwidth_gb, options.latency_us, options.tokens);
+    println!(
+        "\n{} devices of {} TFLOP/s and {} GB/s each way, {} us a message, {} tokens each, D 512, F 384, bf16;",
+        options.devices, options.tflops, options.bandwidth_gb, options.latency_us, options.tokens
+    );
     println!("counts of {} ranks, scaled\n", last.ranks);
-    println!("| rule | slowest / mean | transfer ms | compute ms | TFLOP/s a device | over dropless | published |");
-    println!("|---|---|---|---|---|---|---|");
+    println!(
+        "| rule | slowest / mean | transfer ms | compute ms | TFLOP/s a device | over dropless | padded | published |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
     for m in &cluster {
-        let published = m.published.map_or("-".into(), |p| format!("{p:.2}"));
+        let [padded, published] =
+            [m.padded, m.published].map(|p| p.map_or("-".into(), |p| format!("{p:.2}")));
         println!(
-            "| {} | {:.2} | {:.2} | {:.2} | {:.0} | {:.2} | {published} |",
+            "| {} | {:.2} | {:.2} | {:.2} | {:.0} | {:.2} | {padded} | {published} |",
             m.rule, m.slowest_over_mean, m.transfer_ms, m.compute_ms, m.tflops, m.ratio
         );
     }
@@ -82,14 +90,16 @@ fn over(row: &Row, of: impl Fn(&Rank) -> f64) -> (f64, f64) {
 }
 
 fn table(runs: &[Run]) {
-    println!("| ranks | rule | slots a rank, most | slowest / mean | dropped | MB sent | MB returned | route | send | compute | return ms |");
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!(
+        "| ranks | rule | slots a rank, most | slowest / mean | dropped | MB sent | MB returned | route | send | compute | return ms | step ms |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     for run in runs {
         for row in &run.rules {
             let mb = |of: &dyn Fn(&Rank) -> u64| row.ranks.iter().map(of).sum::<u64>() as f64 / 1e6;
             let ms = |of: &dyn Fn(&Rank) -> f64| over(row, of).0;
             println!(
-                "| {} | {} | {} | {:.3} | {} | {:.2} | {:.2} | {:.1} | {:.1} | {:.1} | {:.1} |",
+                "| {} | {} | {} | {:.3} | {} | {:.2} | {:.2} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} |",
                 run.ranks,
                 row.rule,
                 over(row, |r| r.slots.into()).1,
@@ -101,6 +111,7 @@ fn table(runs: &[Run]) {
                 ms(&|r| r.send_ms),
                 ms(&|r| r.compute_ms),
                 ms(&|r| r.return_ms),
+                over(row, |r| r.step_ms).1,
             );
         }
     }
@@ -121,10 +132,16 @@ fn modelled(options: &Report, run: &Run) -> Result<Vec<Modelled>, Box<dyn std::e
     let scale = tokens * 20.0 / f64::from(run.options.tokens * run.options.top);
     let mut all: Vec<Modelled> = vec![];
     for row in &run.rules {
-        let slots: Vec<f64> =
-            row.tokens_per_expert.iter().map(|&n| f64::from(n) * scale).collect();
+        let slots: Vec<f64> = row.tokens_per_expert.iter().map(|&n| f64::from(n) * scale).collect();
         let step = cluster.step(&work, &split, &slots);
         let first = all.first().map_or(step.rate, |m| m.tflops * 1e12);
+        let factor = row.rule.strip_prefix("token choice, capacity ").and_then(|f| f.parse().ok());
+        let padded = factor.map(|factor: f64| {
+            let experts = run.options.experts as usize;
+            let nominal = tokens * 20.0 / experts as f64;
+            let step = cluster.step(&work, &split, &vec![nominal * factor; experts]);
+            step.rate / factor / first
+        });
         let published = PUBLISHED.iter().find(|(rule, _)| *rule == row.rule);
         all.push(Modelled {
             rule: row.rule.clone(),
@@ -134,6 +151,7 @@ fn modelled(options: &Report, run: &Run) -> Result<Vec<Modelled>, Box<dyn std::e
             step_ms: step.seconds() * 1e3,
             tflops: step.rate / 1e12,
             ratio: step.rate / first,
+            padded,
             published: published.map(|(_, p)| p / PUBLISHED[0].1),
         });
     }
