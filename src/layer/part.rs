@@ -78,7 +78,8 @@ impl MoeRouting {
                 Batch::unused("sequences", batch.sequences.is_some(), apart)?;
                 let most = schedule::capacity(batch.whole(), rule.max_experts_per_token, experts);
                 let slots = u64::from(experts) * u64::from(most.min(tokens));
-                let many = |_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits"));
+                let many =
+                    |_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits"));
                 u32::try_from(slots).map_err(many)?
             }
             Choice::Tokens { drop: Some(_), .. } => kernels.choice.slots(batch, experts)?,
@@ -93,8 +94,8 @@ impl MoeRouting {
         }
         let scratch = Scratch::of(batch.scratch, ctx)?;
         let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
-        let shape = PlanShape::new(ctx, tokens, experts, slots)
-            .with_shared_experts(config.shared_experts);
+        let shape =
+            PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(config.shared_experts);
         let (mut before, selection) = self.bind_router(batch, &scratch)?;
         let tensors = PlanTensors::new(&scratch, shape, batch)?;
         let gates = self.gates(&selection, &tensors);

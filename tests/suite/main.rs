@@ -31,6 +31,7 @@ mod matmul;
 mod messages;
 mod noop;
 mod padding;
+mod part;
 mod plan;
 mod profile;
 mod ragged_layer;

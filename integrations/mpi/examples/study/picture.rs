@@ -74,7 +74,7 @@ fn rates(area: &Area<'_>, cluster: &[Modelled]) -> Result<(), Failure> {
     let most = all.fold(1.0, f64::max) * 1.1;
     let count = cluster.len() as f64;
     let mut chart = ChartBuilder::on(area)
-        .caption("rate over dropless token choice: model, published (line)", ("sans-serif", 15))
+        .caption("rate over dropless token choice (red: published)", ("sans-serif", 13))
         .margin(8)
         .margin_left(170)
         .x_label_area_size(36)

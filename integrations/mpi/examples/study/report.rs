@@ -64,6 +64,12 @@ pub fn run(options: &Report) -> Result<(), Box<dyn std::error::Error>> {
             m.rule, m.slowest_over_mean, m.transfer_ms, m.compute_ms, m.tflops, m.ratio
         );
     }
+    let published = PUBLISHED[4].1 / PUBLISHED[0].1;
+    println!(
+        "\nThe published {published:.2} is the model's where the slowest device of dropless token \
+         choice has {:.2} times the mean.",
+        imbalance_of(options, last, published)
+    );
     let wrong: Vec<&str> = runs
         .iter()
         .flat_map(|run| &run.rules)
@@ -74,7 +80,7 @@ pub fn run(options: &Report) -> Result<(), Box<dyn std::error::Error>> {
         std::fs::write(svg, picture::draw(&runs, &cluster)?)?;
     }
     if let Some(json) = &options.json {
-        std::fs::write(json, serde_json::to_string_pretty(&Whole { runs: &runs, cluster })?)?;
+        std::fs::write(json, serde_json::to_string(&Whole { runs: &runs, cluster })?)?;
     }
     if wrong.is_empty() {
         return Ok(());
@@ -117,19 +123,49 @@ fn table(runs: &[Run]) {
     }
 }
 
-/// The counts of a run on the cluster, as an EC-DLM layer of k experts a token.
-fn modelled(options: &Report, run: &Run) -> Result<Vec<Modelled>, Box<dyn std::error::Error>> {
-    let cluster = Cluster::h200()
+fn cluster(options: &Report) -> Cluster {
+    Cluster::h200()
         .with_bandwidth(options.bandwidth_gb * 1e9)
         .with_latency(options.latency_us * 1e-6)
         .with_rate(options.tflops * 1e12)
         .with_overlap(options.overlap)
-        .with_other(options.other_us * 1e-6);
-    let work = Work::new(512, 384).with_bytes(2);
-    let split = Split::even(run.options.experts, options.devices);
-    // 20 experts a token, as EC-DLM's.
+        .with_other(options.other_us * 1e-6)
+}
+
+/// A layer of EC-DLM, and the slots of an expert: 20 experts a token.
+fn layer(options: &Report, run: &Run) -> (Work, f64) {
     let tokens = f64::from(options.tokens) * options.devices as f64;
-    let scale = tokens * 20.0 / f64::from(run.options.tokens * run.options.top);
+    (Work::new(512, 384).with_bytes(2), tokens * 20.0 / f64::from(run.options.experts))
+}
+
+/// The load of one device over the mean, all others being equal, at which an even step is so many times
+/// as fast.
+fn imbalance_of(options: &Report, run: &Run, ratio: f64) -> f64 {
+    let (cluster, devices) = (cluster(options), options.devices);
+    let (work, each) = layer(options, run);
+    let slots = each * f64::from(run.options.experts) / devices as f64;
+    let split = Split::even(devices as u32, devices);
+    let seconds = |most: f64| {
+        let rest = (devices as f64 - most) / (devices as f64 - 1.0).max(1.0);
+        let mut all = vec![slots * rest; devices];
+        all[0] = slots * most;
+        cluster.step(&work, &split, &all).seconds()
+    };
+    let (mut low, mut high) = (1.0, devices as f64);
+    for _ in 0..60 {
+        let middle = f64::midpoint(low, high);
+        if seconds(middle) < ratio * seconds(1.0) { low = middle } else { high = middle }
+    }
+    low
+}
+
+/// The counts of a run on the cluster.
+fn modelled(options: &Report, run: &Run) -> Result<Vec<Modelled>, Box<dyn std::error::Error>> {
+    let cluster = cluster(options);
+    let (work, nominal) = layer(options, run);
+    let split = Split::even(run.options.experts, options.devices);
+    let measured = f64::from(run.options.tokens * run.options.top);
+    let scale = nominal * f64::from(run.options.experts) / measured;
     let mut all: Vec<Modelled> = vec![];
     for row in &run.rules {
         let slots: Vec<f64> = row.tokens_per_expert.iter().map(|&n| f64::from(n) * scale).collect();
@@ -138,7 +174,6 @@ fn modelled(options: &Report, run: &Run) -> Result<Vec<Modelled>, Box<dyn std::e
         let factor = row.rule.strip_prefix("token choice, capacity ").and_then(|f| f.parse().ok());
         let padded = factor.map(|factor: f64| {
             let experts = run.options.experts as usize;
-            let nominal = tokens * 20.0 / experts as f64;
             let step = cluster.step(&work, &split, &vec![nominal * factor; experts]);
             step.rate / factor / first
         });
