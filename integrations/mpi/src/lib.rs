@@ -1,4 +1,5 @@
-//! Expert parallelism for [wgmoe](wgmoe) on MPI: layers whose experts lie on several ranks.
+//! Expert parallelism for [wgmoe] on MPI: layers whose experts lie on several ranks.
+#![doc = include_str!("../README.md")]
 mod batch;
 mod bound;
 pub mod cluster;

@@ -12,7 +12,7 @@ fn program() -> PathBuf {
     profile.join("examples/check")
 }
 
-/// Ranks share cores: one test at a time.
+/// Ranks share cores: one job at a time.
 static TURN: Mutex<()> = Mutex::new(());
 
 struct Outcome {
@@ -24,9 +24,9 @@ struct Outcome {
 /// Ranks of the example; killed where they hang.
 fn ranks(n: usize, options: &[&str], arguments: &[&str]) -> Outcome {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let file = tempfile::NamedTempFile::new().expect("a file");
-    let append = std::fs::OpenOptions::new().append(true).open(file.path()).expect("the file");
-    let out = || Stdio::from(append.try_clone().expect("the file"));
+    // Apart, or lines of ranks and of `mpirun` mix.
+    let files = [0, 1].map(|_| tempfile::NamedTempFile::new().expect("a file"));
+    let [out, err] = [0, 1].map(|i| Stdio::from(files[i].reopen().expect("the file")));
     let start = Instant::now();
     let mut child = Command::new("mpirun")
         .args(["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "-n", &n.to_string()])
@@ -35,8 +35,8 @@ fn ranks(n: usize, options: &[&str], arguments: &[&str]) -> Outcome {
         .args(arguments)
         .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
         .stdin(Stdio::null())
-        .stdout(out())
-        .stderr(out())
+        .stdout(out)
+        .stderr(err)
         .spawn()
         .expect("`mpirun` of Open MPI: scripts/mpirun --install");
     let status = loop {
@@ -49,7 +49,7 @@ fn ranks(n: usize, options: &[&str], arguments: &[&str]) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    let text = std::fs::read_to_string(file.path()).expect("the output");
+    let text = files.map(|f| std::fs::read_to_string(f.path()).expect("the output")).concat();
     let seconds = start.elapsed().as_secs_f64();
     assert!(status.is_some(), "hangs:\n{text}");
     Outcome { text, ok: status.is_some_and(|s| s.success()), seconds }

@@ -16,7 +16,9 @@ use wgmoe_mpi::mpi;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let universe = mpi::initialize().expect("MPI, once");
+    let mut universe = mpi::initialize().expect("MPI, once");
+    // For the buffered sends of `naive`.
+    universe.set_buffer_size(64 << 20);
     let comm = universe.world();
     // Drivers compile kernels at their first use: ranks that share cores drift apart.
     let world = || World::with_limit(&comm, Duration::from_secs(300));
@@ -27,7 +29,10 @@ fn main() {
         _ => panic!("`bits [PART OF A NAME]`, `naive [PART OF A NAME]` or `fault NAME RANK`"),
     };
     if let Err(e) = result {
-        eprintln!("error: {e}");
+        // At once, so that lines of ranks do not mix; `faults` says it itself.
+        if arguments[0] != "fault" {
+            println!("error: {e}");
+        }
         // `mpirun` ends all others with the first: let them say what they got.
         std::thread::sleep(Duration::from_secs(1));
         // Ranks may be gone, whom `MPI_Finalize` would wait for.
