@@ -109,7 +109,7 @@ impl Tokens {
 /// The routing of one rank's tokens.
 pub(crate) enum Route {
     /// Each token, block or sequence for itself.
-    Apart { bound: BoundLayer, counts: Counts },
+    Apart { bound: Box<BoundLayer>, counts: Counts },
     /// Experts over the whole batch.
     Whole(Box<Whole>),
 }
@@ -135,7 +135,7 @@ impl Route {
             Some(counts) => Counts::Known(counts),
             None => Counts::Read(Readback::new(device, experts + 1)),
         };
-        Ok(Self::Apart { bound: routing.bind(batch)?, counts })
+        Ok(Self::Apart { bound: Box::new(routing.bind(batch)?), counts })
     }
 
     /// What the combination reads: shape and plan.

@@ -18,6 +18,7 @@ static TURN: Mutex<()> = Mutex::new(());
 struct Outcome {
     text: String,
     ok: bool,
+    /// From a rank's "fails now" to the end of the job.
     seconds: f64,
 }
 
@@ -39,7 +40,12 @@ fn ranks(n: usize, options: &[&str], arguments: &[&str]) -> Outcome {
         .stderr(err)
         .spawn()
         .expect("`mpirun` of Open MPI: scripts/mpirun --install");
+    let mut failing = None;
     let status = loop {
+        let said = || std::fs::read_to_string(files[0].path()).expect("the output");
+        if failing.is_none() && said().contains("fails now") {
+            failing = Some(Instant::now());
+        }
         if let Some(status) = child.try_wait().expect("a child") {
             break Some(status);
         }
@@ -49,8 +55,8 @@ fn ranks(n: usize, options: &[&str], arguments: &[&str]) -> Outcome {
         }
         std::thread::sleep(Duration::from_millis(20));
     };
+    let seconds = failing.map_or(0.0, |at| at.elapsed().as_secs_f64());
     let text = files.map(|f| std::fs::read_to_string(f.path()).expect("the output")).concat();
-    let seconds = start.elapsed().as_secs_f64();
     assert!(status.is_some(), "hangs:\n{text}");
     Outcome { text, ok: status.is_some_and(|s| s.success()), seconds }
 }
@@ -97,7 +103,8 @@ fn fails(fault: &str, options: &[&str], text: &str, of: &[usize]) {
     let outcome = ranks(4, options, &["fault", fault, "2"]);
     assert!(!outcome.ok || !options.is_empty(), "{fault} is no failure: {}", outcome.text);
     assert_eq!(told(&outcome, text), of, "{fault}:\n{}", outcome.text);
-    assert!(outcome.seconds < 40.0, "{fault} took {:.0} s", outcome.seconds);
+    // Each rank waits 4 s before it ends, so that all have their say.
+    assert!(outcome.seconds < 14.0, "{fault} took {:.1} s", outcome.seconds);
 }
 
 #[test]
@@ -117,11 +124,11 @@ fn what_fails_on_one_rank_is_told_to_all() {
     fails("panics", &[], "rank 2 failed: it panicked", &[0, 1, 3]);
 }
 
-/// The limit is 3 s here.
+/// The limit is 4 s here.
 #[test]
 fn silent_ranks_are_named() {
-    fails("stopped", &[], "rank 2 silent for 3 s: rows of each expert", &[0, 1, 3]);
-    fails("late", &[], "rank 2 silent for 3 s", &[0, 1, 3]);
+    fails("stopped", &[], "rank 2 silent for 4 s: rows of each expert", &[0, 1, 3]);
+    fails("late", &[], "rank 2 silent for 4 s", &[0, 1, 3]);
 }
 
 /// `mpirun` ends a job of which a process was killed, and says which.
@@ -131,13 +138,12 @@ fn a_killed_rank_ends_the_others() {
     let said = "process rank 2";
     assert!(!outcome.ok && outcome.text.contains(said), "{}", outcome.text);
     assert!(outcome.text.contains("signal 9"), "{}", outcome.text);
-    // From the kill on it is a matter of moments; before it come kernels that are compiled.
-    assert!(outcome.seconds < 30.0, "{:.0} s", outcome.seconds);
+    assert!(outcome.seconds > 0.0 && outcome.seconds < 10.0, "{:.1} s", outcome.seconds);
 }
 
 /// Where the launcher goes on, the ranks see it themselves.
 #[test]
 fn a_killed_rank_is_seen_without_the_launcher() {
     let on = ["--mca", "orte_enable_recovery", "1"];
-    fails("killed", &on, "rank 2 silent for 3 s: rows of each expert", &[0, 1, 3]);
+    fails("killed", &on, "rank 2 silent for 4 s: rows of each expert", &[0, 1, 3]);
 }

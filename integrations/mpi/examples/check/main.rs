@@ -16,9 +16,7 @@ use wgmoe_mpi::mpi;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let mut universe = mpi::initialize().expect("MPI, once");
-    // For the buffered sends of `naive`.
-    universe.set_buffer_size(64 << 20);
+    let universe = mpi::initialize().expect("MPI, once");
     let comm = universe.world();
     // Drivers compile kernels at their first use: ranks that share cores drift apart.
     let world = || World::with_limit(&comm, Duration::from_secs(300));
@@ -34,7 +32,7 @@ fn main() {
             println!("error: {e}");
         }
         // `mpirun` ends all others with the first: let them say what they got.
-        std::thread::sleep(Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(4));
         // Ranks may be gone, whom `MPI_Finalize` would wait for.
         std::process::exit(3);
     }

@@ -1,13 +1,15 @@
 //! Another way to move rows, as an engine would bring one: the least that [`Exchange`] asks for.
+use wgmoe_mpi::mpi::request::{Request, StaticScope};
 use wgmoe_mpi::mpi::topology::SimpleCommunicator;
 use wgmoe_mpi::mpi::traits::*;
 use wgmoe_mpi::wgmoe::{Gpu, Slice};
 use wgmoe_mpi::{Exchange, Part, Result};
 
-/// Reads what is to be sent, sends it buffered, and receives whatever has come.
+/// Reads what is to be sent, sends it from memory that is never freed, and receives what has come.
 pub struct Naive {
     gpu: Gpu,
     comm: SimpleCommunicator,
+    sending: Vec<(u64, Request<'static, [u8], StaticScope>)>,
     waiting: Vec<(u64, Place)>,
     next: u64,
 }
@@ -22,20 +24,21 @@ struct Place {
 impl Naive {
     pub fn new(gpu: &Gpu) -> Self {
         let comm = SimpleCommunicator::world();
-        Self { gpu: gpu.clone(), comm, waiting: vec![], next: 0 }
+        Self { gpu: gpu.clone(), comm, sending: vec![], waiting: vec![], next: 0 }
     }
 }
 
 impl Exchange for Naive {
     fn start(&mut self, sends: &[Part<'_>], receives: &[Part<'_>]) -> Result<u64> {
+        self.next += 1;
         for part in sends {
             let bytes = part.bytes.end - part.bytes.start;
             let slice = Slice::new(part.buffer, part.bytes.start, bytes);
-            let rows: Vec<u8> = self.gpu.download(slice)?;
-            // Tags of its own communicator's other messages are small.
-            self.comm.process_at_rank(part.rank as i32).buffered_send_with_tag(&rows[..], part.tag);
+            let rows: &'static [u8] = self.gpu.download::<u8>(slice)?.leak();
+            let to = self.comm.process_at_rank(part.rank as i32);
+            let request = to.immediate_send_with_tag(StaticScope, rows, part.tag);
+            self.sending.push((self.next, request));
         }
-        self.next += 1;
         for part in receives {
             let (buffer, at) = (part.buffer.clone(), part.bytes.start);
             let place = Place { buffer, at, rank: part.rank, tag: part.tag };
@@ -45,7 +48,12 @@ impl Exchange for Naive {
     }
 
     fn poll(&mut self) -> Result<bool> {
-        let before = self.waiting.len();
+        let before = self.waiting.len() + self.sending.len();
+        for (ticket, request) in std::mem::take(&mut self.sending) {
+            if let Err(request) = request.test() {
+                self.sending.push((ticket, request));
+            }
+        }
         let (gpu, comm) = (&self.gpu, &self.comm);
         self.waiting.retain(|(_, place)| {
             let from = comm.process_at_rank(place.rank as i32);
@@ -56,11 +64,12 @@ impl Exchange for Naive {
             gpu.queue.write_buffer(&place.buffer, place.at, &rows);
             false
         });
-        Ok(self.waiting.len() < before)
+        Ok(self.waiting.len() + self.sending.len() < before)
     }
 
     fn done(&self, ticket: u64) -> bool {
         self.waiting.iter().all(|(of, _)| *of != ticket)
+            && self.sending.iter().all(|(of, _)| *of != ticket)
     }
 
     fn ranks(&self) -> Vec<usize> {
