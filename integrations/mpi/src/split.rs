@@ -257,6 +257,7 @@ fn cut(experts: impl Iterator<Item = (u32, u32)>, tile_rows: u32, chunk_rows: u3
 }
 
 #[cfg(test)]
+#[expect(clippy::needless_range_loop, reason = "ranks and owners are what the loops are over")]
 mod tests {
     use super::*;
 
