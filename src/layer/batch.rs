@@ -51,6 +51,8 @@ pub struct Batch<'a> {
     pub stats: Option<Slice<'a>>,
     /// Whether the statistics are added to what `stats` holds: sums over steps and layers.
     pub add_stats: bool,
+    /// Tokens of the whole batch, where these are only those of one of several devices.
+    pub part_of: Option<u32>,
 }
 
 impl<'a> Batch<'a> {
@@ -70,7 +72,21 @@ impl<'a> Batch<'a> {
             scratch: None,
             stats: None,
             add_stats: false,
+            part_of: None,
         }
+    }
+
+    /// Says that these tokens are a part of a batch of `tokens`, the rest of which other devices
+    /// route. Logits and gates then have the bits that a device with the whole batch gives them: the
+    /// kernels are those for so many tokens, whose sums have another order than those for few.
+    #[must_use]
+    pub fn as_part_of(self, tokens: u32) -> Self {
+        Self { part_of: Some(tokens), ..self }
+    }
+
+    /// Tokens that kernels are chosen by.
+    pub(crate) fn whole(&self) -> u32 {
+        self.part_of.map_or(self.tokens, |whole| whole.max(self.tokens))
     }
 
     /// Writes the output `[T, D]` into `out`: f32, or what [`Floats`] says.

@@ -49,6 +49,7 @@ mod config;
 mod experts;
 mod foreign;
 mod padding;
+mod part;
 mod planning;
 mod route;
 mod scratch;
@@ -59,6 +60,7 @@ pub use batch::{Assignments, BLOCK, Batch, Blocks, KeptCoresets, Sequences};
 pub use bound::BoundLayer;
 pub use config::{LayerConfig, Router};
 pub use foreign::MoeExperts;
+pub use part::BoundPart;
 pub use route::MoeRouting;
 pub use scratch::Scratch;
 pub use twin::{

@@ -25,6 +25,8 @@ pub(super) struct Planning {
 /// What a plan is made of, and the statistics it writes.
 pub(super) struct PlanArgs<'a> {
     pub(super) shape: &'a PlanShape,
+    /// Tokens that kernels are chosen by.
+    pub(super) whole: u32,
     pub(super) assigned: &'a Tensor,
     /// Gates to make; none where they are there.
     pub(super) gates: Option<Gates<'a>>,
@@ -51,7 +53,7 @@ impl Planning {
     /// The plan of a bit set. `lost` are counted by the kernels before.
     pub(super) fn bind(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<Vec<BoundOp>> {
         match args.gates {
-            Some(gates) if lost.is_none() && args.shape.tokens <= block_plan::MAX_TOKENS => {
+            Some(gates) if lost.is_none() && args.whole <= block_plan::MAX_TOKENS => {
                 let args_of_block = block_plan::Args {
                     assigned: args.assigned.slice(),
                     gates,
@@ -99,9 +101,10 @@ impl Planning {
         Ok(parts)
     }
 
-    fn count(&self, args: &PlanArgs<'_>, gates: Option<Gates<'_>>) -> Result<BoundOp> {
+    pub(super) fn count(&self, args: &PlanArgs<'_>, gates: Option<Gates<'_>>) -> Result<BoundOp> {
         let (assigned, plan) = (args.assigned.slice(), args.plan.slice());
-        self.count.bind(args.shape, plan_count::Args { assigned, gates, plan })
+        let count = plan_count::Args { assigned, gates, plan };
+        self.count.bind_part(args.shape, args.whole, count)
     }
 
     /// Offsets, items, statistics and lists, from counts.
@@ -125,6 +128,7 @@ pub(super) struct PlanTensors {
     pub(super) plan: Tensor,
     pub(super) stats: Tensor,
     add_stats: bool,
+    whole: u32,
 }
 
 impl PlanTensors {
@@ -144,6 +148,7 @@ impl PlanTensors {
                 }
             },
             add_stats: batch.add_stats,
+            whole: batch.whole(),
             shape,
         })
     }
@@ -155,6 +160,7 @@ impl PlanTensors {
     ) -> PlanArgs<'a> {
         PlanArgs {
             shape: &self.shape,
+            whole: self.whole,
             assigned: &self.assigned,
             gates,
             gate_values: &self.gates,

@@ -19,19 +19,19 @@ use std::sync::Arc;
 /// Clones share kernels and router.
 #[derive(Clone, Debug)]
 pub struct MoeRouting {
-    ctx: Context,
+    pub(super) ctx: Context,
     config: LayerConfig,
     router: Router,
-    kernels: Arc<Kernels>,
+    pub(super) kernels: Arc<Kernels>,
 }
 
 #[derive(Debug)]
-struct Kernels {
+pub(super) struct Kernels {
     logits: Logits,
     /// None where experts are chosen and weighed by the logits as they are.
     scores: Option<Scores>,
-    choice: Choice,
-    planning: Planning,
+    pub(super) choice: Choice,
+    pub(super) planning: Planning,
 }
 
 impl MoeRouting {
@@ -83,7 +83,7 @@ impl MoeRouting {
 
     /// As [`MoeRouting::bind`], for a whole layer: `out` is the experts'.
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
-        let LayerConfig { hidden, experts, shared_experts, routing, .. } = self.config;
+        let LayerConfig { hidden, experts, shared_experts, .. } = self.config;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
         batch.hidden.holds("hidden", tokens.into(), hidden.into())?;
         let chosen = batch.assignments.is_some();
@@ -104,18 +104,7 @@ impl MoeRouting {
         let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
         parts.extend(made.parts);
 
-        let by_logits = routing.gate() == GateRule::Softmax;
-        let source = if by_logits { &selection.logits } else { selection.scores() };
-        let gates = Gates {
-            rule: routing.gate(),
-            source: source.slice(),
-            scale: routing.scale(),
-            scales: Scales {
-                scale_by_count: self.router.scale_by_count.as_ref().map(Tensor::slice),
-                scale_by_expert: self.router.scale_by_expert.as_ref().map(Tensor::slice),
-            },
-            gates: tensors.gates.slice(),
-        };
+        let gates = self.gates(&selection, &tensors);
         let args = tensors.args(Some(gates), made.offsets);
         parts.extend(match &kernels.choice {
             Choice::Tokens { rule, drop: Some(drop), .. } => {
@@ -134,8 +123,29 @@ impl MoeRouting {
         Ok(BoundLayer::new(parts, stats, routed))
     }
 
+    /// How the gates of what is chosen are made.
+    pub(super) fn gates<'a>(
+        &'a self,
+        selection: &'a Selection,
+        tensors: &'a PlanTensors,
+    ) -> Gates<'a> {
+        let routing = self.config.routing;
+        let by_logits = routing.gate() == GateRule::Softmax;
+        let source = if by_logits { &selection.logits } else { selection.scores() };
+        Gates {
+            rule: routing.gate(),
+            source: source.slice(),
+            scale: routing.scale(),
+            scales: Scales {
+                scale_by_count: self.router.scale_by_count.as_ref().map(Tensor::slice),
+                scale_by_expert: self.router.scale_by_expert.as_ref().map(Tensor::slice),
+            },
+            gates: tensors.gates.slice(),
+        }
+    }
+
     /// Logits, and scores where the rule needs them.
-    fn bind_router(
+    pub(super) fn bind_router(
         &self,
         batch: &Batch<'_>,
         scratch: &Scratch,
@@ -152,7 +162,7 @@ impl MoeRouting {
                 logits: logits.slice(),
             };
             let own = [("x", "hidden"), ("weights", "router weight")];
-            let logits = self.kernels.logits.bind_rows(tokens, rows, args);
+            let logits = self.kernels.logits.bind_rows([tokens, batch.whole()], rows, args);
             parts.push(logits.map_err(|e| e.renamed(&own))?);
         }
         let Some(op) = &self.kernels.scores else {

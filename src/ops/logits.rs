@@ -66,11 +66,16 @@ impl Logits {
     /// bf16, which the first `bind` of such rows compiles.
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
-        self.bind_rows(tokens, 0..tokens, args)
+        self.bind_rows([tokens; 2], 0..tokens, args)
     }
 
-    /// The same for some of the rows, which alone are `args.x`.
-    pub(crate) fn bind_rows(&self, tokens: u32, of: Range<u32>, args: Args<'_>) -> Result<BoundOp> {
+    /// The same for some of the rows, which alone are `args.x`; by the kernel for `whole` rows.
+    pub(crate) fn bind_rows(
+        &self,
+        [tokens, whole]: [u32; 2],
+        of: Range<u32>,
+        args: Args<'_>,
+    ) -> Result<BoundOp> {
         let rows = of.end - of.start;
         if rows == 0 {
             return Ok(BoundOp::default());
@@ -79,7 +84,7 @@ impl Logits {
         args.x.holds("x", rows.into(), hidden.into())?;
         args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
         args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
-        let (of_f32, item_rows) = if tokens <= SKINNY_ROWS {
+        let (of_f32, item_rows) = if whole <= SKINNY_ROWS {
             (&self.skinny, SKINNY_ROWS)
         } else {
             (&self.tile, tile_rows(&self.ctx))

@@ -194,6 +194,16 @@ impl PlanCount {
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_part(shape, shape.tokens, args)
+    }
+
+    /// The same by the kernel for `whole` tokens.
+    pub(crate) fn bind_part(
+        &self,
+        shape: &PlanShape,
+        whole: u32,
+        args: Args<'_>,
+    ) -> Result<BoundOp> {
         let PlanShape { tokens, experts, .. } = *shape;
         if tokens == 0 {
             return Ok(BoundOp::default());
@@ -228,8 +238,8 @@ impl PlanCount {
         let [source, scale_by_count, scale_by_expert] =
             [source, scale_by_count, scale_by_expert].map(|s| or_nothing(&self.ctx, s));
         let slices = [args.assigned, source, scale_by_count, scale_by_expert, gates, args.plan];
-        let [lanes, expert_lanes] = lanes(self.ctx.variant().for_tokens(tokens).target);
+        let [lanes, expert_lanes] = lanes(self.ctx.variant().for_tokens(whole).target);
         let groups = columns + u64::from(experts.div_ceil(32 * lanes / expert_lanes));
-        Ok(self.kernel(tokens)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        Ok(self.kernel(whole)?.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

@@ -83,16 +83,7 @@ impl HostPlan {
         expect_some("tile_rows", shape.tile_rows as usize);
         expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
         expect_len("gates", gates.len(), tokens * experts);
-        let mut plan = Self {
-            expert_offsets: vec![0],
-            token_offsets: vec![0],
-            active: vec![],
-            skinny: Items { items: vec![], offsets: vec![0] },
-            tiles: Items { items: vec![], offsets: vec![0] },
-            token_of: vec![],
-            gate_of: vec![],
-            slot_of: vec![],
-        };
+        let mut plan = Self::empty();
         let mut slots_of_token = vec![vec![]; tokens];
         for e in 0..experts + shape.shared_experts as usize {
             let routed = e < experts;
@@ -111,27 +102,118 @@ impl HostPlan {
                 plan.token_of.push(t as u32);
                 plan.gate_of.push(if routed { gates[t * experts + e] } else { 1.0 });
             }
-            let mut row = first;
-            let end = plan.token_of.len();
-            while row < end {
-                let rest = end - row;
-                let item = [e as u32, row as u32];
-                if rest < shape.tile_rows as usize && rest <= shape.skinny_rows as usize {
-                    plan.skinny.items.push(item);
-                    row = end;
-                } else {
-                    plan.tiles.items.push(item);
-                    row += shape.tile_rows as usize;
-                }
-            }
-            plan.expert_offsets.push(end as u32);
-            plan.skinny.offsets.push(plan.skinny.items.len() as u32);
-            plan.tiles.offsets.push(plan.tiles.items.len() as u32);
+            plan.end_expert(shape, e as u32);
         }
         for slots in slots_of_token {
             plan.slot_of.extend(slots);
             plan.token_offsets.push(plan.slot_of.len() as u32);
         }
         plan
+    }
+
+    fn empty() -> Self {
+        Self {
+            expert_offsets: vec![0],
+            token_offsets: vec![0],
+            active: vec![],
+            skinny: Items { items: vec![], offsets: vec![0] },
+            tiles: Items { items: vec![], offsets: vec![0] },
+            token_of: vec![],
+            gate_of: vec![],
+            slot_of: vec![],
+        }
+    }
+
+    /// Ends an expert whose slots are those since the last one ended: its items and offsets.
+    fn end_expert(&mut self, shape: &PlanShape, e: u32) {
+        let mut row = self.expert_offsets.last().copied().unwrap_or(0);
+        let end = self.token_of.len() as u32;
+        while row < end {
+            let rest = end - row;
+            if rest < shape.tile_rows && rest <= shape.skinny_rows {
+                self.skinny.items.push([e, row]);
+                row = end;
+            } else {
+                self.tiles.items.push([e, row]);
+                row += shape.tile_rows;
+            }
+        }
+        self.expert_offsets.push(end);
+        self.skinny.offsets.push(self.skinny.items.len() as u32);
+        self.tiles.offsets.push(self.tiles.items.len() as u32);
+    }
+
+    /// The plan of rows whose experts the host knows, such as those that came from other devices:
+    /// `rows_of[e]` are the rows that expert e takes, in the order in which its slots are to be. What
+    /// the matmuls read is there; the lists by token and the gates are left empty, since what combines
+    /// such rows is elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for other experts than the shape's, for more rows than its slots, for a row
+    /// that is none of its tokens, or for 0 `tile_rows`.
+    pub fn of_rows(shape: &PlanShape, rows_of: &[impl AsRef<[u32]>]) -> Result<Self> {
+        let (experts, slots) = (shape.all_experts() as usize, shape.slots()? as usize);
+        crate::error::not_zero(&[("tile_rows", shape.tile_rows)])?;
+        if rows_of.len() != experts {
+            let reason = format!("of {} experts, the plan has {experts}", rows_of.len());
+            return Err(Error::invalid("rows_of", reason));
+        }
+        let mut plan = Self::empty();
+        for (e, rows) in (0..).zip(rows_of) {
+            let rows = rows.as_ref();
+            if let Some(row) = rows.iter().find(|row| **row >= shape.tokens) {
+                let reason = format!("row {row} of {}, for expert {e}", shape.tokens);
+                return Err(Error::invalid("rows_of", reason));
+            }
+            plan.token_of.extend(rows);
+            if plan.token_of.len() > slots {
+                let reason = format!("more than the plan's {slots} slots, with expert {e}");
+                return Err(Error::invalid("rows_of", reason));
+            }
+            if !rows.is_empty() && e < shape.experts {
+                plan.active.push(e);
+            }
+            plan.end_expert(shape, e);
+        }
+        Ok(plan)
+    }
+
+    /// The words of a plan's buffer, as [`HostPlan::from_words`] takes them apart: for a plan that the
+    /// host makes. What a list does not fill is 0.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::sections`]; [`Error::Invalid`] where the plan is not one of this shape.
+    pub fn to_words(&self, shape: &PlanShape) -> Result<Vec<u32>> {
+        let at = shape.sections()?;
+        let x = shape.all_experts() as usize;
+        let gates: Vec<u32> = self.gate_of.iter().map(|g| g.to_bits()).collect();
+        let flat = |items: &Items| items.items.concat();
+        let [skinny, tiles] = [&self.skinny, &self.tiles].map(flat);
+        let mut words = vec![0; at.words as usize];
+        for (first, end, list) in [
+            (at.expert_offsets, at.token_offsets, &self.expert_offsets),
+            (at.token_offsets, at.active, &self.token_offsets),
+            (at.active, at.skinny_offsets, &self.active),
+            (at.skinny_offsets, at.tile_offsets, &self.skinny.offsets),
+            (at.tile_offsets, at.skinny_items, &self.tiles.offsets),
+            (at.skinny_items, at.tile_items, &skinny),
+            (at.tile_items, at.ranks, &tiles),
+            (at.token_of, at.gate_of, &self.token_of),
+            (at.gate_of, at.slot_of, &gates),
+            (at.slot_of, at.words, &self.slot_of),
+        ] {
+            let section = &mut words[first as usize..end as usize];
+            let place = section.get_mut(..list.len());
+            let fits = place.filter(|_| self.expert_offsets.len() == x + 1);
+            let no = || Error::invalid("shape", format!("{shape:?} is not of this plan"));
+            fits.ok_or_else(no)?.copy_from_slice(list);
+        }
+        let counts = [self.token_of.len(), self.active.len(), tiles.len() / 2, skinny.len() / 2];
+        for (word, count) in words.iter_mut().zip(counts) {
+            *word = count as u32;
+        }
+        Ok(words)
     }
 }

@@ -34,6 +34,7 @@ mod matmul;
 mod messages;
 mod noop;
 mod padding;
+mod part;
 mod plan;
 mod profile;
 mod quantize;

@@ -1,0 +1,39 @@
+//! What the tests run under `mpirun`: layers on several ranks beside the same layer on one device, and
+//! what becomes of ranks that fail. `tests/ranks.rs` reads what it prints.
+//!
+//! ```sh
+//! scripts/mpirun -n 4 cargo run --release --example check -- bits
+//! ```
+mod cases;
+mod faults;
+mod naive;
+mod run;
+
+use std::time::Duration;
+use wgmoe_mpi::World;
+use wgmoe_mpi::mpi;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let universe = mpi::initialize().expect("MPI, once");
+    let comm = universe.world();
+    // Drivers compile kernels at their first use: ranks that share cores drift apart.
+    let world = || World::with_limit(&comm, Duration::from_secs(300));
+    let result = match arguments[..] {
+        ["bits", ref filter @ ..] => world().and_then(|w| run::all(&w, false, filter)),
+        ["naive", ref filter @ ..] => world().and_then(|w| run::all(&w, true, filter)),
+        ["fault", fault, rank] => faults::run(&comm, fault, rank.parse().expect("a rank")),
+        _ => panic!("`bits [PART OF A NAME]`, `naive [PART OF A NAME]` or `fault NAME RANK`"),
+    };
+    if let Err(e) = result {
+        // At once, so that lines of ranks do not mix; `faults` says it itself.
+        if arguments[0] != "fault" {
+            println!("error: {e}");
+        }
+        // `mpirun` ends all others with the first: let them say what they got.
+        std::thread::sleep(Duration::from_secs(4));
+        // Ranks may be gone, whom `MPI_Finalize` would wait for.
+        std::process::exit(3);
+    }
+}
