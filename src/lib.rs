@@ -274,7 +274,9 @@ pub mod report;
 pub mod routing;
 pub mod weights;
 
-pub use device::{BoundOp, Context, Dispatch, Slice, Target, Variant};
+pub use device::{
+    BoundOp, Context, ContextOptions, Dispatch, MatrixUnits, Precision, Slice, Target, Variant,
+};
 pub use error::{Error, Result};
 pub use headless::Gpu;
 pub use layer::cached::{CachedLayer, ExpertSource};

@@ -266,7 +266,7 @@ fn every_op_records_under_default_limits() {
     });
     let mut recorded: Vec<&str> = vec![];
     for target in [Target::Wide, Target::Serial] {
-        let variant = Variant { target, subgroups: false };
+        let variant = Variant { target, ..Variant::PORTABLE };
         let ctx = Context::with_variant(&device, variant).unwrap();
         // 70,000 tokens: more groups than a dimension of the grid holds.
         for (tokens, experts) in [(33, 40), (70_000, 16)] {
