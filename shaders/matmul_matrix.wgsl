@@ -21,10 +21,10 @@
 // WG was made for, only bring.
 //
 // f16 holds 11 bits and 40 powers of two. So a row of x is scaled by a power of two and cut into X_PARTS (1
-// or 2) numbers, a column of weights into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32,
-// and low times low is left out. The scale of a row goes by its values in one step; where a later one does
-// not fit under it, the tile is made again with the scale of the row's largest. Rows and columns with
-// infinities or NaN are made again without matrices.
+// or 2) numbers, a column of weights into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32.
+// The scale of a row goes by its values in one step; where a later one does not fit under it, the tile is
+// made again with the scale of the row's largest. Rows and columns with infinities or NaN are made again
+// without matrices.
 
 const STEP_DEPTH: u32 = 16u;
 const K_SQUARES: u32 = STEP_DEPTH / SIDE;
@@ -253,10 +253,10 @@ fn matmul_matrix(
     for (var i = lane; i < TILE_ROWS; i += WG) {
       // With larger subgroups than WG was made for some squares would be missing: all is then made again.
       row_exponent[i] =
-        select(first_exponent(atomicLoad(&row_largest[i])), NOT_FINITE, subgroups < DOWN * ACROSS);
+        select(exponent_for(attempt, atomicLoad(&row_largest[i])), NOT_FINITE, subgroups < DOWN * ACROSS);
     }
     for (var i = lane; i < COLUMNS; i += WG) {
-      column_exponent[i] = first_exponent(atomicLoad(&column_largest[i]));
+      column_exponent[i] = exponent_for(attempt, atomicLoad(&column_largest[i]));
     }
     workgroupBarrier();
     var by: Lane;

@@ -33,6 +33,16 @@ fn opened() -> &'static Result<(wgpu::Adapter, Gpu), wgmoe::Error> {
     })
 }
 
+/// The adapter of the GPU of the test run.
+pub fn adapter() -> wgpu::Adapter {
+    opened().as_ref().expect("a GPU").0.clone()
+}
+
+/// A device without any feature that is experimental.
+pub fn plain(adapter: &wgpu::Adapter) -> Gpu {
+    pollster::block_on(Gpu::from_adapter(adapter)).expect("a device")
+}
+
 /// wgpu's token for experimental features.
 #[expect(unsafe_code, reason = "the token for experimental features is made in no other way")]
 pub fn experimental() -> wgpu::ExperimentalFeatures {

@@ -10,9 +10,14 @@ fn exponent_of(magnitude: u32) -> u32 {
   return clamp(magnitude >> 23u, TARGET + 1u, NOT_FINITE);
 }
 
-// The exponent to scale by: of 1 where nothing has been seen yet.
-fn first_exponent(magnitude: u32) -> u32 {
-  return select(exponent_of(magnitude), 127u, magnitude == 0u);
+// The exponent to scale by: of 1 where nothing has been seen yet; where all has been, so that the largest
+// comes out as high as it may, which leaves the most bits to the others.
+fn exponent_for(attempt: u32, magnitude: u32) -> u32 {
+  let own = exponent_of(magnitude);
+  if attempt == 0u {
+    return select(own, 127u, magnitude == 0u);
+  }
+  return select(max(own, TARGET + 1u + ABOVE) - ABOVE, own, own == NOT_FINITE);
 }
 
 // Whether the largest magnitude lies well under this exponent.

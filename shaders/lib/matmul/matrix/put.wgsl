@@ -1,9 +1,9 @@
 // Where matmul_matrix puts what its lanes bring: scaled, and cut into parts.
-// The first of the parts that a value is cut into: 11 bits of it. By its bits, because compilers may take
-// the way to f16 and back for nothing (Mesa does), and then the rest is 0.
+// The first of the parts that a value is cut into: 11 bits of it, rounded. By its bits, because compilers may
+// take the way to f16 and back for nothing (Mesa does), and then the rest is 0.
 fn first_part(v: vec4<f32>, parts: u32) -> vec4<f32> {
   if parts > 1u {
-    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(v) & vec4<u32>(0xffffe000u));
+    return bitcast<vec4<f32>>((bitcast<vec4<u32>>(v) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
   }
   return v;
 }
