@@ -21,10 +21,11 @@
 // WG was made for, only bring.
 //
 // f16 holds 11 bits and 40 powers of two. So a row of x is scaled by a power of two and cut into X_PARTS (1
-// or 2) numbers, a column of weights into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32.
-// The scale of a row goes by its values in one step; where a later one does not fit under it, the tile is
-// made again with the scale of the row's largest. Rows and columns with infinities or NaN are made again
-// without matrices.
+// or 2) numbers, a column of weights into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32;
+// low times low, 2^-22 of the product at most, is left out. The scale of a row goes by its values in one
+// step; where a later one does not fit under it, the tile is made again with the scale of the row's largest.
+// Rows and columns with infinities or NaN, or of a range that f16 has no place for, are made again without
+// matrices.
 
 const STEP_DEPTH: u32 = 16u;
 const K_SQUARES: u32 = STEP_DEPTH / SIDE;
@@ -229,9 +230,11 @@ fn matmul_matrix(
 
   for (var i = lane; i < TILE_ROWS; i += WG) {
     atomicStore(&row_largest[i], 0u);
+    row_exponent[i] = 0u;
   }
   for (var i = lane; i < COLUMNS; i += WG) {
     atomicStore(&column_largest[i], 0u);
+    column_exponent[i] = 0u;
   }
   if lane == 0u {
     atomicStore(&misfits, 0u);
@@ -252,11 +255,11 @@ fn matmul_matrix(
     workgroupBarrier();
     for (var i = lane; i < TILE_ROWS; i += WG) {
       // With larger subgroups than WG was made for some squares would be missing: all is then made again.
-      row_exponent[i] =
-        select(exponent_for(attempt, atomicLoad(&row_largest[i])), NOT_FINITE, subgroups < DOWN * ACROSS);
+      let exponent = exponent_for(attempt, atomicLoad(&row_largest[i]), row_exponent[i]);
+      row_exponent[i] = select(exponent, NOT_FINITE, subgroups < DOWN * ACROSS);
     }
     for (var i = lane; i < COLUMNS; i += WG) {
-      column_exponent[i] = exponent_for(attempt, atomicLoad(&column_largest[i]));
+      column_exponent[i] = exponent_for(attempt, atomicLoad(&column_largest[i]), column_exponent[i]);
     }
     workgroupBarrier();
     var by: Lane;
@@ -304,7 +307,7 @@ fn matmul_matrix(
     }
     // In here, so that the sums do not outlive the loop over attempts: Mesa's compiler for NVIDIA copied all
     // of them at each step.
-    if workgroupUniformLoad(&verdict) == 0u {
+    if workgroupUniformLoad(&verdict) == 0u || attempt == 1u {
       // A square of some subgroups at a time, or its pair of gate and up.
       const ROUND = SLOTS / MATRICES;
       for (var first = 0u; first < DOWN * ACROSS; first += ROUND) {

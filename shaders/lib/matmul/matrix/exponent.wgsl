@@ -3,6 +3,7 @@
 const TARGET: u32 = 4u;
 const ABOVE: u32 = 10u;     // how far a later value may lie above it, so that it stays below 2^15
 const BELOW: u32 = 6u;      // how far the largest may lie below a scale that goes by no value at all
+const RANGE: u32 = 24u;     // how far above the first step's largest a row's largest is still scaled
 const NOT_FINITE: u32 = 255u;
 
 // Small enough for 2^-e to be a normal number, and large enough for 2^e.
@@ -11,13 +12,17 @@ fn exponent_of(magnitude: u32) -> u32 {
 }
 
 // The exponent to scale by: of 1 where nothing has been seen yet; where all has been, so that the largest
-// comes out as high as it may, which leaves the most bits to the others.
-fn exponent_for(attempt: u32, magnitude: u32) -> u32 {
+// comes out as high as it may, which leaves the most bits to the others. One that stands that far above
+// `before` leaves too few: such rows go the way of those that are not finite.
+fn exponent_for(attempt: u32, magnitude: u32, before: u32) -> u32 {
   let own = exponent_of(magnitude);
   if attempt == 0u {
     return select(own, 127u, magnitude == 0u);
   }
-  return select(max(own, TARGET + 1u + ABOVE) - ABOVE, own, own == NOT_FINITE);
+  if own == NOT_FINITE || own > before + RANGE {
+    return NOT_FINITE;
+  }
+  return max(own, TARGET + 1u + ABOVE) - ABOVE;
 }
 
 // Whether the largest magnitude lies well under this exponent.

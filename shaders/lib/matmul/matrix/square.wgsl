@@ -31,10 +31,6 @@ fn add_square(block: Block, k: u32, rows: u32, left_columns: u32, right_columns:
     let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][left_columns][k][0][0][0], STRIDE);
     next.s00 = coopMultiplyAdd(x0, low, next.s00);
     next.s10 = coopMultiplyAdd(x1, low, next.s10);
-    if X_PARTS > 1u {
-      next.s00 = coopMultiplyAdd(x0_low, low, next.s00);
-      next.s10 = coopMultiplyAdd(x1_low, low, next.s10);
-    }
   }
   if SQUARES_ACROSS > 2u {
     let next_left = coopLoad<InputB>(&w_tile[0][left_columns + 1u][k][0][0][0], STRIDE);
@@ -48,10 +44,6 @@ fn add_square(block: Block, k: u32, rows: u32, left_columns: u32, right_columns:
       let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][left_columns + 1u][k][0][0][0], STRIDE);
       next.s01 = coopMultiplyAdd(x0, low, next.s01);
       next.s11 = coopMultiplyAdd(x1, low, next.s11);
-      if X_PARTS > 1u {
-        next.s01 = coopMultiplyAdd(x0_low, low, next.s01);
-        next.s11 = coopMultiplyAdd(x1_low, low, next.s11);
-      }
     }
   }
   let right = coopLoad<InputB>(&w_tile[0][right_columns][k][0][0][0], STRIDE);
@@ -65,10 +57,6 @@ fn add_square(block: Block, k: u32, rows: u32, left_columns: u32, right_columns:
     let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][right_columns][k][0][0][0], STRIDE);
     next.s02 = coopMultiplyAdd(x0, low, next.s02);
     next.s12 = coopMultiplyAdd(x1, low, next.s12);
-    if X_PARTS > 1u {
-      next.s02 = coopMultiplyAdd(x0_low, low, next.s02);
-      next.s12 = coopMultiplyAdd(x1_low, low, next.s12);
-    }
   }
   if SQUARES_ACROSS > 2u {
     let next_right = coopLoad<InputB>(&w_tile[0][right_columns + 1u][k][0][0][0], STRIDE);
@@ -82,10 +70,6 @@ fn add_square(block: Block, k: u32, rows: u32, left_columns: u32, right_columns:
       let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][right_columns + 1u][k][0][0][0], STRIDE);
       next.s03 = coopMultiplyAdd(x0, low, next.s03);
       next.s13 = coopMultiplyAdd(x1, low, next.s13);
-      if X_PARTS > 1u {
-        next.s03 = coopMultiplyAdd(x0_low, low, next.s03);
-        next.s13 = coopMultiplyAdd(x1_low, low, next.s13);
-      }
     }
   }
   return next;
