@@ -273,7 +273,14 @@ fn matmul_matrix(
     by.right = scale_down(column_exponent[lane % OUT_COLUMNS + COLUMNS - OUT_COLUMNS]);
 
     var seen: Lane;
-    var block = Block();
+    var s00 = Sum();
+    var s01 = Sum();
+    var s02 = Sum();
+    var s03 = Sum();
+    var s10 = Sum();
+    var s11 = Sum();
+    var s12 = Sum();
+    var s13 = Sum();
     for (var i = 0u; i <= steps; i++) {
       workgroupBarrier();
       seen = put(lane, at.part, next, by, seen);
@@ -281,9 +288,13 @@ fn matmul_matrix(
       // Once more than there are: without an `if`, so that no compiler waits for the loads at once.
       next = bring(at, lane, select(i, 0u, i == steps));
       if multiplies {
-        block = add_square(block, 0u, row_square, left_square, right_square);
+        add_square(
+          0u, row_square, left_square, right_square,
+          &s00, &s01, &s02, &s03, &s10, &s11, &s12, &s13);
         if K_SQUARES > 1u {
-          block = add_square(block, K_SQUARES - 1u, row_square, left_square, right_square);
+          add_square(
+            K_SQUARES - 1u, row_square, left_square, right_square,
+            &s00, &s01, &s02, &s03, &s10, &s11, &s12, &s13);
         }
       }
     }
@@ -319,21 +330,21 @@ fn matmul_matrix(
           workgroupBarrier();
           if stores {
             switch down * 4u + name {
-              case 0u: { coopStoreT(block.s00, &sums[slot][0][0][0], SIDE); }
-              case 1u: { coopStoreT(block.s01, &sums[slot][0][0][0], SIDE); }
-              case 2u: { coopStoreT(block.s02, &sums[slot][0][0][0], SIDE); }
-              case 3u: { coopStoreT(block.s03, &sums[slot][0][0][0], SIDE); }
-              case 4u: { coopStoreT(block.s10, &sums[slot][0][0][0], SIDE); }
-              case 5u: { coopStoreT(block.s11, &sums[slot][0][0][0], SIDE); }
-              case 6u: { coopStoreT(block.s12, &sums[slot][0][0][0], SIDE); }
-              default: { coopStoreT(block.s13, &sums[slot][0][0][0], SIDE); }
+              case 0u: { coopStoreT(s00, &sums[slot][0][0][0], SIDE); }
+              case 1u: { coopStoreT(s01, &sums[slot][0][0][0], SIDE); }
+              case 2u: { coopStoreT(s02, &sums[slot][0][0][0], SIDE); }
+              case 3u: { coopStoreT(s03, &sums[slot][0][0][0], SIDE); }
+              case 4u: { coopStoreT(s10, &sums[slot][0][0][0], SIDE); }
+              case 5u: { coopStoreT(s11, &sums[slot][0][0][0], SIDE); }
+              case 6u: { coopStoreT(s12, &sums[slot][0][0][0], SIDE); }
+              default: { coopStoreT(s13, &sums[slot][0][0][0], SIDE); }
             }
             if GATED {
               switch down * 2u + name {
-                case 0u: { coopStoreT(block.s02, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
-                case 1u: { coopStoreT(block.s03, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
-                case 2u: { coopStoreT(block.s12, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
-                default: { coopStoreT(block.s13, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
+                case 0u: { coopStoreT(s02, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
+                case 1u: { coopStoreT(s03, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
+                case 2u: { coopStoreT(s12, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
+                default: { coopStoreT(s13, &sums[slot + MATRICES - 1u][0][0][0], SIDE); }
               }
             }
           }

@@ -27,7 +27,12 @@ fn opened() -> &'static Result<(wgpu::Adapter, Gpu), wgmoe::Error> {
     GPU.get_or_init(|| {
         pollster::block_on(async {
             let adapter = Gpu::choose(None).await?;
-            let gpu = Gpu::with_matrix_units(&adapter, experimental()).await?;
+            // wgpu 30 offers the units on lavapipe with subgroups of 2 and 4 too, and then panics.
+            let gpu = if adapter.get_info().subgroup_min_size < 8 {
+                Gpu::from_adapter(&adapter).await?
+            } else {
+                Gpu::with_matrix_units(&adapter, experimental()).await?
+            };
             Ok((adapter, gpu))
         })
     })

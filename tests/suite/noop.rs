@@ -295,7 +295,8 @@ fn every_op_records_under_default_limits() {
             }
         }
     }
-    for spec in SPECS {
+    // Matrix units need features.
+    for spec in SPECS.iter().filter(|spec| spec.name != "matmul_matrix") {
         assert!(recorded.contains(&spec.name), "{} was not recorded: add it above", spec.name);
     }
 }
