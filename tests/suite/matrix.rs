@@ -224,6 +224,30 @@ fn columns_that_are_not_finite() {
     }
 }
 
+/// Bits of a row and a column do not hang on the others of their tile, though some of those make it run
+/// anew.
+#[test]
+fn no_row_changes_for_another() {
+    let Some(gpu) = gpu() else { return };
+    let Some([full, _]) = precise(&gpu) else { return };
+    let bits = |case: &Case| case.run(&gpu, &full).iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let calm = bits(&Case::new(WeightType::Bf16, |_, _, v| v));
+    let mut case =
+        Case::new(WeightType::Bf16, |row, k, v| if row == 7 && k == 50 { v * 1e6 } else { v });
+    case.weights[13 * INTERMEDIATE + 60] = 1e6;
+    let odd = bits(&case);
+    let (mut same, mut others) = (0, 0);
+    for (i, (calm, odd)) in calm.iter().zip(&odd).enumerate() {
+        if i / HIDDEN == 7 || i % HIDDEN == 13 {
+            others += u32::from(calm != odd);
+        } else {
+            assert_eq!(calm, odd, "row {}, column {}", i / HIDDEN, i % HIDDEN);
+            same += 1;
+        }
+    }
+    assert!(same > 0 && others > 100, "{same}, {others}");
+}
+
 /// Gate and up of rows that overflow f16, through the activation.
 #[test]
 fn gated_rows_of_any_range() {

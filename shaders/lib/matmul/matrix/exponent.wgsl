@@ -11,13 +11,17 @@ fn exponent_of(magnitude: u32) -> u32 {
   return clamp(magnitude >> 23u, TARGET + 1u, NOT_FINITE);
 }
 
-// The exponent to scale by: of 1 where nothing has been seen yet; where all has been, so that the largest
-// comes out as high as it may, which leaves the most bits to the others. One that stands that far above
-// `before` leaves too few: such rows go the way of those that are not finite.
+// The exponent to scale by. First that of what has been seen, and of 1 where nothing has. Then, where that
+// did not fit, one by which the largest comes out as high as it may, which leaves the most bits to the
+// others; one that stands too far above the first leaves too few, and its row goes the way of those that are
+// not finite. Rows that fit keep theirs: no bit of theirs hangs on the others of a tile.
 fn exponent_for(attempt: u32, magnitude: u32, before: u32) -> u32 {
   let own = exponent_of(magnitude);
   if attempt == 0u {
     return select(own, 127u, magnitude == 0u);
+  }
+  if fits(magnitude, before) {
+    return before;
   }
   if own == NOT_FINITE || own > before + RANGE {
     return NOT_FINITE;

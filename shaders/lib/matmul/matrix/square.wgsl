@@ -1,8 +1,8 @@
 // What a subgroup of matmul_matrix multiplies.
 // What one square of K adds to the sums of a subgroup: two squares of rows (0 and 1), and the left (0, 1) and
-// the right half (2, 3) of its columns (GATED: gate and up). Where it has one square across a half, the second
-// of each is not used. Named, no array: nothing that a compiler would have to unroll to keep it in registers; no
-// struct, in which lavapipe 26.2 does not bear squares of 16.
+// the right half (2, 3) of its columns (GATED: gate and up). Where it has one square across a half, the
+// second of each is not used. Named, no array: nothing that a compiler would have to unroll to keep it in
+// registers; no struct, in which lavapipe 26.2 does not bear squares of 16.
 fn add_square(
   k: u32, rows: u32, left_columns: u32, right_columns: u32,
   s00: ptr<function, Sum>, s01: ptr<function, Sum>, s02: ptr<function, Sum>, s03: ptr<function, Sum>,
