@@ -44,10 +44,19 @@ impl Gpu {
     ///
     /// [`Error::NoGpu`] if there is no such adapter or it refuses the device.
     pub async fn open(adapter: Option<&str>) -> Result<Self> {
+        Self::from_adapter(&Self::choose(adapter).await?).await
+    }
+
+    /// The adapter that [`Gpu::open`] opens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoGpu`] if there is no such adapter.
+    pub async fn choose(adapter: Option<&str>) -> Result<wgpu::Adapter> {
         let none = |e: &dyn std::fmt::Display| Error::NoGpu(e.to_string());
         // wgpu's own reading of `WGPU_ADAPTER_NAME` panics where no adapter has the name.
         let named = std::env::var("WGPU_ADAPTER_NAME").ok().filter(|n| !n.is_empty());
-        let adapter = match adapter.or(named.as_deref()) {
+        Ok(match adapter.or(named.as_deref()) {
             None => {
                 let descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
                 let options = wgpu::RequestAdapterOptions {
@@ -68,8 +77,7 @@ impl Gpu {
                     .ok_or_else(|| Error::NoGpu(format!("no adapter `{want}` among {names:?}")))?;
                 all[index].clone()
             }
-        };
-        Self::from_adapter(&adapter).await
+        })
     }
 
     /// Every adapter of every backend compiled in (or of those in `WGPU_BACKEND`).
@@ -85,13 +93,42 @@ impl Gpu {
     ///
     /// [`Error::NoGpu`] if it refuses the device.
     pub async fn from_adapter(adapter: &wgpu::Adapter) -> Result<Self> {
+        Self::request(adapter, wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled())
+            .await
+    }
+
+    /// The same with the features of [`MatrixUnits`](crate::MatrixUnits) too, where the adapter has
+    /// all of them. The token is the caller's word that wgpu's experimental features may be used.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gpu::from_adapter`].
+    pub async fn with_matrix_units(
+        adapter: &wgpu::Adapter,
+        token: wgpu::ExperimentalFeatures,
+    ) -> Result<Self> {
+        let features = crate::MatrixUnits::FEATURES;
+        if adapter.features().contains(features) {
+            Self::request(adapter, features, token).await
+        } else {
+            Self::from_adapter(adapter).await
+        }
+    }
+
+    async fn request(
+        adapter: &wgpu::Adapter,
+        more: wgpu::Features,
+        experimental_features: wgpu::ExperimentalFeatures,
+    ) -> Result<Self> {
         let wanted = wgpu::Features::SUBGROUP
             | wgpu::Features::SHADER_INT64
-            | wgpu::Features::TIMESTAMP_QUERY;
+            | wgpu::Features::TIMESTAMP_QUERY
+            | more;
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
                 required_features: adapter.features() & wanted,
                 required_limits: adapter.limits(),
+                experimental_features,
                 ..Default::default()
             })
             .await

@@ -200,9 +200,10 @@
 //! [`Target::Serial`] is for software drivers, where a barrier costs more than a row: one lane a
 //! row, and registers for memory. `subgroups` uses subgroup operations where the device has them.
 //! [`Variant::best`] goes by the type of the adapter and its features, and is what
-//! [`Context::new`] takes. [`Variant::PORTABLE`] needs no optional feature and stays within
-//! WebGPU's default limits. Weights of 16 bits need no `SHADER_F16`: they are read as integers
-//! and widened exactly. All sums are f32.
+//! [`Context::new`] takes. `matrix` puts experts of many rows on matrix units, at the precision of
+//! f32, where the engine hands them over ([`MatrixUnits`]). [`Variant::PORTABLE`] needs no optional
+//! feature and stays within WebGPU's default limits. Weights of 16 bits need no `SHADER_F16`: they
+//! are read as integers and widened exactly. All sums are f32.
 //!
 //! # What is the same every time
 //!
@@ -274,7 +275,10 @@ pub mod report;
 pub mod routing;
 pub mod weights;
 
-pub use device::{BoundOp, Context, Dispatch, FloatType, Floats, Slice, Target, Variant};
+pub use device::{
+    BoundOp, Context, ContextOptions, Dispatch, FloatType, Floats, MatrixUnits, Precision, Slice,
+    Target, Variant,
+};
 pub use error::{Error, Result};
 pub use headless::Gpu;
 pub use layer::cached::{CachedLayer, ExpertSource};

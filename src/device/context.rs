@@ -1,5 +1,6 @@
 //! A device as the kernels see it, with the pipelines made so far.
 use super::guard::{alive, scoped};
+use super::matrix::{MatrixReport, MatrixShape, MatrixUnits, Precision};
 use super::record::Kernel;
 use super::shader::{Prelude, Spec, WORKGROUP_BYTES};
 use super::{Slice, Variant};
@@ -19,6 +20,7 @@ impl std::fmt::Debug for Context {
         f.debug_struct("Context")
             .field("adapter", &self.info().name)
             .field("variant", &self.variant())
+            .field("matrix", self.matrix())
             .field("pipelines", &self.pipelines())
             .finish_non_exhaustive()
     }
@@ -30,9 +32,39 @@ struct Inner {
     info: wgpu::AdapterInfo,
     variant: Variant,
     cache: Option<wgpu::PipelineCache>,
+    units: Option<MatrixUnits>,
+    matrix: MatrixReport,
     kernels: Mutex<HashMap<(&'static str, Prelude), Arc<Kernel>>>,
     /// Stands for optional inputs that are not given; never written, never read for its value.
     nothing: wgpu::Buffer,
+}
+
+/// What a [`Context`] is made with besides its device ([`Context::with_options`]).
+#[derive(Clone, Debug, Default)]
+pub struct ContextOptions {
+    pub(crate) variant: Option<Variant>,
+    pub(crate) cache: Option<wgpu::PipelineCache>,
+    pub(crate) units: Option<MatrixUnits>,
+}
+
+impl ContextOptions {
+    /// A chosen variant; the one that suits the device where none is given.
+    #[must_use]
+    pub fn with_variant(self, variant: Variant) -> Self {
+        Self { variant: Some(variant), ..self }
+    }
+
+    /// The caller's pipeline cache, from which kernels are taken and into which they are put.
+    #[must_use]
+    pub fn with_cache(self, cache: wgpu::PipelineCache) -> Self {
+        Self { cache: Some(cache), ..self }
+    }
+
+    /// Matrix units that kernels may use.
+    #[must_use]
+    pub fn with_matrix_units(self, units: MatrixUnits) -> Self {
+        Self { units: Some(units), ..self }
+    }
 }
 
 impl Context {
@@ -52,7 +84,8 @@ impl Context {
     /// [`Error::Feature`] where the variant needs more than the device was made with; [`Error::Device`]
     /// as for [`Context::new`].
     pub fn with_variant(device: &wgpu::Device, variant: Variant) -> Result<Self> {
-        Self::make(device, variant, None)
+        let report = MatrixReport::NotOffered;
+        Self::make(device, variant, ContextOptions::default(), report)
     }
 
     /// A context with a chosen variant and the caller's pipeline cache, from which kernels are taken
@@ -66,13 +99,15 @@ impl Context {
         variant: Variant,
         cache: wgpu::PipelineCache,
     ) -> Result<Self> {
-        Self::make(device, variant, Some(cache))
+        let options = ContextOptions::default().with_cache(cache);
+        Self::make(device, variant, options, MatrixReport::NotOffered)
     }
 
-    fn make(
+    pub(crate) fn make(
         device: &wgpu::Device,
         variant: Variant,
-        cache: Option<wgpu::PipelineCache>,
+        ContextOptions { cache, units, .. }: ContextOptions,
+        matrix: MatrixReport,
     ) -> Result<Self> {
         let missing = if variant.subgroups {
             wgpu::Features::SUBGROUP.difference(device.features())
@@ -97,6 +132,8 @@ impl Context {
             info: device.adapter_info(),
             variant,
             cache,
+            units,
+            matrix,
             kernels: Mutex::default(),
             nothing,
         };
@@ -111,6 +148,23 @@ impl Context {
     /// The variant in use.
     pub fn variant(&self) -> Variant {
         self.inner.variant
+    }
+
+    /// Whether the kernels use matrix units, and why not.
+    pub fn matrix(&self) -> &MatrixReport {
+        &self.inner.matrix
+    }
+
+    /// The matrix units in use.
+    pub(crate) fn matrix_in_use(&self) -> Option<(MatrixShape, Precision)> {
+        self.inner.matrix.in_use()
+    }
+
+    /// What this context was made with, for others of the same device.
+    pub(crate) fn options(&self) -> ContextOptions {
+        let Inner { variant, cache, units, .. } = &*self.inner;
+        let (cache, units) = (cache.clone(), units.clone());
+        ContextOptions { variant: Some(*variant), cache, units }
     }
 
     /// The device's limits.

@@ -34,6 +34,7 @@
 mod context;
 mod floats;
 pub(crate) mod guard;
+pub(crate) mod matrix;
 pub(crate) mod quirks;
 mod record;
 pub(crate) mod shader;
@@ -42,8 +43,9 @@ mod tensor;
 mod variant;
 pub(crate) mod wait;
 
-pub use context::Context;
+pub use context::{Context, ContextOptions};
 pub use floats::{FloatType, Floats};
+pub use matrix::{MatrixReport, MatrixShape, MatrixUnits, Precision};
 pub(crate) use record::Kernel;
 pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};

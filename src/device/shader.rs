@@ -161,8 +161,15 @@ impl Spec {
         let browser =
             cfg!(target_family = "wasm") && prelude.features.contains(wgpu::Features::SUBGROUP);
         let enable = if browser { "enable subgroups;\n" } else { "" };
+        // naga takes a condition that is the same within each subgroup for one that is not, which
+        // matrices of subgroups can do with; barriers it looks at in any case.
+        let matrix = if prelude.features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+            "enable wgpu_cooperative_matrix;\nenable f16;\ndiagnostic(off, derivative_uniformity);\n"
+        } else {
+            ""
+        };
         let source = format!(
-            "{enable}// {}, variant: {}\n{}\n{}",
+            "{enable}{matrix}// {}, variant: {}\n{}\n{}",
             self.name, prelude.label, prelude.text, self.body
         );
         (0..).zip(self.bindings).filter(|&(i, b)| b.is_shared(prelude, i)).fold(

@@ -1,4 +1,5 @@
 //! Which of the variants of its kernels a device uses.
+use super::MatrixUnits;
 
 /// What kind of device the kernels are laid out for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,6 +20,10 @@ pub struct Variant {
     pub target: Target,
     /// Use subgroup operations (`Features::SUBGROUP`).
     pub subgroups: bool,
+    /// Use matrix units for experts of many rows, where the engine hands them over
+    /// ([`MatrixUnits`](super::MatrixUnits)) and they pass the check.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub matrix: bool,
 }
 
 impl Target {
@@ -28,14 +33,14 @@ impl Target {
 impl Variant {
     /// Every variant there is, whatever the device.
     pub(crate) const EVERY: [Self; 4] = [
-        Self { target: Target::Wide, subgroups: false },
-        Self { target: Target::Wide, subgroups: true },
-        Self { target: Target::Serial, subgroups: false },
-        Self { target: Target::Serial, subgroups: true },
+        Self { target: Target::Wide, subgroups: false, matrix: false },
+        Self { target: Target::Wide, subgroups: true, matrix: false },
+        Self { target: Target::Serial, subgroups: false, matrix: false },
+        Self { target: Target::Serial, subgroups: true, matrix: false },
     ];
 
     /// The one that runs everywhere: no optional feature, within WebGPU's default limits.
-    pub const PORTABLE: Self = Self { target: Target::Wide, subgroups: false };
+    pub const PORTABLE: Self = Self { target: Target::Wide, subgroups: false, matrix: false };
 
     /// The one this device is likely to be fastest with, by its adapter's type and its features.
     ///
@@ -46,19 +51,24 @@ impl Variant {
         Self {
             target: if cpu { Target::Serial } else { Target::Wide },
             subgroups: device.features().contains(wgpu::Features::SUBGROUP),
+            matrix: device.features().contains(MatrixUnits::FEATURES),
         }
     }
 
     /// Every variant this device can run.
     pub fn all(device: &wgpu::Device) -> Vec<Self> {
-        let subgroups: &[bool] = if device.features().contains(wgpu::Features::SUBGROUP) {
-            &[false, true]
-        } else {
-            &[false]
+        let all = |features| {
+            let has: &[bool] =
+                if device.features().contains(features) { &[false, true] } else { &[false] };
+            has
         };
-        [Target::Wide, Target::Serial]
-            .into_iter()
-            .flat_map(|target| subgroups.iter().map(move |&subgroups| Self { target, subgroups }))
-            .collect()
+        let (subgroups, matrix) = (all(wgpu::Features::SUBGROUP), all(MatrixUnits::FEATURES));
+        let mut found = vec![];
+        for target in Target::ALL.into_iter() {
+            for &subgroups in subgroups {
+                found.extend(matrix.iter().map(|&matrix| Self { target, subgroups, matrix }));
+            }
+        }
+        found
     }
 }

@@ -6,5 +6,6 @@
 //!
 //! Both are for development: a step that runs needs neither. To compare whole devices there is the
 //! program `wgmoe-bench`.
+mod matrix_check;
 pub mod profile;
 pub mod tune;

@@ -23,7 +23,7 @@ use crate::device::wait::may_block;
 use crate::error::{bytes_of, not_zero};
 use crate::layer::{Batch, BoundLayer, MoeLayer};
 use crate::plan::bits;
-use crate::{Context, Error, Gpu, Result, Slice, Variant};
+use crate::{Context, ContextOptions, Error, Gpu, Result, Slice, Variant};
 use std::time::Instant;
 
 /// What [`tune`] found.
@@ -83,8 +83,10 @@ pub fn tune(layer: &MoeLayer, queue: &wgpu::Queue, batch: &Batch<'_>) -> Result<
     // Each variant has a context of its own, and so scratch of its own.
     let batch = Batch { scratch: None, ..batch.into_out(out) };
 
-    let mut variants = Variant::all(device);
-    variants.sort_by_key(|&v| v != own);
+    // Matrix units only where the layer's context was given them.
+    let offered = layer.context().options().units.is_some();
+    let others = Variant::all(device).into_iter().filter(|v| *v != own && (offered || !v.matrix));
+    let variants = [own].into_iter().chain(others);
     let mut steps = vec![];
     let mut candidates: Vec<Candidate> = vec![];
     let mut reference = None;
@@ -130,7 +132,8 @@ fn first_run(
     variant: Variant,
     batch: &Batch<'_>,
 ) -> Result<BoundLayer> {
-    let ctx = Context::with_variant(&gpu.device, variant)?;
+    let options = ContextOptions { cache: None, ..layer.context().options() };
+    let ctx = Context::with_options(&gpu.device, options.with_variant(variant))?;
     let step = layer.with_context(&ctx)?.bind(batch)?;
     gpu.run_layer(&step)?;
     Ok(step)

@@ -29,7 +29,7 @@ pub const SPEC: Spec = Spec {
     ],
     variants: || {
         [Target::Wide, Target::Serial]
-            .map(|target| prelude(Variant { target, subgroups: false }))
+            .map(|target| prelude(Variant { target, ..Variant::PORTABLE }))
             .into()
     },
 };

@@ -1,6 +1,6 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
 use super::grouped_matmul::cpu_row;
-use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization, tile_rows};
+use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization};
 use super::not_zero;
 use crate::device::Kernel;
 use crate::error::expect_rows;
@@ -84,11 +84,7 @@ impl Logits {
         args.x.holds("x", rows.into(), hidden.into())?;
         args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
         args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
-        let (of_f32, item_rows) = if whole <= SKINNY_ROWS {
-            (&self.skinny, SKINNY_ROWS)
-        } else {
-            (&self.tile, tile_rows(&self.ctx))
-        };
+        let of_f32 = if whole <= SKINNY_ROWS { &self.skinny } else { &self.tile };
         of_f32.0.check_loops(&self.ctx, "hidden", hidden)?;
         if args.x.float_type != FloatType::F32 {
             // Both at once, so that no later batch waits for a compiler.
@@ -109,7 +105,8 @@ impl Logits {
             out_slot: 0u32.wrapping_sub(of.start),
             ..Params::default()
         };
-        let groups = problem.groups(&self.ctx, &mut params, rows.div_ceil(item_rows));
+        let groups =
+            problem.groups(&self.ctx, &mut params, rows.div_ceil(problem.item_rows(&self.ctx)));
         let nothing = self.ctx.nothing();
         let slices = [args.x.slice, nothing, args.weights, args.weights, nothing, args.logits];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.of_stage("logits").into())

@@ -4,16 +4,17 @@
 //! |---|---|
 //! | [`matmul_register`](super::matmul_register) | software drivers: all in registers |
 //! | [`matmul_skinny`](super::matmul_skinny) | items of a few rows: reading the weights is all it costs |
+//! | [`matmul_matrix`](super::matmul_matrix) | items of many rows, on matrix units |
 //! | [`matmul_tile`](super::matmul_tile) | items of many rows: tiles in workgroup memory |
 //!
 //! To add a kernel, add its file, its WGSL and a row here.
 use super::grouped_matmul::Stage;
-use super::{matmul_register, matmul_skinny, matmul_tile};
+use super::{matmul_matrix, matmul_register, matmul_skinny, matmul_tile};
 use crate::device::shader::{Binding, Prelude, Spec, params, read, read_uniform, write};
 use crate::device::{Kernel, quirks};
 use crate::routing::Activation;
 use crate::weights::{PANEL, WeightType};
-use crate::{Context, FloatType, Result, Target};
+use crate::{Context, FloatType, Result};
 use std::sync::Arc;
 
 params! {
@@ -26,7 +27,7 @@ impl Params {
     pub(crate) const FIELDS: &[(&str, u32)] = Self::LAYOUT;
 }
 
-/// Bindings that all three kernels share.
+/// Bindings that all kernels share.
 pub(crate) const BINDINGS: &[Binding] = &[
     read("x", 4),
     read_uniform("plan", 4),
@@ -71,13 +72,13 @@ pub const SKINNY_ROWS: u32 = 8;
 /// A row of the table of kernels.
 pub(crate) struct MatmulKernel {
     pub(crate) spec: &'static Spec,
-    /// Whether it serves items of a kind, in contexts of a target.
-    pub(crate) serves: fn(Target, ItemKind) -> bool,
+    /// Whether it serves work in a context.
+    pub(crate) serves: fn(&Context, Work) -> bool,
     /// Most rows of a tile item; that of a skinny one is [`SKINNY_ROWS`].
-    pub(crate) tile_rows: u32,
+    pub(crate) tile_rows: fn(&Context) -> u32,
     pub(crate) prelude: fn(&Context, &Specialization) -> Prelude,
     /// Columns and items that one workgroup makes.
-    pub(crate) group: fn(&Specialization) -> [u32; 2],
+    pub(crate) group: fn(&Context, &Specialization) -> [u32; 2],
     /// The step between so many groups of items that follow one another.
     pub(crate) item_step: fn(u32) -> u32,
     /// Iterations that the loops of one invocation take at a depth, at most.
@@ -85,17 +86,29 @@ pub(crate) struct MatmulKernel {
 }
 
 /// The kernels: the first that serves is taken.
-const KERNELS: &[&MatmulKernel] =
-    &[&matmul_register::KERNEL, &matmul_skinny::KERNEL, &matmul_tile::KERNEL];
+const KERNELS: &[&MatmulKernel] = &[
+    &matmul_matrix::KERNEL,
+    &matmul_register::KERNEL,
+    &matmul_skinny::KERNEL,
+    &matmul_tile::KERNEL,
+];
 
-fn kernel_for(target: Target, kind: ItemKind) -> &'static MatmulKernel {
-    let kernel = KERNELS.iter().find(|kernel| (kernel.serves)(target, kind));
+/// What a kernel is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Work {
+    pub(crate) kind: ItemKind,
+    /// One expert for all rows, no plan: router logits.
+    pub(crate) dense: bool,
+}
+
+fn kernel_for(ctx: &Context, work: Work) -> &'static MatmulKernel {
+    let kernel = KERNELS.iter().find(|kernel| (kernel.serves)(ctx, work));
     kernel.expect("a kernel for every target and kind of item")
 }
 
-/// Most rows of a tile item on this context's device.
+/// Most rows of a tile item of experts on this context's device.
 pub fn tile_rows(ctx: &Context) -> u32 {
-    kernel_for(ctx.variant().target, ItemKind::Tile).tile_rows
+    (kernel_for(ctx, Work { kind: ItemKind::Tile, dense: false }).tile_rows)(ctx)
 }
 
 /// What is known of a matmul when its kernel is compiled.
@@ -221,7 +234,7 @@ impl Specialization {
         format!("{rows} {what} {source} {weights}{x} {layout} depth of {lanes}{columns}")
     }
 
-    /// The constants that all three kernels read.
+    /// The constants that all kernels read.
     pub(crate) fn constants(&self, prelude: Prelude) -> Prelude {
         prelude
             .flag("GATED", self.activation.is_some())
@@ -231,9 +244,21 @@ impl Specialization {
             .constant("BLOCK_WORDS", self.weight_type.device_words())
     }
 
+    fn row(&self, ctx: &Context) -> &'static MatmulKernel {
+        kernel_for(ctx, Work { kind: self.kind, dense: self.dense })
+    }
+
+    /// Most rows of an item.
+    pub(super) fn item_rows(&self, ctx: &Context) -> u32 {
+        match self.kind {
+            ItemKind::Skinny => SKINNY_ROWS,
+            ItemKind::Tile => (self.row(ctx).tile_rows)(ctx),
+        }
+    }
+
     /// Compiles the kernel that serves it.
     pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        let row = kernel_for(ctx.variant().target, self.kind);
+        let row = self.row(ctx);
         ctx.kernel(row.spec, (row.prelude)(ctx, self))
     }
 
@@ -249,14 +274,14 @@ impl Specialization {
     /// Fails where the loops of one invocation are too long for a software driver at a depth, which
     /// is the caller's argument `name`.
     pub(super) fn check_loops(&self, ctx: &Context, name: &'static str, depth: u32) -> Result<()> {
-        let row = kernel_for(ctx.variant().target, self.kind);
+        let row = self.row(ctx);
         quirks::check_loops(ctx, name, depth, (row.iterations)(self, depth))
     }
 
     /// Workgroups for so many items, completing the parameters.
     pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let row = kernel_for(ctx.variant().target, self.kind);
-        let [width, height] = (row.group)(self);
+        let row = self.row(ctx);
+        let [width, height] = (row.group)(ctx, self);
         params.item_groups = items.div_ceil(height);
         params.item_step = (row.item_step)(params.item_groups);
         let across = (params.column_end - params.column_begin).div_ceil(width);

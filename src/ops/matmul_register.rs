@@ -24,10 +24,10 @@ pub const SPEC: Spec = Spec {
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    serves: |target, _| target == Target::Serial,
-    tile_rows: TILE_ROWS,
+    serves: |ctx, _| ctx.variant().target == Target::Serial,
+    tile_rows: |_| TILE_ROWS,
     prelude: |ctx, problem| prelude(problem, Features::of(ctx)),
-    group: group_tile,
+    group: |_, problem| group_tile(problem),
     item_step,
     iterations,
 };

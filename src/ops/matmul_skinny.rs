@@ -21,10 +21,10 @@ pub const SPEC: Spec = Spec {
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    serves: |target, kind| target == Target::Wide && kind == ItemKind::Skinny,
-    tile_rows: SKINNY_ROWS,
+    serves: |ctx, work| ctx.variant().target == Target::Wide && work.kind == ItemKind::Skinny,
+    tile_rows: |_| SKINNY_ROWS,
     prelude: |_, problem| prelude(problem),
-    group: |problem| [tile_columns(problem), 1],
+    group: |_, problem| [tile_columns(problem), 1],
     item_step: |_| 0,
     // Steps are SPLIT runs, of 16 values at least; then come the sums over the parts.
     iterations: |_, depth| u64::from(depth.div_ceil(16 * SPLIT) + 2 * SPLIT),

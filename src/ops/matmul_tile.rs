@@ -19,10 +19,10 @@ pub const SPEC: Spec = Spec {
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    serves: |target, kind| target == Target::Wide && kind == ItemKind::Tile,
-    tile_rows: TILE_ROWS,
+    serves: |ctx, work| ctx.variant().target == Target::Wide && work.kind == ItemKind::Tile,
+    tile_rows: |_| TILE_ROWS,
     prelude: |_, problem| prelude(problem),
-    group: |problem| [tile_columns(problem), 1],
+    group: |_, problem| [tile_columns(problem), 1],
     item_step: |_| 0,
     // Steps of eight values at least.
     iterations: |_, depth| u64::from(depth.div_ceil(8)),

@@ -12,7 +12,7 @@
 //! | another router's choice | [`assign`] (ids of each token), [`assign_lists`] (tokens of each expert) |
 //! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding) |
 //! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
-//! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`] and [`matmul_register`]; then [`combine`] |
+//! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`], [`matmul_register`] and [`matmul_matrix`]; then [`combine`] |
 //! | for experts of the caller's own | [`gather`] (rows in the plan's order), [`expert_lists`] (the choice as lists) |
 //! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights) |
 //!
@@ -52,6 +52,7 @@ pub mod gather;
 pub mod grouped_matmul;
 pub mod logits;
 mod matmul_kernels;
+pub mod matmul_matrix;
 mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;
@@ -84,6 +85,7 @@ pub const SPECS: &[&Spec] = &[
     &gather::SPEC,
     &matmul_register::SPEC,
     &matmul_tile::SPEC,
+    &matmul_matrix::SPEC,
     &matmul_skinny::SPEC,
     &combine::SPEC,
     &expert_union::SPEC,

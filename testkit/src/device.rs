@@ -1,5 +1,7 @@
 //! The GPU of a test run, and buffers that show what a kernel wrote.
-use wgmoe::{BoundOp, Context, Gpu, Slice, Variant, wgpu};
+use std::sync::OnceLock;
+use wgmoe::device::MatrixReport;
+use wgmoe::{BoundOp, Context, ContextOptions, Gpu, MatrixUnits, Slice, Variant, wgpu};
 
 /// Whether an absent adapter is a failure: `MOE_REQUIRE_GPU=1`, which CI sets.
 pub fn required() -> bool {
@@ -9,9 +11,8 @@ pub fn required() -> bool {
 /// The GPU, or `None` with a note. `MOE_REQUIRE_GPU=1` (CI) turns absence into a failure. One
 /// device serves all tests.
 pub fn gpu() -> Option<Gpu> {
-    static GPU: std::sync::OnceLock<Result<Gpu, wgmoe::Error>> = std::sync::OnceLock::new();
-    match GPU.get_or_init(Gpu::new) {
-        Ok(gpu) => Some(gpu.clone()),
+    match opened() {
+        Ok((_, gpu)) => Some(gpu.clone()),
         Err(e) if required() => panic!("{e}"),
         Err(e) => {
             eprintln!("skipped: {e}");
@@ -20,16 +21,73 @@ pub fn gpu() -> Option<Gpu> {
     }
 }
 
-/// A context for every variant `gpu` can run; each is made once.
+/// The adapter and the device made of it; with matrix units where it has them.
+fn opened() -> &'static Result<(wgpu::Adapter, Gpu), wgmoe::Error> {
+    static GPU: OnceLock<Result<(wgpu::Adapter, Gpu), wgmoe::Error>> = OnceLock::new();
+    GPU.get_or_init(|| {
+        pollster::block_on(async {
+            let adapter = Gpu::choose(None).await?;
+            // wgpu 30 offers the units on lavapipe with subgroups of 2 and 4 too, and then panics.
+            let gpu = if adapter.get_info().subgroup_min_size < 8 {
+                Gpu::from_adapter(&adapter).await?
+            } else {
+                Gpu::with_matrix_units(&adapter, experimental()).await?
+            };
+            Ok((adapter, gpu))
+        })
+    })
+}
+
+/// The adapter of the GPU of the test run.
+pub fn adapter() -> wgpu::Adapter {
+    opened().as_ref().expect("a GPU").0.clone()
+}
+
+/// A device without any feature that is experimental.
+pub fn plain(adapter: &wgpu::Adapter) -> Gpu {
+    pollster::block_on(Gpu::from_adapter(adapter)).expect("a device")
+}
+
+/// wgpu's token for experimental features.
+#[expect(unsafe_code, reason = "the token for experimental features is made in no other way")]
+pub fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: tests take the risk of undefined behaviour in features that wgpu has not finished.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
+}
+
+/// The matrix units of the GPU of the test run; shapes are listed where the device has the features.
+pub fn matrix_units(gpu: &Gpu) -> MatrixUnits {
+    let listed = opened().as_ref().ok().map(|(a, _)| a.cooperative_matrix_properties());
+    MatrixUnits::of_shapes(listed.unwrap_or_default(), &gpu.queue)
+}
+
+/// The context of a variant, with matrix units where it uses them and they are there.
+pub fn context_of(gpu: &Gpu, variant: Variant) -> Context {
+    let options = ContextOptions::default().with_variant(variant);
+    let options = options.with_matrix_units(matrix_units(gpu));
+    Context::with_options(&gpu.device, options).expect("a context")
+}
+
+/// A context for every variant `gpu` can run; each is made once. Those for matrix units are said to
+/// be left out where the device has none.
 pub fn contexts(gpu: &Gpu) -> Vec<Context> {
-    static ALL: std::sync::OnceLock<Vec<Context>> = std::sync::OnceLock::new();
+    static ALL: OnceLock<Vec<Context>> = OnceLock::new();
     ALL.get_or_init(|| own_contexts(gpu)).clone()
 }
 
 /// The same, made anew: for tests that count pipelines, which other tests would add to.
 pub fn own_contexts(gpu: &Gpu) -> Vec<Context> {
-    let context = |v| Context::with_variant(&gpu.device, v).expect("a context");
-    Variant::all(&gpu.device).into_iter().map(context).collect()
+    // Without subgroups they are of no use.
+    let all = Variant::all(&gpu.device).into_iter().filter(|v| v.subgroups || !v.matrix);
+    let all: Vec<Context> = all.map(|variant| context_of(gpu, variant)).collect();
+    for ctx in all.iter().filter(|ctx| ctx.variant().matrix) {
+        assert!(matches!(ctx.matrix(), MatrixReport::InUse { .. }), "{}", ctx.matrix());
+    }
+    if !all.iter().any(|ctx| ctx.variant().matrix) {
+        static SAID: std::sync::Once = std::sync::Once::new();
+        SAID.call_once(|| eprintln!("not run: kernels on matrix units, which this device lacks"));
+    }
+    all
 }
 
 /// A written buffer: `len` items of `poison` before, one guard word after.
@@ -79,5 +137,6 @@ pub fn run(gpu: &Gpu, step: &BoundOp) {
 /// What a variant is called in a message.
 pub fn variant_name(ctx: &Context) -> String {
     let v = ctx.variant();
-    format!("{:?}{}", v.target, if v.subgroups { ", subgroups" } else { "" })
+    let subgroups = if v.subgroups { ", subgroups" } else { "" };
+    format!("{:?}{subgroups}{}", v.target, if v.matrix { ", matrix units" } else { "" })
 }

@@ -60,8 +60,8 @@ if (!paths.length) {
   process.exit(2);
 }
 
-// 64-bit integers are wgpu's own, not WebGPU's: kernels that use them are variants for native drivers alone.
-const native = paths.filter((path) => /\bu64\b/.test(readFileSync(path, 'utf8')));
+// 64-bit integers and matrices are wgpu's own, not WebGPU's: kernels that use them are for native drivers alone.
+const native = paths.filter((path) => /\bu64\b|\bcoop_mat/.test(readFileSync(path, 'utf8')));
 const checked = paths.filter((path) => !native.includes(path));
 
 let refused = 0;
@@ -70,6 +70,6 @@ for (const path of checked) {
   refused += Number(errors.length > 0);
   if (errors.length) console.log([`refused  ${path}`, ...errors.map((error) => `    ${error}`)].join('\n'));
 }
-console.log(`${native.length} files with 64-bit integers left out`);
+console.log(`${native.length} files with 64-bit integers or matrices left out`);
 console.log(`${checked.length - refused} passed, ${refused} failed`);
 process.exit(refused ? 1 : 0);

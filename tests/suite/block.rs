@@ -275,7 +275,7 @@ fn a_decoding_block_takes_three_dispatches_before_its_experts() {
         ..Default::default()
     });
     for target in [Target::Wide, Target::Serial] {
-        let variant = Variant { target, subgroups: false };
+        let variant = Variant { target, ..Variant::PORTABLE };
         let ctx = Context::with_variant(&device, variant).unwrap();
         let rule = TokenChoice::new(8).with_score(Score::Sigmoid).with_groups(8, 4).with_scale(2.5);
         let block = |rule: TokenChoice, coreset: Option<BlockRule>| {

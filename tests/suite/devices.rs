@@ -146,7 +146,7 @@ fn a_layer_makes_all_its_pipelines() {
             config
         };
         for target in [Target::Wide, Target::Serial] {
-            let variant = Variant { target, subgroups: false };
+            let variant = Variant { target, ..Variant::PORTABLE };
             let made = Context::with_variant(&device, variant).unwrap();
             let layer = HostLayer::new(config).layer(&made, &queue).unwrap();
             let pipelines = made.pipelines();

@@ -31,6 +31,7 @@ mod layer;
 mod limits;
 mod loops;
 mod matmul;
+mod matrix;
 mod messages;
 mod noop;
 mod padding;

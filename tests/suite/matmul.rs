@@ -22,12 +22,19 @@ const TOKENS: usize = 61;
 /// panels.
 const SHAPES: [[u32; 2]; 2] = [[304, 300], [299, 384]];
 
-/// A context for each target: subgroups make no difference here.
+/// A context for each target, and one with matrix units where the device has them: subgroups make no
+/// difference here.
 fn targets(gpu: &Gpu) -> Vec<Context> {
-    [Target::Serial, Target::Wide]
-        .map(|target| contexts(gpu).into_iter().find(|ctx| ctx.variant().target == target))
-        .map(|ctx| ctx.expect("every device runs either"))
-        .to_vec()
+    let of = |target, matrix| {
+        let own = |ctx: &Context| {
+            let variant = ctx.variant();
+            variant.target == target && variant.matrix == matrix
+        };
+        contexts(gpu).into_iter().find(own)
+    };
+    let all = [of(Target::Serial, false), of(Target::Wide, false)];
+    let all = all.map(|ctx| ctx.expect("every device runs either"));
+    all.into_iter().chain(of(Target::Wide, true)).collect()
 }
 
 /// The bit set in which expert e has [`ROWS`]`[e]` tokens, spread over all.
