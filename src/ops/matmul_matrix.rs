@@ -1,5 +1,5 @@
 //! The grouped matmul for many rows on matrix units, at the precision of f32. See
-//! [`grouped_matmul`](super::grouped_matmul), and [`MatrixUnits`](crate::MatrixUnits) for when it
+//! [`grouped_matmul`](super::grouped_matmul), and [`MatrixUnits`] for when it
 //! is chosen.
 use super::matmul_kernels::{BINDINGS, ItemKind, MatmulKernel, Params, Specialization};
 use super::matmul_pieces as pieces;
