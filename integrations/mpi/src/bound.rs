@@ -329,10 +329,10 @@ impl Local {
         let bytes = 4 * u64::from(shape.slots()?) * u64::from(hidden);
         let rows = buffer(ctx, "tokens", bytes)?;
         let all = Slice::new(&rows, 0, bytes);
-        let args = PlanArgs { x: batch.hidden, plan, out: all, hidden };
+        let args = PlanArgs { x: batch.hidden.into(), plan, out: all, hidden };
         let gather = layer.gather.bind_plan(&shape, args)?;
         let add = batch.add;
-        let args = combine::Args { y: all, plan, out: batch.out, columns: 0..hidden, hidden, add };
+        let args = combine::Args { y: all, plan, out: batch.out.into(), columns: 0..hidden, hidden, add };
         let combine = layer.combine.bind(&shape, args)?;
         let shared = match &layer.weights.shared {
             Some(weights) if config.shared_experts > 0 => {

@@ -8,6 +8,7 @@ use crate::split::Split;
 use crate::{Error, Result, World};
 use std::cell::RefCell;
 use std::rc::Rc;
+use wgmoe::device::MatrixReport;
 use wgmoe::layer::{LayerConfig, MoeRouting, Router};
 use wgmoe::ops::combine::Combine;
 use wgmoe::ops::gather::Gather;
@@ -94,6 +95,11 @@ impl ExpertParallel {
                 Some(w) => format!("{:?}", w.shape().types),
                 None => "none".into(),
             };
+            // Only units in use change bits; why there are none may differ from rank to rank.
+            let matrix = match ctx.matrix() {
+                MatrixReport::InUse { shape, precision, .. } => format!("{shape}, {precision:?}"),
+                _ => "none".into(),
+            };
             // Ranks without experts have no type of their own; a rank that lacks them says so below.
             let types = weights.experts.as_ref().map(|w| w.shape().types);
             world.agree(&[
@@ -106,6 +112,7 @@ impl ExpertParallel {
                 ("routing", format!("{:?}", config.routing)),
                 ("split", format!("{split:?}")),
                 ("options", format!("{options:?}")),
+                ("matrix units", matrix),
                 ("variant", format!("{:?}, items of {tile_rows} rows", ctx.variant())),
                 ("weights of shared experts", shape(&weights.shared)),
             ])?;
@@ -127,7 +134,7 @@ impl ExpertParallel {
             fits("weights of experts", &weights.experts, &config, held)?;
             fits("weights of shared experts", &weights.shared, &config, config.shared_experts)?;
             let chunk_rows = options.chunk_rows.max(1).next_multiple_of(tile_rows);
-            let options = Options { chunk_rows, ..options };
+            let options = Options { chunk_rows, rounds: options.rounds.max(1), ..options };
             let owner = match &weights.experts {
                 Some(w) if held > 0 => {
                     Some(Owner::new(ctx, &config, w, [chunk_rows, options.rounds])?)

@@ -81,7 +81,7 @@ impl Shared {
                 slots: 0..slots,
                 columns,
             };
-            let first_args = args(Rows::Tokens(hidden), (&h).into(), 0..config.intermediate);
+            let first_args = args(Rows::Tokens(hidden.into()), (&h).into(), 0..config.intermediate);
             let second = args(Rows::Slots((&h).into()), (&y).into(), 0..config.hidden);
             let work = gate_up.bind(&shape, first_args)?.then(down.bind(&shape, second)?);
             parts.push(Part { first: of.start, tokens: rows, y, work, _plan: plan });

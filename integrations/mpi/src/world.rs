@@ -181,11 +181,19 @@ impl World {
 
     /// Runs a call that all ranks take part in. Where it fails here, the others are told.
     pub(crate) fn telling<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<T> {
+        // What was under way may still be, and would be taken for what comes next.
+        if let Some(fault) = self.inner.fault.borrow().clone() {
+            return Err(fault);
+        }
         let result = call();
         match &result {
             // Others know, or find out in the same way.
             Ok(_) | Err(Error::Rank { .. } | Error::Differs { .. } | Error::Idle { .. }) => {}
-            Err(e) => self.fail(&e.to_string()),
+            Err(e) => {
+                self.fail(&e.to_string());
+                self.inner.fault.borrow_mut().get_or_insert_with(|| e.clone());
+                return result;
+            }
         }
         // Whom a rank was told of is more than what it saw itself.
         match (result, self.inner.fault.borrow().clone()) {
@@ -272,7 +280,12 @@ impl World {
     /// A message that has come.
     fn take(&self, from: usize, len: usize, tag: i32) -> Result<Vec<u8>> {
         let mut message = self.wire().receive(Memory::Bytes(vec![0; len]), from, tag)?;
+        let start = Instant::now();
         while !message.test()? {
+            if start.elapsed() > self.limit() {
+                let (ranks, seconds) = (vec![from], self.limit().as_secs_f64());
+                return Err(Error::Silent { ranks, seconds, what: "the rest of a message".into() });
+            }
             std::hint::spin_loop();
         }
         Ok(message.bytes())

@@ -100,11 +100,15 @@ fn told(outcome: &Outcome, text: &str) -> Vec<usize> {
 
 /// Ranks of which rank 2 fails: each of `of` says `text`.
 fn fails(fault: &str, options: &[&str], text: &str, of: &[usize]) {
+    let at_once = ["shape", "version", "type", "no tokens", "few experts"];
     let outcome = ranks(4, options, &["fault", fault, "2"]);
     assert!(!outcome.ok || !options.is_empty(), "{fault} is no failure: {}", outcome.text);
     assert_eq!(told(&outcome, text), of, "{fault}:\n{}", outcome.text);
-    // Each rank waits 4 s before it ends, so that all have their say.
-    assert!(outcome.seconds < 14.0, "{fault} took {:.1} s", outcome.seconds);
+    // Each rank waits 4 s before it ends, so that all have their say. At once means when the slowest
+    // rank has come: some compile kernels before.
+    let most = if at_once.contains(&fault) { 100.0 } else { 14.0 };
+    let seconds = outcome.seconds;
+    assert!(seconds > 0.0 && seconds < most, "{fault} took {seconds:.1} s:\n{}", outcome.text);
 }
 
 #[test]

@@ -25,8 +25,8 @@ async function openDevice() {
   if (!about) {
     $('device').textContent = `${missing(why, detail)} Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.`;
     $('where').textContent = 'by the CPU twins';
-    $('check-words').textContent = 'Without WebGPU, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, and each routing rule is run in two ways that must agree.';
-    $('measure-go').disabled = true;
+    $('check-words').textContent = 'Without WebGPU, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, and the experts of each routing rule are run in two ways that must agree.';
+    hasDevice = false;
     $('measure-state').textContent = 'There is no GPU to measure.';
     return checks;
   }
@@ -62,7 +62,9 @@ let hasDevice = true;
 let checking = false;
 async function check(names) {
   if (checking) {
+    // The check that is under way comes to its end first.
     checking = false;
+    $('check-go').disabled = true;
     return;
   }
   checking = true;
@@ -75,7 +77,9 @@ async function check(names) {
   table.hidden = bar.hidden = false;
   let [ok, wrong] = [0, 0];
   try {
-    const recorded = await (await fetch('golden/list.json')).json();
+    const list = await fetch('golden/list.json');
+    if (!list.ok) throw new Error(`golden/list.json: ${list.status} ${list.statusText}`);
+    const recorded = await list.json();
     const all = [
       ...recorded.map((name) => [`recorded: ${name.replace(/\.safetensors$/, '')}`, () => call('recorded', [name])]),
       ...names.map((name, i) => [name, () => call('check', [i])]),
@@ -93,10 +97,11 @@ async function check(names) {
       bar.value = i + 1;
     }
     state.textContent = wrong ? `${wrong} wrong, ${ok} ok` : checking ? `all ${ok} ok` : `stopped; ${ok} ok`;
+    state.className = wrong ? 'bad' : checking ? 'ok' : '';
   } catch (e) {
     state.textContent = e.message;
+    state.className = 'bad';
   }
-  state.className = wrong ? 'bad' : 'ok';
   bar.hidden = true;
   checking = false;
   $('check-go').textContent = 'Check';
@@ -159,7 +164,7 @@ async function measure() {
     const { interrupted, adapters } = JSON.parse(file);
     const count = (status) => adapters.flatMap((a) => a.cases).filter((c) => c.outcome.status === status).length;
     const why = adapters.map((a) => a.failure).filter(Boolean).join('; ');
-    state.textContent = `${interrupted ? 'stopped; ' : ''}${count('measured')} cases measured, ${count('failed')} failed, ${count('skipped')} skipped${count('skipped') ? ' for want of time' : ''}${why && `; ${why}`}`;
+    state.textContent = `${interrupted ? 'stopped; ' : ''}${count('measured')} cases measured, ${count('failed')} failed, ${count('skipped')} skipped${count('skipped') ? ' (the file says why)' : ''}${why && `; ${why}`}`;
   } catch (e) {
     state.textContent = e.message;
   }
@@ -179,7 +184,7 @@ function save(name, type, text) {
 
 try {
   const checks = await openDevice();
-  hasDevice = !$('measure-go').disabled;
+  occupy(hasDevice ? undefined : 'none');
   $('check-go').addEventListener('click', () => check(checks));
   $('measure-go').addEventListener('click', measure);
   $('save-json').addEventListener('click', () => save('wgmoe-bench.json', 'application/json', file));

@@ -9,7 +9,7 @@ export const rules = {
   },
   expert_choice: {
     name: 'Experts choose tokens',
-    words: 'Each expert takes the tokens that score highest for it, all experts equally many. No expert is busier than another. The fewer tokens are still to be written, the more each expert takes: K experts a token at the end, a quarter of that at the start.',
+    words: 'Each expert takes the tokens that score highest for it, all experts equally many. No expert is busier than another. The fewer tokens are still to be written, the more each expert takes: K experts a token at the end, a quarter of that at the start, but one token at least.',
     uses: ['k', 'mask'], play: 'mask', sources: [arxiv('2604.01622', 'EC-DLM')],
   },
   sequence_top: {

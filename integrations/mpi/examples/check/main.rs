@@ -16,7 +16,8 @@ use wgmoe_mpi::mpi;
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let universe = mpi::initialize().expect("MPI, once");
+    let threads = mpi::Threading::Funneled; // of the drivers', which make no call of MPI
+    let (universe, _) = mpi::initialize_with_threading(threads).expect("MPI, once");
     let comm = universe.world();
     // Drivers compile kernels at their first use: ranks that share cores drift apart.
     let world = || World::with_limit(&comm, Duration::from_secs(300));

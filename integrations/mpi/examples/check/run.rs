@@ -174,7 +174,8 @@ fn twin(case: &Case) -> Vec<f32> {
             lengths: lists.lengths.as_deref(),
             capacity: lists.capacities.as_deref(),
         }),
-        blocks: lists.blocks.as_ref().map(|offsets| HostBlocks { offsets, voters: None }),
+        blocks: lists.blocks.as_ref().map(|offsets| HostBlocks::new(offsets)),
+        ..HostBatch::default()
     };
     let x = case.hidden();
     let matrix = |e, p| stored.matrix(e, p);

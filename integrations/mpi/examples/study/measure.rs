@@ -94,7 +94,8 @@ impl Host {
 }
 
 pub fn run(options: &Measure) -> Result<(), Box<dyn std::error::Error>> {
-    let universe = mpi::initialize().ok_or("MPI is in use")?;
+    let threads = mpi::Threading::Funneled; // of the drivers', which make no call of MPI
+    let (universe, _) = mpi::initialize_with_threading(threads).ok_or("MPI is in use")?;
     let comm = universe.world();
     let world = World::with_limit(&comm, std::time::Duration::from_secs(300))?;
     let gpu = Gpu::new()?;
