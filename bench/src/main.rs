@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use terminal::{Terminal, stop_at_ctrl_c};
 use testkit::block_on;
+use wgmoe::WeightType;
 use wgmoe_bench::{NO_ADAPTERS, Plan, Report, adapters, find, first, list, page, replace};
 
 /// Benchmarks mixture-of-experts kernels on any GPU, and compares the results.
@@ -53,6 +54,9 @@ struct RunOptions {
     /// else 4]
     #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1024))]
     memory: Option<u64>,
+    /// What the experts are stored as, such as bf16, q8_0 or q4_k
+    #[arg(long, default_value = "bf16")]
+    weights: WeightType,
     /// The file of results; replaced
     #[arg(short, long, default_value = "results.json")]
     output: PathBuf,
@@ -97,6 +101,7 @@ fn run(options: &RunOptions) -> Result<ExitCode, String> {
     let mut plan = Plan::new(60.0 * minutes, stop_at_ctrl_c()?);
     plan.quick = options.quick;
     plan.memory = options.memory.map(|gib| gib << 30);
+    plan.weights = options.weights;
     plan.commit = commit();
     let mut terminal = Terminal::new(&options.output);
     let report = block_on(wgmoe_bench::run(&adapters, &plan, &mut terminal))?;

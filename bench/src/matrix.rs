@@ -1,9 +1,9 @@
 //! Which cases there are: models, loads, rules and parts.
 use crate::file::{CaseId, Load, Part};
 use testkit::rules::rules;
-use wgmoe::Routing;
 use wgmoe::layer::LayerConfig;
 use wgmoe::models::{self, MODELS, Model};
+use wgmoe::{Routing, WeightType};
 
 /// A model's layer with the experts that fit, under every load.
 #[derive(Clone, Debug)]
@@ -12,6 +12,8 @@ pub(crate) struct Layer {
     pub(crate) config: LayerConfig,
     /// Why fewer experts than the model has.
     pub(crate) reduced: Option<String>,
+    /// What the experts are stored as.
+    pub(crate) weights: WeightType,
     pub(crate) loads: Vec<(Load, u32)>,
 }
 
@@ -39,11 +41,12 @@ const LOADS: [(Load, u32); 5] = [
 const QUICK: [(&str, u32, usize); 2] = [("llada2-mini", 32, 1), ("ec-dlm", 64, 2)];
 
 /// The layers of a run, whole.
-pub(crate) fn layers(quick: bool) -> Vec<Layer> {
+pub(crate) fn layers(quick: bool, weights: WeightType) -> Vec<Layer> {
     let whole = |model: &Model, loads: usize| Layer {
         model: *model,
         config: model.config,
         reduced: None,
+        weights,
         loads: LOADS[..loads].to_vec(),
     };
     if !quick {
@@ -111,7 +114,7 @@ impl Layer {
             rule: group.rule.clone(),
             own_rule: group.own_rule,
             part,
-            weights: "bf16".into(),
+            weights: self.weights.name().to_lowercase(),
         }
     }
 }
@@ -124,7 +127,7 @@ mod tests {
     fn every_case_has_a_name_of_its_own_and_a_rule_that_holds() {
         for quick in [false, true] {
             let mut seen = std::collections::HashSet::new();
-            for layer in layers(quick) {
+            for layer in layers(quick, WeightType::Bf16) {
                 for group in layer.groups() {
                     group.routing.check(layer.config.experts).expect("a rule");
                     for &part in &group.parts {

@@ -12,7 +12,7 @@ mod words;
 use crate::file::{Adapter, Case, CaseId, Measured, Outcome, Report};
 use flags::Flags;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 /// What the page may load: nothing but its own style sheet.
 const CONTENT: &str = "default-src 'none'; style-src 'unsafe-inline'";
@@ -88,10 +88,13 @@ pub fn page(reports: &[Report]) -> String {
 
 fn opening(reports: &[Report], devices: usize) -> Markup {
     let count = if devices == 1 { "1 device".into() } else { format!("{devices} devices") };
+    let cases = reports.iter().flat_map(|r| &r.adapters).flat_map(|a| &a.cases);
+    let types: BTreeSet<&str> = cases.map(|case| case.id.weights.as_str()).collect();
+    let weights = types.into_iter().collect::<Vec<_>>().join(" or ");
     html! {
         h1 { "Mixture-of-experts layers, device by device" }
         p {
-            "One layer of known models on " (count) ", with experts in bf16 and sums in f32. A \
+            "One layer of known models on " (count) ", with experts in " (weights) " and sums in f32. A \
              model has many such layers and more besides, so these are not the speeds of whole \
              models. Weights, inputs and router scores are synthetic. Every result was compared \
              with a computation on the CPU before it was timed."

@@ -22,6 +22,8 @@ pub struct Plan<'a> {
     pub seconds: f64,
     /// Bytes of weights, where they are limited.
     pub memory: Option<u64>,
+    /// What the experts are stored as.
+    pub weights: WeightType,
     /// What to call a driver of which wgpu knows nothing.
     pub driver: Option<String>,
     /// Commit of this program's source.
@@ -33,7 +35,8 @@ pub struct Plan<'a> {
 impl<'a> Plan<'a> {
     /// A full run.
     pub fn new(seconds: f64, stop: &'a AtomicBool) -> Self {
-        Self { quick: false, seconds, memory: None, driver: None, commit: None, stop }
+        let weights = WeightType::Bf16;
+        Self { quick: false, seconds, memory: None, weights, driver: None, commit: None, stop }
     }
 }
 
@@ -158,7 +161,7 @@ impl<'a> Measuring<'a> {
         self.entry().ceilings = Some(ceilings.clone());
         self.save()?;
         let site = Site { device: &device, ctx: &ctx, timer: &timer, ceilings: &ceilings };
-        let layers = layers(self.plan.quick);
+        let layers = layers(self.plan.quick, self.plan.weights);
         self.watch.begin(layers.iter().map(cases).sum());
         let count = layers.len();
         for (i, layer) in layers.into_iter().enumerate() {
@@ -324,7 +327,7 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
     let top = group.routing.experts_per_token();
     let tokens = f64::from(group.tokens);
     let slots = tokens * f64::from(top + config.shared_experts);
-    let shape = config.expert_shape(WeightType::Bf16);
+    let shape = config.expert_shape(layer.weights);
     let flops = 6.0 * slots * f64::from(config.hidden) * f64::from(config.intermediate);
     let bytes = shape.expert_bytes() as f64 * slots.min(f64::from(shape.experts));
     let over = |amount: f64, giga: Option<f64>| giga.map_or(0.0, |giga| amount / giga / 1e9);

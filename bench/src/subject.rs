@@ -30,7 +30,7 @@ pub(crate) async fn load(
     memory: u64,
     inputs: u32,
 ) -> Result<Loaded, String> {
-    let shape = layer.config.expert_shape(WeightType::Bf16);
+    let shape = layer.config.expert_shape(layer.weights);
     let fit = memory / shape.expert_bytes();
     if u64::from(shape.experts) > fit {
         let routed = (fit as u32).saturating_sub(layer.config.shared_experts);
@@ -64,12 +64,12 @@ async fn upload(
 ) -> Result<(Work, Vec<MoeLayer>), Error> {
     let gpu = &device.gpu;
     let work = Work::synthetic(layer.config, 32);
-    let first = work.weights(gpu, ctx, WeightType::Bf16).await?;
+    let first = work.weights(gpu, ctx, layer.weights).await?;
     let bytes = first.bytes();
     let count = BEYOND_CACHES.div_ceil(bytes).min(memory / bytes).clamp(1, inputs.into());
     let mut copies = vec![work.layer(ctx, first)?];
     for _ in 1..count {
-        let weights = work.weights(gpu, ctx, WeightType::Bf16).await?;
+        let weights = work.weights(gpu, ctx, layer.weights).await?;
         copies.push(work.layer(ctx, weights)?);
     }
     if let Err(Stop::Failed(e)) = device.errors() {
@@ -89,6 +89,7 @@ pub(crate) struct Effort {
 pub(crate) struct Subject {
     inputs: Vec<Input>,
     weight_copies: u32,
+    weights: WeightType,
     effort: Effort,
     /// What the comparison of each part came to.
     routing: Result<(), String>,
@@ -121,6 +122,7 @@ impl Loaded {
         let mut subject = Subject {
             inputs: vec![],
             weight_copies: layers.len() as u32,
+            weights: self.layer.weights,
             effort,
             routing: Ok(()),
             plan: Ok(()),
@@ -232,7 +234,7 @@ impl Subject {
         let share = 1.0 / self.inputs.len() as f64;
         for input in &self.inputs {
             let Some(choice) = &input.choice else { continue };
-            let work = input.work(part, choice);
+            let work = input.work(part, choice, self.weights);
             sum.bytes += work.bytes * share;
             sum.flops += work.flops * share;
             sum.dispatches += work.dispatches * share;
@@ -284,7 +286,7 @@ impl Input {
         }
     }
 
-    fn work(&self, part: Part, choice: &Choice) -> file::Work {
+    fn work(&self, part: Part, choice: &Choice, weights: WeightType) -> file::Work {
         let config = self.bound.config;
         let (d, f) = (f64::from(config.hidden), f64::from(config.intermediate));
         let (e, shared) = (f64::from(config.experts), f64::from(config.shared_experts));
@@ -292,8 +294,7 @@ impl Input {
         let routed = f64::from(choice.slots());
         let slots = routed + shared * t;
         let touched = f64::from(choice.unique_experts());
-        let weights =
-            (touched + shared) * config.expert_shape(WeightType::Bf16).expert_bytes() as f64;
+        let weights = (touched + shared) * config.expert_shape(weights).expert_bytes() as f64;
         let bits = 4.0 * choice.assigned.len() as f64;
         let matmuls = 6.0 * slots * d * f;
         // In words of 4 bytes but for the weights.
@@ -369,8 +370,13 @@ pub(crate) mod tests {
         let Some(device) = open() else { return };
         let ctx = Context::new(&device.gpu.device).unwrap();
         let model = models::find("ec-dlm").unwrap();
-        let layer =
-            Layer { model, config: model.config, reduced: None, loads: vec![(Load::Block, 32)] };
+        let layer = Layer {
+            model,
+            config: model.config,
+            reduced: None,
+            weights: WeightType::Bf16,
+            loads: vec![(Load::Block, 32)],
+        };
         let layer = layer.with_experts(16, "a test");
         let loaded = block_on(load(&device, &ctx, layer, 1 << 30, 1)).unwrap();
         let stop = AtomicBool::new(false);
@@ -418,6 +424,7 @@ pub(crate) mod tests {
         let wrong = || Err("wrong".to_string());
         let subject = |routing, plan, gather, experts| Subject {
             inputs: vec![],
+            weights: WeightType::Bf16,
             weight_copies: 1,
             effort: EFFORT,
             routing,
