@@ -147,12 +147,9 @@ pub fn cpu_routing(
                     members[row.clone()].copy_from_slice(&kept[row]);
                 }
             }
-            let eligible = |t: usize, e: usize| {
-                let row = block_of[t] as usize * words;
-                block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
-            };
+            let inside = |t, e| coreset::is_inside((&members, &block_of), experts, t, e);
             let top = top as usize;
-            let assigned = token_choice::cpu_each(r, experts, top, own_numbers, groups, &eligible);
+            let assigned = token_choice::cpu_each(r, experts, top, own_numbers, groups, &inside);
             coresets = Some(members);
             assigned
         }
@@ -227,8 +224,10 @@ impl Padded<'_> {
         let voters: Option<Vec<u32>> =
             blocks.voters.map(|voters| kept.iter().map(|&t| voters[t]).collect());
 
-        let tops: Option<Vec<u32>> =
-            experts_per_token.map(|tops| kept.iter().map(|&t| tops[t]).collect());
+        let tops: Option<Vec<u32>> = experts_per_token.map(|tops| {
+            expect_len("experts_per_token", tops.len(), tokens);
+            kept.iter().map(|&t| tops[t]).collect()
+        });
 
         let batch = HostBatch {
             sequences: Some(HostSequences {

@@ -175,11 +175,8 @@ pub fn cpu(
         .map(|top| token_choice::cpu(values, experts, top as usize, None, &|_, _| true));
     let own = own.unwrap_or_default();
     let (members, block_of) = coreset::cpu(rule, values, experts, &own, offsets, voters);
-    let eligible = |t: usize, e: usize| {
-        let row = block_of[t] as usize * experts.div_ceil(32);
-        block_of[t] != u32::MAX && members[row + e / 32] >> (e % 32) & 1 == 1
-    };
-    (token_choice::cpu(values, experts, top, groups, &eligible), members)
+    let inside = |t, e| coreset::is_inside((&members, &block_of), experts, t, e);
+    (token_choice::cpu(values, experts, top, groups, &inside), members)
 }
 
 /// Sizes of one dispatch.

@@ -95,6 +95,17 @@ pub fn vote(values: f32) -> i64 {
     }
 }
 
+/// Whether an expert lies in the coreset of a token's block, by what [`cpu`] returns.
+pub(crate) fn is_inside(
+    (members, block_of): (&[u32], &[u32]),
+    experts: usize,
+    token: usize,
+    expert: usize,
+) -> bool {
+    let row = block_of[token] as usize * experts.div_ceil(32);
+    block_of[token] != u32::MAX && members[row + expert / 32] >> (expert % 32) & 1 == 1
+}
+
 /// The CPU twin: the coresets `[blocks, ceil(experts / 32)]` and the block of each token (`u32::MAX`: none). `values` is
 /// `[tokens, experts]`; `own` the bit set `[experts, ceil(tokens / 32)]` of each token's own choice over all experts, of
 /// [`BlockRule::own_top`] experts, unread where that is `None`; `offsets` `[blocks + 1]`; `voters` `[tokens]`.

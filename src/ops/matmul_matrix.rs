@@ -186,11 +186,7 @@ impl Units {
             .piece(pieces::activation(problem))
             .piece(pieces::layout(problem))
             .piece(pieces::weights(problem))
-            .piece(if problem.quad_columns {
-                piece!("matmul/out_vec4")
-            } else {
-                piece!("matmul/out_scalar")
-            })
+            .piece(pieces::out(problem))
     }
 }
 

@@ -79,6 +79,11 @@ pub(crate) fn x(problem: &Specialization) -> Piece {
     }
 }
 
+/// The stores of four neighbouring columns, for the kernels of many rows on GPUs.
+pub(crate) fn out(problem: &Specialization) -> Piece {
+    if problem.quad_columns { piece!("matmul/out_vec4") } else { piece!("matmul/out_scalar") }
+}
+
 /// Eight values of a row of x, for the register kernel; by 64-bit loads where `wide`.
 pub(crate) fn eight(problem: &Specialization, wide: bool) -> Piece {
     match (problem.x_type, problem.depth_lanes) {

@@ -52,9 +52,5 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))
-        .piece(if problem.quad_columns {
-            piece!("matmul/out_vec4")
-        } else {
-            piece!("matmul/out_scalar")
-        })
+        .piece(pieces::out(problem))
 }

@@ -196,21 +196,13 @@ impl<'a> BoundParallel<'a> {
         let layer = self.layer;
         let parts = self.parts(schedule, round);
         let tag = tag::ROWS + 2 * (round % tag::ROUNDS) as i32;
-        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| Part {
-            buffer,
-            bytes: bytes.clone(),
-            rank: *rank,
-            tag,
-        };
         let (mut out, mut into) = (vec![], vec![]);
         let rank = layer.world.rank();
         if let Some(local) = &self.local {
-            let others = parts.slots.iter().filter(|(r, _)| *r != rank);
-            out.extend(others.map(|s| part(&local.rows, s)));
+            out.extend(of_others(&local.rows, &parts.slots, rank, tag));
         }
         if let Some(owner) = &layer.owner {
-            let others = parts.rows.iter().filter(|(r, _)| *r != rank);
-            into.extend(others.map(|s| part(owner.rows(round), s)));
+            into.extend(of_others(owner.rows(round), &parts.rows, rank, tag));
         }
         step.sent(&out);
         let ticket = layer.exchange.borrow_mut().start(&out, &into)?;
@@ -277,12 +269,6 @@ impl<'a> BoundParallel<'a> {
         let parts = self.parts(schedule, round.number);
         let at = [layer.world.rank(), round.number];
         let tag = tag::ROWS + 2 * (round.number % tag::ROUNDS) as i32 + 1;
-        let part = |buffer, (rank, bytes): &(usize, Range<u64>)| Part {
-            buffer,
-            bytes: bytes.clone(),
-            rank: *rank,
-            tag,
-        };
         let (mut out, mut into) = (vec![], vec![]);
         if let Some(owner) = layer.owner.as_ref().filter(|_| !parts.rows.is_empty()) {
             let (queue, device) = (&layer.device.queue, layer.device.ctx.device());
@@ -291,12 +277,10 @@ impl<'a> BoundParallel<'a> {
             round.computed = Some(owner.run(queue, device, schedule, &layer.split, at)?);
             self.settle()?;
             clock.now(Doing::Compute);
-            let others = parts.rows.iter().filter(|(r, _)| *r != at[0]);
-            out.extend(others.map(|s| part(owner.results(round.number), s)));
+            out.extend(of_others(owner.results(round.number), &parts.rows, at[0], tag));
         }
         if let Some(local) = &self.local {
-            let others = parts.slots.iter().filter(|(r, _)| *r != at[0]);
-            into.extend(others.map(|s| part(&local.rows, s)));
+            into.extend(of_others(&local.rows, &parts.slots, at[0], tag));
         }
         step.returned(&out);
         round.back = Some(layer.exchange.borrow_mut().start(&out, &into)?);
@@ -332,7 +316,8 @@ impl Local {
         let args = PlanArgs { x: batch.hidden.into(), plan, out: all, hidden };
         let gather = layer.gather.bind_plan(&shape, args)?;
         let add = batch.add;
-        let args = combine::Args { y: all, plan, out: batch.out.into(), columns: 0..hidden, hidden, add };
+        let args =
+            combine::Args { y: all, plan, out: batch.out.into(), columns: 0..hidden, hidden, add };
         let combine = layer.combine.bind(&shape, args)?;
         let shared = match &layer.weights.shared {
             Some(weights) if config.shared_experts > 0 => {
@@ -425,6 +410,17 @@ fn known(config: &wgmoe::LayerConfig, sequences: &Sequences<'_>) -> Result<Optio
         return Err(Error::invalid("capacity", reason));
     }
     Ok(Some(Known { capacity, counts: vec![each as u32; config.experts as usize] }))
+}
+
+/// The parts of a buffer that go to other ranks or come from them, of ranges by rank.
+fn of_others<'a>(
+    buffer: &'a wgpu::Buffer,
+    ranges: &[(usize, Range<u64>)],
+    own: usize,
+    tag: i32,
+) -> impl Iterator<Item = Part<'a>> {
+    let others = ranges.iter().filter(move |(rank, _)| *rank != own);
+    others.map(move |(rank, bytes)| Part { buffer, bytes: bytes.clone(), rank: *rank, tag })
 }
 
 /// Checks sequences against the tokens.
