@@ -1,5 +1,7 @@
 //! The experts of a layer that are on the device, and where the others come from.
+use super::cached_model::Need;
 use super::config::LayerConfig;
+use super::policy::{CachePolicy, exchange};
 use crate::device::wait::Wait;
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertShape, ExpertTypes, HostWeights, Projection};
@@ -26,8 +28,8 @@ pub trait ExpertSource: Send + Sync {
     }
 }
 
-/// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes, and which experts it keeps there.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheOptions {
     /// Most bytes of the cache on the device: the pages of experts, shared ones included, and a word for each expert.
     /// Router, scratch, and what wgpu holds of uploads under way are not in it.
@@ -40,12 +42,18 @@ pub struct CacheOptions {
     pub types: Option<ExpertTypes>,
     /// Bytes that a page may have at most; the device's limit where absent.
     pub page_limit: Option<u64>,
+    /// When the experts on the device change.
+    pub policy: CachePolicy,
+    /// Routed experts that are brought in at once and never leave.
+    pub pinned: Vec<u32>,
 }
 
 impl CacheOptions {
-    /// The source's storage types, and 64 MiB of uploads at once.
+    /// The source's storage types, 64 MiB of uploads at once, the least recently used leaving, none
+    /// pinned.
     pub const fn new(budget: u64) -> Self {
-        Self { budget, staging: 64 << 20, types: None, page_limit: None }
+        let policy = CachePolicy::LeastRecentlyUsed;
+        Self { budget, staging: 64 << 20, types: None, page_limit: None, policy, pinned: vec![] }
     }
 }
 
@@ -60,6 +68,10 @@ pub struct CacheStats {
     pub misses: u64,
     /// Routed experts brought in ahead of a step.
     pub prefetched: u64,
+    /// Routed experts that changed places with others at the end of an interval
+    /// ([`CachePolicy::Interval`]); those among them that the step asked for are misses too, the others
+    /// prefetched.
+    pub exchanged: u64,
     /// Bytes uploaded for misses.
     pub miss_bytes: u64,
     /// Bytes uploaded ahead of steps.
@@ -68,6 +80,23 @@ pub struct CacheStats {
     pub rounds: u64,
     /// Most bytes of the cache that held experts at once.
     pub peak_bytes: u64,
+}
+
+/// Of several layers: sums of all, of the peaks too.
+impl std::ops::AddAssign for CacheStats {
+    fn add_assign(&mut self, other: Self) {
+        let Self { steps, hits, misses, prefetched, exchanged, .. } = other;
+        let Self { miss_bytes, prefetch_bytes, rounds, peak_bytes, .. } = other;
+        self.steps += steps;
+        self.hits += hits;
+        self.misses += misses;
+        self.prefetched += prefetched;
+        self.exchanged += exchanged;
+        self.miss_bytes += miss_bytes;
+        self.prefetch_bytes += prefetch_bytes;
+        self.rounds += rounds;
+        self.peak_bytes += peak_bytes;
+    }
 }
 
 impl CacheStats {
@@ -92,9 +121,16 @@ pub struct ExpertCache {
     pub(super) places: wgpu::Buffer,
     pub(super) experts: u32,
     pub(super) shared_experts: u32,
-    /// The expert that each place holds, and when it was last used.
-    pub(super) held: Vec<(Option<u32>, u64)>,
+    /// The expert that each place holds. The last [`CachePolicy::passing`] are for those that pass through.
+    pub(super) held: Vec<Option<u32>>,
+    /// When each place was last used.
+    used: Vec<u64>,
     clock: u64,
+    policy: CachePolicy,
+    pinned: Vec<u32>,
+    /// Slots that each routed expert took since the last exchange, and the steps until the next.
+    slots: Vec<u64>,
+    steps_left: u32,
     /// Experts whose uploads may be under way at once, halved: one half is packed while the other is on its way.
     pub(super) batch: usize,
     pub(super) uploader: Uploader,
@@ -110,12 +146,8 @@ impl ExpertCache {
         options: CacheOptions,
     ) -> Result<Self> {
         let LayerConfig { experts, shared_experts, .. } = *config;
-        let [routed, shared] = options.types.map_or_else(|| source.types(), |t| Ok([t; 2]))?;
-        let shape = config.expert_shape(routed).with_last_types(shared_experts, shared);
-        shape.check()?;
-        let (each, map) = (shape.device_bytes(), 4 * u64::from(shape.experts));
-        let shared = shape.last_device_bytes().saturating_mul(shared_experts.into());
-        let fixed = shared.saturating_add(map);
+        let shape = shape_of(config, &*source, &options)?;
+        let Need { each, fixed, .. } = Need::of(config, &*source, &options)?;
         let places = options.budget.saturating_sub(fixed) / each.max(1);
         let places = u32::try_from(places).unwrap_or(u32::MAX).min(experts);
         if places == 0 {
@@ -126,30 +158,41 @@ impl ExpertCache {
             );
             return Err(Error::invalid("budget", reason));
         }
+        check_policy(&options, places, experts)?;
         let held = ExpertShape { experts: places + shared_experts, ..shape };
         let limit = options.page_limit.unwrap_or(u64::MAX);
         let weights = ExpertWeights::with_page_limit(ctx, held, limit)?;
         let mut cache = Self {
             source,
             weights,
-            places: ctx.scratch("places", map)?,
+            places: ctx.scratch("places", map_bytes(&shape))?,
             experts,
             shared_experts,
-            held: vec![(None, 0); places as usize],
+            held: vec![None; places as usize],
+            used: vec![0; places as usize],
             clock: 0,
+            policy: options.policy,
+            slots: vec![0; experts as usize],
+            steps_left: 0,
+            pinned: options.pinned,
             batch: usize::try_from(options.staging / 2 / each).unwrap_or(usize::MAX).max(1),
             uploader: Uploader::new(ctx.device()),
             stats: CacheStats::default(),
         };
-        for i in 0..shared_experts {
-            cache.upload(queue, experts + i, places + i)?;
+        let shared = (0..shared_experts).map(|i| (experts + i, places + i));
+        let pinned: Vec<(u32, u32)> = cache.pinned.iter().copied().zip(0..).collect();
+        for (expert, place) in shared.chain(pinned) {
+            cache.upload(queue, expert, place)?;
+            if let Some(held) = cache.held.get_mut(place as usize) {
+                *held = Some(expert);
+            }
             cache.uploader.flush(queue)?;
             // Browsers have no way to wait here.
             if !cfg!(target_family = "wasm") {
                 pollster::block_on(cache.uploader.settle(1, Wait::Poll))?;
             }
         }
-        cache.stats.peak_bytes = fixed;
+        cache.note_peak();
         Ok(cache)
     }
 
@@ -160,8 +203,8 @@ impl ExpertCache {
 
     /// Routed experts on the device, the least recently used first.
     pub fn resident(&self) -> Vec<u32> {
-        let mut held: Vec<(u64, u32)> =
-            self.held.iter().filter_map(|&(e, used)| e.map(|e| (used, e))).collect();
+        let held = self.used.iter().zip(&self.held);
+        let mut held: Vec<(u64, u32)> = held.filter_map(|(&used, &e)| Some((used, e?))).collect();
         held.sort_unstable();
         held.into_iter().map(|(_, e)| e).collect()
     }
@@ -182,12 +225,12 @@ impl ExpertCache {
     }
 
     pub(super) fn place_of(&self, expert: u32) -> Option<usize> {
-        self.held.iter().position(|&(held, _)| held == Some(expert))
+        self.held.iter().position(|&held| held == Some(expert))
     }
 
     pub(super) fn touch(&mut self, place: usize) {
         self.clock += 1;
-        self.held[place].1 = self.clock;
+        self.used[place] = self.clock;
     }
 
     /// Packs and uploads one expert; it is on its way with the next submission.
@@ -199,30 +242,75 @@ impl ExpertCache {
         Ok(())
     }
 
+    /// Places that a missing expert may come into: those set aside where there are some, else all that hold
+    /// no pinned one.
+    fn open_places(&self) -> impl Iterator<Item = usize> + '_ {
+        let passing = self.policy.passing();
+        let first = if passing > 0 { self.held.len() - passing } else { self.pinned.len() };
+        first..self.held.len()
+    }
+
+    /// Experts that may be missing in one round: they come into places of their own.
+    pub(super) fn round(&self) -> usize {
+        self.batch.min(self.open_places().count()).max(1)
+    }
+
     /// Brings in an expert, in the place of the least recently used one that `keep` does not list; whether there is one.
     pub(super) fn bring(&mut self, queue: &wgpu::Queue, expert: u32, keep: &[u32]) -> Result<bool> {
-        let kept = |held: Option<u32>| held.is_some_and(|e| keep.contains(&e));
-        let places = self.held.iter().enumerate().filter(|(_, (held, _))| !kept(*held));
-        let Some(place) = places.min_by_key(|(_, (_, used))| *used).map(|(place, _)| place) else {
+        let kept = |place: usize| self.held[place].is_some_and(|e| keep.contains(&e));
+        let places = self.open_places().filter(|&place| !kept(place));
+        let Some(place) = places.min_by_key(|&place| self.used[place]) else {
             return Ok(false);
         };
-        self.held[place] = (None, 0); // and so it stays where the source fails halfway
+        self.put(queue, expert, place).map(|()| true)
+    }
+
+    /// Brings an expert into a place.
+    pub(super) fn put(&mut self, queue: &wgpu::Queue, expert: u32, place: usize) -> Result<()> {
+        self.held[place] = None; // and so it stays where the source fails halfway
+        self.used[place] = 0;
         self.upload(queue, expert, place as u32)?;
-        self.held[place].0 = Some(expert);
+        self.held[place] = Some(expert);
         self.touch(place);
-        let used = self.held.iter().filter(|(held, _)| held.is_some()).count() as u64;
-        let fixed = self.device_bytes() - self.held.len() as u64 * self.expert_bytes();
-        self.stats.peak_bytes = self.stats.peak_bytes.max(fixed + used * self.expert_bytes());
-        Ok(true)
+        self.note_peak();
+        Ok(())
+    }
+
+    fn note_peak(&mut self) {
+        let empty = self.held.iter().filter(|held| held.is_none()).count() as u64;
+        let now = self.device_bytes() - empty * self.expert_bytes();
+        self.stats.peak_bytes = self.stats.peak_bytes.max(now);
+    }
+
+    /// Counts a step whose experts took so many slots each, and says which experts come into which places
+    /// now that it ends an interval, if it does.
+    pub(super) fn end_of_step(&mut self, tokens_per_expert: &[u32]) -> Vec<(usize, u32)> {
+        let CachePolicy::Interval { steps, passing } = self.policy else { return vec![] };
+        for (sum, &n) in self.slots.iter_mut().zip(tokens_per_expert) {
+            *sum += u64::from(n);
+        }
+        if self.steps_left > 0 {
+            self.steps_left -= 1;
+            return vec![];
+        }
+        self.steps_left = steps - 1;
+        let kept = &self.held[..self.held.len() - passing as usize];
+        let changes = exchange(kept, &self.slots, |e| self.pinned.contains(&e));
+        self.slots.fill(0);
+        changes
     }
 
     /// Brings in those of `experts` that are missing, in order, as far as there are places that hold none of them.
+    /// Nothing where places change at intervals.
     pub(super) async fn prefetch(
         &mut self,
         queue: &wgpu::Queue,
         experts: &[u32],
         wait: Wait,
     ) -> Result<()> {
+        if self.policy != CachePolicy::LeastRecentlyUsed {
+            return Ok(());
+        }
         let missing: Vec<u32> =
             experts.iter().copied().filter(|&e| self.place_of(e).is_none()).collect();
         for batch in missing.chunks(self.batch) {
@@ -238,6 +326,60 @@ impl ExpertCache {
         }
         Ok(())
     }
+}
+
+/// All experts of a layer, as the device keeps them.
+fn shape_of(
+    config: &LayerConfig,
+    source: &dyn ExpertSource,
+    options: &CacheOptions,
+) -> Result<ExpertShape> {
+    let [routed, shared] = options.types.map_or_else(|| source.types(), |t| Ok([t; 2]))?;
+    let shape = config.expert_shape(routed).with_last_types(config.shared_experts, shared);
+    shape.check().map(|()| shape)
+}
+
+/// A word for each expert.
+fn map_bytes(shape: &ExpertShape) -> u64 {
+    4 * u64::from(shape.experts)
+}
+
+impl Need {
+    pub(super) fn of(
+        config: &LayerConfig,
+        source: &dyn ExpertSource,
+        options: &CacheOptions,
+    ) -> Result<Self> {
+        let shape = shape_of(config, source, options)?;
+        let shared = shape.last_device_bytes().saturating_mul(config.shared_experts.into());
+        let fixed = shared.saturating_add(map_bytes(&shape));
+        Ok(Self { experts: config.experts, each: shape.device_bytes(), fixed })
+    }
+}
+
+/// Refuses a policy, or pinned experts, that leave no place for a missing one.
+fn check_policy(options: &CacheOptions, places: u32, experts: u32) -> Result<()> {
+    let CacheOptions { policy, pinned, .. } = options;
+    let mut known = std::collections::HashSet::new();
+    if let Some(e) = pinned.iter().find(|&&e| e >= experts || !known.insert(e)) {
+        let reason = format!("{e} of {experts} experts, each at most once");
+        return Err(Error::invalid("pinned", reason));
+    }
+    let passing = match *policy {
+        CachePolicy::Interval { steps: 0, .. } => return Err(Error::invalid("steps", "0")),
+        CachePolicy::Interval { passing: 0, .. } => return Err(Error::invalid("passing", "0")),
+        CachePolicy::Interval { passing, .. } => passing as usize,
+        // One that any missing expert may come into, unless none can be missing.
+        CachePolicy::LeastRecentlyUsed => usize::from(pinned.len() < experts as usize),
+    };
+    if pinned.len() + passing > places as usize {
+        let reason = format!(
+            "{places} experts fit; {} are pinned, {passing} must be free for others",
+            pinned.len()
+        );
+        return Err(Error::invalid("budget", reason));
+    }
+    Ok(())
 }
 
 impl std::fmt::Debug for ExpertCache {

@@ -12,8 +12,8 @@
 //! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`](crate::MoeLayer) with all experts on the device: `out` has
 //! the same bits.
 //!
-//! A [`CachedLayer`] owns its part of the device's memory. Layers run in turn, so one budget for all of them under this rule
-//! would throw out each layer's experts before its turn comes again: give each its share.
+//! A [`CachedLayer`] owns its part of the device's memory; a [`CachedModel`] shares one budget out among layers. Which
+//! experts stay is a [`CachePolicy`].
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -44,6 +44,8 @@
 //! }
 //! ```
 pub use super::cache::{CacheOptions, CacheStats, ExpertCache, ExpertSource};
+pub use super::cached_model::{CachedModel, ModelLayer};
+pub use super::policy::CachePolicy;
 
 use super::batch::Batch;
 use super::bound::BoundLayer;
@@ -174,6 +176,8 @@ impl CachedLayer {
     }
 
     /// As [`CachedLayer::run_experts`], and never blocks: the device must be polled elsewhere, as browsers do of themselves.
+    /// The future may be dropped at any await: `out` is then not written whole, and the step can be run
+    /// again from its routing on.
     ///
     /// # Errors
     ///
@@ -199,6 +203,17 @@ impl CachedLayer {
         block_on(self.cache.prefetch(queue, experts, Wait::Poll))
     }
 
+    /// Brings in what the last run of a step used, as far as the cache holds it: to be called while the
+    /// layer before computes. [`CachedLayer::run_experts`] does it too, so this is for an engine that is
+    /// not ready to submit the step's routing yet. Nothing under [`CachePolicy::Interval`].
+    ///
+    /// # Errors
+    ///
+    /// As [`CachedLayer::prefetch`].
+    pub fn prefetch_for(&mut self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
+        self.prefetch(queue, &step.union)
+    }
+
     fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
         alive(self.ctx.device())?;
         scoped(self.ctx.device(), || {
@@ -220,25 +235,13 @@ impl CachedLayer {
         if step.round.is_empty() {
             return Ok(());
         }
-        let cache = &mut self.cache;
         let device = self.ctx.device().clone();
         alive(&device)?;
-        let (done, mapped) = signal();
-        step.readback.map_async(wgpu::MapMode::Read, .., done);
-        let last = std::mem::take(&mut step.union);
-        let prefetched = cache.prefetch(queue, &last, wait).await;
-        let read = wait.until(&device, None, mapped).await.and_then(|mapped| {
-            mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
-            let view = step.readback.get_mapped_range(..);
-            let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
-            Stats::from_words(&bytemuck::pod_collect_to_vec::<u8, u32>(&view))
-        });
-        step.readback.unmap();
-        prefetched?;
-        let tokens = read?.tokens_per_expert;
-        step.union = (0..).zip(tokens).filter(|&(_, n)| n > 0).map(|(e, _)| e).collect();
+        let tokens = self.read_choice(queue, step, wait).await?;
+        step.union = (0..).zip(&tokens).filter(|&(_, &n)| n > 0).map(|(e, _)| e).collect();
 
-        let (there, missing): (Vec<u32>, Vec<u32>) =
+        let cache = &mut self.cache;
+        let (there, mut missing): (Vec<u32>, Vec<u32>) =
             step.union.iter().copied().partition(|&e| cache.place_of(e).is_some());
         cache.stats.steps += 1;
         cache.stats.hits += there.len() as u64;
@@ -248,21 +251,81 @@ impl CachedLayer {
                 cache.touch(place);
             }
         }
-        let batches: Vec<&[u32]> = missing.chunks(cache.batch.min(cache.held.len())).collect();
-        if !there.is_empty() || cache.shared_experts > 0 || batches.is_empty() {
-            step.submit_round(&device, cache, queue, &there, true, batches.is_empty())?;
+        let changes = cache.end_of_step(&tokens);
+        if !there.is_empty() || cache.shared_experts > 0 || missing.is_empty() {
+            step.submit_round(&device, cache, queue, &there, true, missing.is_empty())?;
         }
-        for (i, &batch) in batches.iter().enumerate() {
+        cache.stats.exchanged += changes.len() as u64;
+        // The places of those that leave were read by the round before.
+        for batch in changes.chunks(cache.batch) {
+            cache.uploader.settle(1, wait).await?;
+            for &(place, expert) in batch {
+                cache.put(queue, expert, place)?;
+                if missing.contains(&expert) {
+                    cache.stats.miss_bytes += cache.expert_bytes();
+                } else {
+                    cache.stats.prefetched += 1;
+                    cache.stats.prefetch_bytes += cache.expert_bytes();
+                }
+            }
+            let asked: Vec<u32> =
+                batch.iter().map(|c| c.1).filter(|e| missing.contains(e)).collect();
+            if asked.is_empty() {
+                cache.uploader.flush(queue)?;
+                continue;
+            }
+            missing.retain(|e| !asked.contains(e));
+            let last = missing.is_empty();
+            let submission = step.submit_round(&device, cache, queue, &asked, false, last)?;
+            cache.uploader.submitted(queue, submission);
+        }
+        let batches = missing.chunks(cache.round());
+        let count = batches.len();
+        for (i, batch) in batches.enumerate() {
             cache.uploader.settle(1, wait).await?;
             for &expert in batch {
                 cache.bring(queue, expert, &[])?;
                 cache.stats.miss_bytes += cache.expert_bytes();
             }
-            let last = i + 1 == batches.len();
+            let last = i + 1 == count;
             let submission = step.submit_round(&device, cache, queue, batch, false, last)?;
             cache.uploader.submitted(queue, submission);
         }
         Ok(())
+    }
+
+    /// Waits for the routing of a step, meanwhile bringing in what its last run used: the tokens that each
+    /// expert takes.
+    async fn read_choice(
+        &mut self,
+        queue: &wgpu::Queue,
+        step: &mut BoundCached,
+        wait: Wait,
+    ) -> Result<Vec<u32>> {
+        let (done, mapped) = signal();
+        step.readback.map_async(wgpu::MapMode::Read, .., done);
+        let reading = Reading(&step.readback);
+        let last = std::mem::take(&mut step.union);
+        let prefetched = self.cache.prefetch(queue, &last, wait).await;
+        let read = wait.until(self.ctx.device(), None, mapped).await.and_then(|mapped| {
+            mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
+            let view = step.readback.get_mapped_range(..);
+            let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
+            Stats::from_words(&bytemuck::pod_collect_to_vec::<u8, u32>(&view))
+        });
+        drop(reading);
+        prefetched?;
+        Ok(read?.tokens_per_expert)
+    }
+}
+
+/// A buffer that is being read: free for the device again when this goes, also where the caller gives up
+/// halfway.
+struct Reading<'a>(&'a wgpu::Buffer);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.unmap();
     }
 }
 

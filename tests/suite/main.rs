@@ -5,6 +5,7 @@ mod assign_lists;
 mod batch;
 mod block;
 mod cache;
+mod cache_policies;
 mod capacity;
 mod checkpoint;
 mod checkpoint_bad;
