@@ -17,6 +17,7 @@ use std::sync::Arc;
 pub(super) struct Experts {
     pub(super) ctx: Context,
     pub(super) weights: ExpertWeights,
+    pub(super) activation: Activation,
     kernels: Arc<Kernels>,
 }
 
@@ -42,6 +43,8 @@ pub(super) struct ExpertSteps {
     pub(super) gate_up: Vec<BoundOp>,
     /// The second matmul of each stretch of columns, and what combines it into `out`.
     pub(super) down: Vec<(Vec<BoundOp>, Vec<BoundOp>)>,
+    /// Where `y` lies: its columns in each stretch.
+    pub(super) y: Vec<(Range<u32>, Tensor)>,
 }
 
 /// What the kernels call the layer's hidden states.
@@ -72,7 +75,7 @@ impl Experts {
             combine: Combine::new(ctx)?,
             gather: Gather::new(ctx)?,
         };
-        Ok(Self { ctx: ctx.clone(), weights, kernels: Arc::new(kernels) })
+        Ok(Self { ctx: ctx.clone(), weights, activation, kernels: Arc::new(kernels) })
     }
 
     /// The slices that a batch is read from and written to, checked.
@@ -96,7 +99,7 @@ impl Experts {
         scratch: &Scratch,
     ) -> Result<()> {
         let Some((shape, plan)) = bound.plan() else { return Ok(()) };
-        let ExpertSteps { gate_up, down } = self.bind((&shape, plan), in_out, scratch, None)?;
+        let ExpertSteps { gate_up, down, .. } = self.bind((&shape, plan), in_out, scratch, None)?;
         bound.extend(gate_up);
         for (matmuls, combine) in down {
             bound.extend(matmuls);
@@ -119,8 +122,7 @@ impl Experts {
     ) -> Result<ExpertSteps> {
         let planned = Planned { shape, plan, places };
         let (gate_up, stretches) = self.bind_gate_up(&planned, in_out.hidden, scratch)?;
-        let down = self.bind_down(&planned, &stretches, in_out, scratch)?;
-        Ok(ExpertSteps { gate_up, down })
+        Ok(ExpertSteps { gate_up, ..self.bind_down(&planned, &stretches, in_out, scratch)? })
     }
 
     /// The first matmul, and the slots of each stretch of `h`.
@@ -190,11 +192,11 @@ impl Experts {
         stretches: &[Stretch],
         in_out: InOut<'_>,
         scratch: &Scratch,
-    ) -> Result<Vec<(Vec<BoundOp>, Vec<BoundOp>)>> {
+    ) -> Result<ExpertSteps> {
         let &Planned { shape, plan, places } = planned;
         let hidden = self.weights.shape().hidden;
         let out_windows = windows(&self.ctx, "out", in_out.out.float_type, [shape.tokens, hidden])?;
-        let mut down = vec![];
+        let mut steps = ExpertSteps { gate_up: vec![], down: vec![], y: vec![] };
         for (i, columns) in self.column_stretches(shape)?.into_iter().enumerate() {
             let width = u64::from(columns.end - columns.start);
             let bytes = u64::from(shape.slots()?) * width * 4;
@@ -224,9 +226,10 @@ impl Experts {
                 };
                 combine.push(self.kernels.combine.bind_tokens(shape, window.clone(), args)?);
             }
-            down.push((matmuls, combine));
+            steps.down.push((matmuls, combine));
+            steps.y.push((columns, y));
         }
-        Ok(down)
+        Ok(steps)
     }
 
     /// Columns of `y`, all slots of which fit a binding.

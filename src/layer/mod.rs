@@ -42,9 +42,7 @@
 //! [`cpu`] is the layer's CPU twin.
 mod batch;
 mod bound;
-mod cache;
 pub mod cached;
-mod cached_model;
 mod choice;
 mod config;
 mod experts;
@@ -52,7 +50,6 @@ mod foreign;
 mod padding;
 mod part;
 mod planning;
-mod policy;
 mod route;
 mod scratch;
 mod twin;

@@ -2,14 +2,15 @@
 use crate::cache::{D, E, Scripted, TOKEN_CHOICE, budget, cached, config};
 use std::sync::Arc;
 use std::task::{Context as Task, Waker};
+use testkit::compare::close;
 use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::Batch;
 use wgmoe::layer::cached::{
-    CacheOptions, CachePolicy, CacheStats, CachedLayer, CachedModel, ModelLayer,
+    CacheOptions, CachePolicy, CacheStats, CachedLayer, CachedModel, HostExperts, ModelLayer,
 };
 use wgmoe::routing::Routing;
-use wgmoe::{Context, Gpu, Result, WeightType, wgpu};
+use wgmoe::{Context, FloatType, Floats, Gpu, Result, WeightType, wgpu};
 
 const INTERVAL: CachePolicy = CachePolicy::Interval { steps: 2, passing: 1 };
 
@@ -120,6 +121,79 @@ fn equal_bits_under_every_policy() {
     }
 }
 
+/// The host computes what is missing: as far from the device's sums as rounding in another order is.
+#[test]
+fn experts_on_the_host() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
+    let x: Vec<Vec<f32>> = (0..4).map(|i| random(60 + i, 40 * D)).collect();
+    let lru = CachePolicy::LeastRecentlyUsed;
+    for (weight_type, policy, how, float_type) in [
+        (WeightType::Bf16, INTERVAL, HostExperts::Always, FloatType::F32),
+        (WeightType::F32, INTERVAL, HostExperts::Always, FloatType::Bf16),
+        (WeightType::Q8_0, INTERVAL, HostExperts::Always, FloatType::F32),
+        (WeightType::Q4_K, lru, HostExperts::Always, FloatType::F16),
+        (WeightType::Bf16, lru, HostExperts::Measured, FloatType::F32),
+    ] {
+        let what = format!("{weight_type:?} {policy:?} {how:?} {float_type:?}");
+        let shape = host.config.expert_shape(weight_type);
+        let resident = host.layer_as(&ctx, &gpu.queue, weight_type, None).unwrap();
+        let options = CacheOptions {
+            budget: 6 * shape.device_bytes() + 4 * u64::from(shape.experts),
+            types: Some(weight_type.into()),
+            policy,
+            host: how,
+            ..CacheOptions::new(0)
+        };
+        let mut layer = cached(&gpu, &ctx, &host, options);
+        let hidden = Output::holding(&gpu, &vec![0u8; 40 * D * 4]);
+        let outs = [(); 2].map(|()| Output::f32s(&gpu, 40 * D));
+        let floats = Floats::new(hidden.slice(), float_type);
+        let [of_all, of_some] =
+            outs.each_ref().map(|out| Batch::new(floats, 40).into_out(out.slice()));
+        let all = resident.bind(&of_all).unwrap();
+        let mut step = layer.bind(&of_some).unwrap();
+        for x in &x {
+            let bytes: Vec<u8> = match float_type {
+                FloatType::F32 => bytemuck::pod_collect_to_vec(x),
+                FloatType::F16 => WeightType::F16.encode(x, D),
+                FloatType::Bf16 => WeightType::Bf16.encode(x, D),
+            };
+            gpu.queue.write_buffer(hidden.slice().buffer, 0, &bytes);
+            gpu.run_layer(&all).unwrap();
+            layer.run(&gpu.queue, &mut step).unwrap();
+            let [want, got] = outs.each_ref().map(|out| out.get::<f32>(&gpu));
+            close(&got, &want, 1e-5, 1e-4, &what).unwrap();
+        }
+        let stats = layer.cache().stats();
+        assert!(stats.on_host > 0 && stats.on_host <= stats.misses, "{what}: {stats:?}");
+        let brought = (stats.misses - stats.on_host) * layer.cache().expert_bytes();
+        assert_eq!(stats.miss_bytes, brought, "{what}: {stats:?}");
+        // The place for what passes through is not needed here; else no place stays empty.
+        let empty = u64::from(policy == INTERVAL) * layer.cache().expert_bytes();
+        assert_eq!(layer.cache().device_bytes() - stats.peak_bytes, empty, "{what}");
+    }
+}
+
+#[test]
+fn the_host_must_be_able_to_read() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = Context::new(&gpu.device).unwrap();
+    let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
+    let options = CacheOptions { host: HostExperts::Always, ..options(6, INTERVAL, &[]) };
+    let layer = cached(&gpu, &ctx, &host, options);
+    let hidden = gpu.device.create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 40 * D as u64 * 4,
+        usage: wgpu::BufferUsages::STORAGE,
+        mapped_at_creation: false,
+    });
+    let out = Output::f32s(&gpu, 40 * D);
+    let error = layer.bind(&Batch::new(&hidden, 40).into_out(out.slice())).unwrap_err();
+    assert!(error.to_string().starts_with("`hidden`: its buffer lacks COPY_SRC"), "{error}");
+}
+
 #[test]
 fn a_model_shares_one_budget_out() {
     let Some(gpu) = gpu() else { return };
@@ -131,7 +205,7 @@ fn a_model_shares_one_budget_out() {
     let layers = || {
         hosts.iter().map(|host| {
             let router = host.router(&ctx).unwrap();
-            ModelLayer { config: host.config, router, source: host.clone() }
+            ModelLayer::new(host.config, router, host.clone()).with_pinned(vec![3])
         })
     };
     // A quarter of each, and not a byte more.
@@ -142,6 +216,7 @@ fn a_model_shares_one_budget_out() {
     let capacities: Vec<usize> = model.layers().iter().map(|l| l.cache().capacity()).collect();
     assert_eq!(capacities, [5, 10, 5]);
     assert_eq!(model.device_bytes(), whole);
+    assert!(model.layers().iter().all(|layer| layer.cache().resident() == [3]));
 
     let x = random(60, 40 * D);
     let hidden = gpu.upload(&x);
@@ -151,7 +226,7 @@ fn a_model_shares_one_budget_out() {
         let batch = Batch::new(&hidden, 40).into_out(out.slice());
         let mut step = model.layers()[i].bind(&batch).unwrap();
         model.layer_mut(i).run(&gpu.queue, &mut step).unwrap();
-        assert_same(&out.get::<u32>(&gpu), &want(&gpu, &ctx, host, &[x.clone()])[0], "out");
+        assert_same(&out.get::<u32>(&gpu), &want(&gpu, &ctx, host, std::slice::from_ref(&x))[0], "out");
         // What it used last is there again before the next step, as far as it fits.
         model.layer_mut(i).prefetch_for(&gpu.queue, &step).unwrap();
         sum += model.layers()[i].cache().stats();
@@ -168,6 +243,9 @@ fn a_model_shares_one_budget_out() {
     assert!(new(least).is_ok());
     let none = CachedModel::new(&ctx, &gpu.queue, vec![], CacheOptions::new(whole)).unwrap_err();
     assert_eq!(none.to_string(), "`layers`: none");
+    let pinned = CacheOptions { pinned: vec![1], ..CacheOptions::new(whole) };
+    let error = CachedModel::new(&ctx, &gpu.queue, layers().collect(), pinned).unwrap_err();
+    assert!(error.to_string().starts_with("`pinned`"), "{error}");
 }
 
 #[test]
@@ -176,7 +254,7 @@ fn a_run_that_is_dropped_halfway_can_be_run_again() {
     let ctx = Context::new(&gpu.device).unwrap();
     let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
     let x = random(60, 40 * D);
-    let want = want(&gpu, &ctx, &host, &[x.clone()]).remove(0);
+    let want = want(&gpu, &ctx, &host, std::slice::from_ref(&x)).remove(0);
     let (hidden, out) = (gpu.upload(&x), Output::f32s(&gpu, 40 * D));
     let batch = Batch::new(&hidden, 40).into_out(out.slice());
     let large = [0u8; 2].map(|_| gpu.upload(&vec![0u8; 64 << 20]));

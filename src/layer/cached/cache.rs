@@ -1,12 +1,15 @@
 //! The experts of a layer that are on the device, and where the others come from.
-use super::cached_model::Need;
-use super::config::LayerConfig;
+use super::super::config::LayerConfig;
+use super::model::Need;
+use super::on_host::{Expert, HostExperts, Pace, Stored};
+use super::options::{CacheOptions, CacheStats};
 use super::policy::{CachePolicy, exchange};
 use crate::device::wait::Wait;
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertShape, ExpertTypes, HostWeights, Projection};
 use crate::{Context, Error, ExpertWeights, Result, WeightType};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Where the matrices of a layer's experts come from. Asked again whenever an expert is brought in.
 pub trait ExpertSource: Send + Sync {
@@ -25,90 +28,6 @@ pub trait ExpertSource: Send + Sync {
     /// Whatever kept the source from knowing it.
     fn types(&self) -> Result<[ExpertTypes; 2]> {
         Ok([WeightType::Bf16.into(); 2])
-    }
-}
-
-/// How much memory a [`CachedLayer`](super::cached::CachedLayer) takes, and which experts it keeps there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CacheOptions {
-    /// Most bytes of the cache on the device: the pages of experts, shared ones included, and a word for each expert.
-    /// Router, scratch, and what wgpu holds of uploads under way are not in it.
-    pub budget: u64,
-    /// Most bytes of uploads under way at once, in whole experts, two at least. wgpu holds as many in memory that the
-    /// host writes.
-    pub staging: u64,
-    /// What all experts are stored as on the device; what the [source](ExpertSource::types) says where
-    /// absent.
-    pub types: Option<ExpertTypes>,
-    /// Bytes that a page may have at most; the device's limit where absent.
-    pub page_limit: Option<u64>,
-    /// When the experts on the device change.
-    pub policy: CachePolicy,
-    /// Routed experts that are brought in at once and never leave.
-    pub pinned: Vec<u32>,
-}
-
-impl CacheOptions {
-    /// The source's storage types, 64 MiB of uploads at once, the least recently used leaving, none
-    /// pinned.
-    pub const fn new(budget: u64) -> Self {
-        let policy = CachePolicy::LeastRecentlyUsed;
-        Self { budget, staging: 64 << 20, types: None, page_limit: None, policy, pinned: vec![] }
-    }
-}
-
-/// What a cache did since it was made, or since [`CachedLayer::reset_stats`](super::cached::CachedLayer::reset_stats).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CacheStats {
-    /// Steps run.
-    pub steps: u64,
-    /// Routed experts that steps asked for and found, those prefetched included.
-    pub hits: u64,
-    /// Routed experts that steps asked for and waited for.
-    pub misses: u64,
-    /// Routed experts brought in ahead of a step.
-    pub prefetched: u64,
-    /// Routed experts that changed places with others at the end of an interval
-    /// ([`CachePolicy::Interval`]); those among them that the step asked for are misses too, the others
-    /// prefetched.
-    pub exchanged: u64,
-    /// Bytes uploaded for misses.
-    pub miss_bytes: u64,
-    /// Bytes uploaded ahead of steps.
-    pub prefetch_bytes: u64,
-    /// Submissions that ran experts: one a step where nothing is missing.
-    pub rounds: u64,
-    /// Most bytes of the cache that held experts at once.
-    pub peak_bytes: u64,
-}
-
-/// Of several layers: sums of all, of the peaks too.
-impl std::ops::AddAssign for CacheStats {
-    fn add_assign(&mut self, other: Self) {
-        let Self { steps, hits, misses, prefetched, exchanged, .. } = other;
-        let Self { miss_bytes, prefetch_bytes, rounds, peak_bytes, .. } = other;
-        self.steps += steps;
-        self.hits += hits;
-        self.misses += misses;
-        self.prefetched += prefetched;
-        self.exchanged += exchanged;
-        self.miss_bytes += miss_bytes;
-        self.prefetch_bytes += prefetch_bytes;
-        self.rounds += rounds;
-        self.peak_bytes += peak_bytes;
-    }
-}
-
-impl CacheStats {
-    /// Share of the experts asked for that were there; 1 where none was.
-    pub fn hit_rate(&self) -> f64 {
-        let all = self.hits + self.misses;
-        if all == 0 { 1.0 } else { self.hits as f64 / all as f64 }
-    }
-
-    /// Bytes uploaded for steps and ahead of them.
-    pub fn bytes(&self) -> u64 {
-        self.miss_bytes + self.prefetch_bytes
     }
 }
 
@@ -131,6 +50,8 @@ pub struct ExpertCache {
     /// Slots that each routed expert took since the last exchange, and the steps until the next.
     slots: Vec<u64>,
     steps_left: u32,
+    host: HostExperts,
+    pace: Pace,
     /// Experts whose uploads may be under way at once, halved: one half is packed while the other is on its way.
     pub(super) batch: usize,
     pub(super) uploader: Uploader,
@@ -158,7 +79,7 @@ impl ExpertCache {
             );
             return Err(Error::invalid("budget", reason));
         }
-        check_policy(&options, places, experts)?;
+        options.check(places, experts)?;
         let held = ExpertShape { experts: places + shared_experts, ..shape };
         let limit = options.page_limit.unwrap_or(u64::MAX);
         let weights = ExpertWeights::with_page_limit(ctx, held, limit)?;
@@ -174,6 +95,8 @@ impl ExpertCache {
             policy: options.policy,
             slots: vec![0; experts as usize],
             steps_left: 0,
+            host: options.host,
+            pace: Pace::default(),
             pinned: options.pinned,
             batch: usize::try_from(options.staging / 2 / each).unwrap_or(usize::MAX).max(1),
             uploader: Uploader::new(ctx.device()),
@@ -300,6 +223,107 @@ impl ExpertCache {
         changes
     }
 
+    /// Counts a step.
+    pub(super) fn note_step(&mut self, there: &[u32], missing: &[u32]) {
+        self.stats.steps += 1;
+        self.stats.hits += there.len() as u64;
+        self.stats.misses += missing.len() as u64;
+        for &expert in there {
+            if let Some(place) = self.place_of(expert) {
+                self.touch(place);
+            }
+        }
+    }
+
+    /// Brings in what misses, each into a place of its own.
+    pub(super) fn bring_all(&mut self, queue: &wgpu::Queue, missing: &[u32]) -> Result<()> {
+        for &expert in missing {
+            self.bring(queue, expert, &[])?;
+            self.stats.miss_bytes += self.expert_bytes();
+        }
+        Ok(())
+    }
+
+    /// Experts change places; those among `missing` that come.
+    pub(super) fn change(
+        &mut self,
+        queue: &wgpu::Queue,
+        changes: &[(usize, u32)],
+        missing: &[u32],
+    ) -> Result<Vec<u32>> {
+        let mut asked = vec![];
+        for &(place, expert) in changes {
+            self.put(queue, expert, place)?;
+            self.stats.exchanged += 1;
+            if missing.contains(&expert) {
+                self.stats.miss_bytes += self.expert_bytes();
+                asked.push(expert);
+            } else {
+                self.stats.prefetched += 1;
+                self.stats.prefetch_bytes += self.expert_bytes();
+            }
+        }
+        Ok(asked)
+    }
+
+    /// A clock for what is measured; none where nothing is decided by it.
+    pub(super) fn clock(&self) -> Option<Instant> {
+        (self.host == HostExperts::Measured).then(Instant::now)
+    }
+
+    pub(super) fn note_uploaded(&mut self, experts: usize, began: Option<Instant>) {
+        if let Some(began) = began {
+            let bytes = experts as u64 * self.expert_bytes();
+            self.pace.uploaded(bytes, began.elapsed().as_secs_f64());
+        }
+    }
+
+    pub(super) fn note_computed(&mut self, experts: &[u32], rows: &[u32], began: Option<Instant>) {
+        self.stats.on_host += experts.len() as u64;
+        if let Some(began) = began {
+            let each = experts.iter().map(|&e| (self.expert_bytes(), rows[e as usize]));
+            let each: Vec<(u64, u32)> = each.collect();
+            self.pace.computed(each.into_iter(), began.elapsed().as_secs_f64());
+        }
+    }
+
+    pub(super) fn may_be_on_host(&self) -> bool {
+        self.host != HostExperts::Never
+    }
+
+    /// Takes out of `missing` the experts that the host computes, of so many rows each. Empty places are
+    /// filled first.
+    pub(super) fn take_for_host(&mut self, missing: &mut Vec<u32>, rows: &[u32]) -> Vec<u32> {
+        if !self.may_be_on_host() {
+            return vec![];
+        }
+        let empty = self.open_places().filter(|&place| self.held[place].is_none()).count();
+        let passing = self.policy.passing() > 0;
+        let mut left = if passing { 0 } else { empty };
+        let (always, bytes) = (self.host == HostExperts::Always, self.expert_bytes());
+        let pace = &mut self.pace;
+        missing
+            .extract_if(.., |&mut expert| {
+                let fills = left > 0;
+                left -= usize::from(fills);
+                !fills && (always || pace.is_host_faster(bytes, rows[expert as usize]))
+            })
+            .collect()
+    }
+
+    /// An expert for the host to compute on these rows.
+    pub(super) fn for_host(&self, expert: u32, x: Vec<f32>) -> Result<Expert<'_>> {
+        let shape = self.weights.shape();
+        let types = shape.types_of(0); // of the routed ones
+        let of = |projection| {
+            let matrix = self.source.matrix(expert, projection)?;
+            let matrix = matrix.matrix(shape.matrix(projection))?;
+            Ok::<_, Error>(Stored { matrix, stored: types.of(projection) })
+        };
+        let [gate, up, down] = Projection::ALL;
+        Ok(Expert { x, matrices: [of(gate)?, of(up)?, of(down)?] })
+    }
+
     /// Brings in those of `experts` that are missing, in order, as far as there are places that hold none of them.
     /// Nothing where places change at intervals.
     pub(super) async fn prefetch(
@@ -355,31 +379,6 @@ impl Need {
         let fixed = shared.saturating_add(map_bytes(&shape));
         Ok(Self { experts: config.experts, each: shape.device_bytes(), fixed })
     }
-}
-
-/// Refuses a policy, or pinned experts, that leave no place for a missing one.
-fn check_policy(options: &CacheOptions, places: u32, experts: u32) -> Result<()> {
-    let CacheOptions { policy, pinned, .. } = options;
-    let mut known = std::collections::HashSet::new();
-    if let Some(e) = pinned.iter().find(|&&e| e >= experts || !known.insert(e)) {
-        let reason = format!("{e} of {experts} experts, each at most once");
-        return Err(Error::invalid("pinned", reason));
-    }
-    let passing = match *policy {
-        CachePolicy::Interval { steps: 0, .. } => return Err(Error::invalid("steps", "0")),
-        CachePolicy::Interval { passing: 0, .. } => return Err(Error::invalid("passing", "0")),
-        CachePolicy::Interval { passing, .. } => passing as usize,
-        // One that any missing expert may come into, unless none can be missing.
-        CachePolicy::LeastRecentlyUsed => usize::from(pinned.len() < experts as usize),
-    };
-    if pinned.len() + passing > places as usize {
-        let reason = format!(
-            "{places} experts fit; {} are pinned, {passing} must be free for others",
-            pinned.len()
-        );
-        return Err(Error::invalid("budget", reason));
-    }
-    Ok(())
 }
 
 impl std::fmt::Debug for ExpertCache {

@@ -1,18 +1,30 @@
 //! The layers of a model under one budget.
-use super::cache::{CacheOptions, CacheStats, ExpertSource};
-use super::cached::CachedLayer;
-use super::config::{LayerConfig, Router};
+use super::super::config::{LayerConfig, Router};
+use super::CachedLayer;
+use super::cache::ExpertSource;
+use super::options::{CacheOptions, CacheStats};
 use crate::{Context, Error, Result};
 use std::sync::Arc;
 
 /// One layer of a [`CachedModel`]: what [`CachedLayer::new`] takes.
 pub struct ModelLayer {
-    /// Its config.
-    pub config: LayerConfig,
-    /// Its router.
-    pub router: Router,
-    /// Where its experts come from.
-    pub source: Arc<dyn ExpertSource>,
+    config: LayerConfig,
+    router: Router,
+    source: Arc<dyn ExpertSource>,
+    pinned: Vec<u32>,
+}
+
+impl ModelLayer {
+    /// With nothing pinned.
+    pub fn new(config: LayerConfig, router: Router, source: Arc<dyn ExpertSource>) -> Self {
+        Self { config, router, source, pinned: vec![] }
+    }
+
+    /// The same with routed experts that never leave; [`CacheOptions::pinned`] is not for models.
+    #[must_use]
+    pub fn with_pinned(self, pinned: Vec<u32>) -> Self {
+        Self { pinned, ..self }
+    }
 }
 
 /// Layers whose experts share one budget, each with its own share of it.
@@ -58,8 +70,9 @@ impl CachedModel {
     ///
     /// # Errors
     ///
-    /// As [`CachedLayer::new`]; [`Error::Invalid`] naming `layers` where there are none, or `budget` where
-    /// it holds less than one routed expert of each layer besides the shared ones.
+    /// As [`CachedLayer::new`]; [`Error::Invalid`] naming `layers` where there are none, `pinned` where
+    /// the options pin some ([`ModelLayer::with_pinned`]), or `budget` where it holds less than one routed
+    /// expert of each layer besides the shared ones.
     pub fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
@@ -69,14 +82,17 @@ impl CachedModel {
         if layers.is_empty() {
             return Err(Error::invalid("layers", "none"));
         }
+        if !options.pinned.is_empty() {
+            return Err(Error::invalid("pinned", "for all layers: `ModelLayer::with_pinned`"));
+        }
         let needs: Vec<Need> = layers
             .iter()
             .map(|layer| Need::of(&layer.config, &*layer.source, &options))
             .collect::<Result<_>>()?;
         let shares = shares(&needs, options.budget)?;
         let make = |(layer, budget)| {
-            let ModelLayer { config, router, source } = layer;
-            let options = CacheOptions { budget, ..options.clone() };
+            let ModelLayer { config, router, source, pinned } = layer;
+            let options = CacheOptions { budget, pinned, ..options.clone() };
             CachedLayer::new(ctx, queue, config, router, source, options)
         };
         Ok(Self { layers: layers.into_iter().zip(shares).map(make).collect::<Result<_>>()? })

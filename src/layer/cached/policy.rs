@@ -1,6 +1,6 @@
 //! Which experts a cache keeps: policies, as plain data.
 
-/// When the experts that a [`CachedLayer`](super::cached::CachedLayer) holds change.
+/// When the experts that a [`CachedLayer`](super::CachedLayer) holds change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CachePolicy {
