@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 mod activations;
+mod active;
 mod assign;
 mod assign_lists;
 mod batch;
@@ -11,6 +12,7 @@ mod checkpoint_bad;
 mod combine;
 mod comparisons;
 mod coreset;
+mod coverage;
 mod devices;
 mod errors;
 mod expert_choice;
