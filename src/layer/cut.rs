@@ -33,13 +33,22 @@ pub(super) struct Cut {
 const LEAST: u64 = 64;
 
 impl Sizes {
+    /// Slots whose rows of `h`, and copied rows, fit a binding.
+    fn slots_of_buffer(&self) -> u64 {
+        let row = self.gathered.max(4 * u64::from(self.intermediate));
+        (self.binding / row).clamp(1, self.slots.into())
+    }
+
+    /// Bytes that lie beside columns of `y`, where `h` is there as a whole.
+    fn beside_columns(&self) -> u64 {
+        let h = 4 * u64::from(self.slots) * u64::from(self.intermediate);
+        h + self.slots_of_buffer() * self.gathered
+    }
+
     /// `h` as a whole, and as many columns of `y` as fit, in `room` where there is a limit.
     fn whole(&self, room: u64) -> Option<Cut> {
-        let slots = u64::from(self.slots);
-        let row = self.gathered.max(4 * u64::from(self.intermediate));
-        let most = (self.binding / row).clamp(1, slots);
-        let used = 4 * slots * u64::from(self.intermediate) + most * self.gathered;
-        let columns = (self.binding.min(room.saturating_sub(used)) / 4 / slots)
+        let (slots, most) = (u64::from(self.slots), self.slots_of_buffer());
+        let columns = (self.binding.min(room.saturating_sub(self.beside_columns())) / 4 / slots)
             .min(u64::from(self.hidden).next_multiple_of(PANEL.into()));
         let columns = columns as u32 / PANEL * PANEL;
         (columns > 0).then_some(Cut { slots: most as u32, columns, in_turn: false })
@@ -52,15 +61,26 @@ impl Sizes {
         [beside, self.gathered + row + 4 * u64::from(self.intermediate)]
     }
 
+    /// Fewest and most slots of a turn.
+    fn slots_of_turn(&self) -> [u64; 2] {
+        let wide = self.gathered.max(4 * u64::from(self.hidden.max(self.intermediate)));
+        let most = (self.binding / wide).min(self.slots.into());
+        [LEAST.min(most).max(1), most]
+    }
+
     /// Stretches of slots that take turns in `room`.
     fn in_turn(&self, room: u64) -> Option<Cut> {
         let [beside, each] = self.of_turns();
-        let wide = self.gathered.max(4 * u64::from(self.hidden.max(self.intermediate)));
-        let slots = (room.saturating_sub(beside) / each).min(self.binding / wide);
-        let slots = slots.min(self.slots.into());
+        let [least, most] = self.slots_of_turn();
+        let slots = (room.saturating_sub(beside) / each).min(most);
         let columns = self.hidden.next_multiple_of(PANEL);
-        let fits = slots >= LEAST.min(self.slots.into());
-        fits.then_some(Cut { slots: slots as u32, columns, in_turn: true })
+        (slots >= least).then_some(Cut { slots: slots as u32, columns, in_turn: true })
+    }
+
+    /// Second matmuls of a cut: what the number of dispatches grows with.
+    fn pieces(&self, cut: &Cut) -> u64 {
+        let stretches = u64::from(self.slots.div_ceil(cut.slots));
+        stretches * if cut.in_turn { 1 } else { self.hidden.div_ceil(cut.columns).into() }
     }
 
     /// The cut within the caller's `limit` of scratch, of which `used` bytes are taken; without one whatever
@@ -75,15 +95,13 @@ impl Sizes {
             });
         };
         let room = limit.saturating_sub(used);
-        let pieces = |cut: &Cut| match cut.in_turn {
-            true => self.slots.div_ceil(cut.slots),
-            false => self.hidden.div_ceil(cut.columns),
-        };
         // Where both fit: which makes fewer dispatches.
         let both = [self.whole(room), self.in_turn(room)];
-        both.into_iter().flatten().min_by_key(pieces).ok_or_else(|| {
+        both.into_iter().flatten().min_by_key(|cut| self.pieces(cut)).ok_or_else(|| {
             let [beside, each] = self.of_turns();
-            let need = used + beside + each * LEAST.min(self.slots.into());
+            let turns = beside + each * self.slots_of_turn()[0];
+            let columns = 4 * u64::from(self.slots) * u64::from(PANEL);
+            let need = used + turns.min(self.beside_columns() + columns);
             Error::invalid("scratch_limit", format!("{limit} bytes, at least {need} are needed"))
         })
     }
@@ -110,18 +128,15 @@ mod tests {
         for tokens in [1, 7, 512, 16_384, 65_536] {
             for sums in [false, true] {
                 let sizes = of(tokens, sums);
-                let mut last = u32::MAX;
+                let mut last = u64::MAX;
                 for limit in (20..32).map(|shift| 1u64 << shift) {
                     let Ok(cut) = sizes.cut(Some(limit), 1000) else { continue };
                     assert!(bytes(&sizes, cut) + 1000 <= limit, "{tokens} {sums} {limit}: {cut:?}");
-                    let pieces = match cut.in_turn {
-                        true => sizes.slots.div_ceil(cut.slots),
-                        false => sizes.hidden.div_ceil(cut.columns),
-                    };
+                    let pieces = sizes.pieces(&cut);
                     assert!(pieces <= last, "{tokens} {sums} {limit}: {cut:?}");
                     last = pieces;
                 }
-                assert!(last < u32::MAX);
+                assert!(last < u64::MAX);
                 let whole = sizes.cut(None, 0).unwrap();
                 assert!(!whole.in_turn);
             }

@@ -56,7 +56,7 @@ impl Scratch {
         let key = (name, part);
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let of_key = asked.entry(key).or_default();
-        *of_key = bytes.max(*of_key);
+        *of_key = bytes.max(16).next_multiple_of(16).max(*of_key); // as buffers are made
         drop(asked);
         let buffer = match buffers.get(&key) {
             Some(buffer) if buffer.size() >= bytes => buffer.clone(),

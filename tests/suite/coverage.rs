@@ -6,7 +6,7 @@ use wgmoe::layer::{Batch, Blocks, LayerConfig, MoeRouting};
 use wgmoe::ops::coverage::{Args, Coverage, Dims, cpu};
 use wgmoe::ops::token_choice;
 use wgmoe::plan::bits;
-use wgmoe::routing::{BlockRule, Groups, Score, TokenChoice};
+use wgmoe::routing::{BlockRule, Score, TokenChoice};
 use wgmoe::{Context, Gpu};
 
 fn words(seed: u64, len: usize) -> Vec<u32> {
@@ -31,7 +31,7 @@ fn check(gpu: &Gpu, ctx: &Context, [tokens, experts]: [usize; 2], offsets: &[u32
     };
     run(gpu, &Coverage::new(ctx).unwrap().bind(&dims, args).unwrap());
     let want = cpu(&own, tokens, experts, &members, offsets).concat();
-    assert!(want.iter().any(|&n| n > 0), "{what}");
+    assert!(tokens == 1 || want.iter().any(|&n| n > 0), "{what}");
     assert_same(&out.get::<u32>(gpu), &want, &what);
 }
 
@@ -61,7 +61,7 @@ fn of_kept_coresets() {
             for (i, rule) in every_block_rule(E, K).into_iter().enumerate() {
                 let plain = TokenChoice::new(K).with_score(Score::Sigmoid);
                 let choice = if i % 2 == 0 { plain.with_groups(8, 4) } else { plain };
-                let groups = (i % 2 == 0).then_some(Groups { count: 8, per_token: 4 });
+                let groups = if i % 2 == 0 { choice.groups } else { None };
                 let config = LayerConfig::new(D, 16, E, choice.with_coreset(rule));
                 let host = HostLayer::scripted(config);
                 let op = MoeRouting::new(&ctx, config, host.router(&ctx).unwrap()).unwrap();

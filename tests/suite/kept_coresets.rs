@@ -142,7 +142,7 @@ fn kept_is_given() {
                     gpu.run_layer(&bound).unwrap();
                     exact(&out.get::<f32>(&gpu))
                 };
-                let poison = vec![0xa5a5_a5a5; count as usize * WORDS];
+                let poison = vec![0xa5a5_a5a5_u32; count as usize * WORDS];
                 let elected = Output::holding(&gpu, &poison);
                 let want = run(&elected, 1);
                 let what = format!("{} {rule:?} {offsets:?}", variant_name(&ctx));

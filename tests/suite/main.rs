@@ -31,6 +31,7 @@ mod house;
 mod kept_coresets;
 mod layer;
 mod limits;
+mod long;
 mod loops;
 mod matmul;
 mod matrix;
