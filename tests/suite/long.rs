@@ -109,14 +109,15 @@ fn equal_bits_whatever_the_limit() {
 #[test]
 fn windows_of_turns() {
     let Some(gpu) = gpu() else { return };
-    let small = small(&gpu, 48 << 10);
+    let small = small(&gpu, 96 << 10);
     let ctx = Context::new(&small.device).unwrap();
-    for hidden in [256, 508] {
-        let host = HostLayer::new(config(hidden, token_choice()));
+    for (hidden, forms) in [(256, &FORMS[..2]), (508, &FORMS[2..])] {
+        let config = LayerConfig::new(hidden, 256, 12, token_choice()).with_shared_experts(1);
+        let host = HostLayer::new(config);
         let layer = host.layer_as(&ctx, &small.queue, WeightType::Bf16, None).unwrap();
-        let tokens = 90;
+        let tokens = 180;
         let x = random(4, (tokens * hidden) as usize);
-        for form in FORMS {
+        for &form in forms {
             check(&small, &layer, &x, tokens, form, &format!("D {hidden}, {form:?}"));
         }
     }
