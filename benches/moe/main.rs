@@ -38,6 +38,7 @@ fn all(c: &mut Criterion) {
     plans::bench_expert_union(&bench, c);
     plans::bench_expert_lists(&bench, c);
     layers::bench_layer(&bench, c);
+    layers::bench_prefill(&bench, c);
 }
 
 criterion_group! {

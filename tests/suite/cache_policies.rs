@@ -226,7 +226,11 @@ fn a_model_shares_one_budget_out() {
         let batch = Batch::new(&hidden, 40).into_out(out.slice());
         let mut step = model.layers()[i].bind(&batch).unwrap();
         model.layer_mut(i).run(&gpu.queue, &mut step).unwrap();
-        assert_same(&out.get::<u32>(&gpu), &want(&gpu, &ctx, host, std::slice::from_ref(&x))[0], "out");
+        assert_same(
+            &out.get::<u32>(&gpu),
+            &want(&gpu, &ctx, host, std::slice::from_ref(&x))[0],
+            "out",
+        );
         // What it used last is there again before the next step, as far as it fits.
         model.layer_mut(i).prefetch_for(&gpu.queue, &step).unwrap();
         sum += model.layers()[i].cache().stats();

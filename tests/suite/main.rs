@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 mod activations;
+mod active;
 mod assign;
 mod assign_lists;
 mod batch;
@@ -12,6 +13,7 @@ mod checkpoint_bad;
 mod combine;
 mod comparisons;
 mod coreset;
+mod coverage;
 mod devices;
 mod errors;
 mod expert_choice;
@@ -30,6 +32,7 @@ mod house;
 mod kept_coresets;
 mod layer;
 mod limits;
+mod long;
 mod loops;
 mod matmul;
 mod matrix;

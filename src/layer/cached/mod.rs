@@ -123,6 +123,8 @@ impl CachedLayer {
     ///
     /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
+        let limited = batch.scratch_limit.is_some();
+        Batch::unused("scratch_limit", limited, "a layer under a budget keeps every row of `y`")?;
         let in_out = self.experts.in_out(batch)?;
         let scratch = Scratch::of(batch.scratch, &self.ctx)?;
         let routing = self.routing.bind_of(&batch.with_scratch(&scratch))?;
