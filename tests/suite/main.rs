@@ -34,6 +34,7 @@ mod matmul;
 mod matrix;
 mod messages;
 mod noop;
+mod oracle;
 mod padding;
 mod part;
 mod plan;
