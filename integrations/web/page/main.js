@@ -179,7 +179,7 @@ function showTimes(text) {
     const { outcome } = c;
     const of = outcome.status === 'measured' ? outcome.gpu ?? outcome.wall : undefined;
     const time = of ? element('td', milliseconds(of.median_ms), 'number') : element('td', outcome.status, 'bad');
-    const clock = of ? (of === outcome.gpu ? 'the GPU’s timestamps' : 'the page’s') : outcome.reason;
+    const clock = of ? (of === outcome.gpu ? 'GPU timestamps' : 'page’s clock') : outcome.reason;
     row.append(head, element('td', `${c.rule}: ${c.part}`), time, element('td', clock), element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
     return row;
   }));

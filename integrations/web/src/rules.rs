@@ -99,7 +99,7 @@ impl Rule {
                 "First the block elects every expert that is among the two highest of some token. Then each token takes its K best of those."
             }
             Self::MaskedUnion => {
-                "As before, but only tokens that are still to be written have a say. The others choose among what those elected. Where no token is left to be written, all experts stay."
+                "First the block elects every expert that is among the two highest of some token that is still to be written: the others have no say. Then each token takes its K best of those. Where no token is left to be written, all experts stay."
             }
         }
     }

@@ -239,16 +239,16 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
   await t.test('all can be reached by keyboard, is named, and shows that it is reached', async () => {
     await page.evaluate(() => document.activeElement.blur());
     await page.evaluate(() => window.scrollTo(0, 0));
-    const reached = new Set();
-    for (let i = 0; i < 60; i++) {
+    const wanted = new Set(await page.$$eval('button, select, input, canvas', (all) => all.filter((e) => !e.matches(':disabled') && e.checkVisibility()).map((e) => e.id)));
+    assert.ok(wanted.size >= 10, `${[...wanted]}`);
+    // No further than the last of them: behind it come the browser's own buttons.
+    for (let i = 0; i < 60 && wanted.size; i++) {
       await page.keyboard.press('Tab');
-      const [id, outlined] = await page.evaluate(() => [document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle !== 'none' || !document.hasFocus()]);
+      const [id, outlined] = await page.evaluate(() => [document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle !== 'none']);
       if (id) assert.ok(outlined, `${id} shows its focus`);
-      reached.add(id);
+      wanted.delete(id);
     }
-    const wanted = await page.$$eval('button, select, input, canvas', (all) => all.filter((e) => !e.matches(':disabled') && e.checkVisibility()).map((e) => e.id));
-    assert.ok(wanted.length >= 10, `${wanted}`);
-    assert.deepEqual(wanted.filter((id) => !reached.has(id)), []);
+    assert.deepEqual([...wanted], []);
     if (firefox) return;
     const tree = await page.accessibility.snapshot();
     const nameless = [];
@@ -262,11 +262,11 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
 
   await t.test('the checks, stopped and begun anew', async () => {
     await page.focus('#check-go');
-    await page.keyboard.press('Enter');
+    await page.keyboard.press(' ');
     await page.waitForFunction(() => document.getElementById('check-go').textContent === 'Stop checking', { timeout: 5000, polling: 20 });
     assert.ok(await page.$eval('#measure-go', (e) => e.disabled), 'nothing is measured meanwhile');
     await page.waitForFunction(() => document.querySelectorAll('#check-rows tbody tr').length === 1, { timeout: 5 * minutes, polling: 50 });
-    await page.keyboard.press('Enter');
+    await page.keyboard.press(' ');
     await checked(page);
     assert.match(await text('check-state'), /^stopped; [12] ok$/);
     const rows = await checkAll(visit);
@@ -291,7 +291,7 @@ test('the kernels, on a device', { timeout: 20 * minutes }, async (t) => {
     await page.waitForFunction(done, { timeout: 10 * minutes, polling: 200 });
     t.diagnostic(await text('measure-state'));
     assert.match(await text('measure-state'), /[1-9]\d* cases measured, 0 failed/);
-    for (const clock of await page.$$eval('#measure-rows tbody tr td:nth-child(4)', (all) => all.map((e) => e.textContent))) assert.match(clock, /^(the GPU’s timestamps|the page’s)$/);
+    for (const clock of await page.$$eval('#measure-rows tbody tr td:nth-child(4)', (all) => all.map((e) => e.textContent))) assert.match(clock, /^(GPU timestamps|page’s clock)$/);
     await page.click('#save-json');
     await page.click('#save-page');
     const report = JSON.parse(await download(downloads, 'wgmoe-bench.json'));
