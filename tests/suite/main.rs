@@ -38,6 +38,7 @@ mod matmul;
 mod matrix;
 mod messages;
 mod noop;
+mod oracle;
 mod padding;
 mod part;
 mod plan;
