@@ -7,7 +7,7 @@ use testkit::layer::HostLayer;
 use testkit::prelude::{Output, assert_same, gpu, random};
 use wgmoe::layer::Batch;
 use wgmoe::layer::cached::{
-    CacheOptions, CachePolicy, CacheStats, CachedLayer, CachedModel, HostExperts, ModelLayer,
+    CacheOptions, CachePolicy, CacheStats, CachedLayer, CachedModel, MissesOnHost, ModelLayer,
 };
 use wgmoe::routing::Routing;
 use wgmoe::{Context, FloatType, Floats, Gpu, Result, WeightType, wgpu};
@@ -130,11 +130,11 @@ fn experts_on_the_host() {
     let x: Vec<Vec<f32>> = (0..4).map(|i| random(60 + i, 40 * D)).collect();
     let lru = CachePolicy::LeastRecentlyUsed;
     for (weight_type, policy, how, float_type) in [
-        (WeightType::Bf16, INTERVAL, HostExperts::Always, FloatType::F32),
-        (WeightType::F32, INTERVAL, HostExperts::Always, FloatType::Bf16),
-        (WeightType::Q8_0, INTERVAL, HostExperts::Always, FloatType::F32),
-        (WeightType::Q4_K, lru, HostExperts::Always, FloatType::F16),
-        (WeightType::Bf16, lru, HostExperts::Measured, FloatType::F32),
+        (WeightType::Bf16, INTERVAL, MissesOnHost::Always, FloatType::F32),
+        (WeightType::F32, INTERVAL, MissesOnHost::Always, FloatType::Bf16),
+        (WeightType::Q8_0, INTERVAL, MissesOnHost::Always, FloatType::F32),
+        (WeightType::Q4_K, lru, MissesOnHost::Always, FloatType::F16),
+        (WeightType::Bf16, lru, MissesOnHost::Measured, FloatType::F32),
     ] {
         let what = format!("{weight_type:?} {policy:?} {how:?} {float_type:?}");
         let shape = host.config.expert_shape(weight_type);
@@ -155,11 +155,7 @@ fn experts_on_the_host() {
         let all = resident.bind(&of_all).unwrap();
         let mut step = layer.bind(&of_some).unwrap();
         for x in &x {
-            let bytes: Vec<u8> = match float_type {
-                FloatType::F32 => bytemuck::pod_collect_to_vec(x),
-                FloatType::F16 => WeightType::F16.encode(x, D),
-                FloatType::Bf16 => WeightType::Bf16.encode(x, D),
-            };
+            let bytes = float_type.encode(x);
             gpu.queue.write_buffer(hidden.slice().buffer, 0, &bytes);
             gpu.run_layer(&all).unwrap();
             layer.run(&gpu.queue, &mut step).unwrap();
@@ -170,9 +166,46 @@ fn experts_on_the_host() {
         assert!(stats.on_host > 0 && stats.on_host <= stats.misses, "{what}: {stats:?}");
         let brought = (stats.misses - stats.on_host) * layer.cache().expert_bytes();
         assert_eq!(stats.miss_bytes, brought, "{what}: {stats:?}");
+        // What the host computed is not brought in ahead of the next step either.
+        if how == MissesOnHost::Always {
+            assert_eq!(stats.prefetched, 0, "{what}: {stats:?}");
+        }
         // The place for what passes through is not needed here; else no place stays empty.
         let empty = u64::from(policy == INTERVAL) * layer.cache().expert_bytes();
         assert_eq!(layer.cache().device_bytes() - stats.peak_bytes, empty, "{what}");
+    }
+}
+
+/// Rows that take no part, a plan that cuts slots, a residual, and `y` in stretches of columns.
+#[test]
+fn experts_on_the_host_of_a_cut_batch() {
+    let Some(gpu) = gpu() else { return };
+    // So small a binding that 32 columns of 95 slots are a stretch.
+    let tokens = 45u32;
+    let small = crate::limits::small(&gpu, 16 << 10);
+    for gpu in [&gpu, &small] {
+        let ctx = Context::new(&gpu.device).unwrap();
+        let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
+        let x = random(71, tokens as usize * D);
+        let hidden = gpu.upload(&x);
+        let active = gpu.upload(&[0xaaaa_5555u32, 0x0000_0ff3]);
+        let outs = [(); 2].map(|()| Output::holding(gpu, &random(72, tokens as usize * D)));
+        let [of_all, of_some] = outs.each_ref().map(|out| {
+            let batch = Batch::new(&hidden, tokens).added_to(out.slice());
+            batch.with_active(&active).with_routed_slots(50)
+        });
+        let resident = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
+        let options = CacheOptions { host: MissesOnHost::Always, ..options(5, INTERVAL, &[]) };
+        let mut layer = cached(gpu, &ctx, &host, options);
+        gpu.run_layer(&resident.bind(&of_all).unwrap()).unwrap();
+        let mut step = layer.bind(&of_some).unwrap();
+        layer.run(&gpu.queue, &mut step).unwrap();
+        let [want, got] = outs.each_ref().map(|out| out.get::<f32>(gpu));
+        close(&got, &want, 1e-5, 1e-4, "out").unwrap();
+        assert!(layer.cache().stats().on_host > 0);
+        let stats = gpu.download(step.routing().stats()).unwrap();
+        let stats = wgmoe::plan::Stats::from_words(&stats).unwrap();
+        assert!(stats.cut > 0, "{stats:?}");
     }
 }
 
@@ -181,7 +214,7 @@ fn the_host_must_be_able_to_read() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
     let host = Arc::new(HostLayer::new(config(Routing::TokenChoice(TOKEN_CHOICE))));
-    let options = CacheOptions { host: HostExperts::Always, ..options(6, INTERVAL, &[]) };
+    let options = CacheOptions { host: MissesOnHost::Always, ..options(6, INTERVAL, &[]) };
     let layer = cached(&gpu, &ctx, &host, options);
     let hidden = gpu.device.create_buffer(&wgpu::BufferDescriptor {
         label: None,
@@ -268,7 +301,8 @@ fn a_run_that_is_dropped_halfway_can_be_run_again() {
         let mut layer = cached(&gpu, &ctx, &host, options);
         let mut step = layer.bind(&batch).unwrap();
         let (mut ended, mut halfway) = (0, 0);
-        for polls in 0..12 {
+        for polls in 0..16 {
+            let before = layer.cache().stats();
             // So much for the device to do first that the routing is not there at once.
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
             for _ in 0..8 {
@@ -282,14 +316,20 @@ fn a_run_that_is_dropped_halfway_can_be_run_again() {
                 ready
             });
             ended += u32::from(done);
-            halfway += u32::from(!done && polls > 0);
             drop(run);
+            // Rounds have run, or experts have come, of a step that has not ended.
+            let stats = layer.cache().stats();
+            assert_eq!(stats.steps, before.steps + u64::from(done), "{policy:?}, {polls} polls");
+            let moved = (stats.rounds, stats.bytes()) != (before.rounds, before.bytes());
+            halfway += u32::from(!done && moved);
             let poison = vec![u32::MAX; 40 * D];
             gpu.queue.write_buffer(out.slice().buffer, 0, bytemuck::cast_slice(&poison));
             layer.run(&gpu.queue, &mut step).unwrap();
             assert_same(&out.get::<u32>(&gpu), &want, &format!("{policy:?}, {polls} polls"));
         }
         assert!(ended > 0 && halfway > 0, "{policy:?}: {ended} at their end, {halfway} halfway");
+        // What was dropped has changed no place for good: the first step has filled the cache.
+        assert_eq!(layer.cache().resident().len(), 6, "{policy:?}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! The experts of a layer that are on the device, and where the others come from.
 use super::super::config::LayerConfig;
 use super::model::Need;
-use super::on_host::{Expert, HostExperts, Pace, Stored};
+use super::on_host::{Expert, MissesOnHost, Pace, Stored};
 use super::options::{CacheOptions, CacheStats};
 use super::policy::{CachePolicy, exchange};
 use crate::device::wait::Wait;
@@ -50,7 +50,7 @@ pub struct ExpertCache {
     /// Slots that each routed expert took since the last exchange, and the steps until the next.
     slots: Vec<u64>,
     steps_left: u32,
-    host: HostExperts,
+    host: MissesOnHost,
     pace: Pace,
     /// Experts whose uploads may be under way at once, halved: one half is packed while the other is on its way.
     pub(super) batch: usize,
@@ -190,7 +190,11 @@ impl ExpertCache {
 
     /// Brings an expert into a place.
     pub(super) fn put(&mut self, queue: &wgpu::Queue, expert: u32, place: usize) -> Result<()> {
-        self.held[place] = None; // and so it stays where the source fails halfway
+        // And so it stays where the source fails halfway; one that has passed through is moved.
+        self.held[place] = None;
+        if let Some(other) = self.place_of(expert) {
+            self.held[other] = None;
+        }
         self.used[place] = 0;
         self.upload(queue, expert, place as u32)?;
         self.held[place] = Some(expert);
@@ -205,41 +209,65 @@ impl ExpertCache {
         self.stats.peak_bytes = self.stats.peak_bytes.max(now);
     }
 
-    /// Counts a step whose experts took so many slots each, and says which experts come into which places
-    /// now that it ends an interval, if it does.
-    pub(super) fn end_of_step(&mut self, tokens_per_expert: &[u32]) -> Vec<(usize, u32)> {
-        let CachePolicy::Interval { steps, passing } = self.policy else { return vec![] };
-        for (sum, &n) in self.slots.iter_mut().zip(tokens_per_expert) {
-            *sum += u64::from(n);
+    /// The experts that come into other places with this step, whose experts took so many slots each: some
+    /// where it ends an interval.
+    pub(super) fn changes(&self, tokens_per_expert: &[u32]) -> Vec<(usize, u32)> {
+        match self.policy {
+            CachePolicy::Interval { passing, .. } if self.steps_left == 0 => {
+                let slots = self.slots.iter().zip(tokens_per_expert);
+                let slots: Vec<u64> = slots.map(|(sum, &n)| sum + u64::from(n)).collect();
+                let kept = &self.held[..self.held.len() - passing as usize];
+                exchange(kept, &slots, |e| self.pinned.contains(&e))
+            }
+            _ => vec![],
         }
-        if self.steps_left > 0 {
-            self.steps_left -= 1;
-            return vec![];
-        }
-        self.steps_left = steps - 1;
-        let kept = &self.held[..self.held.len() - passing as usize];
-        let changes = exchange(kept, &self.slots, |e| self.pinned.contains(&e));
-        self.slots.fill(0);
-        changes
     }
 
-    /// Counts a step.
-    pub(super) fn note_step(&mut self, there: &[u32], missing: &[u32]) {
+    /// Counts a step that has run to its end: one that does not is as if it had not been.
+    pub(super) fn end_of_step(&mut self, tokens_per_expert: &[u32], there: usize, missing: usize) {
         self.stats.steps += 1;
-        self.stats.hits += there.len() as u64;
-        self.stats.misses += missing.len() as u64;
-        for &expert in there {
+        self.stats.hits += there as u64;
+        self.stats.misses += missing as u64;
+        let CachePolicy::Interval { steps, .. } = self.policy else { return };
+        if self.steps_left == 0 {
+            self.steps_left = steps - 1;
+            self.slots.fill(0);
+        } else {
+            self.steps_left -= 1;
+            for (sum, &n) in self.slots.iter_mut().zip(tokens_per_expert) {
+                *sum += u64::from(n);
+            }
+        }
+    }
+
+    pub(super) fn touch_all(&mut self, experts: &[u32]) {
+        for &expert in experts {
             if let Some(place) = self.place_of(expert) {
                 self.touch(place);
             }
         }
     }
 
-    /// Brings in what misses, each into a place of its own.
-    pub(super) fn bring_all(&mut self, queue: &wgpu::Queue, missing: &[u32]) -> Result<()> {
+    /// Brings in what misses, each into a place of its own. Now and then, where the host may compute in
+    /// place of it, the way to the device is measured: nothing else is under way then, and it is waited for.
+    pub(super) async fn bring_all(
+        &mut self,
+        queue: &wgpu::Queue,
+        missing: &[u32],
+        wait: Wait,
+    ) -> Result<()> {
+        let measured = self.host == MissesOnHost::Measured && self.pace.wants_upload();
+        self.uploader.settle(if measured { 0 } else { 1 }, wait).await?;
+        let began = self.clock();
         for &expert in missing {
             self.bring(queue, expert, &[])?;
             self.stats.miss_bytes += self.expert_bytes();
+        }
+        if let Some(began) = began.filter(|_| measured) {
+            self.uploader.flush(queue)?;
+            self.uploader.settle(0, wait).await?;
+            let bytes = missing.len() as u64 * self.expert_bytes();
+            self.pace.uploaded(bytes, began.elapsed().as_secs_f64());
         }
         Ok(())
     }
@@ -268,14 +296,7 @@ impl ExpertCache {
 
     /// A clock for what is measured; none where nothing is decided by it.
     pub(super) fn clock(&self) -> Option<Instant> {
-        (self.host == HostExperts::Measured).then(Instant::now)
-    }
-
-    pub(super) fn note_uploaded(&mut self, experts: usize, began: Option<Instant>) {
-        if let Some(began) = began {
-            let bytes = experts as u64 * self.expert_bytes();
-            self.pace.uploaded(bytes, began.elapsed().as_secs_f64());
-        }
+        (self.host == MissesOnHost::Measured).then(Instant::now)
     }
 
     pub(super) fn note_computed(&mut self, experts: &[u32], rows: &[u32], began: Option<Instant>) {
@@ -288,7 +309,7 @@ impl ExpertCache {
     }
 
     pub(super) fn may_be_on_host(&self) -> bool {
-        self.host != HostExperts::Never
+        self.host != MissesOnHost::Never
     }
 
     /// Takes out of `missing` the experts that the host computes, of so many rows each. Empty places are
@@ -299,16 +320,14 @@ impl ExpertCache {
         }
         let empty = self.open_places().filter(|&place| self.held[place].is_none()).count();
         let passing = self.policy.passing() > 0;
-        let mut left = if passing { 0 } else { empty };
-        let (always, bytes) = (self.host == HostExperts::Always, self.expert_bytes());
-        let pace = &mut self.pace;
-        missing
-            .extract_if(.., |&mut expert| {
-                let fills = left > 0;
-                left -= usize::from(fills);
-                !fills && (always || pace.is_host_faster(bytes, rows[expert as usize]))
-            })
-            .collect()
+        let fills = missing.len().min(if passing { 0 } else { empty });
+        let others = missing.split_off(fills);
+        let (always, bytes) = (self.host == MissesOnHost::Always, self.expert_bytes());
+        let ways = others.iter().map(|&e| rows[e as usize]).collect::<Vec<u32>>();
+        let ways = if always { vec![true; ways.len()] } else { self.pace.choose(bytes, &ways) };
+        let (on_host, brought): (Vec<_>, Vec<_>) = others.into_iter().zip(ways).partition(|w| w.1);
+        missing.extend(brought.into_iter().map(|(e, _)| e));
+        on_host.into_iter().map(|(e, _)| e).collect()
     }
 
     /// An expert for the host to compute on these rows.
@@ -377,7 +396,7 @@ impl Need {
         let shape = shape_of(config, source, options)?;
         let shared = shape.last_device_bytes().saturating_mul(config.shared_experts.into());
         let fixed = shared.saturating_add(map_bytes(&shape));
-        Ok(Self { experts: config.experts, each: shape.device_bytes(), fixed })
+        Ok(Self { experts: config.experts, least: 1, each: shape.device_bytes(), fixed })
     }
 }
 

@@ -1,5 +1,5 @@
 //! A layer whose experts do not fit the device: they live in host memory or a mapped file, and those that the tokens of a step
-//! ask for are brought in, the least recently used leaving.
+//! ask for are brought in. Which leave for them is a [`CachePolicy`].
 //!
 //! A step of such a layer cannot be recorded in one go, since the host must learn which experts it needs:
 //!
@@ -10,10 +10,9 @@
 //! 3. the last round combines what all experts made.
 //!
 //! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`](crate::MoeLayer) with all experts on the device: `out` has
-//! the same bits.
+//! the same bits, but where the host computes experts ([`MissesOnHost`]).
 //!
-//! A [`CachedLayer`] owns its part of the device's memory; a [`CachedModel`] shares one budget out among layers. Which
-//! experts stay is a [`CachePolicy`].
+//! A [`CachedLayer`] owns its part of the device's memory; a [`CachedModel`] shares one budget out among layers.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -52,7 +51,7 @@ mod step;
 
 pub use cache::{ExpertCache, ExpertSource};
 pub use model::{CachedModel, ModelLayer};
-pub use on_host::HostExperts;
+pub use on_host::MissesOnHost;
 pub use options::{CacheOptions, CacheStats};
 pub use policy::CachePolicy;
 pub use step::BoundCached;
@@ -67,7 +66,7 @@ use crate::device::wait::{Wait, block_on};
 use crate::{Context, Error, Result, Slice};
 use on_host::HostStep;
 use std::sync::Arc;
-use step::{Choice, Run};
+use step::Run;
 
 /// A layer with only some of its experts on the device.
 #[derive(Debug)]
@@ -85,7 +84,9 @@ impl CachedLayer {
     /// # Errors
     ///
     /// As [`MoeLayer::new`](crate::MoeLayer::new) and [`ExpertWeights::new`](crate::ExpertWeights::new); [`Error::Invalid`] naming `budget` where it holds no routed expert
-    /// besides the shared ones; what the source fails with.
+    /// besides the shared ones, or fewer than are pinned and must be free for others; `pinned` for experts that
+    /// are not there or stand twice; `steps` or `passing` for 0 of a [`CachePolicy::Interval`]; `host` where this
+    /// build cannot compute experts ([`MissesOnHost`]); what the source fails with.
     pub fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
@@ -121,8 +122,12 @@ impl CachedLayer {
     ///
     /// # Errors
     ///
-    /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
+    /// As [`MoeLayer::bind`](crate::MoeLayer::bind); [`Error::Invalid`] for a limit of scratch, for statistics
+    /// that are added up, and, where the host may compute experts, for a buffer of `hidden` without
+    /// `COPY_SRC`.
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
+        let added = "its sums say no more which experts a step uses: `Batch::with_stats_to`";
+        Batch::unused("stats", batch.add_stats, added)?;
         let limited = batch.scratch_limit.is_some();
         Batch::unused("scratch_limit", limited, "a layer under a budget keeps every row of `y`")?;
         let in_out = self.experts.in_out(batch)?;
@@ -154,7 +159,16 @@ impl CachedLayer {
             })
         })?;
         let places = self.cache.places.clone();
-        Ok(BoundCached { routing, round, combine, stats_back, places, union: vec![], host })
+        Ok(BoundCached {
+            routing,
+            round,
+            combine,
+            stats_back,
+            places,
+            union: vec![],
+            expected: vec![],
+            host,
+        })
     }
 
     /// Records and submits the routing, then runs the experts ([`CachedLayer::run_experts`]). Waits for the routing, and
@@ -207,7 +221,8 @@ impl CachedLayer {
     }
 
     /// Brings in experts that later steps are expected to use, as far as the cache holds them together. What is there and
-    /// not among them leaves, least recently used first. Waits where uploads are more than [`CacheOptions::staging`].
+    /// not among them leaves, least recently used first. Under [`CachePolicy::Interval`] nothing is brought in
+    /// ahead. Waits where uploads are more than [`CacheOptions::staging`].
     ///
     /// # Errors
     ///
@@ -227,7 +242,7 @@ impl CachedLayer {
     ///
     /// As [`CachedLayer::prefetch`].
     pub fn prefetch_for(&mut self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
-        self.prefetch(queue, &step.union)
+        self.prefetch(queue, &step.expected)
     }
 
     fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
@@ -253,24 +268,24 @@ impl CachedLayer {
         }
         let device = self.ctx.device().clone();
         alive(&device)?;
-        let last = std::mem::take(&mut step.union);
-        let reading = step.start_reading();
-        let prefetched = self.cache.prefetch(queue, &last, wait).await;
-        let read = reading.finish(&device, wait).await;
-        prefetched?;
-        let Choice { tokens, rows } = read?;
-        step.union = (0..).zip(&tokens).filter(|&(_, &n)| n > 0).map(|(e, _)| e).collect();
-
         let cache = &mut self.cache;
-        let (there, mut missing): (Vec<u32>, Vec<u32>) =
-            step.union.iter().copied().partition(|&e| cache.place_of(e).is_some());
-        cache.note_step(&there, &missing);
-        let changes = cache.end_of_step(&tokens);
+        let mut reading = step.start_reading();
+        let prefetched = cache.prefetch(queue, &step.expected, wait).await;
+        let tokens = reading.tokens(&device, wait).await;
+        prefetched?;
+        let tokens = tokens?;
+        let union: Vec<u32> = (0..).zip(&tokens).filter(|&(_, &n)| n > 0).map(|(e, _)| e).collect();
+
+        let (there, missing): (Vec<u32>, Vec<u32>) =
+            union.iter().copied().partition(|&e| cache.place_of(e).is_some());
+        cache.touch_all(&there);
+        let changes = cache.changes(&tokens);
         let comes = |e: &u32| changes.iter().any(|(_, new)| new == e);
         let (coming, mut others): (Vec<u32>, Vec<u32>) = missing.iter().partition(|e| comes(e));
         let on_host = cache.take_for_host(&mut others, &tokens);
-        missing.retain(|e| !on_host.contains(e));
-        let (left, waits) = (missing.len(), !on_host.is_empty());
+        let rows = if on_host.is_empty() { None } else { reading.rows()? };
+        drop(reading);
+        let (left, waits) = (coming.len() + others.len(), !on_host.is_empty());
         let mut run = Run { step, device: &device, queue, left, on_host: waits };
         if !there.is_empty() || cache.shared_experts > 0 || (left == 0 && !waits) {
             run.start(cache, &there)?;
@@ -286,17 +301,17 @@ impl CachedLayer {
             }
         }
         for batch in others.chunks(cache.round()) {
-            let began = cache.clock();
-            cache.uploader.settle(1, wait).await?;
-            cache.bring_all(queue, batch)?;
-            cache.note_uploaded(batch.len(), began);
+            cache.bring_all(queue, batch, wait).await?;
             run.round(cache, batch)?;
         }
-        if let Some(rows) = rows.filter(|_| waits) {
+        if let Some(rows) = rows {
             let began = cache.clock();
             run.host(cache, self.experts.activation, (&on_host, &rows))?;
             cache.note_computed(&on_host, &tokens, began);
         }
+        cache.end_of_step(&tokens, there.len(), missing.len());
+        step.expected = union.iter().copied().filter(|e| !on_host.contains(e)).collect();
+        step.union = union;
         Ok(())
     }
 }

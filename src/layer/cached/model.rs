@@ -71,8 +71,9 @@ impl CachedModel {
     /// # Errors
     ///
     /// As [`CachedLayer::new`]; [`Error::Invalid`] naming `layers` where there are none, `pinned` where
-    /// the options pin some ([`ModelLayer::with_pinned`]), or `budget` where it holds less than one routed
-    /// expert of each layer besides the shared ones.
+    /// the options pin some ([`ModelLayer::with_pinned`]), or `budget` where it holds less than what
+    /// the layers can do with: their shared experts, the pinned ones, and one place or [`CachePolicy::Interval`]'s
+    /// passing ones.
     pub fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
@@ -87,7 +88,13 @@ impl CachedModel {
         }
         let needs: Vec<Need> = layers
             .iter()
-            .map(|layer| Need::of(&layer.config, &*layer.source, &options))
+            .map(|layer| {
+                let need = Need::of(&layer.config, &*layer.source, &options)?;
+                // Pinned ones, and places for others.
+                let open = options.policy.passing().max(1);
+                let least = (layer.pinned.len() + open).min(need.experts as usize) as u32;
+                Ok(Need { least, ..need })
+            })
             .collect::<Result<_>>()?;
         let shares = shares(&needs, options.budget)?;
         let make = |(layer, budget)| {
@@ -134,6 +141,8 @@ impl CachedModel {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Need {
     pub(super) experts: u32,
+    /// Fewest routed experts that must fit.
+    pub(super) least: u32,
     /// Of a routed expert.
     pub(super) each: u64,
     /// Of what is there whatever the budget: shared experts, and a word an expert.
@@ -141,15 +150,15 @@ pub(super) struct Need {
 }
 
 /// A budget for each layer: places for the same share of its experts, and what is left over to those with
-/// the smallest share; the first of equals. One place at least.
+/// the smallest share; the first of equals. The least that each needs at least.
 fn shares(needs: &[Need], budget: u64) -> Result<Vec<u64>> {
-    let least: u64 = needs.iter().fold(0, |sum, n| sum.saturating_add(n.fixed + n.each));
+    let least = |n: &Need| n.fixed.saturating_add(n.each.saturating_mul(n.least.into()));
+    let least: u64 = needs.iter().fold(0, |sum, n| sum.saturating_add(least(n)));
     if budget < least {
-        let reason =
-            format!("{budget} bytes; one expert of each layer and its shared ones take {least}");
+        let reason = format!("{budget} bytes; the least that the layers can do with is {least}");
         return Err(Error::invalid("budget", reason));
     }
-    let mut places = vec![1u32; needs.len()];
+    let mut places: Vec<u32> = needs.iter().map(|n| n.least).collect();
     let mut left = budget - least;
     loop {
         let open =
@@ -171,8 +180,8 @@ fn shares(needs: &[Need], budget: u64) -> Result<Vec<u64>> {
 mod tests {
     use super::{Need, shares};
 
-    const SMALL: Need = Need { experts: 10, each: 10, fixed: 5 };
-    const LARGE: Need = Need { experts: 20, each: 30, fixed: 0 };
+    const SMALL: Need = Need { experts: 10, least: 1, each: 10, fixed: 5 };
+    const LARGE: Need = Need { experts: 20, least: 1, each: 30, fixed: 0 };
 
     #[test]
     fn layers_keep_equal_shares_of_their_experts() {
@@ -191,5 +200,10 @@ mod tests {
         let error = shares(&[SMALL, LARGE], 44).unwrap_err().to_string();
         assert!(error.contains("budget") && error.contains("45"), "{error}");
         assert!(shares(&[SMALL, LARGE], 45).is_ok());
+        // One with pinned experts needs more.
+        let pinned = Need { least: 4, ..SMALL };
+        assert_eq!(shares(&[pinned, SMALL], 65).unwrap(), [45, 15]);
+        assert_eq!(shares(&[pinned, SMALL], 60).unwrap(), [45, 15]);
+        assert!(shares(&[pinned, SMALL], 59).is_err());
     }
 }

@@ -16,7 +16,7 @@ use std::ops::Range;
 /// missing comes into them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum HostExperts {
+pub enum MissesOnHost {
     /// Never: everything that is missing is brought in.
     #[default]
     Never,
@@ -29,38 +29,69 @@ pub enum HostExperts {
 /// What both ways of serving a missing expert took.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
-    /// Seconds a byte that was brought in.
+    /// Seconds a byte that was brought in, from the source to the device.
     upload: Option<f64>,
     /// Seconds a byte of weights, with the work of its rows ([`Pace::work`]).
     host: Option<f64>,
-    decided: u32,
+    /// Choices until the way that seems slower is tried again, and until uploads are measured again.
+    until_trial: u32,
+    until_upload: u32,
 }
 
 impl Pace {
-    /// One decision of so many is for the way that seems slower, since only ways that are gone are measured.
+    /// Choices from one trial to the next: only ways that are gone are measured.
     const AGAIN: u32 = 64;
+    /// How much slower a way may seem and be tried.
+    const TRIED: f64 = 4.0;
 
     /// Widening a byte costs about as much as multiplying it by eight rows.
     fn work(bytes: u64, rows: u32) -> f64 {
         bytes as f64 * (1.0 + f64::from(rows) / 8.0)
     }
 
-    /// Whether the host is the faster one for an expert of so many bytes and rows.
-    pub(super) fn is_host_faster(&mut self, bytes: u64, rows: u32) -> bool {
-        let (Some(upload), Some(host)) = (self.upload, self.host) else {
-            return self.upload.is_some();
-        };
-        self.decided += 1;
-        let faster = host * Self::work(bytes, rows) < upload * bytes as f64;
-        if self.decided.is_multiple_of(Self::AGAIN) { !faster } else { faster }
+    /// Whether the host computes each of these missing experts, of so many bytes each and so many rows.
+    /// As long as one way is not known, one expert tries it: bringing in first, then the host, with the fewest
+    /// rows.
+    pub(super) fn choose(&mut self, bytes: u64, rows: &[u32]) -> Vec<bool> {
+        let mut ways = vec![false; rows.len()];
+        match (self.upload, self.host) {
+            (None, _) => {}
+            (_, None) => {
+                let fewest = (0..rows.len()).min_by_key(|&i| rows[i]);
+                fewest.into_iter().for_each(|i| ways[i] = true);
+            }
+            (Some(upload), Some(host)) => {
+                for (way, &rows) in ways.iter_mut().zip(rows) {
+                    let ratio = host * Self::work(bytes, rows) / (upload * bytes as f64);
+                    *way = ratio < 1.0;
+                    self.until_trial = self.until_trial.saturating_sub(1);
+                    let near = ratio < Self::TRIED && ratio > 1.0 / Self::TRIED;
+                    if self.until_trial == 0 && near {
+                        *way = !*way;
+                        self.until_trial = Self::AGAIN;
+                    }
+                }
+            }
+        }
+        self.until_upload = self.until_upload.saturating_sub(rows.len() as u32);
+        ways
+    }
+
+    /// Whether what is brought in next is to be measured.
+    pub(super) fn wants_upload(&self) -> bool {
+        self.until_upload == 0
     }
 
     pub(super) fn uploaded(&mut self, bytes: u64, seconds: f64) {
+        self.until_upload = Self::AGAIN;
         Self::note(&mut self.upload, seconds / bytes as f64);
     }
 
     /// Experts of so many bytes and rows each.
     pub(super) fn computed(&mut self, experts: impl Iterator<Item = (u64, u32)>, seconds: f64) {
+        if self.host.is_none() {
+            self.until_trial = Self::AGAIN;
+        }
         let work: f64 = experts.map(|(bytes, rows)| Self::work(bytes, rows)).sum();
         Self::note(&mut self.host, seconds / work);
     }
@@ -169,7 +200,7 @@ pub(super) fn compute(experts: &[Expert<'_>], activation: Activation) -> Vec<Vec
 /// Not in this build: options that ask for it are refused.
 #[cfg(not(feature = "cpu-experts"))]
 pub(super) fn compute(_experts: &[Expert<'_>], _activation: Activation) -> Vec<Vec<f32>> {
-    unreachable!("`HostExperts` was refused")
+    unreachable!("`MissesOnHost` was refused")
 }
 
 /// What a step needs so that the host can compute some of its experts: copies of its plan and its hidden
@@ -192,8 +223,8 @@ pub(super) struct HostStep {
 pub(super) struct Rows {
     expert_offsets: Vec<u32>,
     token_of: Vec<u32>,
-    /// `[T, D]`.
-    hidden: Vec<f32>,
+    /// `[T, D]`, as it is stored.
+    hidden: Vec<u32>,
 }
 
 impl HostStep {
@@ -250,23 +281,23 @@ impl HostStep {
             let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
             Ok::<_, Error>(bytemuck::pod_collect_to_vec::<u8, u32>(&view))
         };
-        let (plan, hidden) = (words(&self.plan_back)?, words(&self.hidden_back)?);
+        let plan = words(&self.plan_back)?;
         let section = |first: u32, len: usize| plan[first as usize..][..len].to_vec();
-        let bytes: &[u8] = bytemuck::cast_slice(&hidden);
-        let values = bytes.len() / self.float_type.bytes() as usize;
         let expert_offsets = section(self.at.expert_offsets, self.experts + 1);
         Ok(Rows {
             token_of: section(self.at.token_of, expert_offsets.last().map_or(0, |&n| n as usize)),
             expert_offsets,
-            hidden: (0..values).map(|i| self.float_type.at(bytes, i)).collect(),
+            hidden: words(&self.hidden_back)?,
         })
     }
 
     /// The rows of `hidden` of an expert's slots, `[rows, D]`.
     pub(super) fn rows(&self, read: &Rows, expert: u32) -> Vec<f32> {
+        let bytes: &[u8] = bytemuck::cast_slice(&read.hidden);
         let tokens = &read.token_of[read.slots(expert)];
-        let row = |&t: &u32| &read.hidden[t as usize * self.width..][..self.width];
-        tokens.iter().flat_map(row).copied().collect()
+        let first = tokens.iter().map(|&t| t as usize * self.width);
+        let values = first.flat_map(|first| first..first + self.width);
+        values.map(|i| self.float_type.at(bytes, i)).collect()
     }
 
     /// Writes an expert's rows of `y`; they are there for what is submitted next.
@@ -297,17 +328,21 @@ mod tests {
     #[test]
     fn the_faster_way_is_taken_and_the_other_tried_again() {
         let mut pace = Pace::default();
-        assert!(!pace.is_host_faster(100, 1), "nothing is known: it is brought in");
+        assert!(pace.wants_upload());
+        assert_eq!(pace.choose(100, &[1, 1]), [false; 2], "nothing is known: they are brought in");
         pace.uploaded(100, 1.0);
-        assert!(pace.is_host_faster(100, 1), "the host has not been tried");
+        assert!(!pace.wants_upload());
+        assert_eq!(pace.choose(100, &[9, 2, 3]), [false, true, false], "one tries the host");
         pace.computed([(100, 8)].into_iter(), 1.0);
-        // 1 s to bring in, 0.56 s for one row, 1.5 s for 16 rows.
-        assert!(pace.is_host_faster(100, 1));
-        assert!(!pace.is_host_faster(100, 16));
-        let again = (0..2 * Pace::AGAIN).filter(|_| !pace.is_host_faster(100, 1)).count();
-        assert_eq!(again, 2);
+        // 1 s to bring in, 0.56 s for one row, 1.5 s for 16 rows, 13 s for 200.
+        assert_eq!(pace.choose(100, &[1, 16, 200]), [true, false, false]);
+        let ways = pace.choose(100, &vec![1; 2 * Pace::AGAIN as usize]);
+        assert_eq!(ways.iter().filter(|host| !**host).count(), 2);
+        assert!(pace.wants_upload(), "so many choices since the last");
+        let ways = pace.choose(100, &vec![200; 2 * Pace::AGAIN as usize]);
+        assert!(!ways.contains(&true), "what is far slower is not tried");
         // A slow bus for a while.
         (0..20).for_each(|_| pace.uploaded(100, 10.0));
-        assert!(pace.is_host_faster(100, 16));
+        assert_eq!(pace.choose(100, &[16]), [true]);
     }
 }

@@ -1,5 +1,5 @@
 //! What a cache is given, and what it counts.
-use super::on_host::{self, HostExperts};
+use super::on_host::{self, MissesOnHost};
 use super::policy::CachePolicy;
 use crate::weights::ExpertTypes;
 use crate::{Error, Result};
@@ -23,14 +23,14 @@ pub struct CacheOptions {
     /// Routed experts that are brought in at once and never leave.
     pub pinned: Vec<u32>,
     /// Whether the host computes missing experts.
-    pub host: HostExperts,
+    pub host: MissesOnHost,
 }
 
 impl CacheOptions {
     /// The source's storage types, 64 MiB of uploads at once, the least recently used leaving, none
     /// pinned, none computed by the host.
     pub const fn new(budget: u64) -> Self {
-        let (policy, host) = (CachePolicy::LeastRecentlyUsed, HostExperts::Never);
+        let (policy, host) = (CachePolicy::LeastRecentlyUsed, MissesOnHost::Never);
         let (types, page_limit, staging) = (None, None, 64 << 20);
         Self { budget, staging, types, page_limit, policy, pinned: vec![], host }
     }
@@ -98,7 +98,7 @@ impl CacheOptions {
     /// Refuses a policy, or pinned experts, that leave no place for a missing one.
     pub(super) fn check(&self, places: u32, experts: u32) -> Result<()> {
         let Self { policy, pinned, host, .. } = self;
-        if *host != HostExperts::Never && !on_host::IS_THERE {
+        if *host != MissesOnHost::Never && !on_host::IS_THERE {
             return Err(Error::invalid("host", "needs the feature `cpu-experts`, and threads"));
         }
         let mut known = std::collections::HashSet::new();

@@ -20,6 +20,8 @@ pub struct BoundCached {
     pub(super) stats_back: wgpu::Buffer,
     pub(super) places: wgpu::Buffer,
     pub(super) union: Vec<u32>,
+    /// Those of them that are brought in ahead of the next run.
+    pub(super) expected: Vec<u32>,
     /// Where the host computes experts.
     pub(super) host: Option<HostStep>,
 }
@@ -76,17 +78,9 @@ pub(super) struct Reading<'a> {
     mapped: Vec<Mapped>,
 }
 
-/// What the routing of a step made.
-pub(super) struct Choice {
-    /// Tokens of each routed expert.
-    pub(super) tokens: Vec<u32>,
-    /// For experts on the host.
-    pub(super) rows: Option<Rows>,
-}
-
 impl Reading<'_> {
-    /// Waits for it.
-    pub(super) async fn finish(mut self, device: &wgpu::Device, wait: Wait) -> Result<Choice> {
+    /// Waits for it; tokens of each routed expert.
+    pub(super) async fn tokens(&mut self, device: &wgpu::Device, wait: Wait) -> Result<Vec<u32>> {
         for mapped in std::mem::take(&mut self.mapped) {
             let mapped = wait.until(device, None, mapped).await?;
             mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
@@ -94,9 +88,12 @@ impl Reading<'_> {
         let view = self.step.stats_back.get_mapped_range(..);
         let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
         let stats = Stats::from_words(&bytemuck::pod_collect_to_vec::<u8, u32>(&view))?;
-        drop(view);
-        let rows = self.step.host.as_ref().map(HostStep::read).transpose()?;
-        Ok(Choice { tokens: stats.tokens_per_expert, rows })
+        Ok(stats.tokens_per_expert)
+    }
+
+    /// What the host computes experts of, once it is there; none where it computes none.
+    pub(super) fn rows(&self) -> Result<Option<Rows>> {
+        self.step.host.as_ref().map(HostStep::read).transpose()
     }
 }
 

@@ -10,7 +10,7 @@
 //!
 //! With `--layers N` the experts of N layers share one budget under each of the policies of
 //! `wgmoe::layer::cached`, without and with a host that computes what is missing; outputs are compared
-//! with each other. `cargo run --release -p studies --bin
+//! with those of all experts on the device. `cargo run --release -p studies --bin
 //! expert_memory -- --help`.
 mod layer;
 mod model;
