@@ -21,7 +21,7 @@ const short = process.env.SHORT === '1';
 const firefox = process.env.FIREFOX;
 const minutes = 60_000;
 /// The checks that SHORT=1 makes: recorded layers, a rule of each kind, a type of weights in blocks.
-const few = ['recorded: group_limited_00', 'recorded: block_coreset_00', 'token choice', 'expert choice', 'block mass', 'sequence top', 'weights in Q4_0'];
+const few = ['recorded: group_limited_00', 'recorded: block_coreset_00', 'capacity 1.25', 'expert choice', 'block mass', 'sequence top', 'weights in Q4_0'];
 /// The numbers that each rule uses.
 const numbers = {
   token_choice: ['k'], expert_choice: ['k', 'mask'], sequence_top: ['k'], mass: ['k', 'p', 'floor'], capacity: ['k', 'capacity'],
