@@ -63,9 +63,9 @@ impl Submitted {
         Self { submission, done: Box::pin(future) }
     }
 
-    /// Waits until it has run.
-    pub(crate) async fn finish(self, device: &wgpu::Device, wait: Wait) -> Result<()> {
-        wait.until(device, Some(self.submission), self.done).await
+    /// Waits until it has run; to be called once more where the caller gives up halfway.
+    pub(crate) async fn finish(&mut self, device: &wgpu::Device, wait: Wait) -> Result<()> {
+        wait.until(device, Some(self.submission.clone()), self.done.as_mut()).await
     }
 }
 

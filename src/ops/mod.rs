@@ -10,11 +10,11 @@
 //! | from hidden states to values | [`logits`], [`scores`] |
 //! | from values to the choice, a [bit set](crate::plan::bits) | [`token_choice`], [`expert_choice`], [`sequence_top`]; [`coreset`] before [`token_choice`] for blocks, [`block_choice`] for both in one |
 //! | another router's choice | [`assign`] (ids of each token), [`assign_lists`] (tokens of each expert) |
-//! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding) |
+//! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding, and what is not active) |
 //! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
 //! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`], [`matmul_register`] and [`matmul_matrix`]; then [`combine`] |
 //! | for experts of the caller's own | [`gather`] (rows in the plan's order), [`expert_lists`] (the choice as lists) |
-//! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights) |
+//! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights), [`coverage`] (how far a block's coreset holds what its tokens would take) |
 //!
 //! The CPU twin of an op is a function `cpu` of its module, and needs no device. [`reference`] has all
 //! of them in one place:
@@ -45,6 +45,7 @@ pub mod block_plan;
 pub mod capacity;
 pub mod combine;
 pub mod coreset;
+pub mod coverage;
 pub mod expert_choice;
 pub mod expert_lists;
 pub mod expert_union;
@@ -76,6 +77,7 @@ pub const SPECS: &[&Spec] = &[
     &assign::SPEC,
     &assign_lists::SPEC,
     &coreset::SPEC,
+    &coverage::SPEC,
     &sequence_top::SPEC,
     &plan_count::SPEC,
     &plan_scan::SPEC,

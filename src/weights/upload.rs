@@ -111,9 +111,10 @@ impl Uploader {
     /// Waits until no more than `most` submissions are under way.
     pub(crate) async fn settle(&mut self, most: usize, wait: Wait) -> Result<()> {
         while self.under_way.len() > most {
-            if let Some(submitted) = self.under_way.pop_front() {
+            if let Some(submitted) = self.under_way.front_mut() {
                 submitted.finish(&self.device, wait).await?;
             }
+            self.under_way.pop_front();
         }
         Ok(())
     }

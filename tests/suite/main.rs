@@ -1,16 +1,19 @@
 //! Integration tests, one binary.
 mod activations;
+mod active;
 mod assign;
 mod assign_lists;
 mod batch;
 mod block;
 mod cache;
+mod cache_policies;
 mod capacity;
 mod checkpoint;
 mod checkpoint_bad;
 mod combine;
 mod comparisons;
 mod coreset;
+mod coverage;
 mod devices;
 mod errors;
 mod expert_choice;
@@ -29,6 +32,7 @@ mod house;
 mod kept_coresets;
 mod layer;
 mod limits;
+mod long;
 mod loops;
 mod matmul;
 mod matrix;

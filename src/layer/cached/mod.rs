@@ -1,5 +1,5 @@
 //! A layer whose experts do not fit the device: they live in host memory or a mapped file, and those that the tokens of a step
-//! ask for are brought in, the least recently used leaving.
+//! ask for are brought in. Which leave for them is a [`CachePolicy`].
 //!
 //! A step of such a layer cannot be recorded in one go, since the host must learn which experts it needs:
 //!
@@ -10,10 +10,9 @@
 //! 3. the last round combines what all experts made.
 //!
 //! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`](crate::MoeLayer) with all experts on the device: `out` has
-//! the same bits.
+//! the same bits, but where the host computes experts ([`MissesOnHost`]).
 //!
-//! A [`CachedLayer`] owns its part of the device's memory. Layers run in turn, so one budget for all of them under this rule
-//! would throw out each layer's experts before its turn comes again: give each its share.
+//! A [`CachedLayer`] owns its part of the device's memory; a [`CachedModel`] shares one budget out among layers.
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -43,19 +42,31 @@
 //!     Ok(())
 //! }
 //! ```
-pub use super::cache::{CacheOptions, CacheStats, ExpertCache, ExpertSource};
+mod cache;
+mod model;
+mod on_host;
+mod options;
+mod policy;
+mod step;
+
+pub use cache::{ExpertCache, ExpertSource};
+pub use model::{CachedModel, ModelLayer};
+pub use on_host::MissesOnHost;
+pub use options::{CacheOptions, CacheStats};
+pub use policy::CachePolicy;
+pub use step::BoundCached;
 
 use super::batch::Batch;
-use super::bound::BoundLayer;
 use super::config::{LayerConfig, Router};
 use super::experts::{ExpertSteps, Experts};
 use super::route::MoeRouting;
 use super::scratch::Scratch;
 use crate::device::guard::{alive, scoped};
-use crate::device::wait::{Wait, block_on, signal};
-use crate::plan::Stats;
-use crate::{BoundOp, Context, Error, Result, Slice};
+use crate::device::wait::{Wait, block_on};
+use crate::{Context, Error, Result, Slice};
+use on_host::HostStep;
 use std::sync::Arc;
+use step::Run;
 
 /// A layer with only some of its experts on the device.
 #[derive(Debug)]
@@ -73,7 +84,9 @@ impl CachedLayer {
     /// # Errors
     ///
     /// As [`MoeLayer::new`](crate::MoeLayer::new) and [`ExpertWeights::new`](crate::ExpertWeights::new); [`Error::Invalid`] naming `budget` where it holds no routed expert
-    /// besides the shared ones; what the source fails with.
+    /// besides the shared ones, or fewer than are pinned and must be free for others; `pinned` for experts that
+    /// are not there or stand twice; `steps` or `passing` for 0 of a [`CachePolicy::Interval`]; `host` where this
+    /// build cannot compute experts ([`MissesOnHost`]); what the source fails with.
     pub fn new(
         ctx: &Context,
         queue: &wgpu::Queue,
@@ -109,25 +122,35 @@ impl CachedLayer {
     ///
     /// # Errors
     ///
-    /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
+    /// As [`MoeLayer::bind`](crate::MoeLayer::bind); [`Error::Invalid`] for a limit of scratch, for statistics
+    /// that are added up, and, where the host may compute experts, for a buffer of `hidden` without
+    /// `COPY_SRC`.
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
+        let added = "its sums say no more which experts a step uses: `Batch::with_stats_to`";
+        Batch::unused("stats", batch.add_stats, added)?;
+        let limited = batch.scratch_limit.is_some();
+        Batch::unused("scratch_limit", limited, "a layer under a budget keeps every row of `y`")?;
         let in_out = self.experts.in_out(batch)?;
         let scratch = Scratch::of(batch.scratch, &self.ctx)?;
         let routing = self.routing.bind_of(&batch.with_scratch(&scratch))?;
         let mut round = vec![];
-        let mut combine = vec![];
+        let (mut combine, mut host) = (vec![], None);
         if let Some((shape, plan)) = routing.plan() {
             let map = 4 * u64::from(shape.all_experts());
             let places = Some(Slice::new(&self.cache.places, 0, map));
-            let ExpertSteps { gate_up, down } =
+            let ExpertSteps { gate_up, down, y } =
                 self.experts.bind((&shape, plan), in_out, &scratch, places)?;
+            if self.cache.may_be_on_host() {
+                let plan = (plan, shape.sections()?, shape.all_experts());
+                host = Some(HostStep::new(&self.ctx, batch, plan, y, self.config().hidden)?);
+            }
             round = gate_up;
             for (matmuls, combination) in down {
                 round.extend(matmuls);
                 combine.extend(combination);
             }
         }
-        let readback = scoped(self.ctx.device(), || {
+        let stats_back = scoped(self.ctx.device(), || {
             self.ctx.device().create_buffer(&wgpu::BufferDescriptor {
                 label: Some("union"),
                 size: routing.stats().size,
@@ -136,7 +159,16 @@ impl CachedLayer {
             })
         })?;
         let places = self.cache.places.clone();
-        Ok(BoundCached { routing, round, combine, readback, places, union: vec![] })
+        Ok(BoundCached {
+            routing,
+            round,
+            combine,
+            stats_back,
+            places,
+            union: vec![],
+            expected: vec![],
+            host,
+        })
     }
 
     /// Records and submits the routing, then runs the experts ([`CachedLayer::run_experts`]). Waits for the routing, and
@@ -174,6 +206,8 @@ impl CachedLayer {
     }
 
     /// As [`CachedLayer::run_experts`], and never blocks: the device must be polled elsewhere, as browsers do of themselves.
+    /// The future may be dropped at any await: `out` is then not written whole, and the step can be run
+    /// again from its routing on.
     ///
     /// # Errors
     ///
@@ -187,7 +221,8 @@ impl CachedLayer {
     }
 
     /// Brings in experts that later steps are expected to use, as far as the cache holds them together. What is there and
-    /// not among them leaves, least recently used first. Waits where uploads are more than [`CacheOptions::staging`].
+    /// not among them leaves, least recently used first. Under [`CachePolicy::Interval`] nothing is brought in
+    /// ahead. Waits where uploads are more than [`CacheOptions::staging`].
     ///
     /// # Errors
     ///
@@ -197,6 +232,17 @@ impl CachedLayer {
             return Err(Error::invalid("experts", format!("{expert} of {}", self.cache.experts)));
         }
         block_on(self.cache.prefetch(queue, experts, Wait::Poll))
+    }
+
+    /// Brings in what the last run of a step used, as far as the cache holds it: to be called while the
+    /// layer before computes. [`CachedLayer::run_experts`] does it too, so this is for an engine that is
+    /// not ready to submit the step's routing yet. Nothing under [`CachePolicy::Interval`].
+    ///
+    /// # Errors
+    ///
+    /// As [`CachedLayer::prefetch`].
+    pub fn prefetch_for(&mut self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
+        self.prefetch(queue, &step.expected)
     }
 
     fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
@@ -220,118 +266,52 @@ impl CachedLayer {
         if step.round.is_empty() {
             return Ok(());
         }
-        let cache = &mut self.cache;
         let device = self.ctx.device().clone();
         alive(&device)?;
-        let (done, mapped) = signal();
-        step.readback.map_async(wgpu::MapMode::Read, .., done);
-        let last = std::mem::take(&mut step.union);
-        let prefetched = cache.prefetch(queue, &last, wait).await;
-        let read = wait.until(&device, None, mapped).await.and_then(|mapped| {
-            mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
-            let view = step.readback.get_mapped_range(..);
-            let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
-            Stats::from_words(&bytemuck::pod_collect_to_vec::<u8, u32>(&view))
-        });
-        step.readback.unmap();
+        let cache = &mut self.cache;
+        let mut reading = step.start_reading();
+        let prefetched = cache.prefetch(queue, &step.expected, wait).await;
+        let tokens = reading.tokens(&device, wait).await;
         prefetched?;
-        let tokens = read?.tokens_per_expert;
-        step.union = (0..).zip(tokens).filter(|&(_, n)| n > 0).map(|(e, _)| e).collect();
+        let tokens = tokens?;
+        let union: Vec<u32> = (0..).zip(&tokens).filter(|&(_, &n)| n > 0).map(|(e, _)| e).collect();
 
         let (there, missing): (Vec<u32>, Vec<u32>) =
-            step.union.iter().copied().partition(|&e| cache.place_of(e).is_some());
-        cache.stats.steps += 1;
-        cache.stats.hits += there.len() as u64;
-        cache.stats.misses += missing.len() as u64;
-        for &expert in &there {
-            if let Some(place) = cache.place_of(expert) {
-                cache.touch(place);
-            }
+            union.iter().copied().partition(|&e| cache.place_of(e).is_some());
+        cache.touch_all(&there);
+        let changes = cache.changes(&tokens);
+        let comes = |e: &u32| changes.iter().any(|(_, new)| new == e);
+        let (coming, mut others): (Vec<u32>, Vec<u32>) = missing.iter().partition(|e| comes(e));
+        let on_host = cache.take_for_host(&mut others, &tokens);
+        let rows = if on_host.is_empty() { None } else { reading.rows()? };
+        drop(reading);
+        let (left, waits) = (coming.len() + others.len(), !on_host.is_empty());
+        let mut run = Run { step, device: &device, queue, left, on_host: waits };
+        if !there.is_empty() || cache.shared_experts > 0 || (left == 0 && !waits) {
+            run.start(cache, &there)?;
         }
-        let batches: Vec<&[u32]> = missing.chunks(cache.batch.min(cache.held.len())).collect();
-        if !there.is_empty() || cache.shared_experts > 0 || batches.is_empty() {
-            step.submit_round(&device, cache, queue, &there, true, batches.is_empty())?;
-        }
-        for (i, &batch) in batches.iter().enumerate() {
+        // The places of those that leave were read by the round before.
+        for batch in changes.chunks(cache.batch) {
             cache.uploader.settle(1, wait).await?;
-            for &expert in batch {
-                cache.bring(queue, expert, &[])?;
-                cache.stats.miss_bytes += cache.expert_bytes();
+            let asked = cache.change(queue, batch, &coming)?;
+            if asked.is_empty() {
+                cache.uploader.flush(queue)?;
+            } else {
+                run.round(cache, &asked)?;
             }
-            let last = i + 1 == batches.len();
-            let submission = step.submit_round(&device, cache, queue, batch, false, last)?;
-            cache.uploader.submitted(queue, submission);
         }
+        for batch in others.chunks(cache.round()) {
+            cache.bring_all(queue, batch, wait).await?;
+            run.round(cache, batch)?;
+        }
+        if let Some(rows) = rows {
+            let began = cache.clock();
+            run.host(cache, self.experts.activation, (&on_host, &rows))?;
+            cache.note_computed(&on_host, &tokens, began);
+        }
+        cache.end_of_step(&tokens, there.len(), missing.len());
+        step.expected = union.iter().copied().filter(|e| !on_host.contains(e)).collect();
+        step.union = union;
         Ok(())
-    }
-}
-
-/// A [`CachedLayer`] bound to a batch. It remembers which experts its last run used: bind one step for each sequence or block
-/// that is decoded, and let it run on all of its denoising steps.
-#[derive(Debug)]
-pub struct BoundCached {
-    routing: BoundLayer,
-    /// The matmuls over the pages, for the experts that the places name.
-    round: Vec<BoundOp>,
-    combine: Vec<BoundOp>,
-    readback: wgpu::Buffer,
-    places: wgpu::Buffer,
-    union: Vec<u32>,
-}
-
-impl BoundCached {
-    /// Records the routing, and the copy that [`CachedLayer::run_experts`] reads. To be recorded once and submitted before each
-    /// call of that.
-    pub fn encode_routing(&self, encoder: &mut wgpu::CommandEncoder) {
-        self.routing.encode(encoder);
-        if !self.round.is_empty() {
-            let stats = self.routing.stats();
-            let (from, to) = (stats.buffer, &self.readback);
-            encoder.copy_buffer_to_buffer(from, stats.offset, to, 0, stats.size);
-        }
-    }
-
-    /// The routing: plan, bit set, gates, statistics. Its own recording is the routing alone.
-    pub fn routing(&self) -> &BoundLayer {
-        &self.routing
-    }
-
-    /// Routed experts that the last run used, ascending.
-    pub fn union(&self) -> &[u32] {
-        &self.union
-    }
-
-    /// Submits the matmuls of these experts, with the shared ones and the combination where asked.
-    fn submit_round(
-        &self,
-        device: &wgpu::Device,
-        cache: &mut ExpertCache,
-        queue: &wgpu::Queue,
-        experts: &[u32],
-        shared: bool,
-        last: bool,
-    ) -> Result<wgpu::SubmissionIndex> {
-        let mut places = vec![u32::MAX; (cache.experts + cache.shared_experts) as usize];
-        for &expert in experts {
-            places[expert as usize] = cache.place_of(expert).map_or(u32::MAX, |p| p as u32);
-        }
-        if shared {
-            for i in 0..cache.shared_experts {
-                places[(cache.experts + i) as usize] = cache.held.len() as u32 + i;
-            }
-        }
-        cache.stats.rounds += 1;
-        scoped(device, || {
-            queue.write_buffer(&cache.places, 0, bytemuck::cast_slice(&places));
-            let mut encoder = device.create_command_encoder(&Default::default());
-            let descriptor =
-                wgpu::ComputePassDescriptor { label: Some("experts"), ..Default::default() };
-            let mut pass = encoder.begin_compute_pass(&descriptor);
-            for part in self.round.iter().chain(self.combine.iter().filter(|_| last)) {
-                part.record(&mut pass);
-            }
-            drop(pass);
-            queue.submit([encoder.finish()])
-        })
     }
 }
