@@ -1,7 +1,7 @@
 //! The checks: recorded layers, every routing rule, every storage type. On a device each is compared with the CPU
 //! twins, and choices with an oracle that sorts; without one the twins are compared with what was recorded, with that
 //! oracle, and with themselves by another way.
-use crate::Device;
+use crate::device::{Device, watched};
 use serde::Serialize;
 use std::cell::RefCell;
 use testkit::compare::{close, largest, same};
@@ -38,17 +38,6 @@ impl From<Result<String, String>> for Found {
             Ok(what) => Self { ok: true, what },
             Err(what) => Self { ok: false, what },
         }
-    }
-}
-
-/// Work on a device, told apart from what else the device reports; or without one.
-async fn watched(
-    device: Option<&Device>,
-    work: impl Future<Output = Result<String, String>>,
-) -> Result<String, String> {
-    match device {
-        Some(device) => device.watched(work).await,
-        None => work.await,
     }
 }
 
@@ -123,7 +112,12 @@ impl Checks {
                 (Check::Type(_), None) => Err("needs a device".into()),
             }
         };
-        watched(device, work).await
+        let result = watched(device, work).await;
+        if result.is_err() {
+            // Part of it may be what the browser refused.
+            self.layer.take();
+        }
+        result
     }
 
     /// A rule on the device: choice and plan whole and exactly, the outputs of all tokens.

@@ -34,6 +34,17 @@ fn locked(fate: &Mutex<Fate>) -> MutexGuard<'_, Fate> {
     fate.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Work on a device, watched by it; or without one.
+pub(crate) async fn watched<T>(
+    device: Option<&Device>,
+    work: impl Future<Output = Result<T, String>>,
+) -> Result<T, String> {
+    match device {
+        Some(device) => device.watched(work).await,
+        None => work.await,
+    }
+}
+
 /// What is said of a device.
 #[derive(Serialize)]
 pub(crate) struct About {
@@ -113,10 +124,7 @@ impl Device {
 
     /// Does some work. What the browser reports of it is its error, and so is the loss of the device, after which answers
     /// may never come. One work at a time: error scopes are the device's.
-    pub(crate) async fn watched<T>(
-        &self,
-        work: impl Future<Output = Result<T, String>>,
-    ) -> Result<T, String> {
+    async fn watched<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
         use wgpu::ErrorFilter::{Internal, OutOfMemory, Validation};
         let device = &self.gpu.device;
         let [memory, internal, validation] =

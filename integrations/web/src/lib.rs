@@ -9,7 +9,7 @@ mod see;
 pub use measure::{measure, report_page, stop};
 
 use check::Checks;
-use device::Device;
+use device::{Device, watched};
 use js_sys::Promise;
 use see::See;
 use serde::Serialize;
@@ -123,9 +123,19 @@ impl Session {
     /// Settings that make no sense, or what the device refuses.
     pub async fn route(&self, settings: String) -> Result<see::Picture, JsError> {
         let settings = serde_json::from_str(&settings).map_err(say)?;
-        // Kept only while nothing waits: two pictures may be on their way.
-        let block = self.see.borrow_mut().block(&settings, self.device.as_ref()).map_err(say)?;
-        block.route(&settings, self.device.as_ref()).await.map_err(say)
+        let device = self.device.as_ref();
+        let work = async {
+            // Kept only while nothing waits: two pictures may be on their way.
+            let block =
+                self.see.borrow_mut().block(&settings, device).map_err(|e| e.to_string())?;
+            block.route(&settings, device).await
+        };
+        let result = watched(device, work).await;
+        if result.is_err() {
+            // Part of the block may be what the browser refused.
+            self.see.borrow_mut().forget();
+        }
+        result.map_err(say)
     }
 }
 

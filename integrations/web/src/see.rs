@@ -83,6 +83,11 @@ pub(crate) struct Block {
 }
 
 impl See {
+    /// Makes the next block anew.
+    pub(crate) fn forget(&mut self) {
+        self.last = None;
+    }
+
     pub(crate) fn block(
         &mut self,
         settings: &Settings,
@@ -127,11 +132,7 @@ impl Block {
     ) -> Result<Picture, String> {
         let routed = match (device, &self.on_device) {
             (Some(device), Some(on_device)) => {
-                let work = async {
-                    let routed = self.on_gpu(settings, device, on_device).await;
-                    routed.map_err(|e| e.to_string())
-                };
-                device.watched(work).await?
+                self.on_gpu(settings, device, on_device).await.map_err(|e| e.to_string())?
             }
             _ => self.on_cpu(settings, None),
         };

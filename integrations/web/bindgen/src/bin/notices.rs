@@ -1,5 +1,5 @@
-//! `cargo metadata … | notices PACKAGE`: what is built into a package, with licences and their texts. Reads what cargo says of
-//! the target's dependency graph; what only builds (build scripts, macros) is not in the product, and is left out.
+//! `cargo metadata … | notices TREE`: what is built into a package, with licences and their texts. TREE is a file of what
+//! `cargo tree --prefix none` says is: a name and a version a line. What only builds (build scripts, macros) is to be left out.
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,27 +19,6 @@ fn items(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-/// The ids of what is compiled into a package.
-fn built_in<'a>(metadata: &'a Value, root: &'a str) -> BTreeSet<&'a str> {
-    let nodes: BTreeMap<&str, &Value> =
-        items(&metadata["resolve"]["nodes"]).map(|node| (text(node, "id"), node)).collect();
-    let is_macro = |id: &str| {
-        let package = items(&metadata["packages"]).find(|p| text(p, "id") == id);
-        package.is_some_and(|p| {
-            items(&p["targets"]).any(|t| items(&t["kind"]).any(|kind| kind == "proc-macro"))
-        })
-    };
-    let (mut found, mut next) = (BTreeSet::new(), vec![root]);
-    while let Some(id) = next.pop() {
-        if is_macro(id) || !found.insert(id) {
-            continue;
-        }
-        let ordinary = |dep: &&Value| items(&dep["dep_kinds"]).any(|kind| kind["kind"].is_null());
-        next.extend(items(&nodes[id]["deps"]).filter(ordinary).map(|dep| text(dep, "pkg")));
-    }
-    found
-}
-
 /// The licence files of a package.
 fn licences(manifest: &str) -> Vec<String> {
     let starts = ["licen", "copying", "notice", "unlicense", "copyright"];
@@ -53,15 +32,21 @@ fn licences(manifest: &str) -> Vec<String> {
     files.iter().filter(|p| named(p)).filter_map(|p| std::fs::read_to_string(p).ok()).collect()
 }
 
-fn notices(metadata: &Value, name: &str) -> Option<String> {
-    let packages = || items(&metadata["packages"]);
-    let root = text(packages().find(|p| text(p, "name") == name)?, "id");
-    let ids = built_in(metadata, root);
+fn notices(metadata: &Value, tree: &str) -> Option<String> {
+    // `name v1.2.3`, and more behind.
+    let built_in: BTreeSet<String> = tree
+        .lines()
+        .filter_map(|line| line.split_once(" v"))
+        .map(|(name, rest)| format!("{name} {}", rest.split(' ').next().unwrap_or_default()))
+        .collect();
     let mut list = vec![];
     let mut texts: BTreeMap<String, Vec<String>> = BTreeMap::new();
     // What has no source is of this repository.
-    for package in packages().filter(|p| ids.contains(text(p, "id")) && p["source"].is_string()) {
+    for package in items(&metadata["packages"]).filter(|p| p["source"].is_string()) {
         let of = format!("{} {}", text(package, "name"), text(package, "version"));
+        if !built_in.contains(&of) {
+            continue;
+        }
         let found = licences(text(package, "manifest_path"));
         let without = if found.is_empty() { " (no text in its package)" } else { "" };
         list.push(format!(
@@ -87,11 +72,12 @@ fn notices(metadata: &Value, name: &str) -> Option<String> {
 }
 
 fn main() {
-    let name = std::env::args().nth(1).unwrap_or_default();
-    let read = serde_json::from_reader(std::io::stdin().lock()).map_err(|e| e.to_string());
-    match read.map(|metadata| notices(&metadata, &name)) {
+    let tree = std::env::args().nth(1).unwrap_or_default();
+    let tree = std::fs::read_to_string(&tree).map_err(|e| format!("{tree}: {e}"));
+    let metadata = serde_json::from_reader(std::io::stdin().lock()).map_err(|e| e.to_string());
+    match tree.and_then(|tree| Ok(notices(&metadata?, &tree))) {
         Ok(Some(text)) => print!("{text}"),
-        Ok(None) => fail(&format!("no package {name}, or nothing is built into it")),
+        Ok(None) => fail("nothing is built in"),
         Err(e) => fail(&e),
     }
 }
