@@ -54,6 +54,7 @@ mod planning;
 mod route;
 mod scratch;
 mod twin;
+mod twin_backward;
 
 pub use crate::device::Tensor;
 pub use batch::{Assignments, BLOCK, Batch, Blocks, KeptCoresets, Sequences};
@@ -67,6 +68,7 @@ pub use twin::{
     HostBatch, HostBlocks, HostExperts, HostRouter, HostRouting, HostSequences, cpu, cpu_routing,
     cpu_token,
 };
+pub use twin_backward::{HostForward, HostGradients, cpu_backward};
 
 use crate::error::not_zero;
 use crate::routing::Routing;

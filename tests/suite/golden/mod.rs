@@ -1,6 +1,8 @@
 //! What the reference implementations returned, on the CPU twins and on the GPU in every variant:
 //! every tensor of every file of `tests/golden`, or of the folder that `WGMOE_GOLDEN` names.
+mod gradients;
 mod kinds;
+mod losses;
 mod quantized;
 mod routing;
 
