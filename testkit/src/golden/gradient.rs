@@ -186,6 +186,7 @@ impl Gradient {
 fn token_choice(file: &File) -> Result<TokenChoice, String> {
     let mut rule = TokenChoice::new(file.number("experts_per_token")?)
         .with_score(file.score()?)
+        .with_choice_by_logits()
         .with_gate(match (file.text("normalise")?, file.score()?) {
             ("after_selection", Score::Softmax) => GateRule::Softmax,
             ("none", Score::Softmax) => GateRule::Unnormalised,

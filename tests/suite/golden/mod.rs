@@ -69,13 +69,23 @@ fn places(file: &File, name: &str) -> (Vec<usize>, f32) {
     let defined = file.flags("token_is_defined").unwrap_or(vec![true]);
     let t = defined.iter().position(|&d| d).expect("a defined token");
     match name {
+        // Of losses: by enough to see, at tokens that count.
+        "logits" if file.kind() == "loss_masked_diffusion" => {
+            let width = file.size("vocabulary").expect("a vocabulary");
+            let mask = file.flags("mask").expect("a mask");
+            let masked: Vec<usize> = (0..mask.len()).filter(|&t| mask[t]).collect();
+            (vec![masked[0] * width, masked[masked.len() - 1] * width + width - 1], -0.4)
+        }
+        "logits" if file.kind().starts_with("loss_") => (ends, -0.4),
         // So much that a choice falls otherwise: pairs that are chosen are not any more.
         "logits" => (chosen_pairs(file), -40.0),
         "expert_bias" => (ends, 40.0),
         "mask_ratio" => (ends[1..].to_vec(), -0.4),
         // Only counts of experts that some token has.
         "scaling_factors" => (vec![file.size("average_experts_per_token").unwrap()], 0.05),
-        "gate_proj" | "up_proj" | "down_proj" => (of_expert(file, name, t), 0.05),
+        "gate_proj" | "up_proj" | "down_proj" if file.has("experts") => {
+            (of_expert(file, name, t), 0.05)
+        }
         "experts" | "weights" | "y" if file.has("token_is_defined") => {
             let width = len / defined.len();
             (vec![t * width, (t + 1) * width - 1], 0.05)
