@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
+mod activation;
 mod activations;
 mod assign;
 mod assign_lists;
@@ -31,6 +32,7 @@ mod layer;
 mod limits;
 mod loops;
 mod matmul;
+mod matmul_transposed;
 mod matrix;
 mod messages;
 mod noop;
@@ -48,4 +50,5 @@ mod step;
 mod token_choice;
 mod twins;
 mod union_mean;
+mod weight_gradient;
 mod works;
