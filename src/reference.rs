@@ -74,6 +74,10 @@ pub use crate::layer::{
     HostSequences, cpu as layer, cpu_backward as layer_backward, cpu_routing as layer_routing,
     cpu_token as layer_token,
 };
+pub use crate::ops::activation::cpu as activation;
+pub use crate::ops::activation_gradient::{
+    cpu as activation_gradient, cpu_slope as activation_slope,
+};
 pub use crate::ops::active_rows::cpu as active_rows;
 pub use crate::ops::assign::cpu as assign;
 pub use crate::ops::assign_lists::cpu as assign_lists;
@@ -92,11 +96,15 @@ pub use crate::ops::gather::cpu as gather;
 pub use crate::ops::grouped_matmul::{cpu_expert as expert, cpu_row as matmul_row};
 pub use crate::ops::logits::cpu as logits;
 pub use crate::ops::loss_sum::cpu as loss_sum;
+pub use crate::ops::matmul_transposed::{
+    cpu as matmul_transposed, cpu_row as matmul_transposed_row,
+};
 pub use crate::ops::plan_count::cpu as gates;
 pub use crate::ops::router_loss::cpu as router_loss;
 pub use crate::ops::scores::cpu as scores;
 pub use crate::ops::sequence_top::cpu as sequence_top;
 pub use crate::ops::token_choice::{cpu as token_choice, cpu_each as token_choice_of_each};
+pub use crate::ops::weight_gradient::{cpu as weight_gradient, cpu_outer as outer_products};
 
 /// The plan of a bit set and its gates `[T, E]`: [`HostPlan::cpu`].
 ///

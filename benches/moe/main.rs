@@ -10,6 +10,7 @@
 //! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64.
 //! `WGMOE_BENCH_VARIANTS=1` runs matmuls and layers in every variant too, not only in the one that
 //! the device gets by default.
+mod backward;
 mod choices;
 mod layers;
 mod plans;
@@ -35,6 +36,7 @@ fn all(c: &mut Criterion) {
     rows::bench_combine(&bench, c);
     plans::bench_expert_union(&bench, c);
     plans::bench_expert_lists(&bench, c);
+    backward::bench_backward(&bench, c);
     layers::bench_layer(&bench, c);
 }
 

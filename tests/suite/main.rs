@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
+mod activation;
 mod activations;
 mod assign;
 mod assign_lists;
@@ -37,6 +38,7 @@ mod limits;
 mod loops;
 mod loss_sum;
 mod matmul;
+mod matmul_transposed;
 mod matrix;
 mod messages;
 mod noop;
@@ -55,4 +57,5 @@ mod step;
 mod token_choice;
 mod twins;
 mod union_mean;
+mod weight_gradient;
 mod works;

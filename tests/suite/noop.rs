@@ -7,7 +7,8 @@ use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
-    BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
+    Activation, BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant,
+    WeightType,
 };
 
 fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {
@@ -282,6 +283,44 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 lengths: None,
                 capacity_of: words(&b[3], 2),
                 k_of: words(&b[4], 2),
+            },
+        )?,
+        activation::Activate::new(ctx, Activation::Silu)?.bind(
+            &shape,
+            activation::Args {
+                z: words(&b[0], 8 * u64::from(shape.slots()?)),
+                plan,
+                h: words(&b[1], 4 * u64::from(shape.slots()?)),
+                intermediate: 4,
+            },
+        )?,
+        activation_gradient::ActivationGradient::new(ctx, Activation::Silu)?.bind(
+            &shape,
+            activation_gradient::Args {
+                z: words(&b[0], 8 * u64::from(shape.slots()?)),
+                plan,
+                dz: words(&b[1], 8 * u64::from(shape.slots()?)),
+                hg: words(&b[2], 4 * u64::from(shape.slots()?)),
+                dgate: words(&b[3], shape.slots()?.into()),
+                intermediate: 4,
+            },
+        )?,
+        matmul_transposed::Dense::new(ctx, experts, 4)?.bind(
+            tokens,
+            matmul_transposed::DenseArgs {
+                g: pairs(0),
+                weights: words(&b[1], 4 * e),
+                out: words(&b[2], 4 * t),
+                add: false,
+            },
+        )?,
+        weight_gradient::Dense::new(ctx, experts, 4)?.bind(
+            tokens,
+            weight_gradient::DenseArgs {
+                a: pairs(0),
+                b: words(&b[1], 4 * t),
+                out: words(&b[2], 4 * e),
+                add: true,
             },
         )?,
         expert_union::ExpertUnion::new(ctx)?.bind(
