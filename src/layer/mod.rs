@@ -53,6 +53,9 @@ mod part;
 mod planning;
 mod route;
 mod scratch;
+mod training;
+mod training_batch;
+mod training_bytes;
 mod twin;
 mod twin_backward;
 
@@ -64,6 +67,9 @@ pub use foreign::MoeExperts;
 pub use part::BoundPart;
 pub use route::MoeRouting;
 pub use scratch::Scratch;
+pub use training::BoundBackward;
+pub use training_batch::{Losses, TrainingBatch};
+pub use training_bytes::{TrainingBytes, TrainingSizes};
 pub use twin::{
     HostBatch, HostBlocks, HostExperts, HostRouter, HostRouting, HostSequences, cpu, cpu_routing,
     cpu_token,

@@ -55,6 +55,7 @@ mod sequence_top;
 mod shaders;
 mod step;
 mod token_choice;
+mod training;
 mod twins;
 mod union_mean;
 mod weight_gradient;

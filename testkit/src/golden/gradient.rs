@@ -2,15 +2,16 @@
 use super::File;
 use super::layer::{blocks, experts, sized};
 use crate::layer::HostLayer;
-use wgmoe::Score;
 use wgmoe::layer::{
-    HostBatch, HostBlocks, HostForward, HostGradients, HostRouter, HostRouting, HostSequences,
-    LayerConfig, cpu_backward,
+    Batch, Blocks, HostBatch, HostBlocks, HostForward, HostGradients, HostRouter, HostRouting,
+    HostSequences, LayerConfig, MoeLayer, Sequences, TrainingBatch, cpu_backward,
 };
 use wgmoe::ops::{logits, scores};
 use wgmoe::routing::{
     Activation, BlockRule, ExpertChoice, GateRule, Normalise, Routing, TokenChoice, schedule,
 };
+use wgmoe::weights::{ExpertGradients, Projection};
+use wgmoe::{Context, Gpu, Score, WeightType};
 
 /// A recorded layer: its weights, and what went in.
 pub struct Gradient {
@@ -26,6 +27,24 @@ pub struct Gradient {
     pub sequences: Option<(Vec<u32>, Option<Vec<u32>>)>,
     /// Offsets of blocks under a block-level rule.
     pub blocks: Option<Vec<u32>>,
+}
+
+/// Both passes on the device.
+pub struct OnGpu {
+    /// `[tokens, D]`.
+    pub out: Vec<f32>,
+    /// Gates' are none: they stay in scratch.
+    pub gradients: HostGradients,
+    /// Of gates, and of experts: pages.
+    pub pages: [usize; 2],
+}
+
+/// How the device is to train.
+#[derive(Clone, Copy, Default)]
+pub struct How {
+    /// Bytes of a page of weights and of gradients.
+    pub page_limit: Option<u64>,
+    pub recompute_z: bool,
 }
 
 /// A forward pass on the twins.
@@ -172,6 +191,54 @@ impl Gradient {
         Forward { logits, scores, routing, out }
     }
 
+    /// Both passes on the device, weights in f32.
+    pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context, how: How) -> wgmoe::Result<OnGpu> {
+        let config = &self.host.config;
+        let layer = self.host.layer_as(ctx, &gpu.queue, WeightType::F32, how.page_limit)?;
+        let mut router = layer.router().clone();
+        if let Some(scale) = &self.scale_by_count {
+            router = router.with_scale_by_count(gpu.upload(scale));
+        }
+        let layer = MoeLayer::new(ctx, *config, router, layer.weights().clone())?;
+        let shape = layer.weights().shape();
+        let limit = how.page_limit.unwrap_or(u64::MAX);
+        let experts = ExpertGradients::with_page_limit(ctx, &shape, limit)?;
+        let (hidden, dout) = (gpu.upload(&self.hidden), gpu.upload(&self.dout));
+        let poison = |len: usize| gpu.upload(&vec![f32::NAN; len]);
+        let [out, dhidden] = [(); 2].map(|()| poison(self.hidden.len()));
+        let drouter = poison(self.host.router.len());
+        let mut batch = Batch::new(&hidden, self.tokens).into_out(&out);
+        let offsets = self.sequences.as_ref().map(|(offsets, _)| gpu.upload(offsets));
+        let capacity = self.capacity().map(|capacity| gpu.upload(&capacity));
+        if let Some(offsets) = &offsets {
+            let mut sequences = Sequences::new((offsets.size() / 4 - 1) as u32, offsets);
+            sequences.capacity = capacity.as_ref().map(Into::into);
+            batch = batch.with_sequences(sequences);
+        }
+        let blocks = self.blocks.as_ref().map(|blocks| gpu.upload(blocks));
+        batch.blocks = blocks.as_ref().map(|b| Blocks::new((b.size() / 4 - 1) as u32, b));
+        let mut of = TrainingBatch::new(batch, &dout, &dhidden)
+            .with_router_gradient(&drouter)
+            .with_expert_gradients(&experts);
+        of.recompute_z = how.recompute_z;
+        let (forward, backward) = layer.bind_training(&of)?;
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        forward.encode(&mut encoder);
+        backward.encode(&mut encoder)?;
+        gpu.queue.submit([encoder.finish()]);
+        Ok(OnGpu {
+            out: gpu.download(&out)?,
+            gradients: HostGradients {
+                hidden: gpu.download(&dhidden)?,
+                router: gpu.download(&drouter)?,
+                experts: expert_gradients(gpu, &experts)?,
+                gates: vec![],
+                logits: gpu.download(backward.dlogits())?,
+            },
+            pages: [layer.weights().page_counts()[0], experts.page_counts()[0]],
+        })
+    }
+
     /// The backward pass on the twin.
     pub fn backward(&self, forward: &Forward) -> HostGradients {
         let Forward { logits, scores, routing, .. } = forward;
@@ -180,6 +247,22 @@ impl Gradient {
         let matrix = |e, p| self.host.matrix(e, p);
         cpu_backward(&self.host.config, &self.router(), &matrix, forward, &self.dout, None, false)
     }
+}
+
+/// Gate, up and down of each expert, from the device.
+pub fn expert_gradients(gpu: &Gpu, of: &ExpertGradients) -> wgmoe::Result<Vec<[Vec<f32>; 3]>> {
+    let matrix = |e, p| -> wgmoe::Result<Vec<f32>> {
+        let mut all = vec![];
+        for (_, slice) in of.slices(e, p) {
+            all.extend(gpu.download::<f32>(slice)?);
+        }
+        Ok(all)
+    };
+    let expert = |e| {
+        let [gate, up, down] = Projection::ALL.map(|p| matrix(e, p));
+        Ok([gate?, up?, down?])
+    };
+    (0..of.shape().experts).map(expert).collect()
 }
 
 /// EC-DLM's token choice.

@@ -4,7 +4,7 @@
 mod gradient;
 mod layer;
 
-pub use gradient::{Forward, Gradient};
+pub use gradient::{Forward, Gradient, How, OnGpu, expert_gradients};
 pub use layer::{Layer, blocks};
 use safetensors::{Dtype, SafeTensors};
 use std::cell::RefCell;

@@ -1,7 +1,8 @@
 //! Recorded gradients of layers: every tensor of a forward and a backward pass.
 use super::kinds::{Outcome, Report, dense, lists};
-use testkit::compare::{close, same};
-use testkit::golden::{ATOL, File, Forward, Gradient, RTOL};
+use testkit::compare::{close, same, worst};
+use testkit::golden::{ATOL, File, Forward, Gradient, How, OnGpu, RTOL};
+use testkit::prelude::{contexts, exact, variant_name};
 use wgmoe::Gpu;
 use wgmoe::layer::HostGradients;
 use wgmoe::plan::bits;
@@ -57,10 +58,46 @@ fn compare_gradients(what: &str, got: &HostGradients, want: &HostGradients) -> O
     near("dx", &got.hidden, &want.hidden)
 }
 
-pub(super) fn gradient(file: &File, _gpu: Option<&Gpu>, _: &mut Report) -> Outcome {
+/// Every gradient and the output, bit for bit.
+fn bits_of(got: &OnGpu) -> Vec<u32> {
+    let HostGradients { hidden, router, experts, logits, .. } = &got.gradients;
+    let experts = experts.iter().flatten();
+    [&got.out, hidden, router, logits].into_iter().chain(experts).flat_map(|v| exact(v)).collect()
+}
+
+pub(super) fn gradient(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome {
     let case = Gradient::read(file)?.ok_or("no gradients")?;
     let forward = case.forward();
     compare_forward("twins", file, &case, &forward)?;
     let want = case.recorded(file)?;
-    compare_gradients("twins", &case.backward(&forward), &want)
+    compare_gradients("twins", &case.backward(&forward), &want)?;
+    let Some(gpu) = gpu else { return Ok(()) };
+    let want_out = file.f32s("y")?;
+    // Two experts a page, and pieces of one expert.
+    let [d, f] = [case.host.config.hidden, case.host.config.intermediate].map(u64::from);
+    let (panel, expert) = (4 * 32 * d.max(f).next_multiple_of(4), 4 * d * f);
+    let some = (2 * expert).max(panel);
+    for ctx in contexts(gpu) {
+        for (page_limit, recompute_z) in
+            [(None, false), (None, true), (Some(some), false), (Some(panel), true)]
+        {
+            let what = format!("{}, pages of {page_limit:?}, {recompute_z}", variant_name(&ctx));
+            let run = || {
+                let how = How { page_limit, recompute_z };
+                case.on_gpu(gpu, &ctx, how).map_err(|e| format!("{what}: {e}"))
+            };
+            let got = run()?;
+            if page_limit.is_some() && got.pages.contains(&1) {
+                return Err(format!("{what}: one page"));
+            }
+            close(&got.out, &want_out, ATOL, RTOL, &format!("{what}: `y`"))?;
+            let gates = want.gates.clone();
+            let got_all = HostGradients { gates, ..got.gradients.clone() };
+            compare_gradients(&what, &got_all, &want)?;
+            report.worst_gradient =
+                report.worst_gradient.max(worst(&got.gradients.hidden, &want.hidden));
+            same(&bits_of(&run()?), &bits_of(&got), &format!("{what}: twice"))?;
+        }
+    }
+    Ok(())
 }

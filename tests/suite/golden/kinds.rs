@@ -51,6 +51,8 @@ pub(super) struct Report {
     /// Largest difference of a gate, and of a layer's output.
     pub(super) worst_gate: f32,
     pub(super) worst_output: f32,
+    /// Largest difference of a hidden state's gradient.
+    pub(super) worst_gradient: f32,
     /// Tokens of recorded layers, and those whose output the reference defines.
     pub(super) tokens: usize,
     pub(super) defined: usize,

@@ -45,11 +45,12 @@ fn reference_outputs() {
     }
     println!(
         "{} files agree: {seen:?}; {} choices at a boundary fell the other way; gates differ by {:e} at most, \
-         layer outputs by {:e}; {} of {} tokens of layers defined; {} subnormal weights flushed; of later issues: {later:?}",
+         layer outputs by {:e}, gradients of hidden states by {:e}; {} of {} tokens of layers defined; {} subnormal weights flushed; of later issues: {later:?}",
         seen.values().sum::<usize>(),
         report.close_calls,
         report.worst_gate,
         report.worst_output,
+        report.worst_gradient,
         report.defined,
         report.tokens,
         report.flushed
