@@ -44,6 +44,7 @@ fn all(c: &mut Criterion) {
     training::bench_cross_entropy(&bench, c);
     training::bench_loss_sum(&bench, c);
     training::bench_bias_update(&bench, c);
+    training::bench_training(&bench, c);
     layers::bench_layer(&bench, c);
 }
 

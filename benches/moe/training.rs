@@ -1,15 +1,20 @@
-//! Backward of the gates, and the losses of a router.
+//! Backward of the gates, the losses of a router, and training steps of whole layers.
 use crate::plans::planned;
-use crate::timing::{Bench, pairs};
-use criterion::{Criterion, Throughput};
+use crate::timing::{Bench, Pass, Ready, pairs};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
+use testkit::cases::random;
 use testkit::compare::close;
+use testkit::golden::expert_gradients;
+use testkit::layer::HostLayer;
 use testkit::works::{INDEX, SCORES, TABLE, chosen, fill, mix};
-use wgmoe::Score;
+use wgmoe::layer::{Batch, LayerConfig, TrainingBatch};
 use wgmoe::ops::gates_backward::{self, GatesBackward, Rule};
 use wgmoe::ops::plan_count::Scales;
 use wgmoe::ops::{balance_loss, bias_update, cross_entropy, loss_sum, router_loss};
 use wgmoe::plan::bits;
-use wgmoe::routing::GateRule;
+use wgmoe::routing::{ExpertChoice, GateRule, TokenChoice};
+use wgmoe::weights::ExpertGradients;
+use wgmoe::{Context, Score, WeightType};
 
 /// Tokens, experts, experts of each token.
 const SIZES: [(&str, [u32; 3]); 2] =
@@ -189,4 +194,72 @@ pub(super) fn bench_bias_update(bench: &Bench, c: &mut Criterion) {
             step.into()
         });
     }
+}
+
+/// Forward, backward and both, of one layer of experts that all learn. Elements are tokens.
+pub(super) fn bench_training(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("training");
+    group.sampling_mode(SamplingMode::Flat);
+    let by_tokens = TokenChoice::new(4).with_gate(GateRule::Softmax);
+    let cases: [(&str, u32, LayerConfig); 2] = [
+        ("T512 E32 K4 D128 F96", 512, LayerConfig::new(128, 96, 32, by_tokens)),
+        ("T512 E64 k8 D512 F384", 512, LayerConfig::new(512, 384, 64, ExpertChoice::new(8))),
+    ];
+    for (name, tokens, config) in cases {
+        for (variant, ctx) in bench.best() {
+            let ids = ["forward", "backward", "both"]
+                .map(|pass| BenchmarkId::new(format!("{name} {pass}"), variant));
+            bench.turns(&mut group, ids.into(), Throughput::Elements(tokens.into()), || {
+                let [forward, backward] = training(bench, ctx, tokens, config, name);
+                let both = vec![forward.clone(), backward.clone()];
+                vec![
+                    Ready::Training(vec![forward]),
+                    Ready::Training(vec![backward]),
+                    Ready::Training(both),
+                ]
+            });
+        }
+    }
+}
+
+/// The passes of a training step, run once; the output compared in two tokens.
+fn training(
+    bench: &Bench,
+    ctx: &Context,
+    tokens: u32,
+    config: LayerConfig,
+    what: &str,
+) -> [Pass; 2] {
+    let (gpu, d) = (&bench.gpu, config.hidden as usize);
+    let host = HostLayer::new(config);
+    let layer = host.layer_as(ctx, &gpu.queue, WeightType::F32, None).unwrap();
+    let size = tokens * config.hidden;
+    let (hidden, dout) = (random(1, size as usize), random(2, size as usize));
+    let [hidden_in, dout_in] = [&hidden, &dout].map(|v| gpu.upload(v));
+    let [out, dhidden] = [(); 2].map(|()| bench.poisoned(size));
+    let drouter = bench.poisoned(config.experts * config.hidden);
+    let gradients = ExpertGradients::new(ctx, &layer.weights().shape()).unwrap();
+    let of = TrainingBatch::new(Batch::new(&hidden_in, tokens).into_out(&out), &dout_in, &dhidden)
+        .with_router_gradient(&drouter)
+        .with_expert_gradients(&gradients);
+    let (forward, backward) = layer.bind_training(&of).unwrap();
+    let mut encoder = gpu.device.create_command_encoder(&Default::default());
+    forward.encode(&mut encoder);
+    backward.encode(&mut encoder).unwrap();
+    gpu.queue.submit([encoder.finish()]);
+
+    let got: Vec<f32> = bench.download(&out);
+    let [bits, gates] = [forward.assigned(), forward.gates()].map(|slice| slice.unwrap());
+    let (assigned, gates): (Vec<u32>, Vec<f32>) =
+        (gpu.download(bits).unwrap(), gpu.download(gates).unwrap());
+    let counts = [tokens as usize, config.experts as usize];
+    for t in [0, tokens as usize - 1] {
+        let chosen = testkit::layer::chosen(&assigned, &gates, counts, t);
+        let want = host.token(&hidden[t * d..][..d], &chosen);
+        close(&got[t * d..][..d], &want, 1e-3, 1e-4, what).unwrap();
+    }
+    let all = [bench.download(&dhidden), bench.download(&drouter)].concat();
+    let of_experts = expert_gradients(gpu, &gradients).unwrap().concat().concat();
+    assert!(all.iter().chain(&of_experts).all(|v| v.is_finite()), "{what}: not finite");
+    [Pass::Forward(forward), Pass::Backward(backward)]
 }

@@ -5,6 +5,7 @@
 //! | [`MoeLayer`] | routes, runs the experts, combines |
 //! | [`MoeRouting`] | the first half: router, choice, plan |
 //! | [`MoeExperts`] | the second half, after another router's choice |
+//! | [`MoeLayer::bind_training`] | a forward pass that keeps what its backward pass reads, and that pass |
 //! | [`CachedLayer`](cached::CachedLayer) | a layer with only some of its experts on the device |
 //!
 //! Each is made once from a [`LayerConfig`] and weights, and bound to a [`Batch`] of slices. Binding

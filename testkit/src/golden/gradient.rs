@@ -10,7 +10,7 @@ use wgmoe::ops::{logits, scores};
 use wgmoe::routing::{
     Activation, BlockRule, ExpertChoice, GateRule, Normalise, Routing, TokenChoice, schedule,
 };
-use wgmoe::weights::{ExpertGradients, Projection};
+use wgmoe::weights::ExpertGradients;
 use wgmoe::{Context, Gpu, Score, WeightType};
 
 /// A recorded layer: its weights, and what went in.
@@ -191,8 +191,8 @@ impl Gradient {
         Forward { logits, scores, routing, out }
     }
 
-    /// Both passes on the device, weights in f32.
-    pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context, how: How) -> wgmoe::Result<OnGpu> {
+    /// Both passes on the device, weights in f32, twice.
+    pub fn on_gpu(&self, gpu: &Gpu, ctx: &Context, how: How) -> wgmoe::Result<[OnGpu; 2]> {
         let config = &self.host.config;
         let layer = self.host.layer_as(ctx, &gpu.queue, WeightType::F32, how.page_limit)?;
         let mut router = layer.router().clone();
@@ -222,21 +222,24 @@ impl Gradient {
             .with_expert_gradients(&experts);
         of.recompute_z = how.recompute_z;
         let (forward, backward) = layer.bind_training(&of)?;
-        let mut encoder = gpu.device.create_command_encoder(&Default::default());
-        forward.encode(&mut encoder);
-        backward.encode(&mut encoder)?;
-        gpu.queue.submit([encoder.finish()]);
-        Ok(OnGpu {
-            out: gpu.download(&out)?,
-            gradients: HostGradients {
-                hidden: gpu.download(&dhidden)?,
-                router: gpu.download(&drouter)?,
-                experts: expert_gradients(gpu, &experts)?,
-                gates: vec![],
-                logits: gpu.download(backward.dlogits())?,
-            },
-            pages: [layer.weights().page_counts()[0], experts.page_counts()[0]],
-        })
+        let run = || -> wgmoe::Result<OnGpu> {
+            let mut encoder = gpu.device.create_command_encoder(&Default::default());
+            forward.encode(&mut encoder);
+            backward.encode(&mut encoder)?;
+            gpu.queue.submit([encoder.finish()]);
+            Ok(OnGpu {
+                out: gpu.download(&out)?,
+                gradients: HostGradients {
+                    hidden: gpu.download(&dhidden)?,
+                    router: gpu.download(&drouter)?,
+                    experts: expert_gradients(gpu, &experts)?,
+                    gates: vec![],
+                    logits: gpu.download(backward.dlogits())?,
+                },
+                pages: [layer.weights().page_counts()[0], experts.page_counts()[0]],
+            })
+        };
+        Ok([run()?, run()?])
     }
 
     /// The backward pass on the twin.
@@ -251,18 +254,16 @@ impl Gradient {
 
 /// Gate, up and down of each expert, from the device.
 pub fn expert_gradients(gpu: &Gpu, of: &ExpertGradients) -> wgmoe::Result<Vec<[Vec<f32>; 3]>> {
-    let matrix = |e, p| -> wgmoe::Result<Vec<f32>> {
-        let mut all = vec![];
-        for (_, slice) in of.slices(e, p) {
-            all.extend(gpu.download::<f32>(slice)?);
-        }
-        Ok(all)
-    };
-    let expert = |e| {
-        let [gate, up, down] = Projection::ALL.map(|p| matrix(e, p));
-        Ok([gate?, up?, down?])
-    };
-    (0..of.shape().experts).map(expert).collect()
+    // The pages of each projection, one after the other.
+    let mut all: Vec<f32> = vec![];
+    for buffer in of.buffers() {
+        all.extend(gpu.download::<f32>(buffer)?);
+    }
+    let shape = of.shape();
+    let size = (shape.hidden * shape.intermediate) as usize;
+    let experts = shape.experts as usize;
+    let matrix = |i: usize| all[i * size..][..size].to_vec();
+    Ok((0..experts).map(|e| [0, 1, 2].map(|p| matrix(p * experts + e))).collect())
 }
 
 /// EC-DLM's token choice.
