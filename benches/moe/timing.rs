@@ -19,7 +19,7 @@ pub(super) enum Ready {
 /// A pass of a training step.
 #[derive(Clone)]
 pub(super) enum Pass {
-    Forward(BoundLayer),
+    Forward(Box<BoundLayer>),
     Backward(BoundBackward),
 }
 

@@ -39,7 +39,7 @@ pub(super) fn bench_gates_backward(bench: &Bench, c: &mut Criterion) {
                     plan: (&planned.plan).into(),
                     chosen: (&chosen_in).into(),
                     source: (&source_in).into(),
-                    scales: Scales::default(),
+                    scales: Scales { scale_by_count: None, scale_by_expert: None },
                     dlogits: (&out).into(),
                 };
                 let step =
@@ -261,5 +261,5 @@ fn training(
     let all = [bench.download(&dhidden), bench.download(&drouter)].concat();
     let of_experts = expert_gradients(gpu, &gradients).unwrap().concat().concat();
     assert!(all.iter().chain(&of_experts).all(|v| v.is_finite()), "{what}: not finite");
-    [Pass::Forward(forward), Pass::Backward(backward)]
+    [Pass::Forward(Box::new(forward)), Pass::Backward(backward)]
 }
