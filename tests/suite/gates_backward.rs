@@ -4,7 +4,7 @@ use wgmoe::ops::plan_count::Scales;
 use wgmoe::ops::scores;
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::routing::GateRule;
-use wgmoe::{Context, Gpu, PlanShape, Score};
+use wgmoe::{Context, Gpu, PlanShape, Score, Slice};
 
 /// Every way of making gates.
 const RULES: [(GateRule, Score); 6] = [
@@ -226,4 +226,32 @@ fn twin_has_the_slopes_of_the_gates() {
         let some = gate != GateRule::Unnormalised || score == Score::Softmax;
         assert_eq!(dropped_ones > 0, some, "{rule:?}: gradients of dropped slots");
     }
+}
+
+#[test]
+fn slices_that_do_not_fit_are_named() {
+    let Some(gpu) = gpu() else { return };
+    let shape = PlanShape::on_host(10, 4, 20);
+    let words = shape.sections().unwrap().words;
+    let buffer = gpu.upload(&vec![0u32; 1024]);
+    let of = |n: u32| Slice::new(&buffer, 0, 4 * u64::from(n));
+    let op = GatesBackward::new(&contexts(&gpu)[0]).unwrap();
+    let rule = Rule { gate: GateRule::Softmax, score: Score::Softmax, scale: 1.0 };
+    let refused = |change: fn(&mut [u32; 7])| {
+        let mut sizes = [20, words, 4, 40, 5, 4, 40];
+        change(&mut sizes);
+        let [dgates, plan, chosen, source, by_count, by_expert, dlogits] = sizes.map(of);
+        let scales = Scales { scale_by_count: Some(by_count), scale_by_expert: Some(by_expert) };
+        let args = Args { dgates, plan, chosen, source, scales, dlogits };
+        op.bind(&shape, rule, args).unwrap_err().to_string()
+    };
+    assert_eq!(refused(|s| s[0] = 21), "`dgates`: expected 80 bytes, [20] f32, got 84");
+    assert!(refused(|s| s[1] += 1).starts_with("`plan`: expected"));
+    assert_eq!(refused(|s| s[2] = 3), "`chosen`: expected 16 bytes, [4, 1] u32, got 12");
+    assert_eq!(refused(|s| s[3] = 41), "`source`: expected 160 bytes, [10, 4] f32, got 164");
+    assert_eq!(refused(|s| s[4] = 4), "`scale_by_count`: expected 20 bytes, [5] f32, got 16");
+    assert_eq!(refused(|s| s[5] = 5), "`scale_by_expert`: expected 16 bytes, [4] f32, got 20");
+    assert_eq!(refused(|s| s[6] = 39), "`dlogits`: expected 160 bytes, [10, 4] f32, got 156");
+    // All in one buffer.
+    assert!(refused(|_| ()).contains("`dlogits`"));
 }

@@ -78,9 +78,7 @@ pub(super) fn gradient(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> O
     let (panel, expert) = (4 * 32 * d.max(f).next_multiple_of(4), 4 * d * f);
     let some = (2 * expert).max(panel);
     for ctx in contexts(gpu) {
-        for (page_limit, recompute_z) in
-            [(None, false), (None, true), (Some(some), false), (Some(panel), true)]
-        {
+        for (page_limit, recompute_z) in [(None, false), (Some(some), true), (Some(panel), false)] {
             let what = format!("{}, pages of {page_limit:?}, {recompute_z}", variant_name(&ctx));
             let how = How { page_limit, recompute_z };
             let both = case.on_gpu(gpu, &ctx, how).map_err(|e| format!("{what}: {e}"))?;
