@@ -196,8 +196,9 @@ fn losses_and_the_residual_are_added() {
 #[test]
 fn weights_of_other_types() {
     let Some(gpu) = gpu() else { return };
-    for ctx in contexts(&gpu) {
-        for weight_type in [WeightType::Bf16, WeightType::F16, WeightType::Q4_0] {
+    // Matmuls do not know of subgroups where they are not matrix units.
+    for ctx in contexts(&gpu).into_iter().filter(|c| !c.variant().subgroups) {
+        for weight_type in [WeightType::Bf16, WeightType::Q4_0] {
             let mut config = config(TokenChoice::new(3));
             (config.hidden, config.intermediate) = (64, 32);
             let trained = Trained::new(&gpu, &ctx, config, weight_type);
