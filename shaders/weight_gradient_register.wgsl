@@ -5,7 +5,7 @@
 //   out      [experts, N, K] f32 of the experts of a page, written, or added to
 // Grid: ceil(N / 16) * ceil(K / (SPAN * 64)) * experts groups, rows fastest, experts slowest.
 // Pieces: common/grid, gradient/outer_sizes, gradient/eight_values,
-//   gradient/sides_scalar | gradient/sides_vec4 | gradient/sides_wide,
+//   gradient/sides_scalar | gradient/sides_vec4 | gradient/sides_wide, gradient/store_ones | nothing,
 //   gradient/spread_none | gradient/spread_shuffle.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
@@ -13,8 +13,6 @@
 // named members, not arrays, as in lib/matmul/register/block.wgsl.
 
 struct Octet { r0: Eight, r1: Eight, r2: Eight, r3: Eight, r4: Eight, r5: Eight, r6: Eight, r7: Eight }
-
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
 
 // The columns of eight slots: zeros past the expert's last, whose row stands in their place.
 fn load_columns(slot: u32, end: u32, k: u32) -> Octet {
@@ -47,21 +45,8 @@ fn add_octet(s: ptr<function, Octet>, v: Spread, b: Octet) {
   (*s).r7 = add((*s).r7, row_of(v, 7u), b);
 }
 
-fn store_one(at: u32, k: u32, value: f32) {
-  if k < params.columns {
-    var sum = value;
-    if params.add == 1u { sum += out[at + k]; }
-    out[at + k] = sum;
-  }
-}
-
 fn store(expert: u32, n: u32, k: u32, s: Eight) {
-  if n >= params.rows { return; }
-  let at = (expert * params.rows + n) * params.columns;
-  store_one(at, k, s.lo.x); store_one(at, k + 1u, s.lo.y);
-  store_one(at, k + 2u, s.lo.z); store_one(at, k + 3u, s.lo.w);
-  store_one(at, k + 4u, s.hi.x); store_one(at, k + 5u, s.hi.y);
-  store_one(at, k + 6u, s.hi.z); store_one(at, k + 7u, s.hi.w);
+  if n < params.rows { store_eight((expert * params.rows + n) * params.columns, k, s); }
 }
 
 fn store_octet(expert: u32, n: u32, k: u32, s: Octet) {

@@ -47,6 +47,7 @@ pub(super) fn prelude(problem: &Problem, features: Features) -> Prelude {
             8 | 4 => piece!("gradient/sides_vec4"),
             _ => piece!("gradient/sides_scalar"),
         })
+        .maybe_piece((!wide).then_some(piece!("gradient/store_ones")))
         .piece(if features.shuffle {
             piece!("gradient/spread_shuffle")
         } else {
