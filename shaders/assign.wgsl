@@ -3,6 +3,7 @@
 //   ids [tokens, top] u32: experts; those out of range, and repeated ones of a token, are ignored: the first
 //     one counts. 0xffffffff is an empty place, and not counted as ignored
 //   weights [tokens, top] f32
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the places of the other tokens are as if they were empty
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 //   gates [tokens, experts] f32, written at assigned pairs alone
 //   ignored [ceil(tokens / 32)] u32, written whole: how many ids were ignored
@@ -13,14 +14,16 @@ struct Params {
   tokens: u32,
   experts: u32,
   top: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> ids: array<u32>;
 @group(0) @binding(2) var<storage, read> weights: array<f32>;
-@group(0) @binding(3) var<storage, read_write> assigned: array<u32>;
-@group(0) @binding(4) var<storage, read_write> gates: array<f32>;
-@group(0) @binding(5) var<storage, read_write> ignored: array<u32>;
+@group(0) @binding(3) var<storage, read> rows: array<u32>;
+@group(0) @binding(4) var<storage, read_write> assigned: array<u32>;
+@group(0) @binding(5) var<storage, read_write> gates: array<f32>;
+@group(0) @binding(6) var<storage, read_write> ignored: array<u32>;
 
 const WG: u32 = 32u;
 
@@ -46,7 +49,11 @@ fn assign(
   }
   workgroupBarrier();
   let t = column * 32u + index;
-  if t < params.tokens {
+  var live = t < params.tokens;
+  if params.has_rows == 1u {
+    live = live && ((rows[column] >> index) & 1u) == 1u;
+  }
+  if live {
     for (var i = 0u; i < params.top; i++) {
       let e = ids[t * params.top + i];
       if e >= params.experts {

@@ -4,6 +4,7 @@
 //   list [entries] u32: tokens; those out of range, and repeated ones of an expert, are ignored: the first
 //     one counts. 0xffffffff is an empty place, and not counted as ignored
 //   weights [entries] f32, as bits
+//   rows [ceil(tokens / 32)] bit set, where has_rows: entries of the other tokens are as if they were empty
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 //   gates [tokens, experts] f32 as bits, written at assigned pairs alone
 //   ignored [experts] u32, written whole: how many entries were ignored
@@ -15,15 +16,17 @@ struct Params {
   tokens: u32,
   experts: u32,
   entries: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> offsets: array<u32>;
 @group(0) @binding(2) var<storage, read> list: array<u32>;
 @group(0) @binding(3) var<storage, read> weights: array<u32>;
-@group(0) @binding(4) var<storage, read_write> assigned: array<atomic<u32>>;
-@group(0) @binding(5) var<storage, read_write> gates: array<atomic<u32>>;
-@group(0) @binding(6) var<storage, read_write> ignored: array<u32>;
+@group(0) @binding(4) var<storage, read> rows: array<u32>;
+@group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
+@group(0) @binding(6) var<storage, read_write> gates: array<atomic<u32>>;
+@group(0) @binding(7) var<storage, read_write> ignored: array<u32>;
 
 const EMPTY = 0xffffffffu;
 
@@ -53,6 +56,9 @@ fn assign_lists(
     var t = EMPTY;
     if i < range.y {
       t = list[i];
+    }
+    if params.has_rows == 1u && t < params.tokens {
+      t = select(EMPTY, t, ((rows[t / 32u] >> (t % 32u)) & 1u) == 1u);
     }
     let word = e * columns + t / 32u;
     let bit = 1u << (t % 32u);

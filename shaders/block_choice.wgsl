@@ -2,6 +2,7 @@
 // inside them, as token_choice.wgsl, coreset.wgsl and token_choice.wgsl do one after the other.
 //   values [tokens, experts] f32, any value
 //   offsets [blocks + 1] u32, clamped; voters [tokens] u32 where has_voters
+//   rows [1] bit set, where has_rows: the tokens that take part; the others are as if they were not there
 //   experts_per_token [tokens] u32, where has_tops: a token takes so many inside, `top` at most
 //   assigned [experts] words of the bit set, written whole
 //   refresh [blocks] u32, where has_refresh: a block with 0 elects nothing, and its members stay
@@ -24,6 +25,7 @@ struct Params {
   has_voters: u32,
   has_tops: u32,
   has_refresh: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -32,16 +34,23 @@ struct Params {
 @group(0) @binding(3) var<storage, read> voters: array<u32>;
 @group(0) @binding(4) var<storage, read> experts_per_token: array<u32>;
 @group(0) @binding(5) var<storage, read> refresh: array<u32>;
-@group(0) @binding(6) var<storage, read_write> assigned: array<u32>;
-@group(0) @binding(7) var<storage, read_write> members: array<u32>;
+@group(0) @binding(6) var<storage, read> rows: array<u32>;
+@group(0) @binding(7) var<storage, read_write> assigned: array<u32>;
+@group(0) @binding(8) var<storage, read_write> members: array<u32>;
 
 fn own_word(e: u32, w: u32) -> u32 {
   return atomicLoad(&words[e]);
 }
 
-// No token is padding.
 fn row_word(w: u32) -> u32 {
+  if params.has_rows == 1u {
+    return rows[w];
+  }
   return 0xffffffffu;
+}
+
+fn is_there(t: u32) -> bool {
+  return t < params.tokens && ((row_word(0u) >> t) & 1u) == 1u;
 }
 
 // Of the block that has just elected.
@@ -65,7 +74,7 @@ fn block_choice(
   if params.own_top > 0u {
     for (var i = 0u; i < 32u; i += TEAMS) {
       let t = i + index / LANES;
-      let row = Row(t * params.experts, 0u, false, t < params.tokens, params.own_top, 0xffffffffu);
+      let row = Row(t * params.experts, 0u, false, is_there(t), params.own_top, 0xffffffffu);
       choose(index, t, row, Choice(params.experts, params.own_top, 1u, 1u));
     }
     workgroupBarrier();
@@ -100,7 +109,8 @@ fn block_choice(
     workgroupBarrier();
     for (var i = range.x - range.x % TEAMS; i < range.y; i += TEAMS) {
       let t = i + index / LANES;
-      var row = Row(t * params.experts, 0u, true, t >= range.x && t < range.y, params.top, 0xffffffffu);
+      let live = t >= range.x && t < range.y && is_there(t);
+      var row = Row(t * params.experts, 0u, true, live, params.top, 0xffffffffu);
       if row.live && params.has_tops == 1u {
         row.top = min(row.top, experts_per_token[t]);
       }

@@ -1,6 +1,7 @@
 // capacity_of[b] = clamp(floor(N[b] * k_of[b] / experts), 1, N[b]), and 0 for an empty sequence; N[b] is the
-// number of its tokens without padding
+// number of its tokens that take part
 //   offsets [sequences + 1] u32; lengths [sequences] u32 where has_lengths: the rest of a sequence is padding
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the others take no part
 //   mask [sequences], by `source`:
 //     FROM_RATIOS   mask ratios f32, any value
 //     FROM_COUNTS   masked tokens u32, of which at most N[b] count
@@ -9,7 +10,7 @@
 //     with FROM_K
 //   capacity_of, k_of [sequences] u32, written whole
 // Grid: one group a sequence; its lanes clean the offsets together, and one does the rest.
-// Pieces: common/grid, common/offsets.
+// Pieces: common/grid, common/offsets, common/bits.
 // Integers alone: comparisons of floats with NaN, and quotients of floats, are not the same on every device.
 
 struct Params {
@@ -19,6 +20,7 @@ struct Params {
   has_lengths: u32,
   source: u32,
   steps: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -26,14 +28,17 @@ struct Params {
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> lengths: array<u32>;
 @group(0) @binding(4) var<storage, read> steps: array<u32>;
-@group(0) @binding(5) var<storage, read_write> capacity_of: array<u32>;
-@group(0) @binding(6) var<storage, read_write> k_of: array<u32>;
+@group(0) @binding(5) var<storage, read> rows: array<u32>;
+@group(0) @binding(6) var<storage, read_write> capacity_of: array<u32>;
+@group(0) @binding(7) var<storage, read_write> k_of: array<u32>;
 
 // Sources of k.
 const FROM_COUNTS: u32 = 1u;
 const FROM_K: u32 = 2u;
 
 const ONE: u32 = 0x3f800000u;
+
+var<workgroup> totals: array<u32, WG>;
 
 // The key of a ratio given as bits: NaN = 0, else 1 + the bits of its value clamped to 0..=1, which are in
 // its order.
@@ -102,12 +107,26 @@ fn capacity(
     return;
   }
   let range = token_range(index, b, params.tokens);
-  if index != 0u {
-    return;
-  }
   var length = range.y - range.x;
   if params.has_lengths == 1u {
     length = min(length, lengths[b]);
+  }
+  if params.has_rows == 1u {
+    let end = range.x + length;
+    var n = 0u;
+    for (var w = range.x / 32u + index; w * 32u < end; w += WG) {
+      let low = max(range.x, w * 32u) - w * 32u;
+      n += countOneBits(rows[w] & bits_between_or_none(low, min(end, w * 32u + 32u) - w * 32u));
+    }
+    totals[index] = n;
+    workgroupBarrier();
+    length = 0u;
+    for (var l = 0u; l < WG; l++) {
+      length += totals[l];
+    }
+  }
+  if index != 0u {
+    return;
   }
   var each = mask[b];
   if params.source == FROM_COUNTS {

@@ -3,7 +3,8 @@
 //   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32
 //   lengths [sequences] u32 where has_lengths: the rest of a sequence is padding, never chosen
-//   capacity [sequences] u32, clamped to 1..=length
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the others are never chosen, and do not count
+//   capacity [sequences] u32, clamped to 1..=the tokens there are to choose from
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 // MASKED (the capacity factor of token choice): chooses among the bits already set, at most capacity[b], 0
 // included, of one sequence
@@ -22,6 +23,7 @@ struct Params {
   experts: u32,
   sequences: u32,
   has_lengths: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -29,8 +31,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> lengths: array<u32>;
 @group(0) @binding(4) var<storage, read> capacity: array<u32>;
-@group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
-@group(0) @binding(6) var<storage, read_write> dropped: array<u32>;
+@group(0) @binding(5) var<storage, read> rows: array<u32>;
+@group(0) @binding(6) var<storage, read_write> assigned: array<atomic<u32>>;
+@group(0) @binding(7) var<storage, read_write> dropped: array<u32>;
 
 const BINS: u32 = 256u;
 const CANDIDATES: u32 = 64u;
@@ -71,6 +74,9 @@ fn eligible_bits(tokens: Tokens, e: u32, w: u32) -> u32 {
   let bits = bits_between_or_none(low - w * 32u, max(low, min(tokens.end, w * 32u + 32u)) - w * 32u);
   if MASKED {
     return bits & atomicLoad(&assigned[e * ((params.tokens + 31u) / 32u) + w]);
+  }
+  if params.has_rows == 1u {
+    return bits & rows[w];
   }
   return bits;
 }
@@ -256,7 +262,7 @@ fn expert_choice(
   let kept = words <= LANES;
 
   var eligible = end - start;
-  if MASKED {
+  if MASKED || params.has_rows == 1u {
     var mine = 0u;
     for (var w = tokens.first + first; w < tokens.last; w += LANES) {
       mine += countOneBits(eligible_bits(tokens, e, w));

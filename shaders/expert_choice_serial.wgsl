@@ -15,14 +15,16 @@ struct Params {
   experts: u32,
   sequences: u32,
   has_lengths: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> lengths: array<u32>;
 @group(0) @binding(4) var<storage, read> capacity: array<u32>;
-@group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
-@group(0) @binding(6) var<storage, read_write> dropped: array<u32>;
+@group(0) @binding(5) var<storage, read> rows: array<u32>;
+@group(0) @binding(6) var<storage, read_write> assigned: array<atomic<u32>>;
+@group(0) @binding(7) var<storage, read_write> dropped: array<u32>;
 
 const CANDIDATES: u32 = 120u;
 
@@ -229,6 +231,9 @@ fn live_word(start: u32, end: u32, w: u32, e: vec2<u32>, columns: u32) -> vec2<u
     let x = atomicLoad(&assigned[e.x * columns + w]);
     return vec2(own) & vec2(x, atomicLoad(&assigned[e.y * columns + w]));
   }
+  if params.has_rows == 1u && own != 0u {
+    return vec2(own & rows[w]);
+  }
   return vec2(own);
 }
 
@@ -308,11 +313,13 @@ fn expert_choice_serial(
 
   var eligible = vec2(end - start);
   var want = vec2(capacity[s]);
-  if MASKED {
+  if MASKED || params.has_rows == 1u {
     eligible = vec2(0u);
     for (var w = words.x; w < words.y; w++) {
       eligible += countOneBits(live_word(start, end, w, pair, columns));
     }
+  }
+  if MASKED {
     want = min(want, eligible);
     dropped[pair.x] = eligible.x - want.x;
     if pair.y != pair.x {

@@ -173,14 +173,14 @@ fn four_sums(slot: u32, row: u32, four: u32, tile_row: u32, column: u32) -> vec4
 }
 
 // The squares that `sums` holds, of subgroups from `first` on: square `down`, `across` of each.
-fn store_sums(tile: Tile, lane: u32, first_column: u32, first: u32, down: u32, across: u32) {
+fn store_sums(tile: Tile, lane: u32, first_column: u32, first: u32, rows_each: u32, down: u32, across: u32) {
   const FOURS = SIDE * ROW_FOURS;
   for (var i = lane; i < SLOTS / MATRICES * FOURS; i += WG) {
     let subgroup = first + i / FOURS;
     let slot = i / FOURS * MATRICES;
     let row = i % FOURS / ROW_FOURS;
     let four = i % ROW_FOURS;
-    let tile_row = (subgroup / ACROSS * 2u + down) * SIDE + row;
+    let tile_row = (subgroup / ACROSS * rows_each + down) * SIDE + row;
     let column = (subgroup % ACROSS * OUT_SQUARES + across) * SIDE + 4u * four;
     if tile_row < tile.rows && !is_bad(tile_row, column) {
       var v = four_sums(slot, row, four, tile_row, column);
@@ -223,11 +223,13 @@ fn matmul_matrix(
   at.part = lane / OUT_COLUMNS % COLUMN_LANES;
 
   // Squares of this subgroup: the first of its rows, and of the left and the right half of its columns
-  // (GATED: gate and up).
-  let row_square = subgroup / ACROSS * 2u;
+  // (GATED: gate and up). Rows that fill half a tile or less are shared out one square each.
+  let rows_each = select(1u, 2u, tile.rows > TILE_ROWS / 2u);
+  let row_square = subgroup / ACROSS * rows_each;
   let left_square = subgroup % ACROSS * OUT_SQUARES;
   let right_square = left_square + select(SQUARES_ACROSS / 2u, OUT_COLUMNS / SIDE, GATED);
   let multiplies = subgroup < DOWN * ACROSS && row_square * SIDE < tile.rows;
+  let has_second = rows_each > 1u && (row_square + 1u) * SIDE < tile.rows;
 
   for (var i = lane; i < TILE_ROWS; i += WG) {
     atomicStore(&row_largest[i], 0u);
@@ -288,7 +290,7 @@ fn matmul_matrix(
       workgroupBarrier();
       // Once more than there are: without an `if`, so that no compiler waits for the loads at once.
       next = bring(at, lane, select(i, 0u, i == steps));
-      if multiplies {
+      if has_second {
         add_square(
           0u, row_square, left_square, right_square,
           &s00, &s01, &s02, &s03, &s10, &s11, &s12, &s13);
@@ -296,6 +298,11 @@ fn matmul_matrix(
           add_square(
             K_SQUARES - 1u, row_square, left_square, right_square,
             &s00, &s01, &s02, &s03, &s10, &s11, &s12, &s13);
+        }
+      } else if multiplies {
+        add_row(0u, row_square, left_square, right_square, &s00, &s01, &s02, &s03);
+        if K_SQUARES > 1u {
+          add_row(K_SQUARES - 1u, row_square, left_square, right_square, &s00, &s01, &s02, &s03);
         }
       }
     }
@@ -325,7 +332,7 @@ fn matmul_matrix(
       for (var first = 0u; first < DOWN * ACROSS; first += ROUND) {
         let stores = subgroup >= first && subgroup < first + ROUND;
         let slot = (subgroup - first) % ROUND * MATRICES;
-        for (var square = 0u; square < 2u * OUT_SQUARES; square++) {
+        for (var square = 0u; square < rows_each * OUT_SQUARES; square++) {
           let down = square / OUT_SQUARES;
           let name = square % OUT_SQUARES * (4u / SQUARES_ACROSS);
           workgroupBarrier();
@@ -350,7 +357,7 @@ fn matmul_matrix(
             }
           }
           workgroupBarrier();
-          store_sums(tile, lane, first_column, first, down, square % OUT_SQUARES);
+          store_sums(tile, lane, first_column, first, rows_each, down, square % OUT_SQUARES);
         }
       }
       store_bad(tile, lane, first_column);

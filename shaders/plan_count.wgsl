@@ -36,6 +36,20 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> gates: array<f32>;
 @group(0) @binding(6) var<storage, read_write> plan: array<u32>;
 
+fn count_scale(count: u32) -> f32 {
+  if params.has_scale_by_count == 1u {
+    return scale_by_count[min(count, params.experts)];
+  }
+  return 1.0;
+}
+
+fn expert_scale(e: u32) -> f32 {
+  if params.has_scale_by_expert == 1u {
+    return scale_by_expert[e];
+  }
+  return 1.0;
+}
+
 @compute @workgroup_size(WG)
 fn plan_count(
   @builtin(local_invocation_index) index: u32,

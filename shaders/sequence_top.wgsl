@@ -1,8 +1,9 @@
 // assigned[e, t] = 1 for the length * top pairs of each sequence with the highest values[t, e]; ties go to the
-// lower t * experts + e
+// lower t * experts + e; the length is of the tokens that take part
 //   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32, clamped
 //   lengths [sequences] u32 where has_lengths: the rest of a sequence is padding, never chosen
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the others take no part
 //   counts [4 rounds, tiles + sequences, 256] u32: keys of a piece by 8 bits, among those that agree with the
 //     bits found before
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
@@ -22,14 +23,16 @@ struct Params {
   tiles: u32,
   round: u32,
   has_lengths: u32,
+  has_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> values: array<u32>;
 @group(0) @binding(2) var<storage, read> offsets: array<u32>;
 @group(0) @binding(3) var<storage, read> lengths: array<u32>;
-@group(0) @binding(4) var<storage, read_write> counts: array<u32>;
-@group(0) @binding(5) var<storage, read_write> assigned: array<atomic<u32>>;
+@group(0) @binding(4) var<storage, read> rows: array<u32>;
+@group(0) @binding(5) var<storage, read_write> counts: array<u32>;
+@group(0) @binding(6) var<storage, read_write> assigned: array<atomic<u32>>;
 
 const BINS: u32 = 256u;
 
@@ -45,6 +48,14 @@ var<workgroup> tied: array<atomic<u32>, 32>;
 
 fn count_at(round: u32, piece: u32, bin: u32) -> u32 {
   return (round * (params.tiles + params.sequences) + piece) * BINS + bin;
+}
+
+// The tokens of word w that take part, as far as `rows` says.
+fn row_word(w: u32) -> u32 {
+  if params.has_rows == 1u {
+    return rows[w];
+  }
+  return 0xffffffffu;
 }
 
 // The sequence that holds token t, as its number plus 1; 0: t lies before all, sequences + 1: behind all.
@@ -149,6 +160,14 @@ fn sequence_top(
     for (var l = index + 1u; l < WG; l++) {
       over += totals[l];
     }
+    if params.has_rows == 1u && round == 0u {
+      // Every pair of the tokens that take part was counted: how many those are.
+      var all = over;
+      for (var l = 0u; l <= index; l++) {
+        all += totals[l];
+      }
+      need = all / params.experts * params.top;
+    }
     if over < need && over + sum >= need {
       for (var j = STRETCH; j > 0u;) {
         j--;
@@ -173,6 +192,12 @@ fn sequence_top(
     let shift = 24u - 8u * params.round;
     for (var i = start * params.experts + index; i < end * params.experts; i += WG) {
       let k = key(values[i]);
+      if params.has_rows == 1u {
+        let t = i / params.experts;
+        if ((rows[t / 32u] >> (t % 32u)) & 1u) == 0u {
+          continue;
+        }
+      }
       // Two shifts: one of 32 is undefined.
       if ((k >> shift) >> 8u) == ((prefix >> shift) >> 8u) {
         atomicAdd(&bins[(k >> shift) & 255u], 1u);
@@ -201,6 +226,8 @@ fn sequence_top(
         higher |= u32(k > prefix) << (t % 32u);
         equal |= u32(k == prefix) << (t % 32u);
       }
+      higher &= row_word(w);
+      equal &= row_word(w);
       higher_words[e] = higher;
       equal_words[e] = equal;
       while equal != 0u {

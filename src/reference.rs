@@ -15,6 +15,7 @@
 //! | [`token_choice`] | [`ops::token_choice`](crate::ops::token_choice) | values `[T, E]` | bit set |
 //! | [`sequence_top`] | [`ops::sequence_top`](crate::ops::sequence_top) | values `[T, E]`, offsets `[B + 1]` | bit set |
 //! | [`coreset`] | [`ops::coreset`](crate::ops::coreset) | values `[T, E]`, own choice (bit set), offsets `[blocks + 1]` | coresets `[blocks, ceil(E / 32)]`, block of each token `[T]` |
+//! | [`coverage`] | [`ops::coverage`](crate::ops::coverage) | own choice (bit set), coresets `[blocks, ceil(E / 32)]`, offsets `[blocks + 1]` | pairs, those inside `[blocks, 2]` |
 //! | [`block_choice`] | [`ops::block_choice`](crate::ops::block_choice) | values `[T, E]`, offsets `[blocks + 1]` | bit set, coresets |
 //! | [`assign`] | [`ops::assign`](crate::ops::assign) | ids, weights `[T, K]` each | bit set, gates `[T, E]`, ignored `[ceil(T / 32)]` |
 //! | [`assign_lists`] | [`ops::assign_lists`](crate::ops::assign_lists) | offsets `[E + 1]`, tokens, weights | bit set, gates `[T, E]`, ignored `[E]` |
@@ -78,15 +79,18 @@ pub use crate::ops::activation::cpu as activation;
 pub use crate::ops::activation_gradient::{
     cpu as activation_gradient, cpu_slope as activation_slope,
 };
-pub use crate::ops::active_rows::cpu as active_rows;
+pub use crate::ops::active_rows::{cpu as active_rows, cpu_active as active_rows_of};
 pub use crate::ops::assign::cpu as assign;
 pub use crate::ops::assign_lists::cpu as assign_lists;
 pub use crate::ops::balance_loss::cpu as balance_loss;
 pub use crate::ops::bias_update::cpu as bias_update;
 pub use crate::ops::block_choice::cpu as block_choice;
 pub use crate::ops::capacity::{HostSource, cpu as capacity};
-pub use crate::ops::combine::{cpu as combine, cpu_sum as sum_of_slots};
+pub use crate::ops::combine::{
+    cpu as combine, cpu_active as combine_active, cpu_sum as sum_of_slots,
+};
 pub use crate::ops::coreset::cpu as coreset;
+pub use crate::ops::coverage::cpu as coverage;
 pub use crate::ops::cross_entropy::{cpu as cross_entropy, masked_weights};
 pub use crate::ops::expert_choice::{cpu as expert_choice, cpu_drop as drop_over_capacity};
 pub use crate::ops::expert_lists::{cpu as expert_lists, cpu_padded as padded_expert_lists};
@@ -113,4 +117,13 @@ pub use crate::ops::weight_gradient::{cpu as weight_gradient, cpu_outer as outer
 /// As [`HostPlan::cpu`].
 pub fn plan(shape: &PlanShape, assigned: &[u32], gates: &[f32]) -> HostPlan {
     HostPlan::cpu(shape, assigned, gates)
+}
+
+/// The same where shared experts take the tokens of a bit set `[ceil(T / 32)]` alone: [`HostPlan::cpu_active`].
+///
+/// # Panics
+///
+/// As [`HostPlan::cpu_active`].
+pub fn plan_active(shape: &PlanShape, assigned: &[u32], gates: &[f32], active: &[u32]) -> HostPlan {
+    HostPlan::cpu_active(shape, assigned, gates, active)
 }

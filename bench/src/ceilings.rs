@@ -1,8 +1,9 @@
 //! What a device can do at best, measured before the cases: rates of memory and arithmetic, and
 //! what a dispatch and a submission cost.
-use crate::file::{Bound, BoundBy, Ceilings, Work};
+use crate::file::{Bound, BoundBy, Ceilings, Part, Work};
 use crate::timing::{Stop, Timer, Timing};
-use wgmoe::{Gpu, wgpu};
+use crate::units;
+use wgmoe::{Context, Gpu, wgpu};
 
 /// Lanes of a device that is kept busy, on GPUs and on software drivers.
 const LANES: u32 = 1 << 18;
@@ -88,7 +89,11 @@ impl Bench<'_> {
 
 /// Measures the ceilings, about `seconds` each; what fails leaves a note. `Err` where the run is
 /// interrupted.
-pub(crate) async fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings, Stop> {
+pub(crate) async fn measure(
+    timer: &Timer<'_>,
+    ctx: &Context,
+    seconds: f64,
+) -> Result<Ceilings, Stop> {
     let gpu = timer.gpu();
     let device = &gpu.device;
     let module = device.create_shader_module(wgpu::include_wgsl!("ceilings.wgsl"));
@@ -114,8 +119,15 @@ pub(crate) async fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings,
     });
     let bench = Bench { timer, module, layout, pipeline_layout, seconds };
     let mut ceilings = Ceilings::default();
-    let Ceilings { copy_gb_s, read_gb_s, multiply_add_gflop_s, dispatch_us, submit_us, notes } =
-        &mut ceilings;
+    let Ceilings {
+        copy_gb_s,
+        read_gb_s,
+        multiply_add_gflop_s,
+        matrix_gflop_s,
+        dispatch_us,
+        submit_us,
+        notes,
+    } = &mut ceilings;
     // Arithmetic first: it wakes the clocks.
     let note = &mut |what: &str, result: Result<(), Stop>| match result {
         Err(Stop::Interrupted) => Err(Stop::Interrupted),
@@ -126,6 +138,7 @@ pub(crate) async fn measure(timer: &Timer<'_>, seconds: f64) -> Result<Ceilings,
         Ok(()) => Ok(()),
     };
     note("multiply-adds", arithmetic(&bench).await.map(|rate| *multiply_add_gflop_s = Some(rate)))?;
+    note("matrix units", units::measure(timer, ctx, seconds).await.map(|r| *matrix_gflop_s = r))?;
     note(
         "memory",
         memory(&bench).await.map(|(read, copy)| {
@@ -259,13 +272,24 @@ pub(crate) fn bandwidth(ceilings: &Ceilings) -> Option<f64> {
     ceilings.read_gb_s.into_iter().chain(ceilings.copy_gb_s).max_by(f64::total_cmp)
 }
 
+/// The higher of the two rates of arithmetic, and which it is.
+pub(crate) fn arithmetic_of(ceilings: &Ceilings) -> Option<(BoundBy, f64)> {
+    let vectors = ceilings.multiply_add_gflop_s.map(|rate| (BoundBy::Compute, rate));
+    let units = ceilings.matrix_gflop_s.map(|rate| (BoundBy::Matrix, rate));
+    vectors.into_iter().chain(units).max_by(|a, b| a.1.total_cmp(&b.1))
+}
+
 /// The ceiling that the work meets first, and how near `median_ms` comes to it. None where no
-/// ceiling was measured.
-pub(crate) fn bound(ceilings: &Ceilings, work: &Work, median_ms: f64) -> Option<Bound> {
+/// ceiling was measured. Matrix units multiply for the experts alone.
+pub(crate) fn bound(ceilings: &Ceilings, part: Part, work: &Work, median_ms: f64) -> Option<Bound> {
+    let experts = matches!(part, Part::Experts | Part::Layer);
+    let vectors = ceilings.multiply_add_gflop_s.map(|rate| (BoundBy::Compute, rate));
+    let arithmetic = if experts { arithmetic_of(ceilings) } else { vectors };
+    let (arithmetic_by, arithmetic) = arithmetic.unzip();
     let over = |amount: f64, giga: Option<f64>| giga.map(|giga| amount / giga / 1e6);
     let least = [
         (BoundBy::Memory, over(work.bytes, bandwidth(ceilings))),
-        (BoundBy::Compute, over(work.flops, ceilings.multiply_add_gflop_s)),
+        (arithmetic_by.unwrap_or(BoundBy::Compute), over(work.flops, arithmetic)),
         (BoundBy::Dispatch, ceilings.dispatch_us.map(|us| work.dispatches * us / 1e3)),
     ];
     let known = least.into_iter().filter_map(|(by, ms)| Some((by, ms?)));
@@ -294,11 +318,23 @@ mod tests {
             experts_touched: 0.0,
             experts_per_block: 0.0,
         };
-        let by = |work: &Work| bound(&ceilings, work, 4.0).map(|b| (b.by, b.least_ms, b.share));
+        let by = |work: &Work| {
+            bound(&ceilings, Part::Layer, work, 4.0).map(|b| (b.by, b.least_ms, b.share))
+        };
         assert_eq!(by(&work(1e8, 1e8, 3.0)), Some((BoundBy::Memory, 1.0, 0.25)));
         assert_eq!(by(&work(1e8, 2e9, 3.0)), Some((BoundBy::Compute, 2.0, 0.5)));
         assert_eq!(by(&work(1e3, 1e3, 3.0)), Some((BoundBy::Dispatch, 0.015, 0.015 / 4.0)));
-        assert_eq!(bound(&Ceilings::default(), &work(1e8, 1e8, 3.0), 4.0), None);
-        assert_eq!(bound(&ceilings, &work(1e8, 1e8, 3.0), 0.0), None);
+        assert_eq!(bound(&Ceilings::default(), Part::Layer, &work(1e8, 1e8, 3.0), 4.0), None);
+        assert_eq!(bound(&ceilings, Part::Layer, &work(1e8, 1e8, 3.0), 0.0), None);
+        // Matrix units serve the experts, and raise their roof where they are the faster.
+        for (units, part, want) in [
+            (4000.0, Part::Layer, (BoundBy::Matrix, 2.0, 0.5)),
+            (4000.0, Part::Routing, (BoundBy::Compute, 8.0, 2.0)),
+            (10.0, Part::Experts, (BoundBy::Compute, 8.0, 2.0)),
+        ] {
+            let ceilings = Ceilings { matrix_gflop_s: Some(units), ..ceilings.clone() };
+            let found = bound(&ceilings, part, &work(1e8, 8e9, 3.0), 4.0);
+            assert_eq!(found.map(|b| (b.by, b.least_ms, b.share)), Some(want));
+        }
     }
 }

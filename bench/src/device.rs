@@ -13,12 +13,18 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Opens an adapter, or says what it lacks.
-    pub(crate) async fn open(adapter: &wgpu::Adapter) -> Result<Self, String> {
+    /// Opens an adapter, with its matrix units where they are asked for and it has them, or says what
+    /// it lacks.
+    pub(crate) async fn open(adapter: &wgpu::Adapter, matrix_units: bool) -> Result<Self, String> {
         if let Some(lack) = lack(adapter) {
             return Err(lack);
         }
-        let gpu = Gpu::from_adapter(adapter).await.map_err(|e| e.to_string())?;
+        let gpu = if matrix_units {
+            testkit::device::with_matrix_units(adapter).await
+        } else {
+            Gpu::from_adapter(adapter).await
+        };
+        let gpu = gpu.map_err(|e| e.to_string())?;
         let errors = Arc::new(Mutex::new(vec![]));
         let kept = errors.clone();
         gpu.device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| {
@@ -143,6 +149,7 @@ pub(crate) fn describe(adapter: &wgpu::Adapter) -> file::Adapter {
         kind: format!("{:?}", info.device_type),
         driver: format!("{} {}", info.driver, info.driver_info).trim().into(),
         features: has.map(|(name, _)| name.into()).collect(),
+        matrix_units: String::new(),
         max_binding_bytes: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size),
         max_buffer_bytes: limits.max_buffer_size,
         failure: None,

@@ -48,6 +48,9 @@ pub(crate) struct Adapter {
     pub(crate) driver: String,
     /// Of the features that matter here, those that the device was made with.
     pub(crate) features: Vec<String>,
+    /// What became of matrix units that were asked for; empty where they were not.
+    #[serde(default)]
+    pub(crate) matrix_units: String,
     pub(crate) max_binding_bytes: u64,
     pub(crate) max_buffer_bytes: u64,
     /// Why the adapter could not be measured, or not to the end.
@@ -65,6 +68,10 @@ pub(crate) struct Ceilings {
     pub(crate) read_gb_s: Option<f64>,
     /// f32 multiply-adds in registers, two operations each, 10^9 a second.
     pub(crate) multiply_add_gflop_s: Option<f64>,
+    /// Products of squares on the matrix units that the kernels used, two operations a multiply-add,
+    /// 10^9 a second; none where they used none.
+    #[serde(default)]
+    pub(crate) matrix_gflop_s: Option<f64>,
     /// One more dispatch that waits for the one before.
     pub(crate) dispatch_us: Option<f64>,
     /// One dispatch, encoded, submitted and waited for.
@@ -207,6 +214,7 @@ pub(crate) struct Bound {
 pub(crate) enum BoundBy {
     Memory,
     Compute,
+    Matrix,
     Dispatch,
 }
 
@@ -346,7 +354,7 @@ impl Report {
         };
         for adapter in &self.adapters {
             if let Some(c) = &adapter.ceilings {
-                let rates = [c.copy_gb_s, c.read_gb_s, c.multiply_add_gflop_s];
+                let rates = [c.copy_gb_s, c.read_gb_s, c.multiply_add_gflop_s, c.matrix_gflop_s];
                 for v in rates.into_iter().chain([c.dispatch_us, c.submit_us]).flatten() {
                     refuse("a ceiling", v, v > 0.0)?;
                 }
@@ -485,6 +493,7 @@ pub(crate) mod tests {
             kind: "DiscreteGpu".into(),
             driver: "a driver 1.0".into(),
             features: vec!["timestamps".into()],
+            matrix_units: String::new(),
             max_binding_bytes: 1 << 31,
             max_buffer_bytes: 1 << 31,
             failure: None,
@@ -492,6 +501,7 @@ pub(crate) mod tests {
                 copy_gb_s: Some(400.0),
                 read_gb_s: Some(500.0),
                 multiply_add_gflop_s: Some(2e4),
+                matrix_gflop_s: None,
                 dispatch_us: Some(3.0),
                 submit_us: Some(50.0),
                 notes: vec![],

@@ -11,6 +11,7 @@ mod page;
 mod run;
 mod subject;
 mod timing;
+mod units;
 
 pub use device::{NO_ADAPTERS, adapters, find, first, list};
 pub use file::{Report, replace};

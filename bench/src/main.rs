@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use terminal::{Terminal, stop_at_ctrl_c};
 use testkit::block_on;
-use wgmoe::WeightType;
+use wgmoe::{Precision, WeightType};
 use wgmoe_bench::{NO_ADAPTERS, Plan, Report, adapters, find, first, list, page, replace};
 
 /// Benchmarks mixture-of-experts kernels on any GPU, and compares the results.
@@ -57,6 +57,11 @@ struct RunOptions {
     /// What the experts are stored as, such as bf16, q8_0 or q4_k
     #[arg(long, default_value = "bf16")]
     weights: WeightType,
+    /// Experts of many rows on matrix units, where the adapter has some that the kernels know: `full`
+    /// (as exact as f32) or `half` (f16)
+    #[arg(long, value_name = "PRECISION", value_parser = precision, num_args = 0..=1,
+        default_missing_value = "full")]
+    matrix_units: Option<Precision>,
     /// The file of results; replaced
     #[arg(short, long, default_value = "results.json")]
     output: PathBuf,
@@ -65,6 +70,14 @@ struct RunOptions {
 fn minutes(text: &str) -> Result<f64, String> {
     let minutes: f64 = text.parse().map_err(|_| "not a number")?;
     if minutes > 0.0 && minutes <= 1440.0 { Ok(minutes) } else { Err("0 to 1440".into()) }
+}
+
+fn precision(text: &str) -> Result<Precision, String> {
+    match text {
+        "full" => Ok(Precision::Full),
+        "half" => Ok(Precision::Half),
+        _ => Err("full or half".into()),
+    }
 }
 
 /// Minutes for each adapter, where not given.
@@ -102,6 +115,7 @@ fn run(options: &RunOptions) -> Result<ExitCode, String> {
     plan.quick = options.quick;
     plan.memory = options.memory.map(|gib| gib << 30);
     plan.weights = options.weights;
+    plan.matrix_units = options.matrix_units;
     plan.commit = commit();
     let mut terminal = Terminal::new(&options.output);
     let report = block_on(wgmoe_bench::run(&adapters, &plan, &mut terminal))?;

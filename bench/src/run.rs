@@ -10,7 +10,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use web_time::Instant;
-use wgmoe::{Context, WeightType, wgpu};
+use wgmoe::{Context, ContextOptions, MatrixUnits, Precision, WeightType, wgpu};
 
 /// How a run goes.
 #[derive(Debug)]
@@ -24,6 +24,8 @@ pub struct Plan<'a> {
     pub memory: Option<u64>,
     /// What the experts are stored as.
     pub weights: WeightType,
+    /// Experts on matrix units, at this precision, where the adapter has some that the kernels know.
+    pub matrix_units: Option<Precision>,
     /// What to call a driver of which wgpu knows nothing.
     pub driver: Option<String>,
     /// Commit of this program's source.
@@ -36,7 +38,8 @@ impl<'a> Plan<'a> {
     /// A full run.
     pub fn new(seconds: f64, stop: &'a AtomicBool) -> Self {
         let weights = WeightType::Bf16;
-        Self { quick: false, seconds, memory: None, weights, driver: None, commit: None, stop }
+        let (memory, matrix_units, driver, commit) = (None, None, None, None);
+        Self { quick: false, seconds, memory, weights, matrix_units, driver, commit, stop }
     }
 }
 
@@ -150,14 +153,24 @@ impl<'a> Measuring<'a> {
 
     async fn adapter(&mut self, adapter: &wgpu::Adapter) -> Result<(), Stop> {
         self.say("opening");
-        let device = Device::open(adapter).await.map_err(|e| {
+        let units = self.plan.matrix_units;
+        let device = Device::open(adapter, units.is_some()).await.map_err(|e| {
             self.watch.note(&format!("{}: {e}", adapter.get_info().name));
             Stop::Failed(e)
         })?;
-        let ctx = Context::new(&device.gpu.device)?;
+        let mut options = ContextOptions::default();
+        if let Some(precision) = units {
+            let units = MatrixUnits::new(adapter, &device.gpu.queue).with_precision(precision);
+            options = options.with_matrix_units(units);
+        }
+        let ctx = Context::with_options(&device.gpu.device, options)?;
+        if units.is_some() {
+            self.entry().matrix_units = ctx.matrix().to_string();
+        }
         let timer = Timer::new(&device, self.plan.stop);
         self.say("ceilings");
-        let ceilings = ceilings::measure(&timer, if self.plan.quick { 0.3 } else { 1.0 }).await?;
+        let ceilings =
+            ceilings::measure(&timer, &ctx, if self.plan.quick { 0.3 } else { 1.0 }).await?;
         self.entry().ceilings = Some(ceilings.clone());
         self.save()?;
         let site = Site { device: &device, ctx: &ctx, timer: &timer, ceilings: &ceilings };
@@ -352,7 +365,7 @@ pub(crate) async fn measure(
             Err(Stop::Failed(reason)) => Outcome::Failed { reason },
             Ok(timing) => {
                 let work = subject.work(part);
-                let bound = ceilings::bound(ceilings, &work, timing.times().median_ms);
+                let bound = ceilings::bound(ceilings, part, &work, timing.times().median_ms);
                 let (gpu, gpu_dropped) = match timing.gpu {
                     Ok(times) => (Some(times), None),
                     Err(why) => (None, Some(why)),

@@ -353,7 +353,7 @@ pub(crate) mod tests {
     fn open() -> Option<Device> {
         let adapters = block_on(device::adapters());
         let opened = device::first(&adapters).ok_or("no adapters".into());
-        match opened.and_then(|i| block_on(Device::open(&adapters[i]))) {
+        match opened.and_then(|i| block_on(Device::open(&adapters[i], false))) {
             Ok(device) => Some(device),
             Err(e) if std::env::var_os("MOE_REQUIRE_GPU").is_some() => panic!("{e}"),
             Err(e) => {

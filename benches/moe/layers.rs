@@ -6,7 +6,8 @@ use std::time::Duration;
 use testkit::block_on;
 use testkit::rules::rules;
 use testkit::works::{Part, Work};
-use wgmoe::routing::Routing;
+use wgmoe::layer::Scratch;
+use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::{Gpu, MoeLayer, WeightType};
 
 pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
@@ -70,6 +71,48 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     }
 }
 
+/// Prompts, and many blocks at once: whether a slot costs the same however many there are, and what a limit of
+/// scratch costs.
+pub(super) fn bench_prefill(bench: &Bench, c: &mut Criterion) {
+    let gpu = &bench.gpu;
+    let mut group = c.benchmark_group("prefill");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+    let top = TokenChoice::new(8).with_score(Score::Sigmoid).with_scale(2.5);
+    let lengths: &[u32] = match bench.full {
+        true => &[512, 2048, 4096, 8192, 16_384],
+        false => &[512, 2048, 8192],
+    };
+    for &tokens in lengths {
+        let limits = [None, Some(u64::from(tokens) * 4096 + (8 << 20))];
+        let (variant, ctx) = &bench.contexts[0];
+        let name = |limit: &Option<u64>| match limit {
+            None => format!("W2 f32 T{tokens}"),
+            Some(bytes) => format!("W2 f32 T{tokens} within {} MiB", bytes >> 20),
+        };
+        let ids = limits.iter().map(|limit| BenchmarkId::new(name(limit), variant)).collect();
+        let slots = Throughput::Elements(u64::from(tokens) * 8);
+        bench.turns(&mut group, ids, slots, || {
+            let work = Work::w2(tokens);
+            let weights = block_on(work.weights(gpu, ctx, WeightType::F32)).unwrap();
+            let layer = work.layer(ctx, weights).unwrap().with_routing(top).unwrap();
+            let step = |limit: &Option<u64>| step_within(gpu, &work, &layer, *limit, &name(limit));
+            limits.iter().map(step).collect()
+        });
+    }
+    for blocks in [1, 16, 64] {
+        let rule = top.with_coreset(BlockRule::mass(0.6).with_floor(8));
+        let name = format!("{blocks} blocks of 32, W2 f32, mass");
+        let slots = Throughput::Elements(u64::from(blocks) * 32 * 8);
+        bench.case(&mut group, &name, &bench.contexts[..1], slots, |ctx, what| {
+            let work = Work::w2(32 * blocks);
+            let weights = block_on(work.weights(gpu, ctx, WeightType::F32)).unwrap();
+            let layer = work.layer(ctx, weights).unwrap().with_routing(rule).unwrap();
+            layer_step(gpu, &work, &layer, what)
+        });
+    }
+    group.finish();
+}
+
 /// One layer in several storage types, which take turns.
 fn bench_types(
     bench: &Bench,
@@ -122,7 +165,16 @@ pub(super) fn bench_rules(
 /// The layer bound to the work's input, run once and compared: choice and plan whole, the output in
 /// eight tokens.
 pub(super) fn layer_step(gpu: &Gpu, work: &Work, layer: &MoeLayer, what: &str) -> Ready {
-    let bound = work.bind(gpu, layer, None).unwrap();
+    step_within(gpu, work, layer, None, what)
+}
+
+/// The same within a limit of scratch.
+fn step_within(gpu: &Gpu, work: &Work, layer: &MoeLayer, limit: Option<u64>, what: &str) -> Ready {
+    let scratch = Scratch::new(layer.context());
+    let bound = work.bind_within(gpu, layer, Some(&scratch), limit).unwrap();
+    let dispatches = bound.step.dispatches().count();
+    let taken = scratch.bytes() >> 20;
+    eprintln!("{what}: {dispatches} dispatches, {taken} MiB of scratch, limit {limit:?}");
     block_on(bound.run(gpu, &Part::ALL)).unwrap();
     let checked = block_on(async {
         let choice = work.check_choice(gpu, &bound).await?;

@@ -8,6 +8,7 @@
 //! a case run in turns, so that they meet the same state of the machine.
 //!
 //! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64.
+//! Where the device has matrix units, `matmul_rows` runs on them too.
 //! `WGMOE_BENCH_VARIANTS=1` runs matmuls and layers in every variant too, not only in the one that
 //! the device gets by default.
 mod backward;
@@ -34,6 +35,7 @@ fn all(c: &mut Criterion) {
     plans::bench_plan(&bench, c);
     rows::bench_gather(&bench, c);
     rows::bench_matmul(&bench, c);
+    rows::bench_matmul_rows(&bench, c);
     rows::bench_combine(&bench, c);
     plans::bench_expert_union(&bench, c);
     plans::bench_expert_lists(&bench, c);
@@ -46,6 +48,7 @@ fn all(c: &mut Criterion) {
     training::bench_bias_update(&bench, c);
     training::bench_training(&bench, c);
     layers::bench_layer(&bench, c);
+    layers::bench_prefill(&bench, c);
 }
 
 criterion_group! {

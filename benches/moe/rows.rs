@@ -1,7 +1,7 @@
 //! Rows of hidden states: gathered, multiplied, summed up.
 use crate::plans::planned;
 use crate::timing::Bench;
-use criterion::{Criterion, SamplingMode, Throughput};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use std::time::Duration;
 use testkit::block_on;
 use testkit::compare::close;
@@ -34,9 +34,30 @@ pub(super) fn bench_matmul(bench: &Bench, c: &mut Criterion) {
         };
         let flops = 2 * OP2.iter().map(|&n| u64::from(n)).product::<u64>();
         bench.case(&mut group, &name, bench.best(), Throughput::Elements(flops), |ctx, what| {
-            let step = grouped_matmul(&bench.gpu, ctx, weight_type);
+            let step = grouped_matmul(&bench.gpu, ctx, weight_type, OP2);
             step.unwrap_or_else(|e| panic!("{what}: {e}")).into()
         });
+    }
+}
+
+/// Rows of each expert, and storage types: where one kernel follows another, and one item size another.
+const ROWS: [u32; 13] = [1, 2, 4, 8, 9, 12, 16, 24, 32, 48, 64, 96, 128];
+
+/// Time against the rows of each expert: a cliff is a step above the line between neighbours. They take
+/// turns.
+pub(super) fn bench_matmul_rows(bench: &Bench, c: &mut Criterion) {
+    let mut group = c.benchmark_group("matmul_rows");
+    group.sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(1));
+    let units = bench.matrix_units();
+    for (variant, ctx) in bench.best().iter().chain(&units) {
+        for weight_type in [WeightType::Bf16, WeightType::Q8_0, WeightType::Q4_K] {
+            let name = weight_type.name().to_lowercase();
+            let ids = ROWS.iter().map(|rows| BenchmarkId::new(format!("{name} {variant}"), rows));
+            bench.turns(&mut group, ids.collect(), Throughput::Elements(1), || {
+                let of = |&rows| grouped_matmul(&bench.gpu, ctx, weight_type, [8, rows, 1024, 512]);
+                ROWS.iter().map(|rows| of(rows).unwrap_or_else(|e| panic!("{e}")).into()).collect()
+            });
+        }
     }
 }
 

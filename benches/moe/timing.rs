@@ -3,10 +3,12 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Throughput};
 use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
-use testkit::device::required;
+use testkit::block_on;
+use testkit::device::{required, with_matrix_units};
 use testkit::works::{Bound, Part};
+use wgmoe::device::MatrixReport;
 use wgmoe::layer::{BoundBackward, BoundLayer};
-use wgmoe::{BoundOp, Context, Gpu, Target, Variant, wgpu};
+use wgmoe::{BoundOp, Context, ContextOptions, Gpu, MatrixUnits, Target, Variant, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 pub(super) enum Ready {
@@ -35,6 +37,7 @@ impl From<BoundOp> for Ready {
 
 /// The device, and a context for each variant that is timed, its name first.
 pub(super) struct Bench {
+    adapter: wgpu::Adapter,
     pub(super) gpu: Gpu,
     pub(super) contexts: Vec<(String, Context)>,
     pub(super) full: bool,
@@ -43,10 +46,15 @@ pub(super) struct Bench {
 impl Bench {
     /// The GPU, or `None` with a note; `MOE_REQUIRE_GPU=1` makes absence a failure.
     pub(super) fn open() -> Option<Self> {
-        let gpu = match Gpu::new() {
-            Ok(gpu) => gpu,
+        let opened = block_on(async {
+            let adapter = Gpu::choose(None).await?;
+            let gpu = with_matrix_units(&adapter).await?;
+            Ok((adapter, gpu))
+        });
+        let (adapter, gpu) = match opened {
+            Ok(opened) => opened,
             Err(e) if required() => panic!("{e}"),
-            Err(e) => {
+            Err::<_, wgmoe::Error>(e) => {
                 eprintln!("skipped: {e}");
                 return None;
             }
@@ -68,13 +76,24 @@ impl Bench {
                 contexts.push((name, Context::with_variant(&gpu.device, v).expect("a context")));
             }
         }
-        Some(Self { gpu, contexts, full })
+        Some(Self { adapter, gpu, contexts, full })
     }
 
     /// The variant that the device gets by default, alone: for work that takes long to compile or
     /// to run in another.
     pub(super) fn best(&self) -> &[(String, Context)] {
         if self.full { &self.contexts } else { &self.contexts[..1] }
+    }
+
+    /// A context with matrix units in place of tiles, where the device has some.
+    pub(super) fn matrix_units(&self) -> Option<(String, Context)> {
+        let variant = Variant { target: Target::Wide, ..Variant::best(&self.gpu.device) };
+        let options = ContextOptions::default()
+            .with_variant(variant)
+            .with_matrix_units(MatrixUnits::new(&self.adapter, &self.gpu.queue));
+        let ctx = Context::with_options(&self.gpu.device, options).expect("a context");
+        let used = matches!(ctx.matrix(), MatrixReport::InUse { .. });
+        used.then(|| ("matrix units".into(), ctx))
     }
 
     fn time(&self, work: &Ready) -> Duration {

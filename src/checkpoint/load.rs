@@ -1,6 +1,6 @@
 //! Loading what a checkpoint holds onto a device.
 use super::{Checkpoint, CheckpointExperts};
-use crate::layer::cached::{CacheOptions, CachedLayer};
+use crate::layer::cached::{CacheOptions, CachedLayer, CachedModel, ModelLayer};
 use crate::layer::{MoeLayer, Router};
 use crate::weights::upload::Uploader;
 use crate::weights::{ExpertWeights, Projection};
@@ -182,6 +182,29 @@ impl Checkpoint {
         let router = self.load_router(ctx, queue, layer)?;
         let experts = Arc::new(CheckpointExperts { checkpoint: self.clone(), layer });
         CachedLayer::new(ctx, queue, *self.layer_config(), router, experts, options)
+    }
+
+    /// Loads those of `layers` that have experts, under one budget; the experts stay in the mapped files until
+    /// a step needs them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Checkpoint::load_cached`] and [`CachedModel::new`].
+    pub fn load_cached_model(
+        self: &Arc<Self>,
+        ctx: &Context,
+        queue: &wgpu::Queue,
+        layers: Range<u32>,
+        options: CacheOptions,
+    ) -> Result<CachedModel> {
+        let mut all = vec![];
+        for layer in layers.filter(|&layer| !self.config.is_dense(layer)) {
+            self.check_layer(layer)?;
+            let router = self.load_router(ctx, queue, layer)?;
+            let experts = Arc::new(CheckpointExperts { checkpoint: self.clone(), layer });
+            all.push(ModelLayer::new(*self.layer_config(), router, experts));
+        }
+        CachedModel::new(ctx, queue, all, options)
     }
 
     fn upload_router(

@@ -81,12 +81,12 @@ impl MatrixShape {
     pub(crate) const ALL: [Self; 3] = [Self::Halves16, Self::Halves8, Self::Floats8];
 
     /// Rows, columns and depth of a square.
-    pub(crate) fn side(self) -> u32 {
+    pub fn side(self) -> u32 {
         if self == Self::Halves16 { 16 } else { 8 }
     }
 
     /// Whether inputs are f32.
-    pub(crate) fn has_floats(self) -> bool {
+    pub fn has_floats(self) -> bool {
         self == Self::Floats8
     }
 

@@ -34,10 +34,17 @@ pub struct Batch<'a> {
     /// Blocks of a block-level rule; stretches of [`BLOCK`] tokens where absent, counted from the
     /// batch's first, whatever its sequences.
     pub blocks: Option<Blocks<'a>>,
+    /// `[ceil(T / 32)]` u32, read when the work runs: a bit a token, token t being bit `t % 32` of word
+    /// `t / 32`; bits past the last token are ignored. A token with 0 is as if it were not there: no
+    /// expert takes it, shared ones neither, it has no say in any choice and counts for no capacity. Its
+    /// row of `out` stays as it is, in the residual form too. Router logits are computed of every row.
+    /// Decided tokens of a block are such (Epoch, arXiv 2609.09748).
+    pub active: Option<Slice<'a>>,
     /// `[T]` u32, read when the work runs: experts that each token takes under token choice, instead of
     /// the rule's K: the first so many of those it would take with K, and its gates are made from these
-    /// (REFLEX, arXiv 2608.01784). 0 leaves the shared experts. More than K is K, and not counted. Votes for
-    /// coresets and capacity factors go by K all the same.
+    /// (REFLEX, arXiv 2608.01784). 0 leaves the shared experts. More than K is K, and counted
+    /// ([`Stats::clamped`](crate::plan::Stats::clamped)). Votes for coresets and capacity factors go by K all
+    /// the same.
     pub experts_per_token: Option<Slice<'a>>,
     /// Which experts work on which tokens, for [`MoeExperts`](super::MoeExperts).
     pub assignments: Option<Assignments<'a>>,
@@ -47,6 +54,12 @@ pub struct Batch<'a> {
     /// Scratch to share with other layers that run in order on one queue; the layer's own where
     /// absent.
     pub scratch: Option<&'a Scratch>,
+    /// Most bytes of scratch that the layer takes for this batch. Where what lies between the experts'
+    /// matmuls would take more, slots are computed in turns, for the same bits and more dispatches. What
+    /// routing makes is not cut: some 16 bytes a token and expert, and the plan. An output that is added
+    /// to, or not f32, then takes a row of f32 a token besides. Without a limit all slots are there at
+    /// once: 4 F bytes each, and at most a binding.
+    pub scratch_limit: Option<u64>,
     /// `[8 + E]` u32, written: where the [statistics](crate::plan::Stats) go; scratch where absent.
     pub stats: Option<Slice<'a>>,
     /// Whether the statistics are added to what `stats` holds: sums over steps and layers.
@@ -66,10 +79,12 @@ impl<'a> Batch<'a> {
             add: false,
             sequences: None,
             blocks: None,
+            active: None,
             experts_per_token: None,
             assignments: None,
             routed_slots: None,
             scratch: None,
+            scratch_limit: None,
             stats: None,
             add_stats: false,
             part_of: None,
@@ -114,6 +129,13 @@ impl<'a> Batch<'a> {
         Self { blocks: Some(blocks), ..self }
     }
 
+    /// Only tokens whose bit is set in `active`, `[ceil(T / 32)]` u32, take part; rows of `out` of the
+    /// others stay as they are.
+    #[must_use]
+    pub fn with_active(self, active: impl Into<Slice<'a>>) -> Self {
+        Self { active: Some(active.into()), ..self }
+    }
+
     /// A number of experts for each token, `[T]` u32.
     #[must_use]
     pub fn with_experts_per_token(self, experts: impl Into<Slice<'a>>) -> Self {
@@ -138,6 +160,12 @@ impl<'a> Batch<'a> {
         Self { scratch: Some(scratch), ..self }
     }
 
+    /// A limit of the scratch, in bytes: for long batches.
+    #[must_use]
+    pub fn with_scratch_limit(self, bytes: u64) -> Self {
+        Self { scratch_limit: Some(bytes), ..self }
+    }
+
     /// Writes the [statistics](crate::plan::Stats), `[8 + E]` u32, into the caller's own slice.
     #[must_use]
     pub fn with_stats(self, stats: impl Into<Slice<'a>>) -> Self {
@@ -149,6 +177,19 @@ impl<'a> Batch<'a> {
     #[must_use]
     pub fn with_stats_added_to(self, stats: impl Into<Slice<'a>>) -> Self {
         Self { stats: Some(stats.into()), add_stats: true, ..self }
+    }
+
+    /// An error for bits of another number of tokens.
+    pub(crate) fn check_active(&self) -> Result<()> {
+        match self.active {
+            Some(active) => active.u32s("active", &[self.tokens.div_ceil(32).into()]),
+            None => Ok(()),
+        }
+    }
+
+    /// What the kernels call the bits of active tokens.
+    pub(crate) fn own_names(e: Error) -> Error {
+        e.renamed(&[("active_bits", "active"), ("rows", "active")])
     }
 
     /// An error for an argument that the bound work would not read.
@@ -168,7 +209,7 @@ impl<'a> Batch<'a> {
 /// Padding gets no expert and has no say in any choice: the other tokens are routed as if they were
 /// alone, and a capacity factor counts only them. It lies past the lengths and outside all sequences.
 /// Its rows of the output are 0, or the residual alone. Shared experts know nothing of padding: they
-/// take every token.
+/// take every token that is [active](Batch::active).
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Sequences<'a> {
@@ -217,6 +258,11 @@ pub struct Blocks<'a> {
     pub voters: Option<Slice<'a>>,
     /// Coresets of the caller's, kept from step to step; elected anew at each where absent.
     pub kept: Option<KeptCoresets<'a>>,
+    /// `[count, 2]` u32, written: how many pairs the tokens of each block would take of all experts, and
+    /// how many of these lie in its coreset. The share tells when a kept coreset is worth electing
+    /// anew; a kernel of the engine's may write [`KeptCoresets::refresh`] by it. It costs a second choice
+    /// and one more dispatch.
+    pub coverage: Option<Slice<'a>>,
 }
 
 /// Coresets that outlive a step (Epoch, arXiv 2609.09748), or that the caller gives; read when the work
@@ -234,7 +280,7 @@ pub struct KeptCoresets<'a> {
 impl<'a> Blocks<'a> {
     /// `count` blocks at offsets `[count + 1]` u32; every token votes.
     pub fn new(count: u32, offsets: impl Into<Slice<'a>>) -> Self {
-        Self { count, offsets: offsets.into(), voters: None, kept: None }
+        Self { count, offsets: offsets.into(), voters: None, kept: None, coverage: None }
     }
 
     /// Only tokens with a value other than 0 in `voters`, `[tokens]` u32, vote.
@@ -249,6 +295,12 @@ impl<'a> Blocks<'a> {
     pub fn with_kept(self, coresets: impl Into<Slice<'a>>, refresh: impl Into<Slice<'a>>) -> Self {
         let kept = KeptCoresets { coresets: coresets.into(), refresh: refresh.into() };
         Self { kept: Some(kept), ..self }
+    }
+
+    /// Writes how far each coreset covers what its block's tokens would take, into `[count, 2]` u32.
+    #[must_use]
+    pub fn with_coverage(self, coverage: impl Into<Slice<'a>>) -> Self {
+        Self { coverage: Some(coverage.into()), ..self }
     }
 }
 

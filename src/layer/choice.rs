@@ -1,10 +1,11 @@
 //! The kernels of a layer's routing rule: from selection values to the bit set.
 use super::batch::{BLOCK, Batch, Blocks, Sequences};
-use super::padding::Active;
+use super::padding::Rows;
 use super::scratch::Scratch;
 use crate::device::Tensor;
 use crate::ops::{
-    active_rows, block_choice, capacity, coreset, expert_choice, sequence_top, token_choice,
+    active_rows, block_choice, capacity, coreset, coverage, expert_choice, sequence_top,
+    token_choice,
 };
 use crate::routing::{self, Routing};
 use crate::{BoundOp, Context, Error, Result, Slice};
@@ -24,8 +25,8 @@ pub(super) enum Choice {
         choice: token_choice::TokenChoice,
         coreset: Option<Box<Election>>,
         drop: Option<expert_choice::ExpertChoice>,
-        /// For batches with padding.
-        active: active_rows::ActiveRows,
+        /// For batches not all of whose tokens take part.
+        rows_of: active_rows::ActiveRows,
     },
     /// The highest pairs of a sequence.
     Pairs { rule: routing::SequenceTop, choice: sequence_top::SequenceTop },
@@ -40,6 +41,7 @@ pub(super) struct Election {
     /// Own choice, election and the choice inside at once, for few tokens; none where there are too
     /// many experts.
     fused: Option<block_choice::BlockChoice>,
+    coverage: coverage::Coverage,
 }
 
 /// The tensors of one choice.
@@ -88,7 +90,7 @@ impl Choice {
                     Some(_) => Some(expert_choice::ExpertChoice::new(ctx)?),
                     None => None,
                 },
-                active: active_rows::ActiveRows::new(ctx)?,
+                rows_of: active_rows::ActiveRows::new(ctx)?,
             },
             Routing::SequenceTop(rule) => {
                 Self::Pairs { rule, choice: sequence_top::SequenceTop::new(ctx)? }
@@ -126,9 +128,9 @@ impl Choice {
             Self::Experts { rule, choice, capacity } => {
                 bind_experts((rule, choice, capacity), ctx, scratch, batch, input)
             }
-            Self::Tokens { rule, choice, coreset, active, .. } => {
-                let active = Active::bind(active, rule, ctx, scratch, batch, input)?;
-                let rows = active.as_ref().map(|active| active.rows.slice());
+            Self::Tokens { rule, choice, coreset, rows_of, .. } => {
+                let taking_part = Rows::bind(rows_of, rule, ctx, scratch, batch, input)?;
+                let rows = taking_part.as_ref().map(|of| of.rows.slice());
                 let tops = batch.experts_per_token;
                 let mut chosen = match coreset {
                     None => Chosen {
@@ -137,9 +139,9 @@ impl Choice {
                     },
                     Some(election) => election.bind(choice, ctx, scratch, batch, input, rows)?,
                 };
-                if let Some(active) = active {
-                    chosen.parts.insert(0, active.part);
-                    chosen.capacity = active.capacity;
+                if let Some(of) = taking_part {
+                    chosen.parts.insert(0, of.part);
+                    chosen.capacity = of.capacity;
                     chosen.offsets = chosen.offsets.or(batch.sequences.map(|s| s.offsets));
                 }
                 Ok(chosen)
@@ -161,7 +163,7 @@ impl Choice {
                     assigned: input.assigned.slice(),
                 };
                 let lengths = batch.sequences.and_then(|s| s.lengths);
-                let parts = vec![choice.bind_among(&dims, args, lengths)?];
+                let parts = vec![choice.bind_among(&dims, args, lengths, batch.active)?];
                 let offsets = batch.sequences.map(|s| s.offsets);
                 Ok(Chosen { parts, offsets, ..Chosen::default() })
             }
@@ -190,7 +192,7 @@ impl Choice {
     }
 }
 
-/// Token choice, of the tokens that are not padding, each with its own number of experts.
+/// Token choice, of the tokens that take part, each with its own number of experts.
 fn choose(
     choice: &token_choice::TokenChoice,
     input: &ChoiceInput<'_>,
@@ -216,14 +218,21 @@ fn bind_experts<'a>(
     let ChoiceInput { tokens, experts, .. } = *input;
     let k = rule.experts_per_token;
     let mut parts = vec![];
-    let (offsets, own);
+    let (whole, own);
     let sequences = match batch.sequences {
+        Some(given) => given,
         None => {
-            offsets = Tensor::new(ctx, "offsets", &[0, tokens])?;
-            own = Tensor::new(ctx, "capacity", &[routing::schedule::capacity(tokens, k, experts)])?;
-            Sequences::new(1, offsets.slice()).with_capacity(own.slice())
+            whole = Tensor::new(ctx, "offsets", &[0, tokens])?;
+            Sequences::new(1, whole.slice())
         }
-        Some(sequences) if sequences.capacity.is_none() => {
+    };
+    let sequences = match sequences.capacity {
+        // All tokens take part: the host knows how many.
+        None if batch.sequences.is_none() && batch.active.is_none() => {
+            own = Tensor::new(ctx, "capacity", &[routing::schedule::capacity(tokens, k, experts)])?;
+            sequences.with_capacity(own.slice())
+        }
+        None => {
             let count = sequences.count;
             let rows = u64::from(count) * 4;
             let per_token = Tensor::new(ctx, "experts per token", &vec![k; count as usize])?;
@@ -237,10 +246,10 @@ fn bind_experts<'a>(
                 k_of: k_of.slice(),
             };
             let dims = capacity::Dims { tokens, experts, sequences: count };
-            parts.push(capacity.bind(&dims, args)?);
+            parts.push(capacity.bind_among(&dims, args, batch.active)?);
             sequences.with_capacity(own.slice())
         }
-        Some(sequences) => sequences,
+        Some(_) => sequences,
     };
     let missing = || Error::invalid("capacity", "missing");
     let dims = expert_choice::Dims { tokens, experts, sequences: sequences.count };
@@ -251,7 +260,7 @@ fn bind_experts<'a>(
         capacity: sequences.capacity.ok_or_else(missing)?,
         assigned: input.assigned.slice(),
     };
-    parts.push(choice.bind(&dims, args)?);
+    parts.push(choice.bind_among(&dims, args, batch.active)?);
     let offsets = batch.sequences.map(|s| s.offsets);
     Ok(Chosen { parts, offsets, ..Chosen::default() })
 }
@@ -270,6 +279,7 @@ impl Election {
             own: block.own_top(rule.experts_per_token).map(own).transpose()?,
             coreset: coreset::Coreset::new(ctx, experts, block)?,
             fused,
+            coverage: coverage::Coverage::new(ctx)?,
         })
     }
 
@@ -283,7 +293,6 @@ impl Election {
         rows: Option<Slice<'_>>,
     ) -> Result<Chosen<'a>> {
         let ChoiceInput { tokens, experts, .. } = *input;
-        let (values, assigned) = (input.values.slice(), input.assigned.slice());
         let count = tokens.div_ceil(BLOCK);
         let ends: Vec<u32> = (0..=count).map(|i| i.saturating_mul(BLOCK).min(tokens)).collect();
         let alone = Tensor::new(ctx, "blocks", &ends)?;
@@ -293,24 +302,51 @@ impl Election {
             Some(kept) => kept.coresets.into(),
             None => scratch.get("coreset", u64::from(blocks.count) * words * 4)?,
         };
-        let refresh = blocks.kept.map(|kept| kept.refresh);
-        let own_names = |e: Error| e.renamed(&[("members", "coresets")]);
+        let tops = batch.experts_per_token;
+        let made = self.bind_choice(inside, scratch, (&blocks, tops), input, (&members, rows));
+        let mut parts = made.map_err(|e| e.renamed(&[("members", "coresets")]))?;
+        if let Some(coverage) = blocks.coverage {
+            let columns = u64::from(tokens.div_ceil(32));
+            let own = scratch.get("own choice", u64::from(experts) * columns * 4)?;
+            let own_input = ChoiceInput { assigned: &own, ..*input };
+            parts.push(choose(inside, &own_input, None, (rows, tops))?);
+            let args = coverage::Args {
+                own_choice: own.slice(),
+                members: members.slice(),
+                offsets: blocks.offsets,
+                coverage,
+            };
+            let dims = coverage::Dims { tokens, experts, blocks: blocks.count };
+            parts.push(self.coverage.bind(&dims, args)?);
+        }
         let offsets = batch.blocks.map(|b| b.offsets);
+        Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() })
+    }
+
+    /// The election and the choice inside, at once where the batch is small.
+    fn bind_choice(
+        &self,
+        inside: &token_choice::TokenChoice,
+        scratch: &Scratch,
+        (blocks, tops): (&Blocks<'_>, Option<Slice<'_>>),
+        input: &ChoiceInput<'_>,
+        (members, rows): (&Tensor, Option<Slice<'_>>),
+    ) -> Result<Vec<BoundOp>> {
+        let tokens = input.tokens;
+        let (values, assigned) = (input.values.slice(), input.assigned.slice());
+        let refresh = blocks.kept.map(|kept| kept.refresh);
         let dims = block_choice::Dims { tokens, blocks: blocks.count };
-        // The fused kernel knows nothing of padding.
-        let fused = self.fused.as_ref().filter(|fused| rows.is_none() && fused.fits(dims));
-        if let Some(fused) = fused {
+        if let Some(fused) = self.fused.as_ref().filter(|fused| fused.fits(dims)) {
             let args = block_choice::Args {
                 values,
                 offsets: blocks.offsets,
                 voters: blocks.voters,
-                experts_per_token: batch.experts_per_token,
+                experts_per_token: tops,
                 refresh,
                 assigned,
                 members: members.slice(),
             };
-            let parts = vec![fused.bind(&dims, args).map_err(own_names)?];
-            return Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() });
+            return Ok(vec![fused.bind_among(&dims, args, rows)?]);
         }
         let mut parts = vec![];
         let block_of = scratch.get("block_of", u64::from(tokens) * 4)?;
@@ -329,13 +365,13 @@ impl Election {
             block_of: block_of.slice(),
         };
         let dims = coreset::Dims { tokens, blocks: blocks.count };
-        parts.push(self.coreset.bind_among(&dims, args, rows).map_err(own_names)?);
+        parts.push(self.coreset.bind_among(&dims, args, rows)?);
         let coresets = token_choice::Coresets {
             blocks: blocks.count,
             coreset: members.slice(),
             block_of: block_of.slice(),
         };
-        parts.push(choose(inside, input, Some(coresets), (rows, batch.experts_per_token))?);
-        Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() })
+        parts.push(choose(inside, input, Some(coresets), (rows, tops))?);
+        Ok(parts)
     }
 }

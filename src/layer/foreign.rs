@@ -8,9 +8,9 @@ use crate::device::Tensor;
 use crate::error::not_zero;
 use crate::ops::assign::{self, Assign};
 use crate::ops::assign_lists::{self, AssignLists};
-use crate::ops::plan_scan::Lost;
+use crate::ops::plan_scan::{Lost, OfTokens};
 use crate::routing::check;
-use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result};
+use crate::{Activation, BoundOp, Context, Error, ExpertWeights, PlanShape, Result, Slice};
 use std::sync::Arc;
 
 /// The second half of a layer, for engines with a router of their own: plan, experts, shared
@@ -68,6 +68,10 @@ impl MoeExperts {
     /// Slices that do not fit, missing or empty assignments, an argument that is for a router, or
     /// scratch over the device's limits ([`Error`]).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
+        self.bind_whole(batch).map_err(Batch::own_names)
+    }
+
+    fn bind_whole(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let (ctx, tokens) = (&self.experts.ctx, batch.tokens);
         let in_out = self.experts.in_out(batch)?;
         let router = "the choice is another router's";
@@ -81,6 +85,7 @@ impl MoeExperts {
         if tokens == 0 {
             return BoundLayer::empty(ctx, experts);
         }
+        batch.check_active()?;
         let (places, name) = match assignments {
             Assignments::OfTokens { experts_per_token, .. } => {
                 (u64::from(experts_per_token) * u64::from(tokens), "experts_per_token")
@@ -94,12 +99,14 @@ impl MoeExperts {
         let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
         let shape =
             PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(self.shared_experts);
-        let scratch = Scratch::of(batch.scratch, ctx)?;
+        let scratch = Scratch::of(batch.scratch, ctx)?.counting();
         let tensors = PlanTensors::new(&scratch, &scratch, shape, batch)?;
-        let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
+        let (assign, ignored, count) =
+            self.bind_assign(assignments, batch.active, &tensors, &scratch)?;
+        let of_tokens = OfTokens { active: batch.active, asked: None };
         let mut parts = vec![assign];
         let lost = Lost { counts: ignored.slice(), dropped: 0, ignored: count };
-        parts.extend(self.kernels.planning.bind(&tensors.args(None, None), Some(lost))?);
+        parts.extend(self.kernels.planning.bind(&tensors.args(None, None, of_tokens), Some(lost))?);
         let (stats, routed) = tensors.routed(None, None);
         let mut bound = BoundLayer::new(parts, stats, routed);
         self.experts.extend(&mut bound, in_out, &scratch)?;
@@ -111,6 +118,7 @@ impl MoeExperts {
     fn bind_assign(
         &self,
         assignments: Assignments<'_>,
+        active: Option<Slice<'_>>,
         tensors: &PlanTensors,
         scratch: &Scratch,
     ) -> Result<(BoundOp, Tensor, u32)> {
@@ -122,7 +130,7 @@ impl MoeExperts {
                 let ignored = scratch.get("ignored", u64::from(count) * 4)?;
                 let args = assign::Args { ids, weights, assigned, gates, ignored: ignored.slice() };
                 let dims = assign::Dims { tokens, experts, experts_per_token };
-                let assign = self.kernels.assign.bind(&dims, args);
+                let assign = self.kernels.assign.bind_among(&dims, args, active);
                 Ok((assign.map_err(|e| e.renamed(&[("weights", "gates")]))?, ignored, count))
             }
             Assignments::OfExperts { entries, offsets, tokens: list, gates: weights } => {
@@ -137,7 +145,7 @@ impl MoeExperts {
                 };
                 let dims = assign_lists::Dims { tokens, experts, entries };
                 let own = [("list", "tokens"), ("weights", "gates")];
-                let lists = self.kernels.lists.bind(&dims, args);
+                let lists = self.kernels.lists.bind_among(&dims, args, active);
                 Ok((lists.map_err(|e| e.renamed(&own))?, ignored, experts))
             }
         }

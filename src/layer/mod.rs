@@ -43,10 +43,10 @@
 //! [`cpu`] is the layer's CPU twin.
 mod batch;
 mod bound;
-mod cache;
 pub mod cached;
 mod choice;
 mod config;
+mod cut;
 mod experts;
 mod foreign;
 mod padding;
@@ -163,7 +163,7 @@ impl MoeLayer {
     /// limits ([`Error`]).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let in_out = self.experts.in_out(batch)?;
-        let scratch = Scratch::of(batch.scratch, self.context())?;
+        let scratch = Scratch::of(batch.scratch, self.context())?.counting();
         let mut bound = self.routing.bind_of(&batch.with_scratch(&scratch))?;
         self.experts.extend(&mut bound, in_out, &scratch)?;
         Ok(bound)

@@ -68,9 +68,13 @@ impl MoeRouting {
         let config = self.config();
         let experts = config.experts;
         Batch::unused("out", batch.out.is_some(), "routing alone writes no output")?;
+        let limited = batch.scratch_limit.is_some();
+        Batch::unused("scratch_limit", limited, "routing alone has nothing to cut")?;
         let chosen = batch.assignments.is_some();
         Batch::unused("assignments", chosen, "this router makes its own choice")?;
         batch.hidden.holds("hidden", tokens.into(), config.hidden.into())?;
+        let others = "what experts choose from is made by other devices too: leave the rows out";
+        Batch::unused("active", batch.active.is_some(), others)?;
         kernels.choice.check(batch)?;
         let slots = match &kernels.choice {
             Choice::Experts { rule, .. } => {
@@ -102,9 +106,11 @@ impl MoeRouting {
         let (mut before, selection) = self.bind_router(batch, &scratch, &scratch)?;
         let tensors = PlanTensors::new(&scratch, &scratch, shape, batch)?;
         let gates = self.gates(&selection, &tensors);
+        let of_tokens = self.of_tokens(batch);
         let (values, parts, coreset) = match &kernels.choice {
             Choice::Experts { .. } => {
-                let parts = kernels.planning.bind(&tensors.args(Some(gates), None), None)?;
+                let parts =
+                    kernels.planning.bind(&tensors.args(Some(gates), None, of_tokens), None)?;
                 (selection.values().clone(), parts, None)
             }
             _ => {
@@ -113,8 +119,11 @@ impl MoeRouting {
                 let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
                 before.extend(made.parts);
                 // Gates before any token is dropped: what stays is not normalised anew.
-                before.push(kernels.planning.count(&tensors.args(None, None), Some(gates))?);
-                let parts = kernels.planning.bind(&tensors.args(None, made.offsets), None)?;
+                before.push(
+                    kernels.planning.count(&tensors.args(None, None, of_tokens), Some(gates))?,
+                );
+                let parts =
+                    kernels.planning.bind(&tensors.args(None, made.offsets, of_tokens), None)?;
                 (tensors.gates.clone(), parts, made.coreset)
             }
         };

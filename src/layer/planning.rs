@@ -7,7 +7,7 @@ use crate::ops::block_plan::{self, BlockPlan};
 use crate::ops::expert_choice::{DropArgs, DropDims, ExpertChoice};
 use crate::ops::plan_count::{self, Gates, PlanCount};
 use crate::ops::plan_fill::{self, PlanFill};
-use crate::ops::plan_scan::{self, Lost, PlanScan};
+use crate::ops::plan_scan::{self, Lost, OfTokens, PlanScan};
 use crate::plan::{Stats, bits};
 use crate::{BoundOp, Context, PlanShape, Result, Slice};
 
@@ -37,6 +37,8 @@ pub(super) struct PlanArgs<'a> {
     pub(super) plan: &'a Tensor,
     pub(super) stats: &'a Tensor,
     pub(super) add_stats: bool,
+    /// What the batch says of its tokens.
+    pub(super) of_tokens: OfTokens<'a>,
 }
 
 impl Planning {
@@ -53,7 +55,11 @@ impl Planning {
     /// The plan of a bit set. `lost` are counted by the kernels before.
     pub(super) fn bind(&self, args: &PlanArgs<'_>, lost: Option<Lost<'_>>) -> Result<Vec<BoundOp>> {
         match args.gates {
-            Some(gates) if lost.is_none() && args.whole <= block_plan::MAX_TOKENS => {
+            Some(gates)
+                if lost.is_none()
+                    && !gates.has_tables()
+                    && args.whole <= block_plan::MAX_TOKENS =>
+            {
                 let args_of_block = block_plan::Args {
                     assigned: args.assigned.slice(),
                     gates,
@@ -62,7 +68,7 @@ impl Planning {
                     stats: args.stats.slice(),
                     add_stats: args.add_stats,
                 };
-                Ok(vec![self.block.bind(args.shape, args_of_block)?])
+                Ok(vec![self.block.bind_of(args.shape, args_of_block, args.of_tokens)?])
             }
             _ => {
                 let mut parts = vec![self.count(args, args.gates)?];
@@ -114,8 +120,12 @@ impl Planning {
             plan_scan::Args { lost, offsets: args.offsets, plan, stats, add_stats: args.add_stats };
         let (assigned, gates) = (args.assigned.slice(), args.gate_values.slice());
         Ok([
-            self.scan.bind(args.shape, scan)?,
-            self.fill.bind(args.shape, plan_fill::Args { assigned, gates, plan })?,
+            self.scan.bind_of(args.shape, scan, args.of_tokens)?,
+            self.fill.bind_among(
+                args.shape,
+                plan_fill::Args { assigned, gates, plan },
+                args.of_tokens.active,
+            )?,
         ])
     }
 }
@@ -162,6 +172,7 @@ impl PlanTensors {
         &'a self,
         gates: Option<Gates<'a>>,
         offsets: Option<Slice<'a>>,
+        of_tokens: OfTokens<'a>,
     ) -> PlanArgs<'a> {
         PlanArgs {
             shape: &self.shape,
@@ -173,6 +184,7 @@ impl PlanTensors {
             plan: &self.plan,
             stats: &self.stats,
             add_stats: self.add_stats,
+            of_tokens,
         }
     }
 

@@ -10,6 +10,7 @@ use crate::device::Tensor;
 use crate::error::not_zero;
 use crate::ops::logits::{self, Logits};
 use crate::ops::plan_count::{Gates, Scales};
+use crate::ops::plan_scan::{Asked, OfTokens};
 use crate::ops::scores::{self, Scores};
 use crate::routing::GateRule;
 use crate::{BoundOp, Context, PlanShape, Result};
@@ -78,12 +79,14 @@ impl MoeRouting {
     /// limits ([`Error`](crate::Error)).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         Batch::unused("out", batch.out.is_some(), "routing alone writes no output")?;
+        let limited = batch.scratch_limit.is_some();
+        Batch::unused("scratch_limit", limited, "routing alone has nothing to cut")?;
         self.bind_of(batch)
     }
 
     /// As [`MoeRouting::bind`], for a whole layer: `out` is the experts'.
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
-        self.bind_saving(batch, None)
+        self.bind_saving(batch, None).map_err(Batch::own_names)
     }
 
     /// Whether the rule reads scores.
@@ -122,6 +125,7 @@ impl MoeRouting {
         if tokens == 0 {
             return BoundLayer::empty(ctx, experts);
         }
+        batch.check_active()?;
         let scratch = Scratch::of(batch.scratch, ctx)?;
         let count = batch.sequences.map(|sequences| sequences.count);
         let shape = self.plan_shape(tokens, count, batch.routed_slots)?;
@@ -143,7 +147,7 @@ impl MoeRouting {
         parts.extend(made.parts);
 
         let gates = self.gates(&selection, &tensors);
-        let args = tensors.args(Some(gates), made.offsets);
+        let args = tensors.args(Some(gates), made.offsets, self.of_tokens(batch));
         parts.extend(match &kernels.choice {
             Choice::Tokens { rule, drop: Some(drop), .. } => {
                 let capacity = match made.capacity {
@@ -163,6 +167,13 @@ impl MoeRouting {
         }
         routed.chosen = chosen;
         Ok(BoundLayer::new(parts, stats, routed))
+    }
+
+    /// What the plan is told of the batch's tokens.
+    pub(super) fn of_tokens<'a>(&self, batch: &Batch<'a>) -> OfTokens<'a> {
+        let most = self.config.routing.experts_per_token();
+        let asked = |experts_per_token| Asked { experts_per_token, most };
+        OfTokens { active: batch.active, asked: batch.experts_per_token.map(asked) }
     }
 
     /// How the gates of what is chosen are made.

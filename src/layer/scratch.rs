@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct Scratch {
     ctx: Context,
     buffers: Arc<Mutex<HashMap<Key, wgpu::Buffer>>>,
+    /// Bytes that one bind has asked for.
+    asked: Arc<Mutex<HashMap<Key, u64>>>,
 }
 
 /// The tensor's name, and the part of one that lies in several buffers.
@@ -22,7 +24,7 @@ type Key = (&'static str, usize);
 impl Scratch {
     /// None yet.
     pub fn new(ctx: &Context) -> Self {
-        Self { ctx: ctx.clone(), buffers: Arc::default() }
+        Self { ctx: ctx.clone(), buffers: Arc::default(), asked: Arc::default() }
     }
 
     /// The caller's, if it is of this context, or one of a layer's own.
@@ -34,6 +36,16 @@ impl Scratch {
         }
     }
 
+    /// The same buffers, for a bind that counts what it asks for.
+    pub(crate) fn counting(self) -> Self {
+        Self { asked: Arc::default(), ..self }
+    }
+
+    /// Bytes that were asked for since it counts.
+    pub(crate) fn asked(&self) -> u64 {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
     pub(crate) fn get(&self, name: &'static str, bytes: u64) -> Result<Tensor> {
         self.part(name, 0, bytes)
     }
@@ -42,6 +54,10 @@ impl Scratch {
     pub(crate) fn part(&self, name: &'static str, part: usize, bytes: u64) -> Result<Tensor> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (name, part);
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_key = asked.entry(key).or_default();
+        *of_key = bytes.max(16).next_multiple_of(16).max(*of_key); // as buffers are made
+        drop(asked);
         let buffer = match buffers.get(&key) {
             Some(buffer) if buffer.size() >= bytes => buffer.clone(),
             _ => {

@@ -6,7 +6,6 @@
 use super::MoeLayer;
 use super::batch::Batch;
 use super::bound::{BoundLayer, Routed};
-use super::experts::Planned;
 use super::scratch::Scratch;
 use super::training_batch::{Losses, TrainingBatch};
 use super::training_bytes::TrainingSizes;
@@ -113,7 +112,7 @@ impl MoeLayer {
     pub fn bind_training(&self, of: &TrainingBatch<'_>) -> Result<(BoundLayer, BoundBackward)> {
         self.check_training(of)?;
         let batch = &of.batch;
-        let in_out = self.experts.in_out(batch)?;
+        self.experts.in_out(batch)?;
         let scratch = Scratch::of(batch.scratch, self.context())?;
         let saved = Scratch::new(self.context());
         let batch = batch.with_scratch(&scratch);
@@ -136,14 +135,7 @@ impl MoeLayer {
         };
         let activate = Activate::new(self.context(), self.config().activation)?;
         forward.extend([activate.bind(&shape, args)?]);
-        let planned = Planned { shape: &shape, plan: step.plan(), places: None };
-        let stretches = [(0..shape.slots()?, h)];
-        for (matmuls, combine) in
-            self.experts.bind_down(&planned, &stretches, in_out, &step.scratch)?
-        {
-            forward.extend(matmuls);
-            forward.extend(combine);
-        }
+        forward.extend(step.outputs(&h)?);
         let (parts, dlogits) = step.backward()?;
         let backward = BoundBackward { parts, forward: forward.recorded().clone(), dlogits, saved };
         Ok((forward, backward))
@@ -151,8 +143,10 @@ impl MoeLayer {
 
     /// Everything that can be said before anything is made.
     fn check_training(&self, of: &TrainingBatch<'_>) -> Result<()> {
-        let Batch { tokens, hidden, sequences, routed_slots, .. } = of.batch;
+        let Batch { tokens, hidden, sequences, routed_slots, active, scratch_limit, .. } = of.batch;
         crate::error::not_zero(&[("tokens", tokens)])?;
+        Batch::unused("active", active.is_some(), "training takes every token")?;
+        Batch::unused("scratch_limit", scratch_limit.is_some(), "training is not cut")?;
         let [t, d, e] = [tokens, self.config().hidden, self.config().experts].map(u64::from);
         if hidden.float_type != FloatType::F32 {
             let reason = format!("{}, training takes f32", hidden.float_type.name());
@@ -230,6 +224,30 @@ impl Step<'_> {
             parts.push(matmul.map_err(|e| e.renamed(&OWN))?);
         }
         Ok(parts)
+    }
+
+    /// The second matmul, and the combination into the output.
+    fn outputs(&self, h: &Tensor) -> Result<[BoundOp; 2]> {
+        let Self { layer, shape, .. } = self;
+        let (ctx, weights) = (layer.context(), layer.weights());
+        let hidden = layer.config().hidden;
+        let y = self.slot_rows("y", hidden)?;
+        let args = grouped_matmul::Args {
+            x: Rows::Slots(SlotRows::from(h)),
+            plan: self.plan(),
+            weights,
+            places: None,
+            out: SlotRows::from(&y),
+            slots: 0..shape.slots()?,
+            columns: 0..hidden,
+        };
+        let down = GroupedMatmul::new(ctx, &weights.shape(), grouped_matmul::Stage::Down)?;
+        let down = down.bind(shape, args)?;
+        let Batch { out, add, .. } = self.of.batch;
+        let out = out.ok_or_else(|| Error::invalid("out", "missing: `Batch::into_out`"))?;
+        let (y, columns) = (y.slice(), 0..hidden);
+        let args = combine::Args { y, plan: self.plan(), out, columns, hidden, add };
+        Ok([down, Combine::new(ctx)?.bind(shape, args)?])
     }
 
     /// The whole backward pass, and the gradient of the logits.

@@ -62,6 +62,8 @@ pub struct HostBatch<'a> {
     pub sequences: Option<HostSequences<'a>>,
     /// Blocks of block-level rules.
     pub blocks: Option<HostBlocks<'a>>,
+    /// `[ceil(T / 32)]`: tokens that take part.
+    pub active: Option<&'a [u32]>,
     /// `[T]`: experts that each token takes under token choice, the rule's K at most; other rules
     /// leave it alone.
     pub experts_per_token: Option<&'a [u32]>,
@@ -85,8 +87,8 @@ pub struct HostRouting {
 /// The CPU twin of a layer's choice and gates, from logits, scores and selection values `[T, E]`
 /// (the device's own, for an exact comparison, or [`logits::cpu`] and [`scores::cpu`]).
 ///
-/// Where sequences have lengths, padding gets no expert and has no say: the others are routed as if
-/// they were alone.
+/// Where sequences have lengths, padding gets no expert and has no say, nor does a token that is not active:
+/// the others are routed as if they were alone.
 ///
 /// # Panics
 ///
@@ -103,9 +105,9 @@ pub fn cpu_routing(
     expect_len("scores", s.len(), logits.len());
     expect_len("values", r.len(), logits.len());
     let routing = config.routing;
-    if let Some(HostSequences { offsets, lengths: Some(lengths), capacity }) = batch.sequences {
-        let padded = Padded { offsets, lengths, capacity };
-        return padded.cpu_routing(config, router, batch, [logits, s, r]);
+    let padded = batch.sequences.is_some_and(|s| s.lengths.is_some());
+    if padded || batch.active.is_some() {
+        return cpu_routing_of_some(config, router, batch, [logits, s, r]);
     }
     let unlimited = vec![u32::MAX; tokens as usize];
     let own_numbers = batch.experts_per_token.unwrap_or(&unlimited);
@@ -191,83 +193,80 @@ pub fn cpu_routing(
     HostRouting { coreset: coresets, assigned: kept, chosen: assigned, gates, dropped }
 }
 
-/// Sequences with padding.
-struct Padded<'a> {
-    offsets: &'a [u32],
-    lengths: &'a [u32],
-    capacity: Option<&'a [u32]>,
-}
-
-impl Padded<'_> {
-    /// What [`cpu_routing`] makes of the tokens that are not padding, as a batch of their own, put
-    /// back where these tokens lie.
-    fn cpu_routing(
-        &self,
-        config: &LayerConfig,
-        router: &HostRouter<'_>,
-        HostBatch { blocks, experts_per_token, .. }: HostBatch<'_>,
-        selection: [&[f32]; 3],
-    ) -> HostRouting {
-        let experts = config.experts as usize;
-        let tokens = selection[0].len() / experts;
-        expect_len("lengths", self.lengths.len(), expect_offsets("offsets", self.offsets.len()));
-        let mut kept: Vec<usize> = vec![];
-        let mut offsets = vec![0];
-        for (range, &length) in ranges(self.offsets, tokens).into_iter().zip(self.lengths) {
-            kept.extend(range.take(length as usize));
-            offsets.push(kept.len() as u32);
-        }
-        let rows_of = |values: &[f32]| -> Vec<f32> {
-            kept.iter().flat_map(|&t| &values[t * experts..][..experts]).copied().collect()
-        };
-        let [logits, s, r] = selection.map(rows_of);
-
-        // Blocks have the same numbers, those of padding alone as empty ones.
-        let stretches = default_blocks(tokens as u32);
-        let blocks = blocks.unwrap_or(HostBlocks::new(&stretches));
-        let kept_before = |t: usize| kept.partition_point(|&k| k < t) as u32;
-        let block_ranges = ranges(blocks.offsets, tokens);
-        let first = block_ranges.first().map(|range| kept_before(range.start));
-        let ends = block_ranges.iter().map(|range| kept_before(range.end));
-        let block_offsets: Vec<u32> = first.into_iter().chain(ends).collect();
-        let voters: Option<Vec<u32>> =
-            blocks.voters.map(|voters| kept.iter().map(|&t| voters[t]).collect());
-
-        let tops: Option<Vec<u32>> = experts_per_token.map(|tops| {
-            expect_len("experts_per_token", tops.len(), tokens);
-            kept.iter().map(|&t| tops[t]).collect()
-        });
-
-        let batch = HostBatch {
-            sequences: Some(HostSequences {
-                offsets: &offsets,
-                lengths: None,
-                capacity: self.capacity,
-            }),
-            blocks: Some(HostBlocks {
-                offsets: &block_offsets,
-                voters: voters.as_deref(),
-                kept: blocks.kept,
-            }),
-            experts_per_token: tops.as_deref(),
-        };
-        let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
-        let placed = |bits_alone: &[u32]| {
-            let mut all = bits::empty(tokens, experts);
-            for (i, &t) in kept.iter().enumerate() {
-                for e in bits::experts_of(bits_alone, kept.len(), i) {
-                    bits::set(&mut all, tokens, e, t);
-                }
-            }
-            all
-        };
-        let (assigned, chosen) = (placed(&alone.assigned), placed(&alone.chosen));
-        let mut gates = vec![0.0; tokens * experts];
-        for (i, &t) in kept.iter().enumerate() {
-            gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
-        }
-        HostRouting { assigned, chosen, gates, ..alone }
+/// What [`cpu_routing`] makes of the tokens that are active and not padding, as a batch of their own, put
+/// back where these tokens lie.
+fn cpu_routing_of_some(
+    config: &LayerConfig,
+    router: &HostRouter<'_>,
+    HostBatch { sequences, blocks, experts_per_token, active }: HostBatch<'_>,
+    selection: [&[f32]; 3],
+) -> HostRouting {
+    let experts = config.experts as usize;
+    let tokens = selection[0].len() / experts;
+    let whole = [0, tokens as u32];
+    let alone = HostSequences { offsets: &whole, lengths: None, capacity: None };
+    let HostSequences { offsets, lengths, capacity } = sequences.unwrap_or(alone);
+    if let Some(lengths) = lengths {
+        expect_len("lengths", lengths.len(), expect_offsets("offsets", offsets.len()));
     }
+    if let Some(active) = active {
+        expect_len("active", active.len(), bits::columns(tokens));
+    }
+    let is_active = |t: &usize| active.is_none_or(|words| words[t / 32] >> (t % 32) & 1 == 1);
+    let mut kept: Vec<usize> = vec![];
+    let mut kept_offsets = vec![0];
+    for (b, range) in ranges(offsets, tokens).into_iter().enumerate() {
+        let length = lengths.map_or(range.len(), |lengths| lengths[b] as usize);
+        kept.extend(range.take(length).filter(is_active));
+        kept_offsets.push(kept.len() as u32);
+    }
+    let rows_of = |values: &[f32]| -> Vec<f32> {
+        kept.iter().flat_map(|&t| &values[t * experts..][..experts]).copied().collect()
+    };
+    let [logits, s, r] = selection.map(rows_of);
+
+    // Blocks have the same numbers, those of padding alone as empty ones.
+    let stretches = default_blocks(tokens as u32);
+    let blocks = blocks.unwrap_or(HostBlocks::new(&stretches));
+    let kept_before = |t: usize| kept.partition_point(|&k| k < t) as u32;
+    let block_ranges = ranges(blocks.offsets, tokens);
+    let first = block_ranges.first().map(|range| kept_before(range.start));
+    let ends = block_ranges.iter().map(|range| kept_before(range.end));
+    let block_offsets: Vec<u32> = first.into_iter().chain(ends).collect();
+    let voters: Option<Vec<u32>> =
+        blocks.voters.map(|voters| kept.iter().map(|&t| voters[t]).collect());
+
+    let tops: Option<Vec<u32>> = experts_per_token.map(|tops| {
+        expect_len("experts_per_token", tops.len(), tokens);
+        kept.iter().map(|&t| tops[t]).collect()
+    });
+
+    let batch = HostBatch {
+        sequences: Some(HostSequences { offsets: &kept_offsets, lengths: None, capacity }),
+        blocks: Some(HostBlocks {
+            offsets: &block_offsets,
+            voters: voters.as_deref(),
+            kept: blocks.kept,
+        }),
+        experts_per_token: tops.as_deref(),
+        active: None,
+    };
+    let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
+    let placed = |of_alone: &[u32]| {
+        let mut all = bits::empty(tokens, experts);
+        for (i, &t) in kept.iter().enumerate() {
+            for e in bits::experts_of(of_alone, kept.len(), i) {
+                bits::set(&mut all, tokens, e, t);
+            }
+        }
+        all
+    };
+    let (assigned, chosen) = (placed(&alone.assigned), placed(&alone.chosen));
+    let mut gates = vec![0.0; tokens * experts];
+    for (i, &t) in kept.iter().enumerate() {
+        gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
+    }
+    HostRouting { assigned, chosen, gates, ..alone }
 }
 
 /// Offsets of stretches of [`BLOCK`] tokens.
@@ -313,7 +312,8 @@ pub fn cpu_token(
     out.into_iter().map(|v| v as f32).collect()
 }
 
-/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`. Where two
+/// The CPU twin of a whole layer: the output `[T, D]` for hidden states `x [T, D]`; rows of tokens that are not
+/// active, which a device leaves as they are, are 0. Where two
 /// selection values lie within rounding of each other, a device may choose the other one;
 /// [`cpu_routing`] takes the device's own values instead.
 ///
@@ -340,5 +340,10 @@ pub fn cpu(
         experts.into_iter().map(|i| (i as u32, chosen.gates[t * e + i])).collect()
     };
     let rows = x.chunks_exact(d).enumerate();
-    rows.flat_map(|(t, row)| cpu_token(config, experts, row, &of_token(t))).collect()
+    let is_active = |t: usize| batch.active.is_none_or(|words| words[t / 32] >> (t % 32) & 1 == 1);
+    let output = |(t, row)| match is_active(t) {
+        true => cpu_token(config, experts, row, &of_token(t)),
+        false => vec![0.0; d],
+    };
+    rows.flat_map(output).collect()
 }

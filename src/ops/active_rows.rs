@@ -1,8 +1,10 @@
-//! Which tokens of a batch are not padding, a bit a token: what choices read to leave the others out.
+//! Which tokens of a batch take part in a choice, a bit a token: those that are not padding, and active where the caller
+//! says which are. Choices read it to leave the others out.
 use super::not_zero;
 use crate::device::Kernel;
 use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::error::expect_len;
 use crate::{BoundOp, Context, Result, Slice};
 use std::sync::Arc;
 
@@ -15,13 +17,14 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("lengths", 4),
         read("capacity_of", 4),
+        read("active_bits", 4),
         write("rows", 4),
         write("capacity", 4),
     ],
     variants: || vec![prelude()],
 };
 
-params! { tokens: u32, sequences: u32, has_capacity: u32 }
+params! { tokens: u32, sequences: u32, has_capacity: u32, has_active: u32, counts: u32 }
 
 /// Lanes of a workgroup, as in the WGSL.
 const WG: u64 = 32;
@@ -51,6 +54,17 @@ pub fn cpu(tokens: usize, offsets: &[u32], lengths: &[u32]) -> Vec<u32> {
         }
     }
     rows
+}
+
+/// The CPU twin where the caller says which tokens are `active`, `[ceil(tokens / 32)]`: those of them that
+/// are not padding.
+///
+/// # Panics
+///
+/// As [`cpu`], or if `active` is not `ceil(tokens / 32)` long.
+pub fn cpu_active(tokens: usize, offsets: &[u32], lengths: &[u32], active: &[u32]) -> Vec<u32> {
+    expect_len("active", active.len(), tokens.div_ceil(32));
+    cpu(tokens, offsets, lengths).iter().zip(active).map(|(row, active)| row & active).collect()
 }
 
 /// Sizes of one dispatch.
@@ -109,6 +123,25 @@ impl ActiveRows {
     /// Zero sequences, more than a software driver's loops can pass, or a slice that does not fit
     /// ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`ActiveRows::bind`], of a bit set `active`, `[ceil(tokens / 32)]` u32, read: the tokens that
+    /// are in it and not padding. A capacity takes a second dispatch, which counts them.
+    ///
+    /// # Errors
+    ///
+    /// As [`ActiveRows::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, active: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(active))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        active: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, sequences } = *dims;
         not_zero(&[("sequences", sequences)])?;
         // Lanes that run in step pass different sequences in turn: at most all before their first
@@ -125,15 +158,28 @@ impl ActiveRows {
             c.capacity_of.u32s("capacity_of", &[u64::from(tokens) + 1])?;
             c.capacity.u32s("capacity", &[1])?;
         }
+        if let Some(active) = active {
+            active.u32s("active", &[columns])?;
+            let counting = columns.div_ceil(WG) + WG;
+            check_loops(&self.ctx, "tokens", tokens, counting)?;
+        }
         let has_capacity = args.capacities.is_some().into();
         // The stand-in is written in the place of `capacity`: it cannot be bound a second time.
         let [capacity_of, capacity] = match args.capacities {
             Some(c) => [c.capacity_of, c.capacity],
             None => [args.lengths, self.ctx.nothing()],
         };
-        let slices = [args.offsets, args.lengths, capacity_of, args.rows, capacity];
-        let params = Params { tokens, sequences, has_capacity };
+        let has_active = active.is_some().into();
+        let active_tokens = active.unwrap_or(args.lengths);
+        let Args { offsets, lengths, rows, .. } = args;
+        let slices = [offsets, lengths, capacity_of, active_tokens, rows, capacity];
+        let params = Params { tokens, sequences, has_capacity, has_active, counts: 0 };
         let groups = (columns + 1).div_ceil(WG);
-        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
+        let mut step: BoundOp = self.kernel.dispatch(&self.ctx, &params, &slices, groups)?.into();
+        if active.is_some() && args.capacities.is_some() {
+            let params = Params { counts: 1, ..params };
+            step = step.then(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into());
+        }
+        Ok(step)
     }
 }

@@ -1,5 +1,5 @@
 //! Imports another router's choice into the bit set: the expert ids and gates of each token.
-use super::{few_experts, not_zero};
+use super::{few_experts, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::check_loops;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -16,6 +16,7 @@ pub const SPEC: Spec = Spec {
     bindings: &[
         read("ids", 4),
         read("weights", 4),
+        read("rows", 4),
         write("assigned", 4),
         write("gates", 4),
         write("ignored", 4),
@@ -23,7 +24,7 @@ pub const SPEC: Spec = Spec {
     variants: || vec![prelude()],
 };
 
-params! { tokens: u32, experts: u32, top: u32 }
+params! { tokens: u32, experts: u32, top: u32, has_rows: u32 }
 
 fn prelude() -> Prelude {
     Prelude::new("one lane a token").piece(piece!("common/grid"))
@@ -111,6 +112,25 @@ impl Assign {
     /// Zero experts or places, too many experts, on a software driver too many places, or a slice
     /// that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`Assign::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the ids of the others are left out, and not counted.
+    ///
+    /// # Errors
+    ///
+    /// As [`Assign::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts, experts_per_token: top } = *dims;
         few_experts(experts)?;
         not_zero(&[("experts_per_token", top)])?;
@@ -126,10 +146,12 @@ impl Assign {
         args.assigned.u32s("assigned", &[experts.into(), columns])?;
         args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
         args.ignored.u32s("ignored", &[columns])?;
-        let slices = [args.ids, args.weights, args.assigned, args.gates, args.ignored];
-        Ok(self
-            .kernel
-            .dispatch(&self.ctx, &Params { tokens, experts, top }, &slices, columns)?
-            .into())
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[columns])?;
+        }
+        let params = Params { tokens, experts, top, has_rows: rows.is_some().into() };
+        let rows = or_nothing(&self.ctx, rows);
+        let slices = [args.ids, args.weights, rows, args.assigned, args.gates, args.ignored];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, columns)?.into())
     }
 }

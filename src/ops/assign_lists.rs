@@ -1,5 +1,5 @@
 //! Imports another router's choice into the bit set: the tokens and gates of each expert.
-use super::few_experts;
+use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::{check_loops, offset_iterations};
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -17,6 +17,7 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("list", 4),
         read("weights", 4),
+        read("rows", 4),
         write("assigned", 4),
         write("gates", 4),
         write("ignored", 4),
@@ -24,7 +25,7 @@ pub const SPEC: Spec = Spec {
     variants: || vec![prelude()],
 };
 
-params! { tokens: u32, experts: u32, entries: u32 }
+params! { tokens: u32, experts: u32, entries: u32, has_rows: u32 }
 
 const LANES: u32 = 64;
 
@@ -123,6 +124,25 @@ impl AssignLists {
     /// Zero or too many experts, on a software driver too many tokens or entries, or a slice that
     /// does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`AssignLists::bind`], for the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): entries of the others are left out, and not counted.
+    ///
+    /// # Errors
+    ///
+    /// As [`AssignLists::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts, entries } = *dims;
         few_experts(experts)?;
         if tokens == 0 {
@@ -141,8 +161,12 @@ impl AssignLists {
         args.gates.f32s("gates", &[tokens.into(), experts.into()])?;
         args.ignored.u32s("ignored", &[experts.into()])?;
         let Args { offsets, list, weights, assigned, gates, ignored } = args;
-        let slices = [offsets, list, weights, assigned, gates, ignored];
-        let params = Params { tokens, experts, entries };
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
+        }
+        let params = Params { tokens, experts, entries, has_rows: rows.is_some().into() };
+        let rows = or_nothing(&self.ctx, rows);
+        let slices = [offsets, list, weights, rows, assigned, gates, ignored];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, experts.into())?.into())
     }
 }

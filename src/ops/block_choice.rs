@@ -21,6 +21,7 @@ pub const SPEC: Spec = Spec {
         read("voters", 4),
         read("experts_per_token", 4),
         read_uniform("refresh", 4),
+        read("rows", 4),
         write("assigned", 4),
         write("members", 4),
     ],
@@ -37,7 +38,7 @@ pub const SPEC: Spec = Spec {
 
 params! {
     tokens: u32, experts: u32, blocks: u32, own_top: u32, top: u32, group_count: u32, group_top: u32,
-    count: u32, mass: u32, has_voters: u32, has_tops: u32, has_refresh: u32,
+    count: u32, mass: u32, has_voters: u32, has_tops: u32, has_refresh: u32, has_rows: u32,
 }
 
 /// Most tokens: a column of the bit set.
@@ -270,6 +271,25 @@ impl BlockChoice {
     ///
     /// Zero or too many blocks, too many tokens, or a slice that does not fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`BlockChoice::bind`], for the tokens of a bit set `rows`, `[1]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others have no say and take no expert.
+    ///
+    /// # Errors
+    ///
+    /// As [`BlockChoice::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, blocks } = *dims;
         let experts = self.experts;
         not_zero(&[("blocks", blocks)])?;
@@ -306,12 +326,17 @@ impl BlockChoice {
             has_voters: args.voters.is_some().into(),
             has_tops: args.experts_per_token.is_some().into(),
             has_refresh: args.refresh.is_some().into(),
+            has_rows: rows.is_some().into(),
         };
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[1])?;
+        }
+        let rows = or_nothing(&self.ctx, rows);
         let voters = or_nothing(&self.ctx, args.voters);
         let tops = or_nothing(&self.ctx, args.experts_per_token);
         let refresh = or_nothing(&self.ctx, args.refresh);
         let Args { values, offsets, assigned, members, .. } = args;
-        let slices = [values, offsets, voters, tops, refresh, assigned, members];
+        let slices = [values, offsets, voters, tops, refresh, rows, assigned, members];
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

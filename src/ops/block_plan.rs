@@ -1,7 +1,8 @@
 //! The plan of up to 32 tokens in one dispatch: what [`plan_count`](super::plan_count),
 //! [`plan_scan`](super::plan_scan) and [`plan_fill`](super::plan_fill) do one after the other. Its CPU twin is
 //! [`HostPlan::cpu`](crate::plan::HostPlan::cpu), and for the gates [`plan_count::cpu`](super::plan_count::cpu).
-use super::plan_count::Gates;
+use super::plan_count::{Gates, Scales};
+use super::plan_scan::OfTokens;
 use super::{few_experts, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -16,9 +17,9 @@ pub const SPEC: Spec = Spec {
     bindings: &[
         read("assigned", 4),
         read("source", 4),
-        read("scale_by_count", 4),
-        read("scale_by_expert", 4),
         read("offsets", 4),
+        read("active_bits", 4),
+        read("experts_per_token", 4),
         write("gates", 4),
         write("plan", 4),
         write("stats", 4),
@@ -27,10 +28,10 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, has_scale_by_count: u32, has_scale_by_expert: u32, scale: f32,
+    tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, scale: f32,
     drop_count: u32, ignore_count: u32, range_count: u32, tile_rows: u32, skinny_rows: u32, expert_offsets: u32,
     token_offsets: u32, active_experts: u32, skinny_offsets: u32, skinny_items: u32, tile_offsets: u32, tile_items: u32,
-    ranks: u32, token_of: u32, gate_of: u32, slot_of: u32,
+    ranks: u32, token_of: u32, gate_of: u32, slot_of: u32, has_active: u32, most_experts: u32,
 }
 
 /// Most tokens: a column of the bit set.
@@ -57,7 +58,7 @@ fn prelude(target: Target) -> Prelude {
 pub struct Args<'a> {
     /// `[experts]` u32, read: the bit set.
     pub assigned: Slice<'a>,
-    /// Gates to make.
+    /// Gates to make, without [tables](super::plan_count::Scales).
     pub gates: Gates<'a>,
     /// `[n]` u32, read: offsets whose clamped ones are to be counted.
     pub offsets: Option<Slice<'a>>,
@@ -91,8 +92,23 @@ impl BlockPlan {
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens; or a slice that does not fit.
+    /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens, or for tables that scale
+    /// gates; or a slice that does not fit.
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_of(shape, args, OfTokens::default())
+    }
+
+    /// As [`BlockPlan::bind`], by what the batch says of its tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`BlockPlan::bind`].
+    pub fn bind_of(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        of_tokens: OfTokens<'_>,
+    ) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, tile_rows, skinny_rows, .. } = *shape;
         if tokens > MAX_TOKENS {
             return Err(Error::invalid("tokens", format!("{tokens}, at most {MAX_TOKENS}")));
@@ -106,7 +122,15 @@ impl BlockPlan {
         args.plan.u32s("plan", &[at.words.into()])?;
         args.stats.u32s("stats", &[8 + u64::from(experts)])?;
         args.gates.check(shape)?;
-        let scales = args.gates.scales;
+        of_tokens.check(tokens)?;
+        let Scales { scale_by_count, scale_by_expert } = args.gates.scales;
+        for (name, table) in
+            [("scale_by_count", scale_by_count), ("scale_by_expert", scale_by_expert)]
+        {
+            if table.is_some() {
+                return Err(Error::invalid(name, "the three kernels apart read it"));
+            }
+        }
         let params = Params {
             tokens,
             experts,
@@ -115,8 +139,6 @@ impl BlockPlan {
             routed_slots: shape.routed_slots,
             add_stats: args.add_stats.into(),
             rule: args.gates.rule.number(),
-            has_scale_by_count: scales.scale_by_count.is_some().into(),
-            has_scale_by_expert: scales.scale_by_expert.is_some().into(),
             scale: args.gates.scale,
             drop_count: 0,
             ignore_count: 0,
@@ -134,17 +156,19 @@ impl BlockPlan {
             token_of: at.token_of,
             gate_of: at.gate_of,
             slot_of: at.slot_of,
+            has_active: of_tokens.active.is_some().into(),
+            most_experts: of_tokens.asked.map_or(0, |asked| asked.most),
         };
-        let [scale_by_count, scale_by_expert, offsets] =
-            [scales.scale_by_count, scales.scale_by_expert, args.offsets]
-                .map(|s| or_nothing(&self.ctx, s));
+        let asked = of_tokens.asked.map(|asked| asked.experts_per_token);
+        let [offsets, active, tops] =
+            [args.offsets, of_tokens.active, asked].map(|s| or_nothing(&self.ctx, s));
         let gates = args.gates;
         let slices = [
             args.assigned,
             gates.source,
-            scale_by_count,
-            scale_by_expert,
             offsets,
+            active,
+            tops,
             gates.gates,
             args.plan,
             args.stats,

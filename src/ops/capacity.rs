@@ -19,21 +19,24 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("lengths", 4),
         read("steps", 8),
+        read("rows", 4),
         write("capacity_of", 4),
         write("k_of", 4),
     ],
     variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
-params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32 }
+params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, source: u32, steps: u32, has_rows: u32 }
 
 fn lanes(target: Target) -> u32 {
     if target == Target::Serial { 1 } else { 32 }
 }
 
-/// Iterations of one lane: the offsets, the bits of a quotient (32), the steps by halving (32).
-fn iterations(target: Target, sequences: u32) -> u64 {
-    offset_iterations(sequences, lanes(target)) + 64
+/// Iterations of one lane: the offsets, the bits of a quotient (32), the steps by halving (32), its
+/// share of `words` of rows.
+fn iterations(target: Target, sequences: u32, words: u32) -> u64 {
+    let lanes = lanes(target);
+    offset_iterations(sequences, lanes) + 64 + u64::from(words.div_ceil(lanes) + lanes)
 }
 
 fn prelude(variant: Variant) -> Prelude {
@@ -42,6 +45,7 @@ fn prelude(variant: Variant) -> Prelude {
         .constant("WG", wg)
         .piece(piece!("common/grid"))
         .piece(piece!("common/offsets"))
+        .piece(piece!("common/bits"))
 }
 
 /// Where the experts per token of each sequence come from, on the host.
@@ -160,17 +164,17 @@ impl Capacity {
     pub fn new(ctx: &Context) -> Result<Self> {
         let op = Self { ctx: ctx.clone() };
         for sequences in [1, u32::MAX] {
-            op.kernel(sequences)?;
+            op.kernel(sequences, 0)?;
         }
         Ok(op)
     }
 
-    /// The kernel for this many sequences, and the iterations of its loops.
-    fn kernel(&self, sequences: u32) -> Result<(Arc<Kernel>, u64)> {
+    /// The kernel for this many sequences and words of rows, and the iterations of its loops.
+    fn kernel(&self, sequences: u32, words: u32) -> Result<(Arc<Kernel>, u64)> {
         let few = self.ctx.variant();
-        let variant = few.within_loops(iterations(few.target, sequences));
+        let variant = few.within_loops(iterations(few.target, sequences, words));
         let kernel = self.ctx.kernel(&SPEC, prelude(variant))?;
-        Ok((kernel, iterations(variant.target, sequences)))
+        Ok((kernel, iterations(variant.target, sequences, words)))
     }
 
     /// Capacities of all sequences.
@@ -180,12 +184,36 @@ impl Capacity {
     /// Zero or too many experts, on a software driver too many sequences, or a slice that does not
     /// fit ([`Error`]).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`Capacity::bind`], of the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others do not count.
+    ///
+    /// # Errors
+    ///
+    /// As [`Capacity::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = *dims;
         few_experts(experts)?;
         if sequences == 0 {
             return Ok(BoundOp::default());
         }
-        let (kernel, iterations) = self.kernel(sequences)?;
+        let columns = tokens.div_ceil(32);
+        let words = if rows.is_some() { columns } else { 0 };
+        let (kernel, iterations) = self.kernel(sequences, words)?;
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[columns.into()])?;
+        }
         check_loops(&self.ctx, "sequences", sequences, iterations)?;
         let n = [u64::from(sequences)];
         // A stand-in of its own: the context's may stand for the lengths.
@@ -228,12 +256,14 @@ impl Capacity {
             source,
             steps: u32::try_from(steps.size / 8)
                 .map_err(|_| Error::invalid("steps", "too many"))?,
+            has_rows: rows.is_some().into(),
         };
         let slices = [
             mask,
             args.offsets,
             or_nothing(&self.ctx, args.lengths),
             steps,
+            or_nothing(&self.ctx, rows),
             args.capacity_of,
             args.k_of,
         ];

@@ -4,7 +4,7 @@ use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
-use crate::plan::HostPlan;
+use crate::plan::{HostPlan, bits};
 use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,7 +14,13 @@ pub const SPEC: Spec = Spec {
     name: "combine",
     body: include_str!("../../shaders/combine.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("y", 4), read("plan", 4), read("residual", 4), write("out", 4)],
+    bindings: &[
+        read("y", 4),
+        read("plan", 4),
+        read("active_bits", 4),
+        read("residual", 4),
+        write("out", 4),
+    ],
     variants: || {
         let widths = |float_type| match float_type {
             FloatType::F32 => [1, 4],
@@ -25,8 +31,9 @@ pub const SPEC: Spec = Spec {
 };
 
 params! {
-    tokens: u32, slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
-    slot_of: u32, gate_of: u32, weighted: u32, has_residual: u32,
+    tokens: u32, slots: u32, most_slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
+    slot_of: u32, gate_of: u32, first_slot: u32, continued: u32, summed: u32, has_active: u32, first_token: u32,
+    weighted: u32, has_residual: u32,
 }
 
 const WG: u32 = 64;
@@ -95,6 +102,31 @@ fn sum(
     out
 }
 
+/// The CPU twin where only the tokens of a bit set `active`, `[ceil(tokens / 32)]`, are combined: their rows
+/// of `out`, `[tokens, hidden]`, are replaced, or added to where `add`; the others stay as they are.
+///
+/// # Panics
+///
+/// As [`cpu`], or if `active` or `out` do not fit the plan's tokens.
+pub fn cpu_active(
+    plan: &HostPlan,
+    y: &[f32],
+    hidden: usize,
+    active: &[u32],
+    add: bool,
+    out: &mut [f32],
+) {
+    let residual = add.then(|| out.to_vec());
+    let all = cpu(plan, y, hidden, residual.as_deref());
+    expect_len("out", out.len(), all.len());
+    expect_len("active", active.len(), bits::columns(all.len() / hidden));
+    for (t, (out, row)) in out.chunks_mut(hidden).zip(all.chunks(hidden)).enumerate() {
+        if active[t / 32] >> (t % 32) & 1 == 1 {
+            out.copy_from_slice(row);
+        }
+    }
+}
+
 /// Buffers of one dispatch.
 #[derive(Clone, Debug)]
 pub struct Args<'a> {
@@ -112,6 +144,34 @@ pub struct Args<'a> {
     pub hidden: u32,
     /// Whether to add to what `out` holds (a residual) rather than to replace it.
     pub add: bool,
+}
+
+/// What `y` holds.
+#[derive(Clone, Debug)]
+pub(crate) enum Sums {
+    /// Rows of these slots. Where `continued`, `out` (f32) holds the sums of the slots before them, which
+    /// go on.
+    Slots { slots: Range<u32>, continued: bool },
+    /// The sums of these tokens, a row a token.
+    Ready,
+}
+
+/// What one dispatch combines.
+#[derive(Clone, Debug)]
+pub(crate) struct Part<'a> {
+    /// Tokens whose rows `out` is.
+    pub(crate) tokens: Range<u32>,
+    pub(crate) y: Sums,
+    /// `[ceil(tokens / 32)]` u32, of all tokens of the plan.
+    pub(crate) active: Option<Slice<'a>>,
+}
+
+impl<'a> Part<'a> {
+    /// All slots of all tokens. A shape of too many slots is an error of `bind`.
+    fn all(shape: &PlanShape, active: Option<Slice<'a>>) -> Self {
+        let slots = 0..shape.slots().unwrap_or(u32::MAX);
+        Self { tokens: 0..shape.tokens, y: Sums::Slots { slots, continued: false }, active }
+    }
 }
 
 /// The GPU kernel.
@@ -141,7 +201,22 @@ impl Combine {
     /// As [`PlanShape::sections`], columns outside the row, or a slice that does not fit ([`Error`]);
     /// [`Error::Device`] where wgpu refuses a kernel for f16 or bf16, which the first such `bind` compiles.
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
-        self.bind_tokens(shape, 0..shape.tokens, args)
+        self.bind_part(shape, args, Part::all(shape, None))
+    }
+
+    /// As [`Combine::bind`], for the tokens of a bit set `active`, `[ceil(tokens / 32)]` u32, read: rows of
+    /// the others stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`Combine::bind`].
+    pub fn bind_active(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        active: Slice<'_>,
+    ) -> Result<BoundOp> {
+        self.bind_part(shape, args, Part::all(shape, Some(active)))
     }
 
     /// Sums the slots of each token as they are, without gates, and with `residual` `[tokens, hidden]`
@@ -163,29 +238,36 @@ impl Combine {
                 return Err(Error::invalid("residual", reason));
             }
         }
-        self.bind_as(shape, 0..shape.tokens, (false, residual), args)
+        self.bind_as(shape, args, Part::all(shape, None), (false, residual))
     }
 
-    /// The same for some of the plan's tokens, whose rows alone are `args.out`.
-    pub(crate) fn bind_tokens(
+    /// The same for a part of the plan.
+    pub(crate) fn bind_part(
         &self,
         shape: &PlanShape,
-        of: Range<u32>,
         args: Args<'_>,
+        part: Part<'_>,
     ) -> Result<BoundOp> {
-        self.bind_as(shape, of, (true, None), args)
+        self.bind_as(shape, args, part, (true, None))
     }
 
     /// The same, with gates or without, perhaps with a residual.
     fn bind_as(
         &self,
         shape: &PlanShape,
-        of: Range<u32>,
-        (weighted, residual): (bool, Option<Slice<'_>>),
         args: Args<'_>,
+        part: Part<'_>,
+        (weighted, residual): (bool, Option<Slice<'_>>),
     ) -> Result<BoundOp> {
         let at = shape.sections()?;
-        let (tokens, slots, hidden) = (of.end - of.start, shape.slots()?, args.hidden);
+        let Part { tokens: of, y, active } = part;
+        let (tokens, hidden) = (of.end - of.start, args.hidden);
+        let (first_slot, slots, continued, summed) = match y {
+            Sums::Ready => (0, tokens, false, true),
+            Sums::Slots { slots, continued } => {
+                (slots.start, slots.end - slots.start, continued, false)
+            }
+        };
         let Range { start, end } = args.columns;
         not_zero(&[("hidden", hidden)])?;
         if start >= end || end > hidden {
@@ -195,6 +277,9 @@ impl Combine {
         args.y.f32s("y", &[slots.into(), columns.into()])?;
         args.plan.u32s("plan", &[at.words.into()])?;
         args.out.holds("out", tokens.into(), hidden.into())?;
+        if let Some(active) = active {
+            active.u32s("active", &[shape.tokens.div_ceil(32).into()])?;
+        }
         let multiples = |n: u32| [hidden, columns, start].iter().all(|v| v.is_multiple_of(n));
         let (kernel, vector) = match args.out.float_type {
             FloatType::F32 if multiples(4) => (self.vector.clone(), 4),
@@ -211,6 +296,7 @@ impl Combine {
         let params = Params {
             tokens,
             slots,
+            most_slots: shape.slots()?,
             vectors: columns / vector,
             out_vectors: hidden / vector,
             first_vector: start / vector,
@@ -218,11 +304,17 @@ impl Combine {
             token_offsets: at.token_offsets + of.start,
             slot_of: at.slot_of,
             gate_of: at.gate_of,
+            first_slot,
+            continued: continued.into(),
+            summed: summed.into(),
+            has_active: active.is_some().into(),
+            first_token: of.start,
             weighted: weighted.into(),
             has_residual: residual.is_some().into(),
         };
+        let [active_bits, residual] = [active, residual].map(|s| or_nothing(&self.ctx, s));
+        let slices = [args.y, args.plan, active_bits, residual, args.out.slice];
         let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
-        let slices = [args.y, args.plan, or_nothing(&self.ctx, residual), args.out.slice];
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

@@ -20,6 +20,7 @@ pub const SPEC: Spec = Spec {
         read("offsets", 8),
         read("lengths", 4),
         read("capacity", 4),
+        read("rows", 4),
         write("assigned", 4),
         write("dropped", 4),
     ],
@@ -42,7 +43,7 @@ pub const SERIAL: Spec = Spec {
     ..SPEC
 };
 
-params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32 }
+params! { tokens: u32, experts: u32, sequences: u32, has_lengths: u32, has_rows: u32 }
 
 /// Neighbouring experts of one workgroup, and lanes for each, of the layout for GPUs.
 const EXPERTS: u32 = 8;
@@ -302,6 +303,26 @@ impl ExpertChoice {
     ///
     /// Zero experts or sequences, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None)
+    }
+
+    /// As [`ExpertChoice::bind`], among the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are never chosen, and a capacity is clamped to
+    /// how many of a sequence there are.
+    ///
+    /// # Errors
+    ///
+    /// As [`ExpertChoice::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, Some(rows))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        dims: &Dims,
+        args: Args<'_>,
+        rows: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences } = *dims;
         not_zero(&[("experts", experts), ("sequences", sequences)])?;
         if tokens == 0 {
@@ -315,12 +336,15 @@ impl ExpertChoice {
         }
         args.capacity.u32s("capacity", &[sequences.into()])?;
         args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
-        let params =
-            Params { tokens, experts, sequences, has_lengths: u32::from(args.lengths.is_some()) };
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[columns.into()])?;
+        }
+        let (has_lengths, has_rows) = (args.lengths.is_some().into(), rows.is_some().into());
+        let params = Params { tokens, experts, sequences, has_lengths, has_rows };
+        let Args { values, offsets, capacity, assigned, .. } = args;
         // The stand-in cannot be bound twice where one binding is `read_write`, as that of `dropped` is.
-        let lengths = args.lengths.unwrap_or(args.capacity);
-        let slices =
-            [args.values, args.offsets, lengths, args.capacity, args.assigned, self.ctx.nothing()];
+        let [lengths, rows] = [args.lengths, rows].map(|slice| slice.unwrap_or(capacity));
+        let slices = [values, offsets, lengths, capacity, rows, assigned, self.ctx.nothing()];
         let mut step = BoundOp::default();
         for (kernel, tile) in self.kernels(*dims, false)? {
             let groups = u64::from(experts.div_ceil(tile)) * u64::from(sequences);
@@ -346,9 +370,9 @@ impl ExpertChoice {
         args.capacity.u32s("capacity", &[1])?;
         args.assigned.u32s("assigned", &[experts.into(), columns.into()])?;
         args.dropped.u32s("dropped", &[experts.into()])?;
-        let params = Params { tokens, experts, sequences: 1, has_lengths: 0 };
-        let slices =
-            [args.gates, args.offsets, args.capacity, args.capacity, args.assigned, args.dropped];
+        let params = Params { tokens, experts, sequences: 1, ..Params::default() };
+        let DropArgs { gates, offsets, capacity, assigned, dropped } = args;
+        let slices = [gates, offsets, capacity, capacity, capacity, assigned, dropped];
         let mut step = BoundOp::default();
         for (kernel, tile) in self.kernels(Dims { tokens, experts, sequences: 1 }, true)? {
             let groups = experts.div_ceil(tile).into();

@@ -10,7 +10,7 @@
 //! | from hidden states to values | [`logits`], [`scores`] |
 //! | from values to the choice, a [bit set](crate::plan::bits) | [`token_choice`], [`expert_choice`], [`sequence_top`]; [`coreset`] before [`token_choice`] for blocks, [`block_choice`] for both in one |
 //! | another router's choice | [`assign`] (ids of each token), [`assign_lists`] (tokens of each expert) |
-//! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding) |
+//! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding, and what is not active) |
 //! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
 //! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`], [`matmul_register`] and [`matmul_matrix`]; then [`combine`] |
 //! | training: the experts forwards | [`grouped_matmul`] by halves, which keeps the pre-activation; [`activation`] |
@@ -19,7 +19,7 @@
 //! | the backward pass | [`gates_backward`] (from gates to logits), [`combine`] again (sums of slots) |
 //! | losses | [`router_loss`] (router z and Switch), [`balance_loss`] (expert choice), [`cross_entropy`]; [`loss_sum`] makes one value of their terms |
 //! | once a step | [`bias_update`] (balance without a loss) |
-//! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights) |
+//! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights), [`coverage`] (how far a block's coreset holds what its tokens would take) |
 //!
 //! The CPU twin of an op is a function `cpu` of its module, and needs no device. [`reference`] has all
 //! of them in one place:
@@ -54,6 +54,7 @@ pub mod block_plan;
 pub mod capacity;
 pub mod combine;
 pub mod coreset;
+pub mod coverage;
 pub mod cross_entropy;
 pub mod expert_choice;
 pub mod expert_lists;
@@ -96,6 +97,7 @@ pub const SPECS: &[&Spec] = &[
     &assign::SPEC,
     &assign_lists::SPEC,
     &coreset::SPEC,
+    &coverage::SPEC,
     &sequence_top::SPEC,
     &plan_count::SPEC,
     &plan_scan::SPEC,

@@ -136,6 +136,11 @@ pub struct Gates<'a> {
 }
 
 impl Gates<'_> {
+    /// Whether a table scales them.
+    pub(crate) fn has_tables(&self) -> bool {
+        self.scales.scale_by_count.is_some() || self.scales.scale_by_expert.is_some()
+    }
+
     /// Errors for slices that do not fit.
     pub(crate) fn check(&self, shape: &PlanShape) -> Result<()> {
         let PlanShape { tokens, experts, .. } = *shape;

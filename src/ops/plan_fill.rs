@@ -1,5 +1,6 @@
 //! Last part of a plan: token and gate of each slot, slots of each token. Its CPU twin, with the other
 //! parts', is [`HostPlan::cpu`](crate::plan::HostPlan::cpu).
+use super::or_nothing;
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::{BoundOp, Context, PlanShape, Result, Slice, Target, Variant};
@@ -10,13 +11,13 @@ pub const SPEC: Spec = Spec {
     name: "plan_fill",
     body: include_str!("../../shaders/plan_fill.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("assigned", 4), read("gates", 4), write("plan", 4)],
+    bindings: &[read("assigned", 4), read("gates", 4), read("active_bits", 4), write("plan", 4)],
     variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
     tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, expert_offsets: u32, token_offsets: u32, ranks: u32,
-    token_of: u32, gate_of: u32, slot_of: u32,
+    token_of: u32, gate_of: u32, slot_of: u32, has_active: u32,
 }
 
 fn prelude(variant: Variant) -> Prelude {
@@ -63,6 +64,30 @@ impl PlanFill {
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_among(shape, args, None)
+    }
+
+    /// As [`PlanFill::bind`], where shared experts take the tokens of a bit set `active`,
+    /// `[ceil(tokens / 32)]` u32, read, alone: the same that [`plan_scan`](super::plan_scan) had.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanFill::bind`].
+    pub fn bind_active(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        active: Slice<'_>,
+    ) -> Result<BoundOp> {
+        self.bind_among(shape, args, Some(active))
+    }
+
+    pub(crate) fn bind_among(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        active: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
         let PlanShape { tokens, experts, shared_experts, .. } = *shape;
         let at = shape.sections()?;
         let columns = u64::from(tokens.div_ceil(32));
@@ -81,10 +106,13 @@ impl PlanFill {
             token_of: at.token_of,
             gate_of: at.gate_of,
             slot_of: at.slot_of,
+            has_active: active.is_some().into(),
         };
-        Ok(self
-            .kernel
-            .dispatch(&self.ctx, &params, &[args.assigned, args.gates, args.plan], columns)?
-            .into())
+        if let Some(active) = active {
+            active.u32s("active", &[columns])?;
+        }
+        let active = or_nothing(&self.ctx, active);
+        let slices = [args.assigned, args.gates, active, args.plan];
+        Ok(self.kernel.dispatch(&self.ctx, &params, &slices, columns)?.into())
     }
 }

@@ -12,21 +12,29 @@ pub const SPEC: Spec = Spec {
     name: "plan_scan",
     body: include_str!("../../shaders/plan_scan.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("lost", 4), read("offsets", 4), write("plan", 4), write("stats", 4)],
+    bindings: &[
+        read("lost", 4),
+        read("offsets", 4),
+        read("active_bits", 4),
+        read("experts_per_token", 4),
+        write("plan", 4),
+        write("stats", 4),
+    ],
     variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
 };
 
 params! {
     tokens: u32, experts: u32, shared_experts: u32, routed_slots: u32, add_stats: u32, drop_count: u32, ignore_count: u32, range_count: u32,
     tile_rows: u32, skinny_rows: u32, expert_offsets: u32, token_offsets: u32, active_experts: u32, skinny_offsets: u32,
-    skinny_items: u32, tile_offsets: u32, tile_items: u32,
+    skinny_items: u32, tile_offsets: u32, tile_items: u32, ranks: u32, has_active: u32, most_experts: u32,
 }
 
 fn lanes(target: Target) -> u32 {
     if target == Target::Serial { 32 } else { 256 }
 }
 
-/// Iterations of one lane: its experts three times and their items, its tokens twice, lost, offsets, and three prefix sums.
+/// Iterations of one lane: its experts three times and their items, its tokens thrice, its words of active
+/// ones twice, lost, offsets, and four prefix sums.
 fn iterations(target: Target, params: &Params) -> u64 {
     let share = |n: u32| u64::from(n.div_ceil(lanes(target)));
     let experts = share(params.experts + params.shared_experts);
@@ -36,8 +44,17 @@ fn iterations(target: Target, params: &Params) -> u64 {
     let rows = slots.min(experts * u64::from(params.tokens));
     let items = rows / u64::from(params.tile_rows.max(1)) + experts;
     let lost = share(params.drop_count.saturating_add(params.ignore_count));
-    let sums = 3 * u64::from(lanes(target).ilog2());
-    3 * experts + items + 2 * share(params.tokens) + lost + share(params.range_count) + sums
+    let sums = 4 * u64::from(lanes(target).ilog2());
+    let active = 2 * u64::from(params.has_active) * share(params.tokens.div_ceil(32));
+    let numbers = u64::from(params.most_experts.min(1)) * share(params.tokens);
+    3 * experts
+        + items
+        + 2 * share(params.tokens)
+        + active
+        + numbers
+        + lost
+        + share(params.range_count)
+        + sums
 }
 
 fn prelude(variant: Variant) -> Prelude {
@@ -57,6 +74,39 @@ pub struct Lost<'a> {
     pub dropped: u32,
     /// How many count ignored ids: [`assign`](super::assign)'s `[ceil(tokens / 32)]`, or 0.
     pub ignored: u32,
+}
+
+/// Numbers of experts that tokens ask for, of which too large ones are counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// `[tokens]` u32, read.
+    pub experts_per_token: Slice<'a>,
+    /// K: what a larger one is taken for; not 0.
+    pub most: u32,
+}
+
+/// What a batch says of its tokens beside the choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OfTokens<'a> {
+    /// `[ceil(tokens / 32)]` u32, read: shared experts take these tokens alone, and only these are
+    /// counted where no expert took them; all where absent. [`plan_fill`](super::plan_fill) must have
+    /// the same.
+    pub active: Option<Slice<'a>>,
+    /// Numbers of experts to look at.
+    pub asked: Option<Asked<'a>>,
+}
+
+impl OfTokens<'_> {
+    /// Errors for slices that do not fit.
+    pub(super) fn check(&self, tokens: u32) -> Result<()> {
+        if let Some(active) = self.active {
+            active.u32s("active", &[tokens.div_ceil(32).into()])?;
+        }
+        if let Some(asked) = self.asked {
+            asked.experts_per_token.u32s("experts_per_token", &[tokens.into()])?;
+        }
+        Ok(())
+    }
 }
 
 /// Buffers of one dispatch.
@@ -106,7 +156,22 @@ impl PlanScan {
     ///
     /// As [`PlanShape::sections`], or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
+        self.bind_of(shape, args, OfTokens::default())
+    }
+
+    /// As [`PlanScan::bind`], by what the batch says of its tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanScan::bind`].
+    pub fn bind_of(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        of_tokens: OfTokens<'_>,
+    ) -> Result<BoundOp> {
         let at = shape.sections()?;
+        of_tokens.check(shape.tokens)?;
         shape.slots()?;
         args.plan.u32s("plan", &[at.words.into()])?;
         args.stats.u32s("stats", &[8 + u64::from(shape.experts)])?;
@@ -131,9 +196,18 @@ impl PlanScan {
             skinny_items: at.skinny_items,
             tile_offsets: at.tile_offsets,
             tile_items: at.tile_items,
+            ranks: at.ranks,
+            has_active: of_tokens.active.is_some().into(),
+            most_experts: of_tokens.asked.map_or(0, |asked| asked.most),
         };
-        let lost = or_nothing(&self.ctx, args.lost.map(|l| l.counts));
-        let slices = [lost, or_nothing(&self.ctx, args.offsets), args.plan, args.stats];
+        let optional = [
+            args.lost.map(|l| l.counts),
+            args.offsets,
+            of_tokens.active,
+            of_tokens.asked.map(|asked| asked.experts_per_token),
+        ];
+        let [lost, offsets, active, tops] = optional.map(|slice| or_nothing(&self.ctx, slice));
+        let slices = [lost, offsets, active, tops, args.plan, args.stats];
         let few = self.ctx.variant().for_tokens(shape.tokens);
         let variant = few.within_loops(iterations(few.target, &params));
         check_loops(&self.ctx, "tokens", shape.tokens, iterations(variant.target, &params))?;

@@ -20,6 +20,7 @@ pub const SPEC: Spec = Spec {
         read("values", 4),
         read("offsets", 8),
         read("lengths", 4),
+        read("rows", 4),
         write("counts", 4),
         write("assigned", 4),
     ],
@@ -28,7 +29,7 @@ pub const SPEC: Spec = Spec {
 
 params! {
     tokens: u32, experts: u32, sequences: u32, top: u32, tile: u32, tiles: u32, round: u32,
-    has_lengths: u32,
+    has_lengths: u32, has_rows: u32,
 }
 
 fn lanes(target: Target) -> u32 {
@@ -64,7 +65,8 @@ const PAIRS: u32 = (LOOP_ITERATIONS as u32).div_ceil(4);
 fn iterations(lanes: u32, dims: Dims, tile: u32) -> u64 {
     let tiles = u64::from(dims.tokens.div_ceil(tile));
     let stretch = u64::from(256 / lanes);
-    let counts = 4 * (2 * stretch + stretch * tiles + u64::from(lanes));
+    // The first of them once more where only some tokens take part.
+    let counts = 4 * (2 * stretch + stretch * tiles + u64::from(lanes)) + u64::from(lanes);
     let experts = u64::from(dims.experts.div_ceil(lanes));
     let words = u64::from(tile.div_ceil(32)) + 1;
     let chunks = u64::from(dims.experts.div_ceil(32));
@@ -147,7 +149,7 @@ impl SequenceTop {
     /// software driver too many tokens or sequences, or a slice that does not fit
     /// ([`Error`](crate::Error)).
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
-        self.bind_among(dims, args, None)
+        self.bind_among(dims, args, None, None)
     }
 
     /// As [`SequenceTop::bind`], for the first tokens of each sequence: `lengths`, `[sequences]`
@@ -157,7 +159,17 @@ impl SequenceTop {
     ///
     /// As [`SequenceTop::bind`].
     pub fn bind_padded(&self, dims: &Dims, args: Args<'_>, lengths: Slice<'_>) -> Result<BoundOp> {
-        self.bind_among(dims, args, Some(lengths))
+        self.bind_among(dims, args, Some(lengths), None)
+    }
+
+    /// As [`SequenceTop::bind`], among the tokens of a bit set `rows`, `[ceil(tokens / 32)]` u32, read
+    /// ([`active_rows`](super::active_rows)): the others are never chosen, and do not count.
+    ///
+    /// # Errors
+    ///
+    /// As [`SequenceTop::bind`].
+    pub fn bind_active(&self, dims: &Dims, args: Args<'_>, rows: Slice<'_>) -> Result<BoundOp> {
+        self.bind_among(dims, args, None, Some(rows))
     }
 
     pub(crate) fn bind_among(
@@ -165,6 +177,7 @@ impl SequenceTop {
         dims: &Dims,
         args: Args<'_>,
         lengths: Option<Slice<'_>>,
+        rows: Option<Slice<'_>>,
     ) -> Result<BoundOp> {
         let Dims { tokens, experts, sequences, experts_per_token: top } = *dims;
         check::sequence_top(experts, top)?;
@@ -178,8 +191,11 @@ impl SequenceTop {
         if let Some(lengths) = lengths {
             lengths.u32s("lengths", &[sequences.into()])?;
         }
-        let has_lengths = lengths.is_some().into();
-        let lengths = or_nothing(&self.ctx, lengths);
+        if let Some(rows) = rows {
+            rows.u32s("rows", &[tokens.div_ceil(32).into()])?;
+        }
+        let (has_lengths, has_rows) = (lengths.is_some().into(), rows.is_some().into());
+        let [lengths, rows] = [lengths, rows].map(|slice| or_nothing(&self.ctx, slice));
         let lanes = lanes(self.ctx.variant().target);
         let tile = tile(tokens, experts, lanes);
         let (name, most) =
@@ -190,9 +206,19 @@ impl SequenceTop {
         let counts = self.ctx.scratch("counts", 4 * pieces * 256 * 4)?;
         let mut step = BoundOp::default();
         for round in 0..5 {
-            let params =
-                Params { tokens, experts, sequences, top, tile, tiles, round, has_lengths };
-            let slices = [args.values, args.offsets, lengths, (&counts).into(), args.assigned];
+            let params = Params {
+                tokens,
+                experts,
+                sequences,
+                top,
+                tile,
+                tiles,
+                round,
+                has_lengths,
+                has_rows,
+            };
+            let Args { values, offsets, assigned } = args;
+            let slices = [values, offsets, lengths, rows, (&counts).into(), assigned];
             step = step.then(self.kernel.dispatch(&self.ctx, &params, &slices, pieces)?.into());
         }
         Ok(step)

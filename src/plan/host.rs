@@ -79,16 +79,33 @@ impl HostPlan {
     /// If the shape has 0 `tile_rows`, if `assigned` is not `experts * ceil(tokens / 32)` long, or
     /// if `gates` are not `tokens * experts`; the message names the argument.
     pub fn cpu(shape: &PlanShape, assigned: &[u32], gates: &[f32]) -> Self {
+        Self::cpu_active(
+            shape,
+            assigned,
+            gates,
+            &vec![u32::MAX; bits::columns(shape.tokens as usize)],
+        )
+    }
+
+    /// The same where shared experts take the tokens of a bit set `active`, `[ceil(tokens / 32)]`, alone.
+    ///
+    /// # Panics
+    ///
+    /// As [`HostPlan::cpu`], or if `active` is not `ceil(tokens / 32)` long.
+    pub fn cpu_active(shape: &PlanShape, assigned: &[u32], gates: &[f32], active: &[u32]) -> Self {
         let (tokens, experts) = (shape.tokens as usize, shape.experts as usize);
         expect_some("tile_rows", shape.tile_rows as usize);
         expect_len("assigned", assigned.len(), experts * bits::columns(tokens));
         expect_len("gates", gates.len(), tokens * experts);
+        expect_len("active", active.len(), bits::columns(tokens));
+        let shared: Vec<usize> =
+            (0..tokens).filter(|t| active[t / 32] >> (t % 32) & 1 == 1).collect();
         let mut plan = Self::empty();
         let mut slots_of_token = vec![vec![]; tokens];
         for e in 0..experts + shape.shared_experts as usize {
             let routed = e < experts;
             let mut of_expert: Vec<usize> =
-                if routed { bits::tokens_of(assigned, tokens, e) } else { (0..tokens).collect() };
+                if routed { bits::tokens_of(assigned, tokens, e) } else { shared.clone() };
             let first = plan.token_of.len();
             if routed {
                 // Past the bound, slots are cut.

@@ -11,7 +11,7 @@
 //! | `active` | E | routed experts that have a slot, ascending |
 //! | `skinny_offsets`, `tile_offsets` | X + 1 each | first item of each expert |
 //! | `skinny_items`, `tile_items` | 2 each | (expert, first slot) of each item |
-//! | `ranks` | E x ceil(T / 32) | slots of an expert below each word of its bits |
+//! | `ranks` | E x ceil(T / 32) | slots of an expert below each word of its bits; one row more where there are shared experts, for tokens that are active |
 //! | `token_of`, `gate_of` | S each | token, gate (f32 bits) of each slot |
 //! | `slot_of` | S | slots of each token: routed experts ascending, then shared |
 //!
@@ -37,7 +37,7 @@
 //! # Slots
 //!
 //! Slots are ordered by expert, and an expert's by token. Shared experts follow the routed ones:
-//! each takes every token.
+//! each takes every token, or every active one ([`Batch::active`](crate::layer::Batch::active)).
 //!
 //! A plan has room for [`PlanShape::routed_slots`] routed slots. Where more pairs are assigned, the
 //! last ones in that order are cut: the highest experts lose their tokens first, and of the one
@@ -179,6 +179,7 @@ impl PlanShape {
         let (e, x, t) =
             (u64::from(self.experts), u64::from(self.all_experts()), u64::from(self.tokens));
         let s = u64::from(self.slots()?);
+        let own_row = u64::from(self.shared_experts.min(1));
         let mut at = 8u64;
         let mut section = |words: u64| {
             let first = at;
@@ -194,7 +195,7 @@ impl PlanShape {
             tile_offsets: section(x + 1)?,
             skinny_items: section(2 * u64::from(self.skinny()?))?,
             tile_items: section(2 * u64::from(self.tiles()?))?,
-            ranks: section(bytes_of("tokens", &[e, t.div_ceil(32)], 1)?)?,
+            ranks: section(bytes_of("tokens", &[e + own_row, t.div_ceil(32)], 1)?)?,
             token_of: section(s)?,
             gate_of: section(s)?,
             slot_of: section(s)?,

@@ -22,10 +22,12 @@ pub struct Stats {
     pub dropped: u32,
     /// Ids of another router that were out of range or repeated.
     pub ignored: u32,
-    /// Tokens that no expert took. A token whose slots are all cut was taken.
+    /// Active tokens that no expert took, padding among them. A token whose slots are all cut was taken.
     pub untouched: u32,
     /// Offsets of blocks or sequences that exceed the tokens or are below the offset just before, as
-    /// the caller gave them: after 0, 40, 30, 35 only the 30 counts, though 35 is clamped to 40 too.
+    /// the caller gave them: after 0, 40, 30, 35 only the 30 counts, though 35 is clamped to 40 too. Also
+    /// active tokens that ask for more experts than the rule's K
+    /// ([`Batch::experts_per_token`](crate::layer::Batch::experts_per_token)).
     pub clamped: u32,
     /// Pairs past the plan's bound ([`PlanShape::routed_slots`](crate::PlanShape::routed_slots)).
     pub cut: u32,

@@ -198,6 +198,35 @@ impl<'a> MatrixView<'a> {
         self.weight_type.run(Get(self, row, column))
     }
 
+    /// All values of a row, widened exactly.
+    #[cfg_attr(
+        not(feature = "cpu-experts"),
+        expect(dead_code, reason = "read by the host's experts")
+    )]
+    pub(crate) fn widen_row(&self, row: usize, values: &mut [f32]) {
+        struct Row<'a>(&'a MatrixView<'a>, usize, &'a mut [f32]);
+        impl ForFormat for Row<'_> {
+            type Output = ();
+            fn run<F: Format>(self) {
+                let Self(matrix, row, values) = self;
+                let blocks = matrix.blocks::<F>(row, 0..values.len().div_ceil(F::VALUES));
+                let mut whole = values.chunks_exact_mut(F::VALUES);
+                let mut left = blocks.iter();
+                for (values, block) in (&mut whole).zip(&mut left) {
+                    F::widen(block, values);
+                }
+                let rest = whole.into_remainder();
+                if !rest.is_empty() {
+                    let mut last = vec![0.0; F::VALUES];
+                    F::widen(&blocks[blocks.len() - 1], &mut last);
+                    rest.copy_from_slice(&last[..rest.len()]);
+                }
+            }
+        }
+        assert!(row < self.shape[0] && values.len() == self.shape[1], "row {row}");
+        self.weight_type.run(Row(self, row, values));
+    }
+
     /// Some blocks of a row.
     pub(super) fn blocks<S: Format>(
         &self,

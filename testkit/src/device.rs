@@ -27,15 +27,24 @@ fn opened() -> &'static Result<(wgpu::Adapter, Gpu), wgmoe::Error> {
     GPU.get_or_init(|| {
         pollster::block_on(async {
             let adapter = Gpu::choose(None).await?;
-            // wgpu 30 offers the units on lavapipe with subgroups of 2 and 4 too, and then panics.
-            let gpu = if adapter.get_info().subgroup_min_size < 8 {
-                Gpu::from_adapter(&adapter).await?
-            } else {
-                Gpu::with_matrix_units(&adapter, experimental()).await?
-            };
+            let gpu = with_matrix_units(&adapter).await?;
             Ok((adapter, gpu))
         })
     })
+}
+
+/// A device with matrix units, where the adapter has some that work.
+///
+/// # Errors
+///
+/// As [`Gpu::from_adapter`].
+pub async fn with_matrix_units(adapter: &wgpu::Adapter) -> wgmoe::Result<Gpu> {
+    // wgpu 30 offers the units on lavapipe with subgroups of 2 and 4 too, and then panics.
+    if adapter.get_info().subgroup_min_size < 8 {
+        Gpu::from_adapter(adapter).await
+    } else {
+        Gpu::with_matrix_units(adapter, experimental()).await
+    }
 }
 
 /// The adapter of the GPU of the test run.

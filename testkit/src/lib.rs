@@ -10,6 +10,7 @@ pub mod golden;
 #[cfg(not(target_family = "wasm"))]
 pub mod house;
 pub mod layer;
+pub mod oracle;
 #[cfg(not(target_family = "wasm"))]
 pub mod program;
 pub mod rules;

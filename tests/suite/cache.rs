@@ -11,23 +11,29 @@ use wgmoe::{
     Context, Error, ExpertWeights, Gpu, MoeLayer, Result, Slice, Variant, WeightType, wgpu,
 };
 
-const E: u32 = 20;
-const D: usize = 64;
+pub(crate) const E: u32 = 20;
+pub(crate) const D: usize = 64;
 
-fn config(routing: Routing) -> LayerConfig {
+pub(crate) fn config(routing: Routing) -> LayerConfig {
     LayerConfig::new(D as u32, 40, E, routing).with_shared_experts(1)
 }
 
-const TOKEN_CHOICE: TokenChoice = TokenChoice::new(2).with_score(Score::Sigmoid).with_scale(2.5);
+pub(crate) const TOKEN_CHOICE: TokenChoice =
+    TokenChoice::new(2).with_score(Score::Sigmoid).with_scale(2.5);
 
 /// Budget for this many routed experts, and not a byte more.
-fn budget(config: &LayerConfig, experts: u64) -> u64 {
+pub(crate) fn budget(config: &LayerConfig, experts: u64) -> u64 {
     let shape = config.expert_shape(WeightType::Bf16);
     (experts + u64::from(config.shared_experts)) * shape.device_bytes()
         + 4 * u64::from(shape.experts)
 }
 
-fn cached(gpu: &Gpu, ctx: &Context, host: &Arc<HostLayer>, options: CacheOptions) -> CachedLayer {
+pub(crate) fn cached(
+    gpu: &Gpu,
+    ctx: &Context,
+    host: &Arc<HostLayer>,
+    options: CacheOptions,
+) -> CachedLayer {
     let router = host.router(ctx).unwrap();
     CachedLayer::new(ctx, &gpu.queue, host.config, router, host.clone(), options).unwrap()
 }
@@ -154,28 +160,32 @@ fn options(budget: u64) -> CacheOptions {
 }
 
 /// A layer of which each token's hidden state says which two experts it takes.
-struct Scripted {
+pub(crate) struct Scripted {
     gpu: Gpu,
-    layer: CachedLayer,
+    pub(crate) layer: CachedLayer,
     hidden: Output,
     out: Output,
 }
 
 impl Scripted {
     fn new(gpu: &Gpu, ctx: &Context, experts: u64) -> Self {
+        let config = config(Routing::TokenChoice(TOKEN_CHOICE));
+        Self::with(gpu, ctx, options(budget(&config, experts)))
+    }
+
+    pub(crate) fn with(gpu: &Gpu, ctx: &Context, options: CacheOptions) -> Self {
         let host = HostLayer::scripted(config(Routing::TokenChoice(TOKEN_CHOICE)));
-        let options = options(budget(&host.config, experts));
         let layer = cached(gpu, ctx, &Arc::new(host), options);
         let [hidden, out] = [0; 2].map(|_| Output::f32s(gpu, 2 * D));
         Self { gpu: gpu.clone(), layer, hidden, out }
     }
 
-    fn bind(&self) -> BoundCached {
+    pub(crate) fn bind(&self) -> BoundCached {
         self.layer.bind(&Batch::new(self.hidden.slice(), 2).into_out(self.out.slice())).unwrap()
     }
 
     /// Runs a step whose two tokens take these experts; what it did.
-    fn run(&mut self, step: &mut BoundCached, experts: [[u32; 2]; 2]) -> CacheStats {
+    pub(crate) fn run(&mut self, step: &mut BoundCached, experts: [[u32; 2]; 2]) -> CacheStats {
         let mut x = random(9, 2 * D);
         for (row, experts) in x.chunks_exact_mut(D).zip(experts) {
             for e in 0..E {

@@ -397,6 +397,13 @@ fn routers_and_cached_layers_load() {
     cached.run(&gpu.queue, &mut step).expect("run");
     let [want, got] = outs.map(|out| gpu.download::<u32>(&out).expect("read back"));
     assert_same(&got, &want, "out");
+
+    let all = 0..checkpoint.config().layers;
+    let with_experts = all.clone().filter(|&layer| !checkpoint.config().is_dense(layer)).count();
+    let options = CacheOptions::new(with_experts as u64 * budget);
+    let model = checkpoint.load_cached_model(&ctx, &gpu.queue, all, options).expect("loaded");
+    let capacities: Vec<usize> = model.layers().iter().map(|l| l.cache().capacity()).collect();
+    assert_eq!(capacities, vec![4; with_experts]);
 }
 
 #[test]

@@ -100,6 +100,39 @@ fn each_token_takes_its_first() {
     }
 }
 
+/// Numbers above K are K, and counted where the token is active.
+#[test]
+fn more_than_there_may_be_is_counted() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu).into_iter().filter(|ctx| !ctx.variant().subgroups) {
+        for routing in rules().into_iter().take(4) {
+            for tokens in [20, 70] {
+                let host = HostLayer::new(LayerConfig::new(D, 16, E, routing));
+                let op = MoeRouting::new(&ctx, host.config, host.router(&ctx).unwrap()).unwrap();
+                let hidden = gpu.upload(&random(3, tokens * D as usize));
+                let mut tops = numbers(tokens, K);
+                tops[tokens - 1] = u32::MAX;
+                let active: Vec<u32> = vec![0x00ff_ffff; tokens.div_ceil(32)];
+                let [own, bits_of] = [&tops, &active].map(|words| gpu.upload(words));
+                let batch = Batch::new(&hidden, tokens as u32).with_experts_per_token(&own);
+                let clamped = |batch: Batch<'_>| {
+                    let bound = op.bind(&batch).unwrap();
+                    gpu.run_layer(&bound).unwrap();
+                    let words: Vec<u32> = gpu.download(bound.stats()).unwrap();
+                    Stats::from_words(&words).unwrap().clamped
+                };
+                let above = |t: &usize| tops[*t] > K;
+                let all = (0..tokens).filter(above).count() as u32;
+                let what = format!("{} {routing:?} T {tokens}", variant_name(&ctx));
+                assert!(all > 1, "{what}");
+                assert_eq!(clamped(batch), all, "{what}");
+                let some = (0..tokens).filter(|t| t % 32 < 24).filter(above).count() as u32;
+                assert_eq!(clamped(batch.with_active(&bits_of)), some, "{what}, active");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_layer_of_few_experts() {
     let Some(gpu) = gpu() else { return };

@@ -120,6 +120,42 @@ fn blocks_keep_elect_and_take_what_they_are_given() {
     }
 }
 
+/// A layer inside coresets that it elected, and one inside the same coresets, given: the same bits.
+#[test]
+fn kept_is_given() {
+    let Some(gpu) = gpu() else { return };
+    for offsets in [&[0, 10, 21, 32][..], &[0, 32, 50, 70]] {
+        for ctx in contexts(&gpu).into_iter().filter(|ctx| !ctx.variant().subgroups) {
+            for rule in every_block_rule(E, K) {
+                let config = LayerConfig::new(D, 16, E, routing(rule)).with_shared_experts(1);
+                let host = HostLayer::new(config).with_bias();
+                let layer = host.layer(&ctx, &gpu.queue).unwrap();
+                let (tokens, count) = (offsets[offsets.len() - 1], offsets.len() as u32 - 1);
+                let at = gpu.upload(offsets);
+                let hidden = gpu.upload(&random(8, (tokens * D) as usize));
+                let run = |coresets: &Output, refresh: u32| {
+                    let refresh = gpu.upload(&vec![refresh; count as usize]);
+                    let blocks = Blocks::new(count, &at).with_kept(coresets.slice(), &refresh);
+                    let out = Output::f32s(&gpu, (tokens * D) as usize);
+                    let batch = Batch::new(&hidden, tokens).with_blocks(blocks);
+                    let bound = layer.bind(&batch.into_out(out.slice())).unwrap();
+                    gpu.run_layer(&bound).unwrap();
+                    exact(&out.get::<f32>(&gpu))
+                };
+                let poison = vec![0xa5a5_a5a5_u32; count as usize * WORDS];
+                let elected = Output::holding(&gpu, &poison);
+                let want = run(&elected, 1);
+                let what = format!("{} {rule:?} {offsets:?}", variant_name(&ctx));
+                assert_same(&run(&elected, 0), &want, &format!("{what}: kept"));
+                let given = Output::holding(&gpu, &elected.get::<u32>(&gpu));
+                assert_same(&run(&given, 0), &want, &format!("{what}: given"));
+                let other = Output::holding(&gpu, &poison);
+                assert!(run(&other, 0) != want, "{what}: another coreset is heard");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_does_not_fit() {
     let Some(gpu) = gpu() else { return };

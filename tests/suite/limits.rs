@@ -18,7 +18,7 @@ fn config(hidden: u32, routing: Routing) -> LayerConfig {
 }
 
 /// A device of the same adapter whose storage bindings hold no more than `bytes`.
-fn small(gpu: &Gpu, bytes: u64) -> Gpu {
+pub(super) fn small(gpu: &Gpu, bytes: u64) -> Gpu {
     let all = pollster::block_on(Gpu::adapters());
     let same = |a: &&wgpu::Adapter| a.get_info() == gpu.info;
     let adapter = all.iter().find(same).expect("the adapter that was there before");

@@ -51,7 +51,7 @@ struct Case {
     weight_type: WeightType,
     /// `[HIDDEN, INTERMEDIATE]`, before it is stored.
     weights: Vec<f32>,
-    /// `[TOKENS, INTERMEDIATE]`.
+    /// `[rows, INTERMEDIATE]`; [`TOKENS`] of them unless cut short.
     x: Vec<f32>,
 }
 
@@ -79,21 +79,22 @@ impl Case {
     }
 
     fn run(&self, gpu: &Gpu, ctx: &Context) -> Vec<f32> {
-        let mut assigned = bits::empty(TOKENS, 1);
-        (0..TOKENS).for_each(|t| bits::set(&mut assigned, TOKENS, 0, t));
-        let made = plan(gpu, ctx, [TOKENS as u32, 1], &[0.0; TOKENS], &assigned).unwrap();
+        let rows = self.x.len() / INTERMEDIATE;
+        let mut assigned = bits::empty(rows, 1);
+        (0..rows).for_each(|t| bits::set(&mut assigned, rows, 0, t));
+        let made = plan(gpu, ctx, [rows as u32, 1], &vec![0.0; rows], &assigned).unwrap();
         let weights = ExpertWeights::new(ctx, self.shape()).unwrap();
         let down = HostWeights::F32(&self.weights);
         weights.write(&gpu.queue, 0, Projection::Down, down).unwrap();
         let x = gpu.upload(&self.x);
-        let out = Output::f32s(gpu, TOKENS * HIDDEN);
+        let out = Output::f32s(gpu, rows * HIDDEN);
         let args = Args {
             x: Rows::Slots((&x).into()),
             plan: (&made.plan).into(),
             weights: &weights,
             places: None,
             out: out.slice().into(),
-            slots: 0..TOKENS as u32,
+            slots: 0..rows as u32,
             columns: 0..HIDDEN as u32,
         };
         let op = GroupedMatmul::new(ctx, &self.shape(), Stage::Down).unwrap();
@@ -246,6 +247,25 @@ fn no_row_changes_for_another() {
         }
     }
     assert!(same > 0 && others > 100, "{same}, {others}");
+}
+
+/// Nor on how many rows their item has: those of half a tile and less are shared out otherwise.
+#[test]
+fn no_row_changes_with_the_rows_of_its_item() {
+    let Some(gpu) = gpu() else { return };
+    let Some([full, half]) = precise(&gpu) else { return };
+    // Q8_0 is cut in two, bf16 is not.
+    for weight_type in [WeightType::Bf16, WeightType::Q8_0] {
+        let case = Case::new(weight_type, |_, _, v| v);
+        for ctx in [&full, &half] {
+            let whole = case.run(&gpu, ctx);
+            for rows in [9, 16, 17, 31, 32, 33, 48, 49, 63, 64] {
+                let x = case.x[..rows * INTERMEDIATE].to_vec();
+                let part = Case { x, weights: case.weights.clone(), ..case }.run(&gpu, ctx);
+                assert_eq!(part, whole[..rows * HIDDEN], "{rows} rows, {}", ctx.matrix());
+            }
+        }
+    }
 }
 
 /// Gate and up of rows that overflow f16, through the activation.

@@ -173,6 +173,15 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 add_stats: false,
             },
         )?,
+        coverage::Coverage::new(ctx)?.bind(
+            &coverage::Dims { tokens, experts, blocks: 2 },
+            coverage::Args {
+                own_choice: bits(0),
+                members: words(&b[1], 2 * e.div_ceil(32)),
+                offsets: words(&b[2], 3),
+                coverage: words(&b[3], 4),
+            },
+        )?,
         active_rows::ActiveRows::new(ctx)?.bind(
             &active_rows::Dims { tokens, sequences: 2 },
             active_rows::Args {

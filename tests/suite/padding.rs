@@ -178,7 +178,7 @@ fn twin(host: &HostLayer, case: &Case, selection: &[Vec<f32>; 3]) -> HostRouting
         offsets,
         voters: voters.as_deref(),
     });
-    let batch = HostBatch { experts_per_token: None, sequences: Some(sequences), blocks };
+    let batch = HostBatch { sequences: Some(sequences), blocks, ..HostBatch::default() };
     host.routing(batch, selection.each_ref().map(Vec::as_slice))
 }
 

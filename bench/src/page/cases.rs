@@ -80,6 +80,7 @@ fn limit(by: BoundBy) -> &'static str {
     match by {
         BoundBy::Memory => "memory",
         BoundBy::Compute => "arithmetic",
+        BoundBy::Matrix => "matrix units",
         BoundBy::Dispatch => "dispatch",
     }
 }

@@ -8,20 +8,25 @@ use maud::{Markup, html};
 /// A row: what it says, and the text of a device.
 type Row = (&'static str, fn(&Device<'_>) -> String);
 
-const ABOUT: [Row; 6] = [
+const ABOUT: [Row; 7] = [
     ("backend", |d| d.adapter.backend.clone()),
     ("type", |d| kind_name(&d.adapter.kind).into()),
     ("driver", |d| d.adapter.driver.clone()),
     ("system", |d| format!("{} {}", d.report.os, d.report.arch)),
     ("features", |d| d.adapter.features.join(", ")),
+    ("matrix units", |d| match d.adapter.matrix_units.as_str() {
+        "" => "not asked for".into(),
+        units => units.into(),
+    }),
     ("largest binding", |d| format!("{} MiB", d.adapter.max_binding_bytes >> 20)),
 ];
 
 const READING: Row = ("reading", |d| ceiling(d, |c| c.read_gb_s, "GB/s"));
 
-const CEILINGS: [Row; 4] = [
+const CEILINGS: [Row; 5] = [
     ("copying", |d| ceiling(d, |c| c.copy_gb_s, "GB/s")),
     ("f32 multiply-adds", |d| ceiling(d, |c| c.multiply_add_gflop_s, "GFLOP/s")),
+    ("products on matrix units", |d| ceiling(d, |c| c.matrix_gflop_s, "GFLOP/s")),
     ("one more dispatch", |d| ceiling(d, |c| c.dispatch_us, "µs")),
     ("submit and wait", |d| ceiling(d, |c| c.submit_us, "µs")),
 ];

@@ -84,6 +84,7 @@ fn reached(m: &Measured) -> String {
     match bound.by {
         BoundBy::Memory => format!("{bytes} GB/s, {share} of peak"),
         BoundBy::Compute => format!("{flops} GFLOP/s, {share} of peak"),
+        BoundBy::Matrix => format!("{flops} GFLOP/s, {share} of the matrix units' peak"),
         BoundBy::Dispatch => format!("{bytes} GB/s; dispatches are {share} of the time"),
     }
 }

@@ -2,7 +2,7 @@
 use super::chart::{self, Axis, Plot, Point};
 use super::words::{clean, digits, load_name};
 use super::{Device, name, swatch};
-use crate::ceilings::bandwidth;
+use crate::ceilings::{arithmetic_of, bandwidth};
 use crate::file::Load;
 use maud::{Markup, html};
 
@@ -18,7 +18,7 @@ struct Roof {
 impl Roof {
     fn of(device: &Device<'_>) -> Option<Self> {
         let c = device.adapter.ceilings.as_ref()?;
-        Some(Self { memory: bandwidth(c)?, arithmetic: c.multiply_add_gflop_s? })
+        Some(Self { memory: bandwidth(c)?, arithmetic: arithmetic_of(c)?.1 })
     }
 
     /// Operations per byte at which the two meet.

@@ -194,7 +194,7 @@ impl Both {
         if !self.wanted(&name) {
             return Ok(());
         }
-        let step = grouped_matmul(&self.gpu, &self.ctx, WeightType::F32)?;
+        let step = grouped_matmul(&self.gpu, &self.ctx, WeightType::F32, OP2)?;
         let x = fill(X, (e * rows * k) as u32, 1.0);
         let w = fill(GATE, (e * n * k) as u32, 1.0);
         let in_out = w.chunks_exact(n * k).flat_map(|w| transposed(w, n, k)).collect();

@@ -1,5 +1,5 @@
 // The page: the device, the checks, the measuring. The picture is see.js's.
-import { call } from './kernels.js';
+import { call, on } from './kernels.js';
 import * as see from './see.js';
 
 const $ = (id) => document.getElementById(id);
@@ -16,22 +16,42 @@ function missing(why, detail) {
     : /Safari/.test(agent) && !/Chrom/.test(agent)
       ? 'it comes with version 26; before that, switch on WebGPU among the feature flags of Safari’s settings'
       : 'switch on graphics acceleration in the settings, or “Unsafe WebGPU Support” at chrome://flags';
-  const what = { none: 'This browser gives this page no WebGPU', 'no device': 'This browser has WebGPU, but no device for it', refused: `This browser’s WebGPU refused a device (${detail})` };
+  const what = {
+    none: 'This browser gives this page no WebGPU', 'no device': 'This browser has WebGPU, but no device for it',
+    refused: `This browser’s WebGPU refused a device (${detail})`, late: `This browser’s WebGPU did not give ${detail}`,
+  };
   return `${what[why]}: ${how}, and load the page again.`;
 }
 
+const twinsStandIn = "Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.";
+const checkWords = $('check-words').textContent;
+
+/// The twins do it all.
+function withoutDevice(why) {
+  hasDevice = false;
+  $('device').textContent = `${why} ${twinsStandIn}`;
+  $('limits-of').hidden = true;
+  $('again-of').hidden = false;
+  $('where').textContent = 'by the CPU twins';
+  $('check-words').textContent = 'Without a device, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, what each routing rule chooses is compared with a program that sorts, and its experts are run in two ways that must agree.';
+  $('measure-state').textContent = 'There is no GPU to measure.';
+  occupy();
+  return see.use('none');
+}
+
+/// Looks for a device, and routes on it.
 async function openDevice() {
+  $('again-of').hidden = true;
   const { why, detail, about, checks } = await call('open');
   if (!about) {
-    $('device').textContent = `${missing(why, detail)} Until then, the kernels' twins on your CPU stand in: plain loops that compute the same, without a GPU.`;
-    $('where').textContent = 'by the CPU twins';
-    $('check-words').textContent = 'Without WebGPU, the twins are checked themselves: recorded layers of a reference implementation are run again on the CPU, and the experts of each routing rule are run in two ways that must agree.';
-    hasDevice = false;
-    $('measure-state').textContent = 'There is no GPU to measure.';
-    return checks;
+    names = ofTwins;
+    return withoutDevice(missing(why, detail));
   }
   const name = about.name || 'A device whose name the browser keeps to itself';
   $('device').textContent = `${name}, through WebGPU${about.software ? ': a software driver, so expect it to be slow' : ''}.`;
+  $('where').textContent = 'on your device';
+  $('check-words').textContent = checkWords;
+  $('measure-state').textContent = '';
   const shown = {
     'largest binding': bytes, 'largest buffer': bytes, 'workgroup memory': bytes,
     bindings: (n) => `${n} storage buffers`, lanes: (n) => `${n} in a workgroup`,
@@ -43,52 +63,79 @@ async function openDevice() {
   };
   $('limits').replaceChildren(
     ...about.limits.map(([term, value]) => row(term[0].toUpperCase() + term.slice(1), shown[term](value))),
-    row('Timestamps', about.features.includes('timestamps') ? 'yes' : 'no'),
+    row('Timestamps', about.timestamps ? 'yes' : 'no'),
     row('Kernels', about.variant === 'Wide' ? 'for many lanes' : 'for a software driver'),
   );
   $('limits-of').hidden = false;
   if (about.software) $('seconds').value = '300';
-  return checks;
+  hasDevice = true;
+  names = checks;
+  occupy();
+  return see.use('cold');
 }
+
+/// The device is gone, for good: the one place where that is said.
+function lost(why) {
+  checking &&= 'lost';
+  names = ofTwins;
+  return withoutDevice(`Your device was lost${why === 'Unknown' ? '' : ` (${why.replace(/\.$/, '')})`}. That happens when a driver is reset, or a computer sleeps. What was done stays; “Look for a device again” starts anew.`);
+}
+
+let hasDevice = false;
+let ofTwins = []; // names of the twins' checks
+let names = []; // of those that are made
+let checking = false; // true, 'stop' (by the visitor) or 'lost'
+let measuring = false;
 
 /// Only one of the parts has the device at a time; the picture may go on while checks run.
-function occupy(who) {
-  $('check-go').disabled = who === 'measure';
-  $('measure-go').disabled = who === 'check' || who === 'none';
-  see.pause(who === 'measure');
+function occupy() {
+  $('check-go').disabled = measuring || checking === 'stop' || checking === 'lost';
+  $('measure-go').disabled = Boolean(checking) || (!hasDevice && !measuring);
+  $('again').disabled = Boolean(checking) || measuring;
+  see.pause(measuring);
+  see.share(Boolean(checking));
 }
 
-let hasDevice = true;
-let checking = false;
-async function check(names) {
+/// `?check=` of the page's address: only the checks whose names hold one of its parts, which commas divide.
+const only = new URLSearchParams(location.search).get('check')?.split(',');
+
+/// The checks that there are to make: their names, and what makes each.
+async function toCheck() {
+  const list = await fetch('golden/list.json');
+  if (!list.ok) throw new Error(`golden/list.json: ${list.status} ${list.statusText}`);
+  const recorded = await list.json();
+  return [
+    ...recorded.map((name) => [`recorded: ${name.replace(/\.safetensors$/, '')}`, () => call('recorded', [name])]),
+    ...names.map((name, i) => [name, () => call('check', [i])]),
+  ].filter(([name]) => !only || only.some((part) => name.includes(part)));
+}
+
+async function check() {
   if (checking) {
     // The check that is under way comes to its end first.
-    checking = false;
-    $('check-go').disabled = true;
-    return;
+    checking = 'stop';
+    return occupy();
   }
   checking = true;
-  occupy('check');
-  $('check-go').textContent = 'Stop';
-  const [table, bar, state] = [$('check-rows'), $('check-bar'), $('check-state')];
+  occupy();
+  $('check-go').textContent = 'Stop checking';
+  const [table, bar, now, state] = [$('check-rows'), $('check-bar'), $('check-now'), $('check-state')];
   const body = table.tBodies[0];
   body.replaceChildren();
   state.textContent = '';
   table.hidden = bar.hidden = false;
+  bar.value = 0;
   let [ok, wrong] = [0, 0];
   try {
-    const list = await fetch('golden/list.json');
-    if (!list.ok) throw new Error(`golden/list.json: ${list.status} ${list.statusText}`);
-    const recorded = await list.json();
-    const all = [
-      ...recorded.map((name) => [`recorded: ${name.replace(/\.safetensors$/, '')}`, () => call('recorded', [name])]),
-      ...names.map((name, i) => [name, () => call('check', [i])]),
-    ];
+    const all = await toCheck();
     bar.max = all.length;
     for (const [i, [name, run]] of all.entries()) {
-      if (!checking) break;
-      state.textContent = `${i + 1} of ${all.length}: ${name}`;
-      const found = await run().catch((e) => ({ ok: false, what: e.message }));
+      if (checking !== true) break;
+      now.textContent = `${i + 1} of ${all.length}: ${name}`;
+      const found = await run().catch((e) => ({ ok: false, what: e.message, lost: e.lost }));
+      if (found.lost) checking = 'lost';
+      // That the device is lost says nothing of a check.
+      if (checking === 'lost') break;
       found.ok ? ok++ : wrong++;
       const row = body.insertRow();
       const head = element('th', name);
@@ -96,16 +143,19 @@ async function check(names) {
       row.append(head, element('td', found.ok ? 'ok' : 'WRONG', found.ok ? 'ok' : 'bad'), element('td', found.what));
       bar.value = i + 1;
     }
-    state.textContent = wrong ? `${wrong} wrong, ${ok} ok` : checking ? `all ${ok} ok` : `stopped; ${ok} ok`;
-    state.className = wrong ? 'bad' : checking ? 'ok' : '';
+    const whole = ok + wrong === all.length;
+    const why = whole ? '' : checking === 'lost' ? 'the device was lost; ' : 'stopped; ';
+    state.textContent = `${why}${wrong ? `${wrong} wrong, ${ok} ok` : whole ? `all ${ok} ok` : `${ok} ok`}`;
+    state.className = wrong || checking === 'lost' ? 'bad' : whole ? 'ok' : '';
   } catch (e) {
     state.textContent = e.message;
     state.className = 'bad';
   }
+  now.textContent = '';
   bar.hidden = true;
   checking = false;
   $('check-go').textContent = 'Check';
-  occupy(hasDevice ? undefined : 'none');
+  occupy();
 }
 
 /// The browser's name and version, without what tells one visitor from another.
@@ -118,7 +168,6 @@ function browser() {
 const milliseconds = (ms) => `${ms >= 100 ? Math.round(ms) : ms.toPrecision(3)} ms`;
 
 let file;
-let measuring = false;
 function showTimes(text) {
   file = text;
   const body = $('measure-rows').tBodies[0];
@@ -130,24 +179,25 @@ function showTimes(text) {
     const { outcome } = c;
     const of = outcome.status === 'measured' ? outcome.gpu ?? outcome.wall : undefined;
     const time = of ? element('td', milliseconds(of.median_ms), 'number') : element('td', outcome.status, 'bad');
-    if (!of) time.title = outcome.reason;
-    row.append(head, element('td', `${c.rule}: ${c.part}`), time, element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
+    const clock = of ? (of === outcome.gpu ? 'GPU timestamps' : 'page’s clock') : outcome.reason;
+    row.append(head, element('td', `${c.rule}: ${c.part}`), time, element('td', clock), element('td', of ? outcome.work.experts_per_block.toFixed(1) : '', 'number'));
     return row;
   }));
   $('measure-rows').hidden = $('save-json').hidden = $('save-page').hidden = cases.length === 0;
 }
 
 async function measure() {
+  const [bar, now, state, notes] = [$('measure-bar'), $('measure-now'), $('measure-state'), $('measure-notes')];
   if (measuring) {
-    $('measure-state').textContent = 'stopping …';
+    now.textContent = 'stopping …';
     return call('stop');
   }
   measuring = true;
-  occupy('measure');
-  $('measure-go').textContent = 'Stop';
-  const [bar, state, notes] = [$('measure-bar'), $('measure-state'), $('measure-notes')];
+  occupy();
+  $('measure-go').textContent = 'Stop measuring';
   bar.value = 0;
   bar.hidden = false;
+  state.textContent = '';
   notes.replaceChildren();
   notes.hidden = true;
   let left = '';
@@ -155,7 +205,7 @@ async function measure() {
     cases: (n) => { bar.max = n; },
     case: () => { bar.value += 1; },
     left: (seconds) => { left = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, '0')}`; },
-    say: (what) => { state.textContent = `at most ${left} left; ${what}`; },
+    say: (what) => { now.textContent = `at most ${left} left; ${what}`; },
     note: (what) => { notes.append(element('li', what)); notes.hidden = false; },
     report: showTimes,
   };
@@ -168,6 +218,7 @@ async function measure() {
   } catch (e) {
     state.textContent = e.message;
   }
+  now.textContent = '';
   bar.hidden = true;
   measuring = false;
   $('measure-go').textContent = 'Measure';
@@ -182,16 +233,31 @@ function save(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(a.href), 10_000);
 }
 
-try {
-  const checks = await openDevice();
-  occupy(hasDevice ? undefined : 'none');
-  $('check-go').addEventListener('click', () => check(checks));
-  $('measure-go').addEventListener('click', measure);
-  $('save-json').addEventListener('click', () => save('wgmoe-bench.json', 'application/json', file));
-  $('save-page').addEventListener('click', async () => save('wgmoe-bench.html', 'text/html', await call('reportPage', [file])));
-  await see.start();
-  document.documentElement.dataset.ready = Math.round(performance.now());
-} catch (e) {
+function failed(e) {
   $('device').textContent = e.message;
   $('device').className = 'wrong';
+}
+
+on('lost', lost);
+on('stray', (what) => {
+  $('device-said').textContent = `The browser reported an error that came of none of the page’s work: ${what}`;
+  $('device-said').hidden = false;
+});
+on('died', (why) => {
+  $('device-said').textContent = why;
+  $('device-said').hidden = false;
+});
+
+try {
+  const { rules, checks } = await call('start');
+  names = ofTwins = checks;
+  $('check-go').addEventListener('click', check);
+  $('measure-go').addEventListener('click', measure);
+  $('again').addEventListener('click', () => openDevice().catch(failed));
+  $('save-json').addEventListener('click', () => save('wgmoe-bench.json', 'application/json', file));
+  $('save-page').addEventListener('click', async () => save('wgmoe-bench.html', 'text/html', await call('reportPage', [file])));
+  await see.start(rules);
+  await openDevice();
+} catch (e) {
+  failed(e);
 }

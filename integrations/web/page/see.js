@@ -1,6 +1,5 @@
 // The picture: one block's scores and choices, routed by the kernels whenever a control moves.
 import { call } from './kernels.js';
-import { rules } from './rules.js';
 
 const $ = (id) => document.getElementById(id);
 const form = $('controls');
@@ -19,7 +18,9 @@ let cursor;
 let busy = false;
 let again = false;
 let playing = 0;
-let ready = false; // the device has routed once
+let rules; // by id, as the kernels tell them
+let device = 'none'; // or 'opening', 'cold' until it has routed once, 'ready'
+let shared = false; // the checks have the device too
 
 function settings() {
   const number = (name) => Number(form.elements[name].value);
@@ -42,6 +43,7 @@ function showControls() {
     input.nextElementSibling.textContent = text;
     input.setAttribute('aria-valuetext', text);
   }
+  $('k').previousElementSibling.textContent = rule.id === 'expert_choice' ? 'K: experts a token, at the end' : 'K: experts of a token';
   const sources = rule.sources.map(({ href, name }, i) => {
     const a = document.createElement('a');
     a.href = href;
@@ -51,9 +53,16 @@ function showControls() {
   $('rule-words').replaceChildren(rule.words, ' (', ...sources.flat(), ')');
 }
 
+/// What expert choice makes of K and the mask ratio: at few tokens an expert, one token each is more than K asks for.
+function ofExperts({ k_now: k, capacity, tokens, experts }) {
+  const share = (tokens * k) / experts;
+  const rounded = share < 1 ? 'less than one token, so one' : share === capacity ? String(capacity) : `${share.toFixed(1)}, so ${capacity}`;
+  return `At this mask ratio K is ${k}: each expert takes ${tokens} × ${k} / ${experts} tokens, that is ${rounded}.`;
+}
+
 const megabytes = (bytes) => (bytes >= 1e9 ? `${(bytes / 1e9).toFixed(2)} GB` : `${Math.round(bytes / 1e6)} MB`);
 
-function showNumbers(n) {
+function showNumbers(n, waitsForDevice) {
   const text = {
     'experts-read': `${n.experts_read} of ${n.experts}`,
     'bytes-read': `${megabytes(n.bytes_read)} of ${megabytes(n.bytes_of_all)}`,
@@ -61,10 +70,23 @@ function showNumbers(n) {
     slots: `${n.slots}, ${(n.slots / n.tokens).toFixed(1)} a token`,
     untouched: String(n.untouched),
     'largest-load': `${n.largest_load} token${n.largest_load === 1 ? '' : 's'}`,
-    twin: n.on_device ? (n.same_as_twin ? 'the same' : 'differs') : ready ? 'this is the CPU' : 'the CPU’s; yours comes',
+    capacity: `${n.capacity} token${n.capacity === 1 ? '' : 's'}`,
+    twin: n.on_device ? (n.differs ? `differs: ${n.differs}` : 'the same') : waitsForDevice ? 'the CPU’s; yours comes' : 'this is the CPU',
   };
-  for (const [id, value] of Object.entries(text)) $(id).textContent = value;
-  $('twin').className = n.same_as_twin ? '' : 'bad';
+  for (const [id, value] of Object.entries(text)) $(`${id}-now`).textContent = value;
+  $('twin-now').className = n.differs ? 'bad' : '';
+  $('capacity-of').hidden = $('experts-words').hidden = n.capacity === null;
+  $('experts-words').textContent = n.capacity === null ? '' : ofExperts(n);
+  canvas.setAttribute('aria-label', `Picture of ${n.tokens} tokens and ${n.experts} experts`);
+  // Told when it has come to rest: while a slider moves, each step would be.
+  clearTimeout(telling);
+  if (!playing && !waitsForDevice) telling = setTimeout(tell, 900);
+}
+
+let telling = 0;
+function tell() {
+  const rows = [...document.querySelectorAll('#see-numbers div:not([hidden])')];
+  $('see-told').textContent = `${rows.map((row) => `${row.firstElementChild.textContent}: ${row.lastElementChild.textContent}`).join('; ')}.`;
 }
 
 /// Where the parts of the picture lie, in CSS pixels.
@@ -101,7 +123,8 @@ function draw(now) {
   const g = canvas.getContext('2d');
   g.setTransform(scale, 0, 0, scale, 0, 0);
   g.clearRect(0, 0, width, height);
-  const [box, blue, orange, soft] = ['--box', '--score', '--chosen', '--soft'].map(color);
+  const [box, blue, orange, soft, text, mark] = ['--box', '--score', '--chosen', '--soft', '--text', '--mark'].map(color);
+  const edge = 1;
   const { scores, chosen, elected, masked } = picture;
   const gap = cell > 7 ? 1 : 0.5;
   const count = new Float32Array(experts);
@@ -111,10 +134,16 @@ function draw(now) {
       const is = from ? from[i] + (chosen[i] - from[i]) * at : chosen[i];
       count[e] += is;
       // Low scores are most of them: the square root spreads them.
-      let fill = mix(box, blue, 0.04 + 0.8 * Math.sqrt(scores[i]));
+      let fill = mix(box, blue, 0.04 + 0.6 * Math.sqrt(scores[i]));
       if (elected.length && !elected[e]) fill = mix(fill, box, 0.55);
       g.fillStyle = css(mix(fill, orange, is));
       g.fillRect(left + e * cell, top + t * row, cell - gap, row - gap);
+      if (is > 0.02) {
+        // A dark edge: told without colours too.
+        g.strokeStyle = css(mark, is);
+        g.lineWidth = edge;
+        g.strokeRect(left + e * cell + edge / 2, top + t * row + edge / 2, cell - gap - edge, row - gap - edge);
+      }
     }
     g.beginPath();
     g.arc(left / 2, top + (t + 0.5) * row, Math.min(3, row / 3), 0, 7);
@@ -134,9 +163,11 @@ function draw(now) {
     g.fillRect(left + e * cell, top + grid + 4, cell - gap, high);
   }
   if (cursor) {
-    g.strokeStyle = css(color('--text'));
-    g.lineWidth = 2;
-    g.strokeRect(left + cursor.e * cell - 1, top + cursor.t * row - 1, cell - gap + 2, row - gap + 2);
+    for (const [c, grow] of [[box, 2], [text, 4]]) {
+      g.strokeStyle = css(c);
+      g.lineWidth = 2;
+      g.strokeRect(left + cursor.e * cell - grow / 2, top + cursor.t * row - grow / 2, cell - gap + grow, row - gap + grow);
+    }
   }
   if (t < 1) frame = requestAnimationFrame(draw);
 }
@@ -154,6 +185,23 @@ function showCell() {
   $('cell').textContent = `Token ${t + 1}, expert ${e + 1}: score ${score}, ${chosen}.`;
 }
 
+/// Routes by the device, or by the twins where there is none or it refuses; and shows it.
+async function routeBy(wanted, onTwins, waitsForDevice) {
+  const next = await call('route', [wanted, onTwins]);
+  const same = picture && picture.chosen.length === next.chosen.length;
+  from = same ? Float32Array.from(picture.chosen) : undefined;
+  next.usesMask = rules[wanted.rule].uses.includes('mask');
+  if (!next.usesMask) next.masked.fill(0);
+  if (!same) cursor = undefined;
+  picture = next;
+  began = performance.now();
+  showNumbers(next.numbers, waitsForDevice);
+  showCell();
+  canvas.dataset.routed = Number(canvas.dataset.routed ?? 0) + 1;
+  document.documentElement.dataset.firstPicture ??= Math.round(performance.now());
+  redraw();
+}
+
 async function route() {
   showControls();
   if (busy) {
@@ -165,38 +213,40 @@ async function route() {
   do {
     again = false;
     const wanted = settings();
+    const by = device;
     try {
-      // The twins answer at once; the device compiles its kernels first.
-      const first = !picture;
-      const next = await call('route', [wanted, first]);
-      again ||= first;
-      ready ||= !first;
-      const same = picture && picture.chosen.length === next.chosen.length;
-      from = same ? Float32Array.from(picture.chosen) : undefined;
-      next.usesMask = rules[wanted.rule].uses.includes('mask');
-      if (!next.usesMask) next.masked.fill(0);
-      if (!same) cursor = undefined;
-      picture = next;
-      began = performance.now();
-      showNumbers(next.numbers);
-      showCell();
-      $('see-error').hidden = true;
-      canvas.dataset.routed = Number(canvas.dataset.routed ?? 0) + 1;
-      document.documentElement.dataset.firstPicture ??= Math.round(performance.now());
+      const has = by === 'cold' || by === 'ready';
+      // The twins answer at once. The device compiles its kernels first, and where it has checks to make, they come between.
+      if (!has || by === 'cold' || shared) await routeBy(wanted, true, has || by === 'opening');
+      if (has) {
+        await routeBy(wanted, false, false);
+        if (device === 'cold') device = 'ready';
+      }
+      showError();
     } catch (e) {
-      $('see-error').textContent = e.message;
-      $('see-error').hidden = false;
+      // Lost: whoever hears of it says so, and the twins go on.
+      if (e.lost) {
+        device = 'none';
+        again = true;
+      } else if (by === 'ready' || by === 'cold') {
+        showError(`Your device did not route this: ${e.message} What you see is by the CPU.`);
+        await routeBy(wanted, true, false).catch((e) => showError(e.message));
+      } else showError(e.message);
     }
-    redraw();
+    if (by !== 'opening') document.documentElement.dataset.ready ??= Math.round(performance.now());
   } while (again);
   busy = false;
   canvas.setAttribute('aria-busy', 'false');
 }
 
+function showError(text = '') {
+  $('see-error').textContent = text;
+  $('see-error').hidden = !text;
+}
+
 function stopPlaying() {
   clearInterval(playing);
   playing = 0;
-  $('play').textContent = 'Play';
   $('play').setAttribute('aria-pressed', 'false');
 }
 
@@ -204,7 +254,6 @@ function stopPlaying() {
 function play() {
   if (playing) return stopPlaying();
   let step = 1;
-  $('play').textContent = 'Stop';
   $('play').setAttribute('aria-pressed', 'true');
   playing = setInterval(() => {
     const name = rules[form.elements.rule.value].play;
@@ -234,9 +283,13 @@ function point(event) {
   redraw();
 }
 
-function arrow(event) {
-  const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  if (!step || !picture) return;
+/// Moves from cell to cell: by one, or to the end of a row or a column.
+function move(event) {
+  const step = {
+    ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
+    Home: [0, -Infinity], End: [0, Infinity], PageUp: [-Infinity, 0], PageDown: [Infinity, 0],
+  }[event.key];
+  if (!step || !picture || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   const { experts, left, cell } = layout();
   const inside = (v, most) => Math.max(0, Math.min(most - 1, v));
@@ -245,6 +298,7 @@ function arrow(event) {
   const x = left + cursor.e * cell;
   if (x < holder.scrollLeft || x + cell > holder.scrollLeft + holder.clientWidth) holder.scrollLeft = x - holder.clientWidth / 2;
   showCell();
+  $('cell-told').textContent = $('cell').textContent;
   redraw();
 }
 
@@ -254,16 +308,29 @@ export function pause(paused) {
   $('see-set').disabled = paused;
 }
 
-export function start() {
-  $('rule').append(...Object.entries(rules).map(([value, { name }]) => new Option(name, value, value === 'mass', value === 'mass')));
+/// While the checks run too, the twins' picture comes first.
+export function share(with_checks) {
+  shared = with_checks;
+}
+
+/// What routes from now on: 'none' (the twins), 'opening' (they, until the device comes), 'cold' (the device).
+export function use(what) {
+  device = what;
+  return route();
+}
+
+/// The first picture, by the twins.
+export function start(list) {
+  rules = Object.fromEntries(list.map((rule) => [rule.id, rule]));
+  $('rule').append(...list.map(({ id, name }) => new Option(name, id, id === 'mass', id === 'mass')));
   form.addEventListener('input', route);
   form.addEventListener('submit', (event) => event.preventDefault());
   $('another').addEventListener('click', () => { block++; route(); });
   $('play').addEventListener('click', play);
   canvas.addEventListener('pointermove', point);
   canvas.addEventListener('pointerdown', point);
-  canvas.addEventListener('keydown', arrow);
+  canvas.addEventListener('keydown', move);
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
   new ResizeObserver(redraw).observe(canvas.parentElement);
-  return route();
+  return use('opening');
 }

@@ -1,18 +1,21 @@
 //! The checks: recorded layers, every routing rule, every storage type. On a device each is compared with the CPU
-//! twins; without one the twins are compared with what was recorded, and with themselves by another way.
+//! twins, and choices with an oracle that sorts; without one the twins are compared with what was recorded, with that
+//! oracle, and with themselves by another way.
 use crate::Device;
 use serde::Serialize;
 use std::cell::RefCell;
 use testkit::compare::{close, largest, same};
 use testkit::golden::{ATOL, File, Layer, RTOL};
+use testkit::layer::selection;
+use testkit::oracle;
 use testkit::rules::{Rule, every_rule};
-use testkit::works::{Part, Work};
+use testkit::works::{Bound, Choice, Part, Work};
 use wgmoe::layer::{HostBatch, LayerConfig};
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::reference;
 use wgmoe::routing::Routing;
 use wgmoe::weights::Projection;
-use wgmoe::{MoeLayer, PlanShape, WeightType, models};
+use wgmoe::{Gpu, MoeLayer, PlanShape, WeightType, models};
 
 /// Two blocks.
 const TOKENS: u32 = 64;
@@ -38,10 +41,15 @@ impl From<Result<String, String>> for Found {
     }
 }
 
-/// What the device reported by itself is a failure of the check that ran.
-fn with_errors(device: Option<&Device>, result: Result<String, String>) -> Found {
-    let reported = device.and_then(Device::error);
-    reported.map_or(result, Err).into()
+/// Work on a device, told apart from what else the device reports; or without one.
+async fn watched(
+    device: Option<&Device>,
+    work: impl Future<Output = Result<String, String>>,
+) -> Result<String, String> {
+    match device {
+        Some(device) => device.watched(work).await,
+        None => work.await,
+    }
 }
 
 /// A recorded layer: its output by the device, or by the twins, beside the recorded one.
@@ -49,19 +57,24 @@ pub(crate) async fn recorded(
     device: Option<&Device>,
     name: &str,
     bytes: &[u8],
-) -> Result<Found, String> {
+) -> Result<String, String> {
     let file = File::parse(name, bytes)?;
     let layer = Layer::read(&file)?.ok_or("holds no whole layer")?;
-    let got = match device {
-        Some(Device { gpu, ctx, .. }) => layer.on_gpu(gpu, ctx).await.map_err(|e| e.to_string())?,
-        None => layer.on_cpu(),
-    };
-    let (error, ok) = layer.compare(&got);
-    let text = format!(
-        "{} outputs, largest difference {error:.1e}, allowed {ATOL:e} + {RTOL:e} of each",
-        layer.y.len()
-    );
-    Ok(with_errors(device, if ok { Ok(text) } else { Err(text) }))
+    watched(device, async {
+        let got = match device {
+            Some(Device { gpu, ctx, .. }) => {
+                layer.on_gpu(gpu, ctx).await.map_err(|e| e.to_string())?
+            }
+            None => layer.on_cpu(),
+        };
+        let (error, ok) = layer.compare(&got);
+        let text = format!(
+            "{} outputs beside the recorded ones: largest difference {error:.1e}, allowed {ATOL:e} + {RTOL:e} of each",
+            layer.y.len()
+        );
+        if ok { Ok(text) } else { Err(text) }
+    })
+    .await
 }
 
 enum Check {
@@ -100,17 +113,17 @@ impl Checks {
         self.all(on_device).map(name).collect()
     }
 
-    pub(crate) async fn run(&self, device: Option<&Device>, i: usize) -> Found {
-        let result = match (self.all(device.is_some()).nth(i), device) {
-            (None, _) => Err("no such check".into()),
-            (Some(Check::Rule((_, rule))), Some(device)) => self.rule(device, rule).await,
-            (Some(Check::Rule((_, rule))), None) => self.rule_on_twins(rule),
-            (Some(Check::Type(weight_type)), Some(device)) => {
-                self.weights(device, weight_type).await
+    pub(crate) async fn run(&self, device: Option<&Device>, i: usize) -> Result<String, String> {
+        let check = self.all(device.is_some()).nth(i).ok_or("no such check")?;
+        let work = async {
+            match (check, device) {
+                (Check::Rule((_, rule)), Some(device)) => self.rule(device, rule).await,
+                (Check::Rule((_, rule)), None) => self.rule_on_twins(rule),
+                (Check::Type(weight_type), Some(device)) => self.weights(device, weight_type).await,
+                (Check::Type(_), None) => Err("needs a device".into()),
             }
-            (Some(Check::Type(_)), None) => Err("needs a device".into()),
         };
-        with_errors(device, result)
+        watched(device, work).await
     }
 
     /// A rule on the device: choice and plan whole and exactly, the outputs of all tokens.
@@ -141,16 +154,28 @@ impl Checks {
         let bound = work.bind(gpu, layer, None).map_err(|e| e.to_string())?;
         bound.run(gpu, &Part::ALL).await.map_err(|e| e.to_string())?;
         let choice = work.check_choice(gpu, &bound).await?;
+        self.sorted(gpu, &bound, &choice).await?;
         work.check_plan(gpu, &bound, &choice).await?;
         work.check_output(gpu, layer, &bound, &choice, TOKENS as usize).await?;
         let (slots, experts) = (choice.slots(), choice.unique_experts());
         Ok(format!(
-            "the twin's choice and plan, exactly ({slots} slots, {experts} experts); outputs of {TOKENS} tokens within 2e-5 of the largest"
+            "choice as the twin's and as sorting finds it, exactly ({slots} slots, {experts} experts); plan as the twin's, exactly; outputs of {TOKENS} tokens within 2e-5 of the largest"
         ))
     }
 
-    /// A rule on the twins alone: how many pairs it must join, and its experts run token by token and, through
-    /// the plan, expert by expert.
+    /// The device's choice and gates beside what sorting finds.
+    async fn sorted(&self, gpu: &Gpu, bound: &Bound, choice: &Choice) -> Result<(), String> {
+        let read = async |slice| gpu.download_async::<f32>(slice).await.map_err(|e| e.to_string());
+        let [logits, s, r] = selection(&bound.step).ok_or("no tokens")?;
+        let [logits, s, r] = [read(logits).await?, read(s).await?, read(r).await?];
+        let gates = read(bound.step.gates().ok_or("no tokens")?).await?;
+        let experts = bound.config.experts as usize;
+        let want = oracle::choose(bound.config.routing, experts, [&logits, &s, &r]);
+        oracle::compare(&choice.assigned, &gates, experts, &want)
+    }
+
+    /// A rule on the twins alone: beside what sorting finds, and its experts run token by token and, through the
+    /// plan, expert by expert.
     fn rule_on_twins(&self, rule: Routing) -> Result<String, String> {
         let Work { config, x, .. } = &self.work;
         let config = config.with_routing(rule);
@@ -161,14 +186,9 @@ impl Checks {
         let (s, r) = reference::scores(&logits, e, rule.score(), rule.by_logits(), router.bias);
         let batch = HostBatch::default();
         let routed = reference::layer_routing(&config, &router, batch, [&logits, &s, &r]);
+        let want = oracle::choose(rule, e, [&logits, &s, &r]);
+        oracle::compare(&routed.assigned, &routed.gates, e, &want)?;
         let slots: u32 = routed.assigned.iter().map(|w| w.count_ones()).sum();
-        let dropped: u32 = routed.dropped.iter().sum();
-        let most = TOKENS * rule.experts_per_token();
-        let elected = matches!(rule, Routing::TokenChoice(rule) if rule.coreset.is_some());
-        // A token may find fewer than K experts in its block's coreset.
-        if slots + dropped > most || (slots + dropped < most && !elected) {
-            return Err(format!("{slots} slots and {dropped} dropped, of {most}"));
-        }
         let shape = PlanShape::on_host(TOKENS, config.experts, slots.max(1))
             .with_shared_experts(config.shared_experts);
         let plan = HostPlan::cpu(&shape, &routed.assigned, &routed.gates);
@@ -207,7 +227,7 @@ impl Checks {
             close(&got[t * d..][..d], &want, atol, 2e-5, &format!("token {t}"))?;
         }
         Ok(format!(
-            "{slots} slots; on the CPU, expert by expert as token by token, {TOKENS} tokens within 2e-5 of the largest"
+            "choice as sorting finds it, exactly ({slots} slots); on the CPU, expert by expert as token by token, {TOKENS} tokens within 2e-5 of the largest"
         ))
     }
 }

@@ -1,8 +1,10 @@
 //! One block of tokens, routed for a picture.
-use crate::Device;
+use crate::device::Device;
+use crate::rules::Rule;
 use serde::{Deserialize, Serialize};
 use std::rc::Rc;
 use testkit::cases::permutation;
+use testkit::compare::{close, same};
 use testkit::works::Work;
 use wasm_bindgen::prelude::*;
 use wgmoe::layer::{
@@ -32,19 +34,6 @@ pub(crate) struct Settings {
     capacity: u32,
     /// Share of the tokens that are still to be written.
     mask: f32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Rule {
-    TokenChoice,
-    ExpertChoice,
-    SequenceTop,
-    Mass,
-    Capacity,
-    Vote,
-    Union,
-    MaskedUnion,
 }
 
 impl Settings {
@@ -126,7 +115,8 @@ struct Routed {
     coreset: Option<Vec<u32>>,
     /// By the device's own count.
     experts_read: u32,
-    same_as_twin: bool,
+    /// What differs from the twin's.
+    differs: Option<String>,
 }
 
 impl Block {
@@ -134,14 +124,17 @@ impl Block {
         &self,
         settings: &Settings,
         device: Option<&Device>,
-    ) -> wgmoe::Result<Picture> {
+    ) -> Result<Picture, String> {
         let routed = match (device, &self.on_device) {
-            (Some(device), Some(on_device)) => self.on_gpu(settings, device, on_device).await?,
+            (Some(device), Some(on_device)) => {
+                let work = async {
+                    let routed = self.on_gpu(settings, device, on_device).await;
+                    routed.map_err(|e| e.to_string())
+                };
+                device.watched(work).await?
+            }
             _ => self.on_cpu(settings, None),
         };
-        if let Some(error) = device.and_then(Device::error) {
-            return Err(wgmoe::Error::Device(error));
-        }
         Ok(Picture::new(settings, device.is_some(), routed))
     }
 
@@ -181,10 +174,23 @@ impl Block {
         for (i, gate) in gates.iter_mut().enumerate() {
             *gate *= f32::from(bits::get(&assigned, TOKENS as usize, i % e, i / e));
         }
-        let twin = self.on_cpu(settings, Some(&logits));
-        let same_as_twin = twin.assigned == assigned && twin.coreset == coreset;
         let experts_read = stats.unique_experts;
-        Ok(Routed { logits, assigned, gates, coreset, experts_read, same_as_twin })
+        let mut routed = Routed { logits, assigned, gates, coreset, experts_read, differs: None };
+        routed.differs = self.beside_twin(settings, &routed).err();
+        Ok(routed)
+    }
+
+    /// The device's logits beside the twin's; its choice, election and counts exactly, and its gates, beside what the twin
+    /// makes of the device's logits.
+    fn beside_twin(&self, settings: &Settings, routed: &Routed) -> Result<(), String> {
+        let own = reference::logits(&self.work.x, self.work.router(), HIDDEN as usize);
+        close(&routed.logits, &own, 2e-5 * (HIDDEN as f32).sqrt(), 2e-5, "logits")?;
+        let twin = self.on_cpu(settings, Some(&routed.logits));
+        same(&routed.assigned, &twin.assigned, "choice")?;
+        let elected = |of: &Routed| of.coreset.clone().unwrap_or_default();
+        same(&elected(routed), &elected(&twin), "election")?;
+        same(&[routed.experts_read], &[twin.experts_read], "experts read")?;
+        close(&routed.gates, &twin.gates, 1e-7, 1e-5, "gates")
     }
 
     /// The twin, of the device's logits where there are some.
@@ -204,7 +210,8 @@ impl Block {
                     Some(HostSequences { offsets: &offsets, lengths: None, capacity });
             }
             Rule::MaskedUnion => {
-                batch.blocks = Some(HostBlocks { voters: Some(&voters), ..HostBlocks::new(&offsets) });
+                batch.blocks =
+                    Some(HostBlocks { voters: Some(&voters), ..HostBlocks::new(&offsets) });
             }
             _ => {}
         }
@@ -218,7 +225,7 @@ impl Block {
             gates: routed.gates,
             coreset: routed.coreset,
             experts_read,
-            same_as_twin: true,
+            differs: None,
         }
     }
 }
@@ -234,7 +241,8 @@ impl Settings {
 #[derive(Serialize)]
 struct Numbers {
     on_device: bool,
-    same_as_twin: bool,
+    /// What differs from the CPU twin's, where something does.
+    differs: Option<String>,
     tokens: u32,
     experts: u32,
     slots: u32,
@@ -248,7 +256,8 @@ struct Numbers {
     /// Weights of the experts that are read, and of all, were they LLaDA2.0-mini's, in bf16.
     bytes_read: u64,
     bytes_of_all: u64,
-    /// Tokens that each expert takes, under expert choice.
+    /// Under expert choice: K at this mask ratio, and the tokens that each expert takes.
+    k_now: Option<u32>,
     capacity: Option<u32>,
 }
 
@@ -319,7 +328,7 @@ impl Picture {
         let of_experts = settings.rule == Rule::ExpertChoice;
         let numbers = Numbers {
             on_device,
-            same_as_twin: routed.same_as_twin,
+            differs: routed.differs,
             tokens: TOKENS,
             experts: settings.experts,
             slots: loads.iter().sum(),
@@ -329,6 +338,7 @@ impl Picture {
             largest_load: loads.iter().copied().max().unwrap_or(0),
             bytes_read: expert_bytes * u64::from(routed.experts_read),
             bytes_of_all: expert_bytes * u64::from(settings.experts),
+            k_now: of_experts.then(|| settings.k_of_mask()),
             capacity: of_experts.then(|| settings.capacity_of_mask()),
         };
         Self {

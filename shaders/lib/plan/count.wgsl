@@ -1,7 +1,7 @@
 // The parts of plan_count.wgsl: what a column's tokens and a stretch of experts count. LANES lanes a token,
 // EXPERT_LANES an expert.
-// Contract: all WG lanes call, in uniform control flow; the kernel has its params and
-// bindings.
+// Contract: all WG lanes call, in uniform control flow; the kernel has its params and bindings, and
+// count_scale(count) and expert_scale(expert), what gates are multiplied by.
 var<workgroup> partial_sums: array<f32, WG>;
 var<workgroup> partial_keys: array<u32, WG>;
 var<workgroup> partial_counts: array<u32, WG>;
@@ -64,9 +64,7 @@ fn count_column(index: u32, column: u32) {
     }
   }
   var scale = params.scale;
-  if params.has_scale_by_count == 1u {
-    scale *= scale_by_count[min(count, params.experts)];
-  }
+  scale *= count_scale(count);
   for (var c = first; c < chunks; c += LANES) {
     var word = row_words[slot * chunks + c];
     while word != 0u {
@@ -81,9 +79,7 @@ fn count_column(index: u32, column: u32) {
       } else {
         gate = bitcast<f32>(s);
       }
-      if params.has_scale_by_expert == 1u {
-        gate *= scale_by_expert[e];
-      }
+      gate *= expert_scale(e);
       gates[t * params.experts + e] = gate * scale;
     }
   }

@@ -1,7 +1,7 @@
 // The body of plan_fill.wgsl for one column: its slots' tokens and gates, and the slots of its tokens. LANES
 // lanes a token.
 // Needs the column loaded. Contract: the kernel has its params, gates and plan, whose word 4 tells how many
-// slots are cut.
+// slots are cut, and active_bits_of(w), word w of the active tokens' bits.
 fn put_slot(slot: u32, at: u32, t: u32, gate: f32) {
   if slot < params.slots {
     plan[params.token_of + slot] = t;
@@ -12,12 +12,26 @@ fn put_slot(slot: u32, at: u32, t: u32, gate: f32) {
   }
 }
 
+// A token's place among those that shared experts take, and whether it is one of them.
+struct Shared { rank: u32, live: bool }
+
+fn shared_place(t: u32, column: u32, columns: u32) -> Shared {
+  if params.has_active == 0u || params.shared_experts == 0u {
+    return Shared(t, true);
+  }
+  let word = active_bits_of(column);
+  let bit = t % 32u;
+  let lower = plan[params.ranks + params.experts * columns + column];
+  return Shared(lower + countOneBits(word & ((1u << bit) - 1u)), ((word >> bit) & 1u) == 1u);
+}
+
 // One token where slots are cut: its list holds only those that are there, and so do the lists before.
 fn fill_cut_token(t: u32, column: u32, columns: u32) {
   let chunks = (params.experts + 31u) / 32u;
   let bit = t % 32u;
   let below = (1u << bit) - 1u;
-  var at = params.shared_experts * t;
+  let place = shared_place(t, column, columns);
+  var at = params.shared_experts * place.rank;
   for (var e = 0u; e < params.experts; e++) {
     let lower = plan[params.ranks + e * columns + column] + countOneBits(column_words[e] & below);
     at += min(lower, params.routed_slots - plan[params.expert_offsets + e]);
@@ -36,8 +50,8 @@ fn fill_cut_token(t: u32, column: u32, columns: u32) {
       }
     }
   }
-  for (var i = 0u; i < params.shared_experts; i++) {
-    put_slot(plan[params.expert_offsets + params.experts + i] + t, at + i, t, 1.0);
+  for (var i = 0u; i < params.shared_experts && place.live; i++) {
+    put_slot(plan[params.expert_offsets + params.experts + i] + place.rank, at + i, t, 1.0);
   }
 }
 
@@ -70,7 +84,8 @@ fn fill_column(index: u32, column: u32, columns: u32) {
       at++;
     }
   }
-  for (var i = index % LANES; i < params.shared_experts; i += LANES) {
-    put_slot(plan[params.expert_offsets + params.experts + i] + t, at + i, t, 1.0);
+  let place = shared_place(t, column, columns);
+  for (var i = index % LANES; i < params.shared_experts && place.live; i += LANES) {
+    put_slot(plan[params.expert_offsets + params.experts + i] + place.rank, at + i, t, 1.0);
   }
 }

@@ -1,6 +1,43 @@
 // The body of plan_scan.wgsl: counts of a plan to offsets, items and statistics.
-// Contract: all WG lanes call, in uniform control flow; the kernel has its params, plan and stats, loss(i)
-// and range_end(i).
+// Contract: all WG lanes call, in uniform control flow; the kernel has its params, plan and stats, loss(i),
+// range_end(i), active_bits_of(w), word w of the active tokens' bits, and number_of(t), experts that token t
+// asks for.
+
+// Word w of the tokens that are active: all where none are said to be.
+fn active_word(w: u32) -> u32 {
+  let all = 0xffffffffu >> (32u - min(params.tokens - w * 32u, 32u));
+  if params.has_active == 1u {
+    return all & active_bits_of(w);
+  }
+  return all;
+}
+
+fn is_active(t: u32) -> bool {
+  return ((active_word(t / 32u) >> (t % 32u)) & 1u) == 1u;
+}
+
+// How many tokens are active, which is what a shared expert holds. Where some are not, each word's rank among
+// them stands behind the ranks of the routed experts.
+fn scan_active(lane: Lane) -> u32 {
+  if params.has_active == 0u {
+    return params.tokens;
+  }
+  let columns = (params.tokens + 31u) / 32u;
+  let stretch = (columns + WG - 1u) / WG;
+  let low = min(lane.index * stretch, columns);
+  let high = min(low + stretch, columns);
+  var n = 0u;
+  for (var w = low; w < high; w++) {
+    n += countOneBits(active_word(w));
+  }
+  let scan = team_scan(lane, vec4(n, 0u, 0u, 0u));
+  var rank = scan.before.x;
+  for (var w = low; w < high && params.shared_experts > 0u; w++) {
+    plan[params.ranks + params.experts * columns + w] = rank;
+    rank += countOneBits(active_word(w));
+  }
+  return scan.total.x;
+}
 
 // (tiles, skinny items) of an expert with `rows` rows.
 fn items_of(rows: u32) -> vec2<u32> {
@@ -26,6 +63,7 @@ fn report(i: u32, n: u32) {
 fn scan_counts(lane: Lane) {
   let index = lane.index;
   let all = params.experts + params.shared_experts;
+  let active_tokens = scan_active(lane);
 
   // Experts: every lane owns a stretch of them.
   let stretch = (all + WG - 1u) / WG;
@@ -33,7 +71,7 @@ fn scan_counts(lane: Lane) {
   let high = min(low + stretch, all);
   var rows = 0u;
   for (var e = low; e < high; e++) {
-    var n = params.tokens;
+    var n = active_tokens;
     if e < params.experts {
       n = plan[params.expert_offsets + e];
     }
@@ -41,12 +79,12 @@ fn scan_counts(lane: Lane) {
   }
   let scan = team_scan(lane, vec4(rows, 0u, 0u, 0u));
   // Shared experts' slots are there whatever is cut.
-  let routed = scan.total.x - params.shared_experts * params.tokens;
+  let routed = scan.total.x - params.shared_experts * active_tokens;
   let cut = routed - min(routed, params.routed_slots);
   var offset = scan.before.x;
   var items = vec3<u32>(); // (tiles, skinny, active routed experts)
   for (var e = low; e < high; e++) {
-    var n = params.tokens;
+    var n = active_tokens;
     if e < params.experts {
       n = plan[params.expert_offsets + e];
     }
@@ -99,17 +137,17 @@ fn scan_counts(lane: Lane) {
   var of_tokens = vec2<u32>(); // (slots, untouched)
   for (var t = token_low; t < token_high; t++) {
     let n = plan[params.token_offsets + t];
-    of_tokens += vec2(n + params.shared_experts, u32(n == 0u));
+    of_tokens += select(vec2(n, 0u), vec2(n + params.shared_experts, u32(n == 0u)), is_active(t));
   }
   let token_scan = team_scan(lane, vec4(of_tokens, 0u, 0u));
   offset = token_scan.before.x;
   for (var t = token_low; t < token_high; t++) {
-    let n = plan[params.token_offsets + t] + params.shared_experts;
+    let n = plan[params.token_offsets + t] + select(0u, params.shared_experts, is_active(t));
     plan[params.token_offsets + t] = offset;
     offset += n;
   }
 
-  // Losses, clamped offsets.
+  // Losses, clamped offsets and numbers of experts.
   var lost = vec3<u32>(); // (dropped, ignored, clamped)
   for (var i = index; i < params.drop_count + params.ignore_count; i += WG) {
     let n = loss(i);
@@ -119,6 +157,11 @@ fn scan_counts(lane: Lane) {
     let at = range_end(i);
     let before = range_end(max(i, 1u) - 1u);
     lost.z += u32(at > params.tokens || at < before);
+  }
+  if params.most_experts > 0u {
+    for (var t = token_low; t < token_high; t++) {
+      lost.z += u32(number_of(t) > params.most_experts && is_active(t));
+    }
   }
   let losses_scan = team_scan(lane, vec4(lost, 0u));
 

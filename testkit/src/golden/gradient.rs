@@ -184,6 +184,7 @@ impl Gradient {
             }),
             blocks: self.blocks.as_deref().map(HostBlocks::new),
             experts_per_token: None,
+            active: None,
         };
         let selection = [&logits[..], &scores, &values];
         let routing = wgmoe::layer::cpu_routing(config, &self.router(), batch, selection);

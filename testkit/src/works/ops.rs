@@ -39,14 +39,16 @@ pub fn choice(
 /// OP2: experts, rows of each, depth, columns.
 pub const OP2: [u32; 4] = [32, 64, 2048, 512];
 
-/// OP2, through a plan in which each token has one expert, run once and compared in some rows.
+/// A grouped matmul of `[experts, rows of each, depth, columns]`, such as [`OP2`], through a plan in which
+/// each token has one expert, run once and compared in some rows.
 pub fn grouped_matmul(
     gpu: &Gpu,
     ctx: &Context,
     weight_type: WeightType,
+    sizes: [u32; 4],
 ) -> Result<BoundOp, String> {
     let say = |e: wgmoe::Error| e.to_string();
-    let [experts, rows, depth, columns] = OP2;
+    let [experts, rows, depth, columns] = sizes;
     let tokens = experts * rows;
     let mut assigned = bits::empty(tokens as usize, experts as usize);
     for t in 0..tokens as usize {

@@ -233,10 +233,22 @@ impl Work {
         layer: &MoeLayer,
         scratch: Option<&Scratch>,
     ) -> wgmoe::Result<Bound> {
+        self.bind_within(gpu, layer, scratch, None)
+    }
+
+    /// The same within a limit of scratch.
+    pub fn bind_within(
+        &self,
+        gpu: &Gpu,
+        layer: &MoeLayer,
+        scratch: Option<&Scratch>,
+        limit: Option<u64>,
+    ) -> wgmoe::Result<Bound> {
         let hidden = gpu.upload(&self.x);
         let out = gpu.upload(&vec![f32::NAN; self.x.len()]);
         let mut batch = Batch::new(&hidden, self.tokens).into_out(&out);
         batch.scratch = scratch;
+        batch.scratch_limit = limit;
         let step = layer.bind(&batch)?;
         Ok(Bound { config: *layer.config(), step, hidden, out })
     }

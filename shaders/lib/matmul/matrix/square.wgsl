@@ -65,3 +65,52 @@ fn add_square(
     }
   }
 }
+
+// The same with one square of rows.
+fn add_row(
+  k: u32, rows: u32, left_columns: u32, right_columns: u32,
+  s00: ptr<function, Sum>, s01: ptr<function, Sum>, s02: ptr<function, Sum>, s03: ptr<function, Sum>,
+) {
+  let x = coopLoadT<InputA>(&x_tile[0][rows][k][0][0][0], STRIDE);
+  let x_low = coopLoadT<InputA>(&x_tile[X_PARTS - 1u][rows][k][0][0][0], STRIDE);
+  let left = coopLoad<InputB>(&w_tile[0][left_columns][k][0][0][0], STRIDE);
+  *s00 = coopMultiplyAdd(x, left, *s00);
+  if X_PARTS > 1u {
+    *s00 = coopMultiplyAdd(x_low, left, *s00);
+  }
+  if W_PARTS > 1u {
+    let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][left_columns][k][0][0][0], STRIDE);
+    *s00 = coopMultiplyAdd(x, low, *s00);
+  }
+  if SQUARES_ACROSS > 2u {
+    let next_left = coopLoad<InputB>(&w_tile[0][left_columns + 1u][k][0][0][0], STRIDE);
+    *s01 = coopMultiplyAdd(x, next_left, *s01);
+    if X_PARTS > 1u {
+      *s01 = coopMultiplyAdd(x_low, next_left, *s01);
+    }
+    if W_PARTS > 1u {
+      let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][left_columns + 1u][k][0][0][0], STRIDE);
+      *s01 = coopMultiplyAdd(x, low, *s01);
+    }
+  }
+  let right = coopLoad<InputB>(&w_tile[0][right_columns][k][0][0][0], STRIDE);
+  *s02 = coopMultiplyAdd(x, right, *s02);
+  if X_PARTS > 1u {
+    *s02 = coopMultiplyAdd(x_low, right, *s02);
+  }
+  if W_PARTS > 1u {
+    let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][right_columns][k][0][0][0], STRIDE);
+    *s02 = coopMultiplyAdd(x, low, *s02);
+  }
+  if SQUARES_ACROSS > 2u {
+    let next_right = coopLoad<InputB>(&w_tile[0][right_columns + 1u][k][0][0][0], STRIDE);
+    *s03 = coopMultiplyAdd(x, next_right, *s03);
+    if X_PARTS > 1u {
+      *s03 = coopMultiplyAdd(x_low, next_right, *s03);
+    }
+    if W_PARTS > 1u {
+      let low = coopLoad<InputB>(&w_tile[W_PARTS - 1u][right_columns + 1u][k][0][0][0], STRIDE);
+      *s03 = coopMultiplyAdd(x, low, *s03);
+    }
+  }
+}

@@ -75,13 +75,13 @@ impl Routed {
         let router = host_router(&[], None);
         let offsets = &draw.offsets;
         let batch = HostBatch {
-            experts_per_token: None,
             sequences: Some(HostSequences { offsets, lengths: None, capacity: None }),
             blocks: Some(HostBlocks {
                 kept: None,
                 offsets,
                 voters: rule.marked.then_some(&draw.voters),
             }),
+            ..HostBatch::default()
         };
         let routed = cpu_routing(&config, &router, batch, [&draw.logits, s, r]);
         let (tokens, e) = (draw.tokens as usize, draw.experts as usize);

@@ -99,9 +99,8 @@ pub(super) fn check_layer(
     let router = host_router(&data.router, None);
     let voters = rule.marked.then_some(&data.voters[..]);
     let batch = HostBatch {
-        experts_per_token: None,
-        sequences: None,
         blocks: Some(HostBlocks { kept: None, offsets: &offsets, voters }),
+        ..HostBatch::default()
     };
     let want = cpu_routing(config, &router, batch, [&logits, &s, &r]);
     if let (Some(want), Some(got)) = (&want.coreset, step.coreset()) {

@@ -1,86 +1,22 @@
-//! How much device memory a layer's experts need when blocks elect a few of them: the same
-//! denoising steps with all experts on the device, and with a cache that holds a share of them.
-//!
-//! Draws blocks of hidden states whose router logits are `g = 2 (sqrt(0.6) Z_block[e] + sqrt(0.4)
-//! Z[t, e]) - 3`, Z standard normal; from one denoising step to the next, a token's own part keeps
-//! the correlation `--agreement` (a first-order autoregression), the block's part stays. Nothing
-//! published says how far consecutive steps agree: the default is an assumption, and the share of
-//! experts that they have in common is printed. Every step runs on both layers, and the outputs
-//! must have the same bits: exits with 1 where they do not. `cargo run --release -p studies --bin
-//! expert_memory -- --help`.
-use clap::Parser;
+//! One layer, beside itself with all its experts on the device.
+use crate::{BLOCK, Options, budget_bytes, hidden_states, open, rules};
 use plotters::prelude as plot;
-use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::StandardNormal;
+use rand::{SeedableRng, rngs::StdRng};
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 use testkit::layer::{router, upload};
-use testkit::program::{self, Found, Progress};
+use testkit::program::Progress;
 use testkit::synthetic::{self, Pool, RHO};
 use wgmoe::layer::cached::{BoundCached, CacheOptions, CachedLayer};
 use wgmoe::layer::{Batch, BoundLayer, MoeLayer, Router};
-use wgmoe::routing::{BlockRule, Routing};
+use wgmoe::routing::Routing;
 use wgmoe::{Context, Error, Gpu, LayerConfig, WeightType, models, wgpu};
-
-/// Denoising steps of a layer of LLaDA2.0-mini with a part of its experts on the device, beside all
-/// of them there.
-#[derive(Parser)]
-struct Options {
-    /// Device memory for experts: a share of what all of them take, or bytes
-    #[arg(long, default_value = "20%", value_name = "SHARE%|BYTES", value_parser = budget)]
-    budget: Budget,
-    /// Blocks of 32 tokens, denoised one after the other
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    blocks: u32,
-    /// Denoising steps of each block
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    steps: u32,
-    /// Routed experts, at most 256; with fewer, counts of experts in rules shrink alike
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=256))]
-    experts: u32,
-    /// Correlation of a token's own part of its router logits from one step to the next
-    #[arg(long, default_value_t = 0.9)]
-    agreement: f32,
-    /// Storage type of the experts
-    #[arg(long, default_value = "bf16")]
-    weights: WeightType,
-    /// Adapter, by a part of its name or by index
-    #[arg(long, value_name = "NAME|INDEX")]
-    adapter: Option<String>,
-    /// Seed of router, weights and hidden states
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Print one JSON object instead of a table
-    #[arg(long)]
-    json: bool,
-    /// Also draw the bytes moved over the steps of a block
-    #[arg(long, value_name = "FILE")]
-    svg: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy)]
-enum Budget {
-    Share(f64),
-    Bytes(u64),
-}
-
-fn budget(text: &str) -> Result<Budget, String> {
-    match text.strip_suffix('%') {
-        Some(share) => match share.trim().parse::<f64>() {
-            Ok(share) if share > 0.0 && share.is_finite() => Ok(Budget::Share(share / 100.0)),
-            _ => Err("a share above 0 %".into()),
-        },
-        None => text.parse().map(Budget::Bytes).map_err(|_| "a share (20%) or bytes".into()),
-    }
-}
 
 /// What `--json` prints.
 #[derive(Serialize)]
-struct Report {
+pub(crate) struct Report {
     adapter: String,
     driver: String,
     backend: String,
@@ -97,11 +33,11 @@ struct Report {
     budget_bytes: u64,
     /// That the cache takes of the budget.
     cache_bytes: u64,
-    rules: Vec<Row>,
+    pub(crate) rules: Vec<Row>,
 }
 
 #[derive(Serialize)]
-struct Row {
+pub(crate) struct Row {
     rule: &'static str,
     /// Routed experts that a step's tokens use; means over the steps.
     experts_per_step: f64,
@@ -118,62 +54,7 @@ struct Row {
     resident_ms_per_step: f64,
     /// Bytes moved in each step of a block; means over the blocks.
     bytes_of_step: Vec<f64>,
-    ok: bool,
-}
-
-/// Tokens that LLaDA2.x decodes together.
-const BLOCK: u32 = 32;
-
-/// The rules compared.
-fn rules(experts: u32) -> Result<Vec<(&'static str, Routing)>, String> {
-    let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.config;
-    let trained = models::find("llada2.2-mini").ok_or("no llada2.2-mini")?.config.routing;
-    let Routing::TokenChoice(own) = mini.routing else {
-        return Err("llada2-mini does not route by token choice".into());
-    };
-    let elect = |rule| Routing::TokenChoice(own.with_coreset(rule));
-    let rules = [
-        ("original", mini.routing),
-        ("DES-V, vote(38)", elect(BlockRule::Vote(38))),
-        ("dMoE, mass(0.6, 8)", elect(BlockRule::mass(0.6).with_floor(8))),
-        ("LLaDA2.2, capacity(48)", trained),
-    ];
-    rules
-        .into_iter()
-        .map(|(name, routing)| {
-            let routing = routing.with_fewer_experts(mini.experts, experts);
-            routing.check(experts).map_err(|e| format!("--experts {experts}: {name}: {e}"))?;
-            Ok((name, routing))
-        })
-        .collect()
-}
-
-/// Hidden states `[BLOCK, D]` of every step of every block.
-fn hidden_states(options: &Options, hidden: u32, rng: &mut StdRng) -> Vec<Vec<Vec<f32>>> {
-    let mut normal = |n: u32| -> Vec<f32> { (0..n).map(|_| rng.sample(StandardNormal)).collect() };
-    let (keep, fresh) = (options.agreement, (1.0 - options.agreement.powi(2)).sqrt());
-    (0..options.blocks)
-        .map(|_| {
-            let of_block = normal(hidden);
-            let mut own = normal(BLOCK * hidden);
-            (0..options.steps)
-                .map(|step| {
-                    if step > 0 {
-                        let news = normal(BLOCK * hidden);
-                        own.iter_mut().zip(news).for_each(|(z, new)| *z = keep * *z + fresh * new);
-                    }
-                    let width = hidden as usize;
-                    let mixed = own
-                        .iter()
-                        .enumerate()
-                        .map(|(i, z)| RHO.sqrt() * of_block[i % width] + (1.0 - RHO).sqrt() * z);
-                    let mut x: Vec<f32> = mixed.collect();
-                    x.iter_mut().step_by(width).for_each(|x| *x = 1.0);
-                    x
-                })
-                .collect()
-        })
-        .collect()
+    pub(crate) ok: bool,
 }
 
 /// Both layers, and the buffers they share.
@@ -313,10 +194,7 @@ impl<'a> Bench<'a> {
     }
 }
 
-fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
-    if !(0.0..=1.0).contains(&options.agreement) {
-        return Err("--agreement must lie in 0..=1".into());
-    }
+pub(crate) fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let rules = rules(options.experts)?;
     let mini = models::find("llada2-mini").ok_or("no llada2-mini")?.config;
     let config = {
@@ -326,16 +204,8 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     };
     let shape = config.expert_shape(options.weights);
     let resident_bytes = u64::from(shape.experts) * shape.device_bytes();
-    let budget_bytes = match options.budget {
-        Budget::Share(share) => (share * resident_bytes as f64) as u64,
-        Budget::Bytes(bytes) => bytes,
-    };
-    progress.say("opening the device");
-    let gpu = pollster::block_on(Gpu::open(options.adapter.as_deref())).map_err(|e| e.to_string());
-    let gpu = gpu.map_err(|e| match &options.adapter {
-        Some(_) => format!("--adapter: {e}"),
-        None => e,
-    })?;
+    let budget_bytes = budget_bytes(options, resident_bytes);
+    let gpu = open(options, progress)?;
     let say = |e: Error| e.to_string();
     let ctx = Context::new(&gpu.device).map_err(say)?;
     progress.say(format!("making and packing {} MB of expert weights", resident_bytes / 1_000_000));
@@ -369,7 +239,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
 }
 
 /// The report as text.
-fn table(report: &Report) -> String {
+pub(crate) fn table(report: &Report) -> String {
     let mb = |bytes: u64| bytes as f64 / 1e6;
     let mut text = format!(
         "{} of a layer of LLaDA2.0-mini in {}, {} experts of {:.1} MB and a shared one, synthetic weights; {} blocks of {BLOCK} tokens, {} steps each\n\
@@ -430,7 +300,7 @@ fn table(report: &Report) -> String {
 }
 
 /// Bytes moved over the steps of a block, a line a rule.
-fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
+pub(crate) fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
     use plot::{ChartBuilder, Color, IntoDrawingArea, LineSeries, PathElement, SVGBackend};
     let mut svg = String::new();
     {
@@ -469,14 +339,4 @@ fn draw(report: &Report) -> Result<String, Box<dyn std::error::Error>> {
         root.present()?;
     }
     Ok(svg)
-}
-
-fn main() -> ExitCode {
-    let options = Options::parse();
-    program::run("expert_memory", |progress| {
-        let report = run(&options, progress)?;
-        program::save(options.svg.as_deref(), || draw(&report).map_err(|e| e.to_string()))?;
-        let text = program::text_of(&report, options.json, table)?;
-        Ok(Found { text, ok: report.rules.iter().all(|r| r.ok) })
-    })
 }

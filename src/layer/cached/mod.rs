@@ -12,8 +12,8 @@
 //! Every slot is computed once, by the kernels and in the order of a [`MoeLayer`](crate::MoeLayer) with all experts on the device: `out` has
 //! the same bits.
 //!
-//! A [`CachedLayer`] owns its part of the device's memory. Layers run in turn, so one budget for all of them under this rule
-//! would throw out each layer's experts before its turn comes again: give each its share.
+//! A [`CachedLayer`] owns its part of the device's memory; a [`CachedModel`] shares one budget out among layers. Which
+//! experts stay is a [`CachePolicy`].
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -43,19 +43,31 @@
 //!     Ok(())
 //! }
 //! ```
-pub use super::cache::{CacheOptions, CacheStats, ExpertCache, ExpertSource};
+mod cache;
+mod model;
+mod on_host;
+mod options;
+mod policy;
+mod step;
+
+pub use cache::{ExpertCache, ExpertSource};
+pub use model::{CachedModel, ModelLayer};
+pub use on_host::HostExperts;
+pub use options::{CacheOptions, CacheStats};
+pub use policy::CachePolicy;
+pub use step::BoundCached;
 
 use super::batch::Batch;
-use super::bound::BoundLayer;
 use super::config::{LayerConfig, Router};
 use super::experts::{ExpertSteps, Experts};
 use super::route::MoeRouting;
 use super::scratch::Scratch;
 use crate::device::guard::{alive, scoped};
-use crate::device::wait::{Wait, block_on, signal};
-use crate::plan::Stats;
-use crate::{BoundOp, Context, Error, Result, Slice};
+use crate::device::wait::{Wait, block_on};
+use crate::{Context, Error, Result, Slice};
+use on_host::HostStep;
 use std::sync::Arc;
+use step::{Choice, Run};
 
 /// A layer with only some of its experts on the device.
 #[derive(Debug)]
@@ -111,23 +123,29 @@ impl CachedLayer {
     ///
     /// As [`MoeLayer::bind`](crate::MoeLayer::bind).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
+        let limited = batch.scratch_limit.is_some();
+        Batch::unused("scratch_limit", limited, "a layer under a budget keeps every row of `y`")?;
         let in_out = self.experts.in_out(batch)?;
         let scratch = Scratch::of(batch.scratch, &self.ctx)?;
         let routing = self.routing.bind_of(&batch.with_scratch(&scratch))?;
         let mut round = vec![];
-        let mut combine = vec![];
+        let (mut combine, mut host) = (vec![], None);
         if let Some((shape, plan)) = routing.plan() {
             let map = 4 * u64::from(shape.all_experts());
             let places = Some(Slice::new(&self.cache.places, 0, map));
-            let ExpertSteps { gate_up, down } =
+            let ExpertSteps { gate_up, down, y } =
                 self.experts.bind((&shape, plan), in_out, &scratch, places)?;
+            if self.cache.may_be_on_host() {
+                let plan = (plan, shape.sections()?, shape.all_experts());
+                host = Some(HostStep::new(&self.ctx, batch, plan, y, self.config().hidden)?);
+            }
             round = gate_up;
             for (matmuls, combination) in down {
                 round.extend(matmuls);
                 combine.extend(combination);
             }
         }
-        let readback = scoped(self.ctx.device(), || {
+        let stats_back = scoped(self.ctx.device(), || {
             self.ctx.device().create_buffer(&wgpu::BufferDescriptor {
                 label: Some("union"),
                 size: routing.stats().size,
@@ -136,7 +154,7 @@ impl CachedLayer {
             })
         })?;
         let places = self.cache.places.clone();
-        Ok(BoundCached { routing, round, combine, readback, places, union: vec![] })
+        Ok(BoundCached { routing, round, combine, stats_back, places, union: vec![], host })
     }
 
     /// Records and submits the routing, then runs the experts ([`CachedLayer::run_experts`]). Waits for the routing, and
@@ -174,6 +192,8 @@ impl CachedLayer {
     }
 
     /// As [`CachedLayer::run_experts`], and never blocks: the device must be polled elsewhere, as browsers do of themselves.
+    /// The future may be dropped at any await: `out` is then not written whole, and the step can be run
+    /// again from its routing on.
     ///
     /// # Errors
     ///
@@ -199,6 +219,17 @@ impl CachedLayer {
         block_on(self.cache.prefetch(queue, experts, Wait::Poll))
     }
 
+    /// Brings in what the last run of a step used, as far as the cache holds it: to be called while the
+    /// layer before computes. [`CachedLayer::run_experts`] does it too, so this is for an engine that is
+    /// not ready to submit the step's routing yet. Nothing under [`CachePolicy::Interval`].
+    ///
+    /// # Errors
+    ///
+    /// As [`CachedLayer::prefetch`].
+    pub fn prefetch_for(&mut self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
+        self.prefetch(queue, &step.union)
+    }
+
     fn submit_routing(&self, queue: &wgpu::Queue, step: &BoundCached) -> Result<()> {
         alive(self.ctx.device())?;
         scoped(self.ctx.device(), || {
@@ -220,118 +251,52 @@ impl CachedLayer {
         if step.round.is_empty() {
             return Ok(());
         }
-        let cache = &mut self.cache;
         let device = self.ctx.device().clone();
         alive(&device)?;
-        let (done, mapped) = signal();
-        step.readback.map_async(wgpu::MapMode::Read, .., done);
         let last = std::mem::take(&mut step.union);
-        let prefetched = cache.prefetch(queue, &last, wait).await;
-        let read = wait.until(&device, None, mapped).await.and_then(|mapped| {
-            mapped.map_err(|e| Error::ReadBack(e.to_string()))?;
-            let view = step.readback.get_mapped_range(..);
-            let view = view.map_err(|e| Error::ReadBack(e.to_string()))?;
-            Stats::from_words(&bytemuck::pod_collect_to_vec::<u8, u32>(&view))
-        });
-        step.readback.unmap();
+        let reading = step.start_reading();
+        let prefetched = self.cache.prefetch(queue, &last, wait).await;
+        let read = reading.finish(&device, wait).await;
         prefetched?;
-        let tokens = read?.tokens_per_expert;
-        step.union = (0..).zip(tokens).filter(|&(_, n)| n > 0).map(|(e, _)| e).collect();
+        let Choice { tokens, rows } = read?;
+        step.union = (0..).zip(&tokens).filter(|&(_, &n)| n > 0).map(|(e, _)| e).collect();
 
-        let (there, missing): (Vec<u32>, Vec<u32>) =
+        let cache = &mut self.cache;
+        let (there, mut missing): (Vec<u32>, Vec<u32>) =
             step.union.iter().copied().partition(|&e| cache.place_of(e).is_some());
-        cache.stats.steps += 1;
-        cache.stats.hits += there.len() as u64;
-        cache.stats.misses += missing.len() as u64;
-        for &expert in &there {
-            if let Some(place) = cache.place_of(expert) {
-                cache.touch(place);
-            }
+        cache.note_step(&there, &missing);
+        let changes = cache.end_of_step(&tokens);
+        let comes = |e: &u32| changes.iter().any(|(_, new)| new == e);
+        let (coming, mut others): (Vec<u32>, Vec<u32>) = missing.iter().partition(|e| comes(e));
+        let on_host = cache.take_for_host(&mut others, &tokens);
+        missing.retain(|e| !on_host.contains(e));
+        let (left, waits) = (missing.len(), !on_host.is_empty());
+        let mut run = Run { step, device: &device, queue, left, on_host: waits };
+        if !there.is_empty() || cache.shared_experts > 0 || (left == 0 && !waits) {
+            run.start(cache, &there)?;
         }
-        let batches: Vec<&[u32]> = missing.chunks(cache.batch.min(cache.held.len())).collect();
-        if !there.is_empty() || cache.shared_experts > 0 || batches.is_empty() {
-            step.submit_round(&device, cache, queue, &there, true, batches.is_empty())?;
-        }
-        for (i, &batch) in batches.iter().enumerate() {
+        // The places of those that leave were read by the round before.
+        for batch in changes.chunks(cache.batch) {
             cache.uploader.settle(1, wait).await?;
-            for &expert in batch {
-                cache.bring(queue, expert, &[])?;
-                cache.stats.miss_bytes += cache.expert_bytes();
+            let asked = cache.change(queue, batch, &coming)?;
+            if asked.is_empty() {
+                cache.uploader.flush(queue)?;
+            } else {
+                run.round(cache, &asked)?;
             }
-            let last = i + 1 == batches.len();
-            let submission = step.submit_round(&device, cache, queue, batch, false, last)?;
-            cache.uploader.submitted(queue, submission);
+        }
+        for batch in others.chunks(cache.round()) {
+            let began = cache.clock();
+            cache.uploader.settle(1, wait).await?;
+            cache.bring_all(queue, batch)?;
+            cache.note_uploaded(batch.len(), began);
+            run.round(cache, batch)?;
+        }
+        if let Some(rows) = rows.filter(|_| waits) {
+            let began = cache.clock();
+            run.host(cache, self.experts.activation, (&on_host, &rows))?;
+            cache.note_computed(&on_host, &tokens, began);
         }
         Ok(())
-    }
-}
-
-/// A [`CachedLayer`] bound to a batch. It remembers which experts its last run used: bind one step for each sequence or block
-/// that is decoded, and let it run on all of its denoising steps.
-#[derive(Debug)]
-pub struct BoundCached {
-    routing: BoundLayer,
-    /// The matmuls over the pages, for the experts that the places name.
-    round: Vec<BoundOp>,
-    combine: Vec<BoundOp>,
-    readback: wgpu::Buffer,
-    places: wgpu::Buffer,
-    union: Vec<u32>,
-}
-
-impl BoundCached {
-    /// Records the routing, and the copy that [`CachedLayer::run_experts`] reads. To be recorded once and submitted before each
-    /// call of that.
-    pub fn encode_routing(&self, encoder: &mut wgpu::CommandEncoder) {
-        self.routing.encode(encoder);
-        if !self.round.is_empty() {
-            let stats = self.routing.stats();
-            let (from, to) = (stats.buffer, &self.readback);
-            encoder.copy_buffer_to_buffer(from, stats.offset, to, 0, stats.size);
-        }
-    }
-
-    /// The routing: plan, bit set, gates, statistics. Its own recording is the routing alone.
-    pub fn routing(&self) -> &BoundLayer {
-        &self.routing
-    }
-
-    /// Routed experts that the last run used, ascending.
-    pub fn union(&self) -> &[u32] {
-        &self.union
-    }
-
-    /// Submits the matmuls of these experts, with the shared ones and the combination where asked.
-    fn submit_round(
-        &self,
-        device: &wgpu::Device,
-        cache: &mut ExpertCache,
-        queue: &wgpu::Queue,
-        experts: &[u32],
-        shared: bool,
-        last: bool,
-    ) -> Result<wgpu::SubmissionIndex> {
-        let mut places = vec![u32::MAX; (cache.experts + cache.shared_experts) as usize];
-        for &expert in experts {
-            places[expert as usize] = cache.place_of(expert).map_or(u32::MAX, |p| p as u32);
-        }
-        if shared {
-            for i in 0..cache.shared_experts {
-                places[(cache.experts + i) as usize] = cache.held.len() as u32 + i;
-            }
-        }
-        cache.stats.rounds += 1;
-        scoped(device, || {
-            queue.write_buffer(&cache.places, 0, bytemuck::cast_slice(&places));
-            let mut encoder = device.create_command_encoder(&Default::default());
-            let descriptor =
-                wgpu::ComputePassDescriptor { label: Some("experts"), ..Default::default() };
-            let mut pass = encoder.begin_compute_pass(&descriptor);
-            for part in self.round.iter().chain(self.combine.iter().filter(|_| last)) {
-                part.record(&mut pass);
-            }
-            drop(pass);
-            queue.submit([encoder.finish()])
-        })
     }
 }
