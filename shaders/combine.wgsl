@@ -1,5 +1,7 @@
-// out[t, h] = (out[t, h] +) sum over the slots s of t, in expert order: gate_of[s] * y[s, h]
+// out[t, h] = (out[t, h] +) (residual[t, h] +) sum over the slots s of t, in expert order: gate * y[s, h]
+//   gate = gate_of[s] where `weighted`, else 1
 //   y [slots, hidden] f32; plan: token_offsets, slot_of, gate_of
+//   residual [tokens, hidden] f32, where there is one
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Grid: ceil(tokens * ceil(hidden / N) / WG) groups; one lane one Vector, of N elements, Stored in out.
 // Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
@@ -15,12 +17,15 @@ struct Params {
   token_offsets: u32,
   slot_of: u32,
   gate_of: u32,
+  weighted: u32,
+  has_residual: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> y: array<Vector>;
 @group(0) @binding(2) var<storage, read> plan: array<u32>;
-@group(0) @binding(3) var<storage, read_write> out: array<Stored>;
+@group(0) @binding(3) var<storage, read> residual: array<Vector>;
+@group(0) @binding(4) var<storage, read_write> out: array<Stored>;
 
 @compute @workgroup_size(WG)
 fn combine(
@@ -40,8 +45,15 @@ fn combine(
   for (var i = plan[params.token_offsets + t]; i < end; i++) {
     let s = plan[params.slot_of + i];
     if s < params.slots {
-      sum += bitcast<f32>(plan[params.gate_of + s]) * y[s * params.vectors + h];
+      var gate = 1.0;
+      if params.weighted == 1u {
+        gate = bitcast<f32>(plan[params.gate_of + s]);
+      }
+      sum += gate * y[s * params.vectors + h];
     }
+  }
+  if params.has_residual == 1u {
+    sum += residual[at];
   }
   if params.add == 1u {
     sum += widen(out[at]);

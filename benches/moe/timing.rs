@@ -5,12 +5,22 @@ use std::cell::{Cell, OnceCell};
 use std::time::{Duration, Instant};
 use testkit::device::required;
 use testkit::works::{Bound, Part};
+use wgmoe::layer::{BoundBackward, BoundLayer};
 use wgmoe::{BoundOp, Context, Gpu, Target, Variant, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 pub(super) enum Ready {
     BoundOp(BoundOp),
     Layer(Box<Bound>),
+    /// The passes of a training step that are timed.
+    Training(Vec<Pass>),
+}
+
+/// A pass of a training step.
+#[derive(Clone)]
+pub(super) enum Pass {
+    Forward(Box<BoundLayer>),
+    Backward(BoundBackward),
 }
 
 /// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed
@@ -75,6 +85,10 @@ impl Bench {
                 step.record(&mut encoder.begin_compute_pass(&Default::default()))
             }
             Ready::Layer(bound) => bound.step.encode(&mut encoder),
+            Ready::Training(passes) => passes.iter().for_each(|pass| match pass {
+                Pass::Forward(forward) => forward.encode(&mut encoder),
+                Pass::Backward(backward) => backward.encode(&mut encoder).expect("a forward pass"),
+            }),
         }
         self.gpu.queue.submit([encoder.finish()]);
         self.gpu.device.poll(wgpu::PollType::wait_indefinitely()).expect("the device");

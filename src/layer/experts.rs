@@ -48,15 +48,15 @@ pub(super) struct ExpertSteps {
 const OWN: [(&str, &str); 1] = [("x", "hidden")];
 
 /// Slots, and their rows of `h`.
-type Stretch = (Range<u32>, Tensor);
+pub(super) type Stretch = (Range<u32>, Tensor);
 
 /// A plan, and the experts that the weights hold: what the stretches below have in common.
-struct Planned<'a> {
-    shape: &'a PlanShape,
-    plan: Slice<'a>,
+pub(super) struct Planned<'a> {
+    pub(super) shape: &'a PlanShape,
+    pub(super) plan: Slice<'a>,
     /// `[experts]` u32: which of `weights`' experts holds each of the plan's
     /// ([`grouped_matmul::Args::places`]).
-    places: Option<Slice<'a>>,
+    pub(super) places: Option<Slice<'a>>,
 }
 
 impl Experts {
@@ -184,7 +184,7 @@ impl Experts {
     }
 
     /// The second matmul and the combination of each stretch of columns.
-    fn bind_down(
+    pub(super) fn bind_down(
         &self,
         planned: &Planned<'_>,
         stretches: &[Stretch],

@@ -95,7 +95,7 @@ impl MoeExperts {
         let shape =
             PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(self.shared_experts);
         let scratch = Scratch::of(batch.scratch, ctx)?;
-        let tensors = PlanTensors::new(&scratch, shape, batch)?;
+        let tensors = PlanTensors::new(&scratch, &scratch, shape, batch)?;
         let (assign, ignored, count) = self.bind_assign(assignments, &tensors, &scratch)?;
         let mut parts = vec![assign];
         let lost = Lost { counts: ignored.slice(), dropped: 0, ignored: count };

@@ -74,6 +74,8 @@ pub struct HostRouting {
     pub coreset: Option<Vec<u32>>,
     /// The bit set `[E, ceil(T / 32)]`.
     pub assigned: Vec<u32>,
+    /// The same before any drop: the experts that gates are made over.
+    pub chosen: Vec<u32>,
     /// Gates `[T, E]`, 0 elsewhere.
     pub gates: Vec<f32>,
     /// Tokens that each expert dropped.
@@ -169,7 +171,14 @@ pub fn cpu_routing(
         Routing::ExpertChoice(_) | Routing::SequenceTop(_) => None,
     };
     let Some(capacity) = capacity else {
-        return HostRouting { coreset: coresets, assigned, gates, dropped: vec![0; experts] };
+        let dropped = vec![0; experts];
+        return HostRouting {
+            coreset: coresets,
+            chosen: assigned.clone(),
+            assigned,
+            gates,
+            dropped,
+        };
     };
     let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
     for t in 0..tokens as usize {
@@ -179,7 +188,7 @@ pub fn cpu_routing(
             }
         }
     }
-    HostRouting { coreset: coresets, assigned: kept, gates, dropped }
+    HostRouting { coreset: coresets, assigned: kept, chosen: assigned, gates, dropped }
 }
 
 /// Sequences with padding.
@@ -243,15 +252,21 @@ impl Padded<'_> {
             experts_per_token: tops.as_deref(),
         };
         let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
-        let mut assigned = bits::empty(tokens, experts);
+        let placed = |bits_alone: &[u32]| {
+            let mut all = bits::empty(tokens, experts);
+            for (i, &t) in kept.iter().enumerate() {
+                for e in bits::experts_of(bits_alone, kept.len(), i) {
+                    bits::set(&mut all, tokens, e, t);
+                }
+            }
+            all
+        };
+        let (assigned, chosen) = (placed(&alone.assigned), placed(&alone.chosen));
         let mut gates = vec![0.0; tokens * experts];
         for (i, &t) in kept.iter().enumerate() {
-            for e in bits::experts_of(&alone.assigned, kept.len(), i) {
-                bits::set(&mut assigned, tokens, e, t);
-            }
             gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
         }
-        HostRouting { assigned, gates, ..alone }
+        HostRouting { assigned, chosen, gates, ..alone }
     }
 }
 

@@ -1,5 +1,6 @@
-//! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
-use super::not_zero;
+//! The output of the layer: each token's experts, weighted by their gates and summed in expert order. In
+//! the backward pass, the gradient of the hidden states: the same sum without gates.
+use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
@@ -13,7 +14,7 @@ pub const SPEC: Spec = Spec {
     name: "combine",
     body: include_str!("../../shaders/combine.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("y", 4), read("plan", 4), write("out", 4)],
+    bindings: &[read("y", 4), read("plan", 4), read("residual", 4), write("out", 4)],
     variants: || {
         let widths = |float_type| match float_type {
             FloatType::F32 => [1, 4],
@@ -25,7 +26,7 @@ pub const SPEC: Spec = Spec {
 
 params! {
     tokens: u32, slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
-    slot_of: u32, gate_of: u32,
+    slot_of: u32, gate_of: u32, weighted: u32, has_residual: u32,
 }
 
 const WG: u32 = 64;
@@ -54,6 +55,26 @@ fn prelude(float_type: FloatType, vector: u32) -> Prelude {
 /// If `hidden` is 0, if `y` is not whole rows of `hidden` or fewer than the plan's slots, or if
 /// `residual` is not `[tokens, hidden]`; the message names the argument.
 pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    let gates: Vec<f64> = plan.gate_of.iter().map(|&g| g.into()).collect();
+    sum(plan, &gates, y, hidden, residual)
+}
+
+/// The same without gates, for rows that have them in them already: the gradients of a token's slots.
+///
+/// # Panics
+///
+/// As [`cpu`].
+pub fn cpu_sum(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    sum(plan, &vec![1.0; plan.token_of.len()], y, hidden, residual)
+}
+
+fn sum(
+    plan: &HostPlan,
+    gates: &[f64],
+    y: &[f32],
+    hidden: usize,
+    residual: Option<&[f32]>,
+) -> Vec<f32> {
     let rows = expect_rows("y", y.len(), "hidden", hidden);
     let slots = plan.token_of.len();
     assert!(rows >= slots, "`y`: expected {slots} rows, got {rows}");
@@ -66,9 +87,7 @@ pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) 
         for h in 0..hidden {
             let sum: f64 = slots
                 .iter()
-                .map(|&s| {
-                    f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h])
-                })
+                .map(|&s| gates[s as usize] * f64::from(y[s as usize * hidden + h]))
                 .sum();
             out.push((sum + residual.map_or(0.0, |r| r[t * hidden + h].into())) as f32);
         }
@@ -125,11 +144,44 @@ impl Combine {
         self.bind_tokens(shape, 0..shape.tokens, args)
     }
 
+    /// Sums the slots of each token as they are, without gates, and with `residual` `[tokens, hidden]`
+    /// f32 where there is one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Combine::bind`]; a residual beside an output that is not f32.
+    pub fn bind_sum(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        residual: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
+        if let Some(residual) = residual {
+            residual.f32s("residual", &[shape.tokens.into(), args.hidden.into()])?;
+            if args.out.float_type != FloatType::F32 {
+                let reason = format!("beside an output of {}", args.out.float_type.name());
+                return Err(Error::invalid("residual", reason));
+            }
+        }
+        self.bind_as(shape, 0..shape.tokens, (false, residual), args)
+    }
+
     /// The same for some of the plan's tokens, whose rows alone are `args.out`.
     pub(crate) fn bind_tokens(
         &self,
         shape: &PlanShape,
         of: Range<u32>,
+        args: Args<'_>,
+    ) -> Result<BoundOp> {
+        self.bind_as(shape, of, (true, None), args)
+    }
+
+    /// The same, with gates or without, perhaps with a residual.
+    fn bind_as(
+        &self,
+        shape: &PlanShape,
+        of: Range<u32>,
+        (weighted, residual): (bool, Option<Slice<'_>>),
         args: Args<'_>,
     ) -> Result<BoundOp> {
         let at = shape.sections()?;
@@ -166,10 +218,11 @@ impl Combine {
             token_offsets: at.token_offsets + of.start,
             slot_of: at.slot_of,
             gate_of: at.gate_of,
+            weighted: weighted.into(),
+            has_residual: residual.is_some().into(),
         };
         let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
-        Ok(kernel
-            .dispatch(&self.ctx, &params, &[args.y, args.plan, args.out.slice], groups)?
-            .into())
+        let slices = [args.y, args.plan, or_nothing(&self.ctx, residual), args.out.slice];
+        Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }
