@@ -79,7 +79,9 @@ impl Problem {
                     all.extend([[false, true], [true, false]].map(of));
                 }
             }
-            all.push(Self::new([false, false, true], (WeightType::F32, false), matrix, kind));
+            if kind == ItemKind::Tile {
+                all.push(Self::new([false, false, true], (WeightType::F32, false), matrix, kind));
+            }
         }
         all
     }
