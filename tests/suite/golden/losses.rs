@@ -147,6 +147,9 @@ pub(super) fn bias_update(file: &File, gpu: Option<&Gpu>, _: &mut Report) -> Out
     let [experts, micro] = [file.size("experts")?, file.size("micro_batches")?];
     let rate = file.real("rate").ok_or("no `rate`")? as f32;
     let counts = file.u32s("tokens_per_expert")?;
+    // Every micro-batch has as many slots.
+    let slots: Vec<u32> = counts.chunks(experts).map(|row| row.iter().sum()).collect();
+    same(&slots, &vec![slots[0]; slots.len()], "slots of a micro-batch")?;
     let sums: Vec<Vec<u32>> = counts
         .chunks(experts * micro)
         .map(|step| (0..experts).map(|e| step.iter().skip(e).step_by(experts).sum()).collect())
