@@ -1,6 +1,8 @@
-// out[t, h] = (out[t, h] +) sum over the slots s of t, in expert order: gate_of[s] * y[s, h]
+// out[t, h] = (out[t, h] +) (residual[t, h] +) sum over the slots s of t, in expert order: gate * y[s, h]
+//   gate = gate_of[s] where `weighted`, else 1
 //   y [slots, hidden] f32; plan: token_offsets, slot_of, gate_of
 //   active [ceil(tokens / 32)] bit set, where has_active: rows of the other tokens are left alone
+//   residual [tokens, hidden] f32, where has_residual
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Where `y` holds some slots at a time, those from `first_slot` on, the sum goes from dispatch to dispatch
 // through `out` in f32 (`continued`). Where `summed`, y holds the sums themselves, a row a token.
@@ -24,13 +26,16 @@ struct Params {
   summed: u32,
   has_active: u32,
   first_token: u32, // of out's
+  weighted: u32,
+  has_residual: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> y: array<Vector>;
 @group(0) @binding(2) var<storage, read> plan: array<u32>;
 @group(0) @binding(3) var<storage, read> active_bits: array<u32>;
-@group(0) @binding(4) var<storage, read_write> out: array<Stored>;
+@group(0) @binding(4) var<storage, read> residual: array<Vector>;
+@group(0) @binding(5) var<storage, read_write> out: array<Stored>;
 
 @compute @workgroup_size(WG)
 fn combine(
@@ -64,13 +69,20 @@ fn combine(
       let s = plan[params.slot_of + i];
       let row = s - params.first_slot; // past all rows where it lies before them
       if row < params.slots {
-        sum += bitcast<f32>(plan[params.gate_of + s]) * y[row * params.vectors + h];
+        var gate = 1.0;
+        if params.weighted == 1u {
+          gate = bitcast<f32>(plan[params.gate_of + s]);
+        }
+        sum += gate * y[row * params.vectors + h];
         any = true;
       }
     }
     if params.continued == 1u && !any {
       return; // what is there stays
     }
+  }
+  if params.has_residual == 1u {
+    sum += residual[at];
   }
   if params.add == 1u {
     sum += widen(out[at]);

@@ -29,7 +29,15 @@
 //! | [`matmul_row`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[K]`, weights `[N, K]` as a function | row `[N]`, f64 |
 //! | [`expert`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[D]`, weights as functions | y `[D]` |
 //! | [`combine`] | [`ops::combine`](crate::ops::combine) | plan, y `[S, D]` | out `[T, D]` |
+//! | [`gates_backward`] | [`ops::gates_backward`](crate::ops::gates_backward) | plan, gradients of gates `[S]`, bit set, logits or scores `[T, E]` | gradients of logits `[T, E]` |
+//! | [`sum_of_slots`] | [`ops::combine`](crate::ops::combine) | plan, rows `[S, D]` | their sums `[T, D]` |
+//! | [`router_loss`] | [`ops::router_loss`](crate::ops::router_loss) | logits `[T, E]`, counts `[E]` | values of two losses, gradients of logits |
+//! | [`balance_loss`] | [`ops::balance_loss`](crate::ops::balance_loss) | logits `[T, E]`, experts of each token `[T]` | value, gradients of logits |
+//! | [`cross_entropy`] | [`ops::cross_entropy`](crate::ops::cross_entropy) | logits `[T, V]`, targets, weights `[T]` each | losses `[T]`, gradients of logits |
+//! | [`loss_sum`] | [`ops::loss_sum`](crate::ops::loss_sum) | terms | their sum |
+//! | [`bias_update`] | [`ops::bias_update`](crate::ops::bias_update) | bias, counts `[E]` each | bias |
 //! | [`layer`], [`layer_routing`], [`layer_token`] | [`MoeLayer`](crate::MoeLayer) | x `[T, D]`, router, experts | out `[T, D]` |
+//! | [`layer_backward`] | [`MoeLayer::bind_training`](crate::MoeLayer::bind_training) | what the forward pass made, gradient of out `[T, D]` | gradients of all |
 //!
 //! A bit set is `[E, ceil(T / 32)]` words ([`plan::bits`](crate::plan::bits)).
 //!
@@ -63,27 +71,44 @@
 use crate::plan::{HostPlan, PlanShape};
 
 pub use crate::layer::{
-    HostBatch, HostBlocks, HostExperts, HostRouter, HostRouting, HostSequences, cpu as layer,
-    cpu_routing as layer_routing, cpu_token as layer_token,
+    HostBatch, HostBlocks, HostExperts, HostForward, HostGradients, HostRouter, HostRouting,
+    HostSequences, cpu as layer, cpu_backward as layer_backward, cpu_routing as layer_routing,
+    cpu_token as layer_token,
+};
+pub use crate::ops::activation::cpu as activation;
+pub use crate::ops::activation_gradient::{
+    cpu as activation_gradient, cpu_slope as activation_slope,
 };
 pub use crate::ops::active_rows::{cpu as active_rows, cpu_active as active_rows_of};
 pub use crate::ops::assign::cpu as assign;
 pub use crate::ops::assign_lists::cpu as assign_lists;
+pub use crate::ops::balance_loss::cpu as balance_loss;
+pub use crate::ops::bias_update::cpu as bias_update;
 pub use crate::ops::block_choice::cpu as block_choice;
 pub use crate::ops::capacity::{HostSource, cpu as capacity};
-pub use crate::ops::combine::{cpu as combine, cpu_active as combine_active};
+pub use crate::ops::combine::{
+    cpu as combine, cpu_active as combine_active, cpu_sum as sum_of_slots,
+};
 pub use crate::ops::coreset::cpu as coreset;
 pub use crate::ops::coverage::cpu as coverage;
+pub use crate::ops::cross_entropy::{cpu as cross_entropy, masked_weights};
 pub use crate::ops::expert_choice::{cpu as expert_choice, cpu_drop as drop_over_capacity};
 pub use crate::ops::expert_lists::{cpu as expert_lists, cpu_padded as padded_expert_lists};
 pub use crate::ops::expert_union::cpu as expert_union;
+pub use crate::ops::gates_backward::cpu as gates_backward;
 pub use crate::ops::gather::cpu as gather;
 pub use crate::ops::grouped_matmul::{cpu_expert as expert, cpu_row as matmul_row};
 pub use crate::ops::logits::cpu as logits;
+pub use crate::ops::loss_sum::cpu as loss_sum;
+pub use crate::ops::matmul_transposed::{
+    cpu as matmul_transposed, cpu_row as matmul_transposed_row,
+};
 pub use crate::ops::plan_count::cpu as gates;
+pub use crate::ops::router_loss::cpu as router_loss;
 pub use crate::ops::scores::cpu as scores;
 pub use crate::ops::sequence_top::cpu as sequence_top;
 pub use crate::ops::token_choice::{cpu as token_choice, cpu_each as token_choice_of_each};
+pub use crate::ops::weight_gradient::{cpu as weight_gradient, cpu_outer as outer_products};
 
 /// The plan of a bit set and its gates `[T, E]`: [`HostPlan::cpu`].
 ///

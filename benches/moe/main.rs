@@ -11,11 +11,13 @@
 //! Where the device has matrix units, `matmul_rows` runs on them too.
 //! `WGMOE_BENCH_VARIANTS=1` runs matmuls and layers in every variant too, not only in the one that
 //! the device gets by default.
+mod backward;
 mod choices;
 mod layers;
 mod plans;
 mod rows;
 mod timing;
+mod training;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::time::Duration;
@@ -37,6 +39,14 @@ fn all(c: &mut Criterion) {
     rows::bench_combine(&bench, c);
     plans::bench_expert_union(&bench, c);
     plans::bench_expert_lists(&bench, c);
+    backward::bench_backward(&bench, c);
+    training::bench_gates_backward(&bench, c);
+    training::bench_router_loss(&bench, c);
+    training::bench_balance_loss(&bench, c);
+    training::bench_cross_entropy(&bench, c);
+    training::bench_loss_sum(&bench, c);
+    training::bench_bias_update(&bench, c);
+    training::bench_training(&bench, c);
     layers::bench_layer(&bench, c);
     layers::bench_prefill(&bench, c);
 }

@@ -7,12 +7,22 @@ use testkit::block_on;
 use testkit::device::{required, with_matrix_units};
 use testkit::works::{Bound, Part};
 use wgmoe::device::MatrixReport;
+use wgmoe::layer::{BoundBackward, BoundLayer};
 use wgmoe::{BoundOp, Context, ContextOptions, Gpu, MatrixUnits, Target, Variant, wgpu};
 
 /// Work that was compared with its twin, to be recorded again and again.
 pub(super) enum Ready {
     BoundOp(BoundOp),
     Layer(Box<Bound>),
+    /// The passes of a training step that are timed.
+    Training(Vec<Pass>),
+}
+
+/// A pass of a training step.
+#[derive(Clone)]
+pub(super) enum Pass {
+    Forward(Box<BoundLayer>),
+    Backward(BoundBackward),
 }
 
 /// Where all works that take turns are shorter than this, each runs twice at its turn, and is timed
@@ -94,6 +104,10 @@ impl Bench {
                 step.record(&mut encoder.begin_compute_pass(&Default::default()))
             }
             Ready::Layer(bound) => bound.step.encode(&mut encoder),
+            Ready::Training(passes) => passes.iter().for_each(|pass| match pass {
+                Pass::Forward(forward) => forward.encode(&mut encoder),
+                Pass::Backward(backward) => backward.encode(&mut encoder).expect("a forward pass"),
+            }),
         }
         self.gpu.queue.submit([encoder.finish()]);
         self.gpu.device.poll(wgpu::PollType::wait_indefinitely()).expect("the device");

@@ -175,6 +175,7 @@ impl<'a> Fields<'a> {
         let rule = TokenChoice {
             score,
             gate: if normalised { GateRule::Normalised } else { GateRule::Unnormalised },
+            by_logits: false,
             experts_per_token: self.needed(&["num_experts_per_tok"], MAX_EXPERTS)?,
             // A model trained with a coreset of its blocks ignores groups.
             groups: if coreset.is_some() { None } else { groups },

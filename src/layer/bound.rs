@@ -2,6 +2,8 @@
 use crate::device::Tensor;
 use crate::plan::Stats;
 use crate::{BoundOp, Context, Dispatch, PlanShape, Result, Slice};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A layer bound to a batch. Recording it makes nothing; what the bound buffers hold is read when the
 /// work runs.
@@ -10,6 +12,8 @@ pub struct BoundLayer {
     parts: Vec<BoundOp>,
     stats: Tensor,
     routed: Option<Routed>,
+    /// Set once the layer is recorded: what its backward pass waits for.
+    recorded: Arc<AtomicBool>,
 }
 
 /// What the routing of a batch made, on the device.
@@ -19,6 +23,10 @@ pub(crate) struct Routed {
     pub(crate) plan: Tensor,
     pub(crate) assigned: Tensor,
     pub(crate) gates: Tensor,
+    /// The bit set before a drop, kept where a backward pass needs it.
+    pub(crate) chosen: Option<Tensor>,
+    /// `[E]` u32: tokens that each expert dropped, kept with it.
+    pub(crate) dropped: Option<Tensor>,
     /// Of a block-level rule.
     pub(crate) coreset: Option<Tensor>,
     /// Of a router of ours.
@@ -48,11 +56,11 @@ impl BoundLayer {
     pub(crate) fn empty(ctx: &Context, experts: u32) -> Result<Self> {
         let words = vec![0u32; (Stats::bytes(experts) / 4) as usize];
         let stats = Tensor::new(ctx, "stats", &words)?;
-        Ok(Self { parts: vec![], stats, routed: None })
+        Ok(Self { parts: vec![], stats, routed: None, recorded: Arc::default() })
     }
 
     pub(crate) fn new(parts: Vec<BoundOp>, stats: Tensor, routed: Routed) -> Self {
-        Self { parts, stats, routed: Some(routed) }
+        Self { parts, stats, routed: Some(routed), recorded: Arc::default() }
     }
 
     /// Adds what follows.
@@ -60,8 +68,17 @@ impl BoundLayer {
         self.parts.extend(parts);
     }
 
+    pub(crate) fn routed(&self) -> Option<&Routed> {
+        self.routed.as_ref()
+    }
+
+    pub(crate) fn recorded(&self) -> &Arc<AtomicBool> {
+        &self.recorded
+    }
+
     /// Records the layer into a pass of the caller's.
     pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        self.recorded.store(true, Ordering::Relaxed);
         for part in &self.parts {
             part.record(pass);
         }

@@ -170,9 +170,9 @@ impl Choice {
         }
     }
 
-    /// Upper bound of the slots that the rule makes of a batch.
-    pub(super) fn slots(&self, batch: &Batch<'_>, experts: u32) -> Result<u32> {
-        let tokens = batch.tokens;
+    /// Upper bound of the slots that the rule makes of tokens, in so many sequences where it knows of
+    /// such.
+    pub(super) fn slots(&self, tokens: u32, sequences: Option<u32>, experts: u32) -> Result<u32> {
         let each = |k: u32| {
             let slots = u64::from(tokens) * u64::from(k);
             let many = format!("{slots} slots do not fit 32 bits");
@@ -183,8 +183,8 @@ impl Choice {
             Self::Pairs { rule, .. } => each(rule.experts_per_token),
             Self::Experts { rule, .. } => {
                 let k = rule.max_experts_per_token;
-                match batch.sequences {
-                    Some(s) => routing::schedule::slot_bound_of_any(tokens, s.count, experts, k),
+                match sequences {
+                    Some(count) => routing::schedule::slot_bound_of_any(tokens, count, experts, k),
                     None => routing::schedule::slot_bound([tokens], experts, k),
                 }
             }

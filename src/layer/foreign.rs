@@ -100,7 +100,7 @@ impl MoeExperts {
         let shape =
             PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(self.shared_experts);
         let scratch = Scratch::of(batch.scratch, ctx)?.counting();
-        let tensors = PlanTensors::new(&scratch, shape, batch)?;
+        let tensors = PlanTensors::new(&scratch, &scratch, shape, batch)?;
         let (assign, ignored, count) =
             self.bind_assign(assignments, batch.active, &tensors, &scratch)?;
         let of_tokens = OfTokens { active: batch.active, asked: None };

@@ -5,6 +5,7 @@
 //! | [`MoeLayer`] | routes, runs the experts, combines |
 //! | [`MoeRouting`] | the first half: router, choice, plan |
 //! | [`MoeExperts`] | the second half, after another router's choice |
+//! | [`MoeLayer::bind_training`] | a forward pass that keeps what its backward pass reads, and that pass |
 //! | [`CachedLayer`](cached::CachedLayer) | a layer with only some of its experts on the device |
 //!
 //! Each is made once from a [`LayerConfig`] and weights, and bound to a [`Batch`] of slices. Binding
@@ -53,7 +54,11 @@ mod part;
 mod planning;
 mod route;
 mod scratch;
+mod training;
+mod training_batch;
+mod training_bytes;
 mod twin;
+mod twin_backward;
 
 pub use crate::device::Tensor;
 pub use batch::{Assignments, BLOCK, Batch, Blocks, KeptCoresets, Sequences};
@@ -63,10 +68,14 @@ pub use foreign::MoeExperts;
 pub use part::BoundPart;
 pub use route::MoeRouting;
 pub use scratch::Scratch;
+pub use training::BoundBackward;
+pub use training_batch::{Losses, TrainingBatch};
+pub use training_bytes::{TrainingBytes, TrainingSizes};
 pub use twin::{
     HostBatch, HostBlocks, HostExperts, HostRouter, HostRouting, HostSequences, cpu, cpu_routing,
     cpu_token,
 };
+pub use twin_backward::{HostForward, HostGradients, cpu_backward};
 
 use crate::error::not_zero;
 use crate::routing::Routing;

@@ -86,7 +86,10 @@ impl MoeRouting {
                     |_| Error::invalid("tokens", format!("{slots} slots do not fit 32 bits"));
                 u32::try_from(slots).map_err(many)?
             }
-            Choice::Tokens { drop: Some(_), .. } => kernels.choice.slots(batch, experts)?,
+            Choice::Tokens { drop: Some(_), .. } => {
+                let count = batch.sequences.map(|sequences| sequences.count);
+                kernels.choice.slots(batch.tokens, count, experts)?
+            }
             _ => {
                 let reason = "no expert chooses under this rule: `MoeRouting::bind`";
                 return Err(Error::invalid("routing", reason));
@@ -100,8 +103,8 @@ impl MoeRouting {
         let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
         let shape =
             PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(config.shared_experts);
-        let (mut before, selection) = self.bind_router(batch, &scratch)?;
-        let tensors = PlanTensors::new(&scratch, shape, batch)?;
+        let (mut before, selection) = self.bind_router(batch, &scratch, &scratch)?;
+        let tensors = PlanTensors::new(&scratch, &scratch, shape, batch)?;
         let gates = self.gates(&selection, &tensors);
         let of_tokens = self.of_tokens(batch);
         let (values, parts, coreset) = match &kernels.choice {

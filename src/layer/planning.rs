@@ -142,16 +142,21 @@ pub(super) struct PlanTensors {
 }
 
 impl PlanTensors {
-    /// Statistics go where the batch says.
-    pub(super) fn new(scratch: &Scratch, shape: PlanShape, batch: &Batch<'_>) -> Result<Self> {
+    /// Statistics go where the batch says; what a backward pass reads lies in `kept`.
+    pub(super) fn new(
+        kept: &Scratch,
+        scratch: &Scratch,
+        shape: PlanShape,
+        batch: &Batch<'_>,
+    ) -> Result<Self> {
         let PlanShape { tokens, experts, .. } = shape;
         let words = u64::from(experts) * bits::columns(tokens as usize) as u64;
         Ok(Self {
-            assigned: scratch.get("assigned", words * 4)?,
+            assigned: kept.get("assigned", words * 4)?,
             gates: scratch.get("gates", u64::from(tokens) * u64::from(experts) * 4)?,
-            plan: scratch.get("plan", shape.bytes()?)?,
+            plan: kept.get("plan", shape.bytes()?)?,
             stats: match batch.stats {
-                None => scratch.get("stats", Stats::bytes(experts))?,
+                None => kept.get("stats", Stats::bytes(experts))?,
                 Some(stats) => {
                     stats.u32s("stats", &[Stats::bytes(experts) / 4])?;
                     stats.into()
@@ -189,6 +194,18 @@ impl PlanTensors {
         selection: Option<Selection>,
     ) -> (Tensor, Routed) {
         let Self { shape, assigned, gates, plan, stats, .. } = self;
-        (stats, Routed { shape, plan, assigned, gates, coreset, selection })
+        (
+            stats,
+            Routed {
+                shape,
+                plan,
+                assigned,
+                gates,
+                chosen: None,
+                dropped: None,
+                coreset,
+                selection,
+            },
+        )
     }
 }

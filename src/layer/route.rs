@@ -86,11 +86,37 @@ impl MoeRouting {
 
     /// As [`MoeRouting::bind`], for a whole layer: `out` is the experts'.
     pub(super) fn bind_of(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
-        self.bind_whole(batch).map_err(Batch::own_names)
+        self.bind_saving(batch, None).map_err(Batch::own_names)
     }
 
-    fn bind_whole(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
-        let LayerConfig { hidden, experts, shared_experts, .. } = self.config;
+    /// Whether the rule reads scores.
+    pub(super) fn has_scores(&self) -> bool {
+        self.kernels.scores.is_some()
+    }
+
+    /// The plan's shape of so many tokens, in sequences where there are such, with the rule's bound of
+    /// slots or a lower one.
+    pub(super) fn plan_shape(
+        &self,
+        tokens: u32,
+        sequences: Option<u32>,
+        routed_slots: Option<u32>,
+    ) -> Result<PlanShape> {
+        let LayerConfig { experts, shared_experts, .. } = self.config;
+        let slots = self.kernels.choice.slots(tokens, sequences, experts)?;
+        // A plan has room for one slot: no binding is empty.
+        let slots = routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
+        Ok(PlanShape::new(&self.ctx, tokens, experts, slots).with_shared_experts(shared_experts))
+    }
+
+    /// The same; what a backward pass reads goes to `saved`, where that is given, and the choice before
+    /// any drop is kept.
+    pub(super) fn bind_saving(
+        &self,
+        batch: &Batch<'_>,
+        saved: Option<&Scratch>,
+    ) -> Result<BoundLayer> {
+        let LayerConfig { hidden, experts, .. } = self.config;
         let (ctx, tokens, kernels) = (&self.ctx, batch.tokens, &*self.kernels);
         batch.hidden.holds("hidden", tokens.into(), hidden.into())?;
         let chosen = batch.assignments.is_some();
@@ -101,14 +127,22 @@ impl MoeRouting {
         }
         batch.check_active()?;
         let scratch = Scratch::of(batch.scratch, ctx)?;
-        let slots = kernels.choice.slots(batch, experts)?;
-        // A plan has room for one slot: no binding is empty.
-        let slots = batch.routed_slots.map_or(slots, |bound| slots.min(bound)).max(1);
-        let shape = PlanShape::new(ctx, tokens, experts, slots).with_shared_experts(shared_experts);
-        let (mut parts, selection) = self.bind_router(batch, &scratch)?;
-        let tensors = PlanTensors::new(&scratch, shape, batch)?;
+        let count = batch.sequences.map(|sequences| sequences.count);
+        let shape = self.plan_shape(tokens, count, batch.routed_slots)?;
+        let kept = saved.unwrap_or(&scratch);
+        let (mut parts, selection) = self.bind_router(batch, kept, &scratch)?;
+        let tensors = PlanTensors::new(kept, &scratch, shape, batch)?;
+        let values = selection.values();
+        let mut chosen = None;
+        if let (Some(saved), Choice::Tokens { drop: Some(_), .. }) = (saved, &kernels.choice) {
+            // A drop works on the choice where it lies: it is made once more.
+            let first = saved.get("chosen", tensors.assigned.size)?;
+            let input = ChoiceInput { tokens, experts, values, assigned: &first };
+            parts.extend(kernels.choice.bind(ctx, &scratch, batch, &input)?.parts);
+            chosen = Some(first);
+        }
         let assigned = &tensors.assigned;
-        let input = ChoiceInput { tokens, experts, values: selection.values(), assigned };
+        let input = ChoiceInput { tokens, experts, values, assigned };
         let made = kernels.choice.bind(ctx, &scratch, batch, &input)?;
         parts.extend(made.parts);
 
@@ -123,11 +157,15 @@ impl MoeRouting {
                         Tensor::new(ctx, "capacity", &[capacity])?
                     }
                 };
-                kernels.planning.bind_dropping(&args, drop, &capacity, &scratch)?
+                kernels.planning.bind_dropping(&args, drop, &capacity, kept)?
             }
             _ => kernels.planning.bind(&args, None)?,
         });
-        let (stats, routed) = tensors.routed(made.coreset, Some(selection));
+        let (stats, mut routed) = tensors.routed(made.coreset, Some(selection));
+        if chosen.is_some() {
+            routed.dropped = Some(kept.get("dropped", u64::from(experts) * 4)?);
+        }
+        routed.chosen = chosen;
         Ok(BoundLayer::new(parts, stats, routed))
     }
 
@@ -159,16 +197,17 @@ impl MoeRouting {
         }
     }
 
-    /// Logits, and scores where the rule needs them.
+    /// Logits, and scores where the rule needs them, in `kept`.
     pub(super) fn bind_router(
         &self,
         batch: &Batch<'_>,
+        kept: &Scratch,
         scratch: &Scratch,
     ) -> Result<(Vec<BoundOp>, Selection)> {
         let LayerConfig { hidden, experts, routing, .. } = self.config;
         let tokens = batch.tokens;
         let pairs = u64::from(tokens) * u64::from(experts) * 4;
-        let logits = scratch.get("logits", pairs)?;
+        let logits = kept.get("logits", pairs)?;
         let mut parts = vec![];
         for rows in windows(&self.ctx, "hidden", batch.hidden.float_type, [tokens, hidden])? {
             let args = logits::Args {
@@ -183,7 +222,7 @@ impl MoeRouting {
         let Some(op) = &self.kernels.scores else {
             return Ok((parts, Selection { logits, scored: None }));
         };
-        let (s, r) = (scratch.get("scores", pairs)?, scratch.get("selection values", pairs)?);
+        let (s, r) = (kept.get("scores", pairs)?, scratch.get("selection values", pairs)?);
         let args = scores::Args {
             logits: logits.slice(),
             bias: self.router.bias.as_ref().map(Tensor::slice),

@@ -76,6 +76,8 @@ pub struct HostRouting {
     pub coreset: Option<Vec<u32>>,
     /// The bit set `[E, ceil(T / 32)]`.
     pub assigned: Vec<u32>,
+    /// The same before any drop: the experts that gates are made over.
+    pub chosen: Vec<u32>,
     /// Gates `[T, E]`, 0 elsewhere.
     pub gates: Vec<f32>,
     /// Tokens that each expert dropped.
@@ -171,7 +173,14 @@ pub fn cpu_routing(
         Routing::ExpertChoice(_) | Routing::SequenceTop(_) => None,
     };
     let Some(capacity) = capacity else {
-        return HostRouting { coreset: coresets, assigned, gates, dropped: vec![0; experts] };
+        let dropped = vec![0; experts];
+        return HostRouting {
+            coreset: coresets,
+            chosen: assigned.clone(),
+            assigned,
+            gates,
+            dropped,
+        };
     };
     let (kept, dropped) = expert_choice::cpu_drop(&gates, experts, &assigned, capacity);
     for t in 0..tokens as usize {
@@ -181,7 +190,7 @@ pub fn cpu_routing(
             }
         }
     }
-    HostRouting { coreset: coresets, assigned: kept, gates, dropped }
+    HostRouting { coreset: coresets, assigned: kept, chosen: assigned, gates, dropped }
 }
 
 /// What [`cpu_routing`] makes of the tokens that are active and not padding, as a batch of their own, put
@@ -243,15 +252,21 @@ fn cpu_routing_of_some(
         active: None,
     };
     let alone = cpu_routing(config, router, batch, [&logits, &s, &r]);
-    let mut assigned = bits::empty(tokens, experts);
+    let placed = |of_alone: &[u32]| {
+        let mut all = bits::empty(tokens, experts);
+        for (i, &t) in kept.iter().enumerate() {
+            for e in bits::experts_of(of_alone, kept.len(), i) {
+                bits::set(&mut all, tokens, e, t);
+            }
+        }
+        all
+    };
+    let (assigned, chosen) = (placed(&alone.assigned), placed(&alone.chosen));
     let mut gates = vec![0.0; tokens * experts];
     for (i, &t) in kept.iter().enumerate() {
-        for e in bits::experts_of(&alone.assigned, kept.len(), i) {
-            bits::set(&mut assigned, tokens, e, t);
-        }
         gates[t * experts..][..experts].copy_from_slice(&alone.gates[i * experts..][..experts]);
     }
-    HostRouting { assigned, gates, ..alone }
+    HostRouting { assigned, chosen, gates, ..alone }
 }
 
 /// Offsets of stretches of [`BLOCK`] tokens.

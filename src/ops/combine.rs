@@ -1,4 +1,5 @@
-//! The output of the layer: each token's experts, weighted by their gates and summed in expert order.
+//! The output of the layer: each token's experts, weighted by their gates and summed in expert order. In
+//! the backward pass, the gradient of the hidden states: the same sum without gates.
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -13,7 +14,13 @@ pub const SPEC: Spec = Spec {
     name: "combine",
     body: include_str!("../../shaders/combine.wgsl"),
     params: Params::LAYOUT,
-    bindings: &[read("y", 4), read("plan", 4), read("active_bits", 4), write("out", 4)],
+    bindings: &[
+        read("y", 4),
+        read("plan", 4),
+        read("active_bits", 4),
+        read("residual", 4),
+        write("out", 4),
+    ],
     variants: || {
         let widths = |float_type| match float_type {
             FloatType::F32 => [1, 4],
@@ -26,6 +33,7 @@ pub const SPEC: Spec = Spec {
 params! {
     tokens: u32, slots: u32, most_slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
     slot_of: u32, gate_of: u32, first_slot: u32, continued: u32, summed: u32, has_active: u32, first_token: u32,
+    weighted: u32, has_residual: u32,
 }
 
 const WG: u32 = 64;
@@ -54,6 +62,26 @@ fn prelude(float_type: FloatType, vector: u32) -> Prelude {
 /// If `hidden` is 0, if `y` is not whole rows of `hidden` or fewer than the plan's slots, or if
 /// `residual` is not `[tokens, hidden]`; the message names the argument.
 pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    let gates: Vec<f64> = plan.gate_of.iter().map(|&g| g.into()).collect();
+    sum(plan, &gates, y, hidden, residual)
+}
+
+/// The same without gates, for rows that have them in them already: the gradients of a token's slots.
+///
+/// # Panics
+///
+/// As [`cpu`].
+pub fn cpu_sum(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) -> Vec<f32> {
+    sum(plan, &vec![1.0; plan.token_of.len()], y, hidden, residual)
+}
+
+fn sum(
+    plan: &HostPlan,
+    gates: &[f64],
+    y: &[f32],
+    hidden: usize,
+    residual: Option<&[f32]>,
+) -> Vec<f32> {
     let rows = expect_rows("y", y.len(), "hidden", hidden);
     let slots = plan.token_of.len();
     assert!(rows >= slots, "`y`: expected {slots} rows, got {rows}");
@@ -66,9 +94,7 @@ pub fn cpu(plan: &HostPlan, y: &[f32], hidden: usize, residual: Option<&[f32]>) 
         for h in 0..hidden {
             let sum: f64 = slots
                 .iter()
-                .map(|&s| {
-                    f64::from(plan.gate_of[s as usize]) * f64::from(y[s as usize * hidden + h])
-                })
+                .map(|&s| gates[s as usize] * f64::from(y[s as usize * hidden + h]))
                 .sum();
             out.push((sum + residual.map_or(0.0, |r| r[t * hidden + h].into())) as f32);
         }
@@ -193,12 +219,45 @@ impl Combine {
         self.bind_part(shape, args, Part::all(shape, Some(active)))
     }
 
+    /// Sums the slots of each token as they are, without gates, and with `residual` `[tokens, hidden]`
+    /// f32 where there is one.
+    ///
+    /// # Errors
+    ///
+    /// As [`Combine::bind`]; a residual beside an output that is not f32.
+    pub fn bind_sum(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        residual: Option<Slice<'_>>,
+    ) -> Result<BoundOp> {
+        if let Some(residual) = residual {
+            residual.f32s("residual", &[shape.tokens.into(), args.hidden.into()])?;
+            if args.out.float_type != FloatType::F32 {
+                let reason = format!("beside an output of {}", args.out.float_type.name());
+                return Err(Error::invalid("residual", reason));
+            }
+        }
+        self.bind_as(shape, args, Part::all(shape, None), (false, residual))
+    }
+
     /// The same for a part of the plan.
     pub(crate) fn bind_part(
         &self,
         shape: &PlanShape,
         args: Args<'_>,
         part: Part<'_>,
+    ) -> Result<BoundOp> {
+        self.bind_as(shape, args, part, (true, None))
+    }
+
+    /// The same, with gates or without, perhaps with a residual.
+    fn bind_as(
+        &self,
+        shape: &PlanShape,
+        args: Args<'_>,
+        part: Part<'_>,
+        (weighted, residual): (bool, Option<Slice<'_>>),
     ) -> Result<BoundOp> {
         let at = shape.sections()?;
         let Part { tokens: of, y, active } = part;
@@ -250,9 +309,11 @@ impl Combine {
             summed: summed.into(),
             has_active: active.is_some().into(),
             first_token: of.start,
+            weighted: weighted.into(),
+            has_residual: residual.is_some().into(),
         };
-        let active_bits = or_nothing(&self.ctx, active);
-        let slices = [args.y, args.plan, active_bits, args.out.slice];
+        let [active_bits, residual] = [active, residual].map(|s| or_nothing(&self.ctx, s));
+        let slices = [args.y, args.plan, active_bits, residual, args.out.slice];
         let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }

@@ -40,22 +40,32 @@ pub fn cpu_row(x: &[f32], weights: &dyn Fn(usize) -> f32, columns: usize) -> Vec
         .collect()
 }
 
-/// Which of the two expert matmuls.
+/// Which of the two expert matmuls, or which half of the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// `h = activate(Wgate x, Wup x)`; rows of `x` are tokens, gathered by the plan.
     GateUp(Activation),
     /// `y = Wdown h`; rows of `h` are slots.
     Down,
+    /// The gate's half of the pre-activation that training keeps, `z[s, ..F] = Wgate x`: `out` is `z`
+    /// whole, `[slots, 2F]`. Rows of `x` as for [`Stage::GateUp`].
+    Gate,
+    /// Its other half, `z[s, F..] = Wup x`.
+    Up,
 }
 
 impl Stage {
     /// The projection; of gate and up, which are of one shape, the first.
     fn projection(self) -> Projection {
         match self {
-            Self::GateUp(_) => Projection::Gate,
+            Self::GateUp(_) | Self::Gate | Self::Up => Projection::Gate,
             Self::Down => Projection::Down,
         }
+    }
+
+    /// Whether it makes one half of `z`.
+    fn is_half(self) -> bool {
+        matches!(self, Self::Gate | Self::Up)
     }
 }
 
@@ -110,7 +120,8 @@ pub struct Args<'a> {
     pub out: SlotRows<'a>,
     /// Slots to compute; all: `0..shape.slots()`.
     pub slots: Range<u32>,
-    /// Columns of the output that `out` holds, from a multiple of 32 on; all: `0..F` or `0..D`.
+    /// Columns of the output that `out` holds, from a multiple of 32 on; all: `0..F` or `0..D`, as it
+    /// must be for a half of `z`.
     pub columns: Range<u32>,
 }
 
@@ -163,8 +174,8 @@ impl GroupedMatmul {
         let at = shape.sections()?;
         self.check(shape, &at, &args)?;
         let pages = match self.stage {
-            Stage::GateUp(_) => args.weights.gate_up(),
             Stage::Down => args.weights.down(),
+            _ => args.weights.gate_up(),
         };
         // Few tokens make no tile item: an expert's rows are a rest, and that is a skinny one.
         let few = shape.tokens <= shape.skinny_rows && shape.tokens < shape.tile_rows;
@@ -209,8 +220,8 @@ impl GroupedMatmul {
             }
         }
         let depth_is = match self.stage {
-            Stage::GateUp(_) => "hidden",
             Stage::Down => "intermediate",
+            _ => "hidden",
         };
         for (problem, _) in &self.kernels {
             problem.check_loops(&self.ctx, depth_is, depth)?;
@@ -228,6 +239,10 @@ impl GroupedMatmul {
             let reason = format!("{start}..{end} of {width}, must start at a multiple of {PANEL}");
             return Err(Error::invalid("columns", reason));
         }
+        let half = self.stage.is_half();
+        if half && args.columns != (0..width) {
+            return Err(Error::invalid("columns", format!("{start}..{end}, must be all {width}")));
+        }
         args.plan.u32s("plan", &[at.words.into()])?;
         let slots = |rows: SlotRows<'_>| u64::from(args.slots.end.saturating_sub(rows.first));
         match args.x {
@@ -242,7 +257,8 @@ impl GroupedMatmul {
                 return Err(Error::invalid(name, reason));
             }
         }
-        args.out.rows.holds_at_least("out", slots(args.out), u64::from(end - start))
+        let halves = if half { 2 } else { 1 };
+        args.out.rows.holds_at_least("out", slots(args.out), halves * u64::from(end - start))
     }
 
     /// The columns of a page that lie within `args.columns`, for the page's experts and the items of
@@ -262,7 +278,9 @@ impl GroupedMatmul {
         if begin >= end || args.slots.start >= args.slots.end {
             return Ok(BoundOp::default());
         }
-        let out_stride = args.columns.end - args.columns.start;
+        let width = args.columns.end - args.columns.start;
+        let out_stride = if self.stage.is_half() { 2 * width } else { width };
+        let first_column = if self.stage == Stage::Up { width } else { 0 };
         let [_, depth] = args.weights.shape().matrix(self.stage.projection());
         // Experts of the plan that the page can hold.
         let all = 0..shape.all_experts();
@@ -284,7 +302,7 @@ impl GroupedMatmul {
             columns: page.columns.end - page.columns.start,
             column_begin: begin - page.columns.start,
             column_end: end - page.columns.start,
-            column_base: page.columns.start.wrapping_sub(args.columns.start),
+            column_base: (page.columns.start + first_column).wrapping_sub(args.columns.start),
             depth,
             x_stride: depth,
             out_stride,
@@ -306,14 +324,17 @@ impl GroupedMatmul {
         let ends = [columns, column_begin, column_end, column_base, out_stride];
         let quad_columns = problem.quad_columns && ends.iter().all(|n| n % 4 == 0);
         let kernel = Specialization { quad_columns, ..problem }.kernel_or(&self.ctx, made)?;
-        let weights = Slice::from(&page.buffer);
-        let up = page.up.as_ref().map_or(weights, Slice::from);
+        let own = Slice::from(&page.buffer);
+        let up = page.up.as_ref().map_or(own, Slice::from);
+        let weights = if self.stage == Stage::Up { up } else { own };
         let groups = problem.groups(&self.ctx, &mut params, bound);
         let places = or_nothing(&self.ctx, args.places);
         let slices = [x.slice, args.plan, weights, up, places, args.out.rows.slice];
         let stage = match self.stage {
             Stage::GateUp(_) => "gate_up",
             Stage::Down => "down",
+            Stage::Gate => "gate",
+            Stage::Up => "up",
         };
         let dispatch = kernel.dispatch(&self.ctx, &params, &slices, groups)?;
         Ok(dispatch.of_stage(stage).of_page(problem.kind.name(), of.index, of.pages).into())

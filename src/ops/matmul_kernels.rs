@@ -140,11 +140,11 @@ impl Specialization {
     ) -> Self {
         let activation = match stage {
             Stage::GateUp(activation) => Some(activation),
-            Stage::Down => None,
+            Stage::Down | Stage::Gate | Stage::Up => None,
         };
         Self {
             activation,
-            gather: activation.is_some(),
+            gather: stage != Stage::Down,
             dense: false,
             x_type: FloatType::F32,
             weight_type,
@@ -178,14 +178,17 @@ impl Specialization {
         let of_any_x = |problem: Self| FloatType::ALL.map(|x_type| problem.with_x_type(x_type));
         for matrix in [[1, 1], [4, 1], [1, 4], [4, 4], [1, 32], [4, 32]] {
             for kind in [ItemKind::Skinny, ItemKind::Tile] {
-                for stage in
-                    [Stage::Down, Stage::GateUp(Activation::Silu), Stage::GateUp(Activation::Gelu)]
-                {
+                for stage in [
+                    Stage::Down,
+                    Stage::Gate,
+                    Stage::GateUp(Activation::Silu),
+                    Stage::GateUp(Activation::Gelu),
+                ] {
                     for &weight_type in WeightType::ALL {
                         let problem = Self::of_experts(stage, weight_type, matrix, kind);
                         match stage {
                             Stage::Down => all.push(problem),
-                            Stage::GateUp(_) => all.extend(of_any_x(problem)),
+                            _ => all.extend(of_any_x(problem)),
                         }
                     }
                 }
@@ -223,7 +226,11 @@ impl Specialization {
             Some(Activation::Silu) => "silu",
             Some(Activation::Gelu) => "gelu",
         };
-        let source = if self.dense { "dense" } else { "grouped" };
+        let source = match (self.dense, self.gather && self.activation.is_none()) {
+            (true, _) => "dense",
+            (_, true) => "gathered",
+            (_, false) => "grouped",
+        };
         let [weights, layout] = [format!("{:?}", self.weight_type), format!("{:?}", self.layout)];
         let columns = if self.quad_columns { ", columns of 4" } else { "" };
         let x = match self.x_type {

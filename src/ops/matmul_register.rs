@@ -66,7 +66,7 @@ pub(crate) struct Features {
 }
 
 impl Features {
-    const ALL: [Self; 4] = [
+    pub(super) const ALL: [Self; 4] = [
         Self { wide: false, shuffle: false },
         Self { wide: false, shuffle: true },
         Self { wide: true, shuffle: false },

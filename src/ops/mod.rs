@@ -13,7 +13,12 @@
 //! | before a choice | [`capacity`] (from mask ratios), [`active_rows`] (padding, and what is not active) |
 //! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
 //! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`], [`matmul_register`] and [`matmul_matrix`]; then [`combine`] |
+//! | training: the experts forwards | [`grouped_matmul`] by halves, which keeps the pre-activation; [`activation`] |
+//! | and backwards | [`matmul_transposed`] and [`weight_gradient`], each by a kernel for GPUs ([`transposed_tile`], [`weight_gradient_tile`]) or for software drivers ([`transposed_register`], [`weight_gradient_register`]); [`activation_gradient`] between them |
 //! | for experts of the caller's own | [`gather`] (rows in the plan's order), [`expert_lists`] (the choice as lists) |
+//! | the backward pass | [`gates_backward`] (from gates to logits), [`combine`] again (sums of slots) |
+//! | losses | [`router_loss`] (router z and Switch), [`balance_loss`] (expert choice), [`cross_entropy`]; [`loss_sum`] makes one value of their terms |
+//! | once a step | [`bias_update`] (balance without a loss) |
 //! | to look at a choice | [`expert_union`] (experts of each block, and the bytes of their weights), [`coverage`] (how far a block's coreset holds what its tokens would take) |
 //!
 //! The CPU twin of an op is a function `cpu` of its module, and needs no device. [`reference`] has all
@@ -33,37 +38,52 @@
 //! [`reference`]: crate::reference
 use crate::Target;
 use crate::device::quirks::LOOP_ITERATIONS;
-use crate::device::shader::Spec;
+use crate::device::shader::{Prelude, Spec, piece};
 use crate::error::not_zero;
 use crate::routing::few_experts;
 
+pub mod activation;
+pub mod activation_gradient;
 pub mod active_rows;
 pub mod assign;
 pub mod assign_lists;
+pub mod balance_loss;
+pub mod bias_update;
 pub mod block_choice;
 pub mod block_plan;
 pub mod capacity;
 pub mod combine;
 pub mod coreset;
 pub mod coverage;
+pub mod cross_entropy;
 pub mod expert_choice;
 pub mod expert_lists;
 pub mod expert_union;
+pub mod gates_backward;
 pub mod gather;
 pub mod grouped_matmul;
 pub mod logits;
+pub mod loss_sum;
 mod matmul_kernels;
 pub mod matmul_matrix;
 mod matmul_pieces;
 pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;
+pub mod matmul_transposed;
 pub mod plan_count;
 pub mod plan_fill;
 pub mod plan_scan;
+pub mod router_loss;
 pub mod scores;
 pub mod sequence_top;
 pub mod token_choice;
+mod transposed_kernels;
+pub mod transposed_register;
+pub mod transposed_tile;
+pub mod weight_gradient;
+pub mod weight_gradient_register;
+pub mod weight_gradient_tile;
 
 /// Every kernel.
 #[doc(hidden)]
@@ -89,10 +109,53 @@ pub const SPECS: &[&Spec] = &[
     &matmul_tile::SPEC,
     &matmul_matrix::SPEC,
     &matmul_skinny::SPEC,
+    &transposed_register::SPEC,
+    &transposed_tile::SPEC,
+    &activation::SPEC,
+    &activation_gradient::SPEC,
+    &weight_gradient_register::SPEC,
+    &weight_gradient_tile::SPEC,
     &combine::SPEC,
+    &gates_backward::SPEC,
+    &router_loss::SPEC,
+    &balance_loss::SPEC,
+    &cross_entropy::SPEC,
+    &loss_sum::SPEC,
+    &bias_update::SPEC,
     &expert_union::SPEC,
     &expert_lists::SPEC,
 ];
+
+/// Rows of a workgroup where one lane has one, on software drivers.
+const SERIAL_ROWS: u32 = 8;
+
+/// What kernels begin with that give each row to a lane, or to a workgroup with its reductions.
+pub(crate) fn row_prelude(variant: crate::Variant) -> Prelude {
+    let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
+        (Target::Serial, _) => ("one lane a row", [SERIAL_ROWS, 1], piece!("common/reduce_serial")),
+        (Target::Wide, false) => {
+            ("workgroup reductions", [64, 64], piece!("common/reduce_workgroup"))
+        }
+        (Target::Wide, true) => {
+            ("subgroup reductions", [128, 128], piece!("common/reduce_subgroup"))
+        }
+    };
+    let subgroups = variant.subgroups && variant.target == Target::Wide;
+    Prelude::new(label)
+        .needs(if subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() })
+        .constant("WG", wg)
+        .constant("LANES", lanes)
+        .constant("ROWS", wg / lanes)
+        .piece(piece!("common/grid"))
+        .piece(piece!("common/keys"))
+        .piece(piece!("common/exp"))
+        .piece(reduce)
+}
+
+/// Workgroups of such a kernel for so many rows.
+pub(crate) fn row_groups(variant: crate::Variant, rows: u32) -> u64 {
+    u64::from(rows).div_ceil(if variant.target == Target::Serial { SERIAL_ROWS.into() } else { 1 })
+}
 
 /// Optional input: the slice, or the context's stand-in.
 pub(crate) fn or_nothing<'a>(

@@ -1,11 +1,11 @@
 //! Router scores: `scores = softmax(g)` or `sigmoid(g)`, and what experts are chosen by,
 //! `values = (g or scores) + bias`.
-use super::{not_zero, or_nothing};
+use super::{not_zero, or_nothing, row_groups, row_prelude};
 use crate::device::Kernel;
-use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::routing::Score;
-use crate::{BoundOp, Context, Result, Slice, Target, Variant};
+use crate::{BoundOp, Context, Result, Slice, Variant};
 use std::sync::Arc;
 
 /// See `shaders/scores.wgsl`.
@@ -14,32 +14,10 @@ pub const SPEC: Spec = Spec {
     body: include_str!("../../shaders/scores.wgsl"),
     params: Params::LAYOUT,
     bindings: &[read("logits", 4), read("bias", 4), write("score_of", 4), write("values", 4)],
-    variants: || Prelude::distinct(Variant::EVERY.map(prelude)),
+    variants: || Prelude::distinct(Variant::EVERY.map(row_prelude)),
 };
 
 params! { tokens: u32, experts: u32, softmax: u32, from_logits: u32, has_bias: u32 }
-
-fn prelude(variant: Variant) -> Prelude {
-    let (label, [wg, lanes], reduce) = match (variant.target, variant.subgroups) {
-        (Target::Serial, _) => ("one lane a row", [8, 1], piece!("common/reduce_serial")),
-        (Target::Wide, false) => {
-            ("workgroup reductions", [64, 64], piece!("common/reduce_workgroup"))
-        }
-        (Target::Wide, true) => {
-            ("subgroup reductions", [128, 128], piece!("common/reduce_subgroup"))
-        }
-    };
-    let subgroups = variant.subgroups && variant.target == Target::Wide;
-    Prelude::new(label)
-        .needs(if subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() })
-        .constant("WG", wg)
-        .constant("LANES", lanes)
-        .constant("ROWS", wg / lanes)
-        .piece(piece!("common/grid"))
-        .piece(piece!("common/keys"))
-        .piece(piece!("common/exp"))
-        .piece(reduce)
-}
 
 /// The CPU twin: `(scores, values)`, each `[tokens, experts]`, in f64 rounded once. `bias` is
 /// `[experts]`.
@@ -130,7 +108,7 @@ impl Scores {
     ///
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant()))? })
+        Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, row_prelude(ctx.variant()))? })
     }
 
     /// Scores and selection values of all rows.
@@ -158,9 +136,8 @@ impl Scores {
             from_logits: u32::from(by_logits),
             has_bias: u32::from(args.bias.is_some()),
         };
-        let rows = if self.ctx.variant().target == Target::Serial { 8 } else { 1 };
         let slices = [args.logits, or_nothing(&self.ctx, args.bias), args.scores, args.values];
-        let groups = u64::from(tokens).div_ceil(rows);
+        let groups = row_groups(self.ctx.variant(), tokens);
         let dispatch = self.kernel.dispatch(&self.ctx, &params, &slices, groups);
         // WGSL has the kernel itself under the name of what it makes.
         Ok(dispatch.map_err(|e| e.renamed(&[("score_of", "scores")]))?.into())

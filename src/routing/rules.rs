@@ -83,6 +83,9 @@ pub struct TokenChoice {
     pub score: Score,
     /// Gates of the experts chosen. [`GateRule::Softmax`] chooses by logits, the others by scores.
     pub gate: GateRule,
+    /// Whether the other gate rules choose by logits too. It makes a difference beside a bias: EC-DLM's
+    /// token choice without a loss chooses by `logits + bias`, and weighs by softmax scores as they are.
+    pub by_logits: bool,
     /// K: experts a token takes.
     pub experts_per_token: u32,
     /// Groups of experts of which a token may use only some.
@@ -102,6 +105,7 @@ impl TokenChoice {
         Self {
             score: Score::Softmax,
             gate: GateRule::Normalised,
+            by_logits: false,
             experts_per_token,
             groups: None,
             scale: 1.0,
@@ -121,6 +125,13 @@ impl TokenChoice {
     #[must_use]
     pub const fn with_gate(mut self, gate: GateRule) -> Self {
         self.gate = gate;
+        self
+    }
+
+    /// Experts are chosen by logits (and bias), whatever the gates.
+    #[must_use]
+    pub const fn with_choice_by_logits(mut self) -> Self {
+        self.by_logits = true;
         self
     }
 
@@ -366,8 +377,8 @@ impl Routing {
     pub fn by_logits(&self) -> bool {
         match self {
             Self::ExpertChoice(rule) => rule.normalise == Normalise::AfterSelection,
-            Self::TokenChoice(TokenChoice { gate, .. })
-            | Self::SequenceTop(SequenceTop { gate, .. }) => *gate == GateRule::Softmax,
+            Self::TokenChoice(rule) => rule.by_logits || rule.gate == GateRule::Softmax,
+            Self::SequenceTop(rule) => rule.gate == GateRule::Softmax,
         }
     }
 

@@ -1,8 +1,8 @@
 use testkit::{cases, prelude::*};
-use wgmoe::ops::combine::{Args, Combine, cpu};
+use wgmoe::ops::combine::{Args, Combine, cpu, cpu_sum};
 use wgmoe::plan::HostPlan;
 use wgmoe::plan::bits;
-use wgmoe::{Context, Gpu, PlanShape};
+use wgmoe::{Context, FloatType, Floats, Gpu, PlanShape, Slice};
 
 /// The words of a plan: the sections that the kernel reads, the rest poison.
 pub(crate) fn words(shape: &PlanShape, plan: &HostPlan) -> Vec<u32> {
@@ -125,4 +125,63 @@ fn many_rows() {
     let (shape, plan) = plan_of(600_000, 3, 0, 0);
     check(&gpu, ctx, &shape, &plan, [16, 0, 16], false);
     check(&gpu, ctx, &shape, &plan, [16, 0, 16], true);
+}
+
+/// Sums without gates, and the residual beside them.
+#[test]
+fn sums_equal_twin() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for (tokens, hidden) in [(2, 1), (33, 18), (100, 64)] {
+            let (shape, plan) = plan_of(tokens, 12, 1, 3);
+            let y = cases::values("random", 4, shape.slots().unwrap() as usize * hidden);
+            let [rest, before] = [6, 7].map(|seed| cases::values("random", seed, tokens * hidden));
+            let [y_in, rest_in] = [&y, &rest].map(|v| gpu.upload(v));
+            let plan_in = gpu.upload(&words(&shape, &plan));
+            for (residual, add) in [(false, false), (true, false), (true, true)] {
+                let start = if add { before.clone() } else { vec![f32::NAN; before.len()] };
+                let out = Output::holding(&gpu, &start);
+                let args = Args {
+                    y: (&y_in).into(),
+                    plan: (&plan_in).into(),
+                    out: out.slice().into(),
+                    columns: 0..hidden as u32,
+                    hidden: hidden as u32,
+                    add,
+                };
+                let op = Combine::new(&ctx).unwrap();
+                let of = residual.then_some((&rest_in).into());
+                run(&gpu, &op.bind_sum(&shape, args, of).unwrap());
+                let mut want = cpu_sum(&plan, &y, hidden, residual.then_some(&rest[..]));
+                if add {
+                    want.iter_mut().zip(&before).for_each(|(sum, before)| *sum += before);
+                }
+                let what = format!("{} D {hidden} {residual} {add}", variant_name(&ctx));
+                assert_close(&out.get::<f32>(&gpu), &want, 2e-5, 1e-5, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn residuals_that_do_not_fit_are_named() {
+    let Some(gpu) = gpu() else { return };
+    let (shape, plan) = plan_of(10, 3, 0, 0);
+    let plan_in = gpu.upload(&words(&shape, &plan));
+    let y = gpu.upload(&vec![0f32; 4 * shape.slots().unwrap() as usize]);
+    let [out, rest] = [40, 39].map(|n| gpu.upload(&vec![0f32; n]));
+    let op = Combine::new(&contexts(&gpu)[0]).unwrap();
+    let args = |out| Args {
+        y: (&y).into(),
+        plan: (&plan_in).into(),
+        out,
+        columns: 0..4,
+        hidden: 4,
+        add: false,
+    };
+    let error = op.bind_sum(&shape, args((&out).into()), Some((&rest).into())).unwrap_err();
+    assert_eq!(error.to_string(), "`residual`: expected 160 bytes, [10, 4] f32, got 156");
+    let half = Floats::new(Slice::new(&out, 0, 80), FloatType::F16);
+    let error = op.bind_sum(&shape, args(half), Some((&out).into())).unwrap_err();
+    assert_eq!(error.to_string(), "`residual`: beside an output of f16");
 }

@@ -77,6 +77,7 @@ impl Experts {
         let rows = |w: &[f32]| cpu_row(x, &|i| w[i], w.len() / x.len());
         match stage {
             Stage::Down => rows(down).into_iter().map(|v| v as f32).collect(),
+            Stage::Gate | Stage::Up => unreachable!("halves are in activation.rs"),
             Stage::GateUp(by) => {
                 let both = rows(gate).into_iter().zip(rows(up));
                 both.map(|(gate, up)| activate(by, gate, up) as f32).collect()
@@ -97,8 +98,8 @@ struct Plan<'a> {
 fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: Stage, gather: bool) {
     let shape = experts.weights.shape();
     let projection = match stage {
-        Stage::GateUp(_) => Projection::Gate,
         Stage::Down => Projection::Down,
+        _ => Projection::Gate,
     };
     let [columns, depth] = shape.matrix(projection).map(|n| n as usize);
     let slots = plan.host.token_of.len();

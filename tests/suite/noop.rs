@@ -7,7 +7,8 @@ use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing};
 use wgmoe::wgpu::{self, BufferUsages};
 use wgmoe::{
-    BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant, WeightType,
+    Activation, BoundOp, Context, ExpertWeights, PlanShape, SPECS, Score, Slice, Target, Variant,
+    WeightType,
 };
 
 fn buffer(device: &wgpu::Device, words: u64) -> wgpu::Buffer {
@@ -218,6 +219,68 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 add: true,
             },
         )?,
+        gates_backward::GatesBackward::new(ctx)?.bind(
+            &shape,
+            gates_backward::Rule {
+                gate: wgmoe::routing::GateRule::Normalised,
+                score: Score::Sigmoid,
+                scale: 2.0,
+            },
+            gates_backward::Args {
+                dgates: words(&b[0], shape.slots()?.into()),
+                plan,
+                chosen: bits(1),
+                source: pairs(2),
+                scales: plan_count::Scales {
+                    scale_by_count: Some(words(&b[3], e + 1)),
+                    scale_by_expert: Some(words(&b[4], e)),
+                },
+                dlogits: pairs(5),
+            },
+        )?,
+        router_loss::RouterLoss::new(ctx)?.bind(
+            &router_loss::Dims { tokens, experts, experts_per_token: 4 },
+            router_loss::Coefficients { router_z: 1e-3, balance: 0.01 },
+            router_loss::Args {
+                logits: pairs(0),
+                counts: Some(router_loss::Counts::Plan(shape, plan)),
+                dropped: Some(words(&b[1], e)),
+                dlogits: pairs(2),
+                add: true,
+                terms: words(&b[3], 2 * t),
+                values: words(&b[4], 2),
+                add_values: false,
+            },
+        )?,
+        balance_loss::BalanceLoss::new(ctx)?.bind(
+            &balance_loss::Dims { tokens, experts, experts_per_token: 4 },
+            0.01,
+            balance_loss::Args {
+                logits: pairs(0),
+                taken: balance_loss::Taken::Plan(shape, plan),
+                dlogits: pairs(2),
+                add: true,
+                terms: words(&b[3], e),
+                values: words(&b[4], 2),
+                add_values: false,
+            },
+        )?,
+        cross_entropy::CrossEntropy::new(ctx)?.bind(
+            &cross_entropy::Dims { tokens, classes: experts },
+            cross_entropy::Args {
+                logits: pairs(0),
+                targets: words(&b[1], t),
+                weights: words(&b[2], t),
+                dlogits: pairs(3),
+                losses: words(&b[4], t),
+                value: words(&b[5], 1),
+            },
+        )?,
+        bias_update::BiasUpdate::new(ctx)?.bind(
+            experts,
+            0.001,
+            bias_update::Args { counts: words(&b[0], e), bias: words(&b[1], e) },
+        )?,
         capacity::Capacity::new(ctx)?.bind(
             &capacity::Dims { tokens, experts, sequences: 2 },
             capacity::Args {
@@ -229,6 +292,44 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 lengths: None,
                 capacity_of: words(&b[3], 2),
                 k_of: words(&b[4], 2),
+            },
+        )?,
+        activation::Activate::new(ctx, Activation::Silu)?.bind(
+            &shape,
+            activation::Args {
+                z: words(&b[0], 8 * u64::from(shape.slots()?)),
+                plan,
+                h: words(&b[1], 4 * u64::from(shape.slots()?)),
+                intermediate: 4,
+            },
+        )?,
+        activation_gradient::ActivationGradient::new(ctx, Activation::Silu)?.bind(
+            &shape,
+            activation_gradient::Args {
+                z: words(&b[0], 8 * u64::from(shape.slots()?)),
+                plan,
+                dz: words(&b[1], 8 * u64::from(shape.slots()?)),
+                hg: words(&b[2], 4 * u64::from(shape.slots()?)),
+                dgate: words(&b[3], shape.slots()?.into()),
+                intermediate: 4,
+            },
+        )?,
+        matmul_transposed::Dense::new(ctx, experts, 4)?.bind(
+            tokens,
+            matmul_transposed::DenseArgs {
+                g: pairs(0),
+                weights: words(&b[1], 4 * e),
+                out: words(&b[2], 4 * t),
+                add: false,
+            },
+        )?,
+        weight_gradient::Dense::new(ctx, experts, 4)?.bind(
+            tokens,
+            weight_gradient::DenseArgs {
+                a: pairs(0),
+                b: words(&b[1], 4 * t),
+                out: words(&b[2], 4 * e),
+                add: true,
             },
         )?,
         expert_union::ExpertUnion::new(ctx)?.bind(

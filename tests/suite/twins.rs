@@ -5,8 +5,9 @@ use wgmoe::ops::capacity::HostSource;
 use wgmoe::ops::logits::cpu as cpu_logits;
 use wgmoe::ops::plan_count::Scales;
 use wgmoe::ops::{
-    assign, assign_lists, capacity, combine, coreset, expert_choice, expert_union, gather,
-    plan_count, scores, sequence_top, token_choice,
+    assign, assign_lists, balance_loss, bias_update, capacity, combine, coreset, cross_entropy,
+    expert_choice, expert_union, gates_backward, gather, plan_count, router_loss, scores,
+    sequence_top, token_choice,
 };
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::routing::schedule::Schedule;
@@ -36,6 +37,23 @@ fn election(rule: BlockRule, r: &[f32], experts: usize, own: &[u32], offsets: &[
 fn plan(tile_rows: u32, assigned: &[u32], gates: &[f32]) -> HostPlan {
     let shape = PlanShape::on_host(2, 3, 6).with_item_rows(tile_rows, 4);
     HostPlan::cpu(&shape, assigned, gates)
+}
+
+fn back(chosen: &[u32], dgates: &[f32], source: &[f32], experts: usize, scales: Scales<&[f32]>) {
+    let (gate, score, scale) = (GateRule::Softmax, Score::Softmax, 1.0);
+    let rule = gates_backward::Rule { gate, score, scale };
+    let plan = plan(8, &[3; 3], &R6);
+    gates_backward::cpu(&plan, dgates, chosen, source, experts, rule, scales);
+}
+
+fn router_z([tokens, experts, experts_per_token]: [u32; 3], logits: &[f32], counts: &[u32]) {
+    let dims = router_loss::Dims { tokens, experts, experts_per_token };
+    router_loss::cpu(&dims, router_loss::Coefficients::default(), logits, counts);
+}
+
+fn balanced([tokens, experts, experts_per_token]: [u32; 3], logits: &[f32], taken: &[u32]) {
+    let dims = balance_loss::Dims { tokens, experts, experts_per_token };
+    balance_loss::cpu(&dims, 1.0, logits, taken);
 }
 
 /// A twin, and what it must say.
@@ -102,6 +120,27 @@ const CASES: &[Case] = &[
     ("combine", || { combine::cpu(&plan(8, &[3; 3], &R6), &R10, 2, None); }, "`y`: expected 6 rows, got 5"),
     ("combine", || { combine::cpu(&plan(8, &[3; 3], &R6), &R10, 0, None); }, "`hidden`: expected 1 or more, got 0"),
     ("combine", || { combine::cpu(&plan(8, &[1; 3], &R6), &R10, 2, Some(&R6)); }, "`residual`: expected 4 values, got 6"),
+    ("cpu_sum", || { combine::cpu_sum(&plan(8, &[3; 3], &R6), &R10, 3, None); }, "`y`: expected rows of 3 values, got 10"),
+    ("gates_backward", || back(&[3; 3], &R6, &R10, 3, PLAIN), "`source`: expected rows of 3 values, got 10"),
+    ("gates_backward", || back(&[3; 2], &R6, &R6, 3, PLAIN), "`chosen`: expected 3 values, got 2"),
+    ("gates_backward", || back(&[3; 3], &R6[..5], &R6, 3, PLAIN), "`dgates`: expected 6 values, got 5"),
+    ("gates_backward", || back(&[3; 3], &R6, &R6, 3, Scales { scale_by_count: Some(&R6), scale_by_expert: None }), "`scale_by_count`: expected 4 values, got 6"),
+    ("gates_backward", || back(&[3; 3], &R6, &R6, 3, Scales { scale_by_count: None, scale_by_expert: Some(&R6) }), "`scale_by_expert`: expected 3 values, got 6"),
+    ("router_loss", || router_z([2, 3, 0], &R6, &[0; 3]), "`experts_per_token`: expected 1 or more, got 0"),
+    ("router_loss", || router_z([2, 3, 1], &R10, &[0; 3]), "`logits`: expected rows of 3 values, got 10"),
+    ("router_loss", || router_z([3, 3, 1], &R6, &[0; 3]), "`logits`: expected 9 values, got 6"),
+    ("router_loss", || router_z([2, 3, 1], &R6, &[0; 4]), "`counts`: expected 3 values, got 4"),
+    ("balance_loss", || balanced([2, 3, 0], &R6, &[0; 2]), "`experts_per_token`: expected 1 or more, got 0"),
+    ("balance_loss", || balanced([2, 3, 1], &R10, &[0; 2]), "`logits`: expected rows of 3 values, got 10"),
+    ("balance_loss", || balanced([2, 3, 1], &R6, &[0; 3]), "`taken`: expected 2 values, got 3"),
+    ("bias_update", || bias_update::cpu(&mut [0.0; 3], &[1; 4], 1.0), "`bias`: expected 4 values, got 3"),
+    ("cross_entropy", || { cross_entropy::cpu(&R10, 3, &[0; 3], &R6[..3]); }, "`logits`: expected rows of 3 values, got 10"),
+    ("cross_entropy", || { cross_entropy::cpu(&R6, 0, &[0; 3], &R6[..3]); }, "`classes`: expected 1 or more, got 0"),
+    ("cross_entropy", || { cross_entropy::cpu(&R6, 3, &[0; 3], &R6[..2]); }, "`targets`: expected 2 values, got 3"),
+    ("cross_entropy", || { cross_entropy::cpu(&R6, 3, &[0; 2], &R6[..3]); }, "`weights`: expected 2 values, got 3"),
+    ("masked_weights", || { cross_entropy::masked_weights(&[true; 2], &[true], &[0, 2], true); }, "`loss_mask`: expected 2 values, got 1"),
+    ("masked_weights", || { cross_entropy::masked_weights(&[true; 2], &[true; 2], &[], true); }, "`offsets`: expected one value more than there are ranges, got 0"),
+    ("masked_weights", || { cross_entropy::masked_weights(&[true; 2], &[true; 2], &[0, 3], true); }, "`offsets`: not of 2 tokens"),
     ("cpu_logits", || { cpu_logits(&R6, &R10[..7], 3); }, "`weights`: expected rows of 3 values, got 7"),
     ("cpu_logits", || { cpu_logits(&R10, &R6, 3); }, "`x`: expected rows of 3 values, got 10"),
     ("cpu_logits", || { cpu_logits(&R6, &R6, 0); }, "`hidden`: expected 1 or more, got 0"),

@@ -1,7 +1,10 @@
 //! The single works that the benches time, each compared with its twin in every variant.
 use testkit::block_on;
 use testkit::prelude::{contexts, gpu, variant_name};
-use testkit::works::{CHOICES, GATHERS, INDEX, PLANS, TABLE, chosen, fill, gather, mix, plan};
+use testkit::works::{
+    CHOICES, GATHERS, INDEX, PLANS, TABLE, backward, chosen, fill, gather, mix, plan,
+};
+use wgmoe::WeightType;
 
 #[test]
 fn choices() {
@@ -36,6 +39,18 @@ fn gathers() {
         for ctx in contexts(&gpu) {
             block_on(gather(&gpu, &ctx, (&x_in, &x), hidden, &token_of))
                 .unwrap_or_else(|e| panic!("{name}, {}: {e}", variant_name(&ctx)));
+        }
+    }
+}
+
+/// The steps that the bench of the way back times, at a size that is soon done.
+#[test]
+fn ways_back() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        for weight_type in [WeightType::F32, WeightType::Bf16] {
+            backward(&gpu, &ctx, [3, 20, 72, 40], weight_type)
+                .unwrap_or_else(|e| panic!("{}: {e}", variant_name(&ctx)));
         }
     }
 }

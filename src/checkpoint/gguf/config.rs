@@ -93,6 +93,7 @@ impl Keys<'_> {
         let rule = TokenChoice {
             score: self.score()?,
             gate: if self.normalised()? { GateRule::Normalised } else { GateRule::Unnormalised },
+            by_logits: false,
             experts_per_token: taken,
             groups: self.groups()?,
             scale: self.scale()?,

@@ -37,7 +37,7 @@ fn matrices(file: &File, name: &str, count: usize, size: usize) -> Result<Vec<Ve
     Ok(values.chunks_exact(size).map(<[f32]>::to_vec).collect())
 }
 
-fn sized(file: &File, name: &str, want: usize) -> Result<Vec<f32>, String> {
+pub(super) fn sized(file: &File, name: &str, want: usize) -> Result<Vec<f32>, String> {
     let values = file.f32s(name)?;
     if values.len() == want {
         Ok(values)
@@ -46,19 +46,24 @@ fn sized(file: &File, name: &str, want: usize) -> Result<Vec<f32>, String> {
     }
 }
 
-/// Gate, up and down of each expert, the shared ones last.
-fn experts(file: &File, config: &LayerConfig) -> Result<Vec<[Vec<f32>; 3]>, String> {
+/// Gate, up and down of each expert, the shared ones last: of tensors whose names begin with `of`, "" for
+/// the weights themselves.
+pub(super) fn experts(
+    file: &File,
+    config: &LayerConfig,
+    of: &str,
+) -> Result<Vec<[Vec<f32>; 3]>, String> {
     let [d, f] = [config.hidden, config.intermediate].map(|n| n as usize);
     let [e, shared] = [config.experts, config.shared_experts].map(|n| n as usize);
-    let [gate, up, down] =
-        ["gate_proj", "up_proj", "down_proj"].map(|name| matrices(file, name, e, d * f));
+    let [gate, up, down] = ["gate_proj", "up_proj", "down_proj"]
+        .map(|name| matrices(file, &format!("{of}{name}"), e, d * f));
     let mut experts: Vec<[Vec<f32>; 3]> =
         gate?.into_iter().zip(up?).zip(down?).map(|((gate, up), down)| [gate, up, down]).collect();
     if shared > 0 {
         // One FFN of m F is m shared experts of F: rows of gate and up, columns of down.
-        let [gate, up] =
-            ["shared_gate_proj", "shared_up_proj"].map(|name| matrices(file, name, shared, d * f));
-        let down = sized(file, "shared_down_proj", shared * d * f)?;
+        let [gate, up] = ["shared_gate_proj", "shared_up_proj"]
+            .map(|name| matrices(file, &format!("{of}{name}"), shared, d * f));
+        let down = sized(file, &format!("{of}shared_down_proj"), shared * d * f)?;
         for (m, (gate, up)) in gate?.into_iter().zip(up?).enumerate() {
             let part = |row: &[f32]| row[m * f..][..f].to_vec();
             experts.push([gate, up, down.chunks_exact(shared * f).flat_map(part).collect()]);
@@ -109,7 +114,7 @@ impl Layer {
             config,
             router: sized(file, "router_weight", e * d)?,
             bias: Some(sized(file, "expert_bias", e)?),
-            experts: experts(file, &config)?,
+            experts: experts(file, &config, "")?,
         };
         let defined = if in_blocks { file.flags("token_is_defined")? } else { vec![true; tokens] };
         if defined.len() != tokens {

@@ -1,8 +1,10 @@
 //! Golden files: what reference implementations returned on seeded inputs. A file says what it is
 //! in its header: `__metadata__.case` is JSON with a `kind` and the settings. A reader here takes
 //! note of each tensor that is asked for, so that a test can tell which ones nobody looked at.
+mod gradient;
 mod layer;
 
+pub use gradient::{Forward, Gradient, How, OnGpu, expert_gradients};
 pub use layer::{Layer, blocks};
 use safetensors::{Dtype, SafeTensors};
 use std::cell::RefCell;
@@ -16,18 +18,7 @@ pub const ATOL: f32 = 1e-5;
 pub const RTOL: f32 = 1e-4;
 
 /// Kinds that the tests of golden files do not compare yet, each with what it waits for.
-pub const LATER: &[(&str, &str)] = &[
-    ("gguf", "none: `tests/suite/gguf.rs` compares them"),
-    ("bias_update", "training"),
-    ("gradient_block_coreset", "training"),
-    ("gradient_expert_choice", "training"),
-    ("gradient_group_limited", "training"),
-    ("gradient_token_choice", "training"),
-    ("loss_expert_choice_balance", "training"),
-    ("loss_masked_diffusion", "training"),
-    ("loss_router_z", "training"),
-    ("loss_switch", "training"),
-];
+pub const LATER: &[(&str, &str)] = &[("gguf", "none: `tests/suite/gguf.rs` compares them")];
 
 /// The folder of golden files: the one that `WGMOE_GOLDEN` names, else `tests/golden`.
 pub fn folder() -> PathBuf {

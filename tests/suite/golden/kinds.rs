@@ -1,4 +1,6 @@
 //! A function a kind of golden file: what is compared, and how closely.
+use super::gradients::gradient;
+use super::losses;
 use super::quantized::quantized;
 use super::routing::{Routed, Routing, Rule};
 use testkit::compare::{close, same, worst};
@@ -26,6 +28,15 @@ pub(super) const KINDS: &[(&str, Check)] = &[
     ("sequence_top", sequence_top),
     ("capacity_schedule", capacity_schedule),
     ("quantized", quantized),
+    ("gradient_expert_choice", gradient),
+    ("gradient_token_choice", gradient),
+    ("gradient_group_limited", gradient),
+    ("gradient_block_coreset", gradient),
+    ("loss_router_z", losses::router_z),
+    ("loss_switch", losses::switch),
+    ("loss_expert_choice_balance", losses::balance),
+    ("loss_masked_diffusion", losses::masked_diffusion),
+    ("bias_update", losses::bias_update),
 ];
 
 /// Tokens of the blocks whose distinct experts were counted where a file names no blocks of its
@@ -40,6 +51,8 @@ pub(super) struct Report {
     /// Largest difference of a gate, and of a layer's output.
     pub(super) worst_gate: f32,
     pub(super) worst_output: f32,
+    /// Largest difference of a hidden state's gradient.
+    pub(super) worst_gradient: f32,
     /// Tokens of recorded layers, and those whose output the reference defines.
     pub(super) tokens: usize,
     pub(super) defined: usize,
@@ -77,7 +90,7 @@ pub(super) fn compare_choice(
 }
 
 /// The bit set as `[tokens, experts]`.
-fn dense(assigned: &[u32], tokens: usize, experts: usize) -> Vec<bool> {
+pub(super) fn dense(assigned: &[u32], tokens: usize, experts: usize) -> Vec<bool> {
     (0..tokens * experts).map(|i| bits::get(assigned, tokens, i % experts, i / experts)).collect()
 }
 
@@ -246,7 +259,10 @@ fn token_choice(file: &File, gpu: Option<&Gpu>, report: &mut Report) -> Outcome 
 
 /// The reference's lists of a token's experts, in an order of its own, as `[tokens, experts]`:
 /// which, and their gates. An empty place is -1 and has no gate.
-fn lists(file: &File, [tokens, experts, top]: [usize; 3]) -> Result<(Vec<bool>, Vec<f32>), String> {
+pub(super) fn lists(
+    file: &File,
+    [tokens, experts, top]: [usize; 3],
+) -> Result<(Vec<bool>, Vec<f32>), String> {
     let (ids, weights) = (file.i32s("experts")?, file.f32s("weights")?);
     same(&[ids.len(), weights.len()], &[tokens * top; 2], "`experts`, `weights`")?;
     let (mut mask, mut gates) = (vec![false; tokens * experts], vec![0.0; tokens * experts]);

@@ -1,6 +1,7 @@
 // Q4_0: `d (q - 8)`. A word of 8 d (f16); then a word a run, four bits a value. Needs run_blocks.wgsl.
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
+const CODE_BITS: u32 = 4u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return 1u + place;

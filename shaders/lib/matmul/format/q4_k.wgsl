@@ -2,6 +2,7 @@
 // sc, those of each m, the high two of both; then a word a run, four bits a value. Needs run_blocks.wgsl.
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
+const CODE_BITS: u32 = 4u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return 1u + place;

@@ -2,6 +2,7 @@
 // four bits, one a run, and 4 of the high two, one for two runs. Needs run_blocks.wgsl.
 const SCALE_WORDS: u32 = 2u;
 const CODE_WORDS: u32 = 2u;
+const CODE_BITS: u32 = 6u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return select(2u + place, 10u + place / 2u, i == 1u);

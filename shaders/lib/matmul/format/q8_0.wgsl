@@ -1,6 +1,7 @@
 // Q8_0: `d q`. A word of 8 d (f16); then two words a run, a byte a value: q + 128. Needs run_blocks.wgsl.
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 2u;
+const CODE_BITS: u32 = 8u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return 1u + 2u * place + i;

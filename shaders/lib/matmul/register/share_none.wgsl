@@ -15,6 +15,9 @@ fn rows_at(tile: Tile, first: u32, lane: u32) -> RowBases {
       base_of(tile, first + 6u), base_of(tile, first + 7u)));
 }
 
+// The same rows, from a later value on.
+fn moved(b: RowBases, by: u32) -> RowBases { return RowBases(b.lo + vec4(by), b.hi + vec4(by)); }
+
 fn load_rows(b: RowBases, step: u32) -> RowValues {
   return RowValues(
     load_x(b.lo.x, step), load_x(b.lo.y, step), load_x(b.lo.z, step), load_x(b.lo.w, step),

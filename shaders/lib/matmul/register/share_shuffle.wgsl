@@ -10,6 +10,9 @@ fn rows_at(tile: Tile, first: u32, lane: u32) -> RowBases {
   return x_base(x_row_of(tile.first + min(first + lane % 8u, tile.rows - 1u)));
 }
 
+// The same rows, from a later value on.
+fn moved(bases: RowBases, by: u32) -> RowBases { return bases + by; }
+
 fn load_rows(bases: RowBases, step: u32) -> RowValues { return load_x(bases, step); }
 
 fn row_of(v: RowValues, row: u32) -> Eight {
