@@ -5,8 +5,8 @@
 //   rows [ceil(tokens / 32)] bit set, written whole
 //   capacity [1] u32 = capacity_of[how many those tokens are], where has_capacity; capacity_of [tokens + 1]
 //     u32
-// Grid: ceil((ceil(tokens / 32) + 1) / WG) groups; one lane a word of 32 tokens, and a last one that counts by
-// the lengths. Where has_active and has_capacity, a second dispatch of one group, with `counts` 1, counts the
+// Grid: ceil((ceil(tokens / 32) + 1) / WG) groups; one lane a word of 32 tokens, and a last one that counts
+// by the lengths. Where has_active and has_capacity, a second dispatch of one group, `counts` 1, counts the
 // bits of rows.
 // Pieces: common/grid.
 

@@ -3,7 +3,7 @@
 //   ids [tokens, top] u32: experts; those out of range, and repeated ones of a token, are ignored: the first
 //     one counts. 0xffffffff is an empty place, and not counted as ignored
 //   weights [tokens, top] f32
-//   rows [ceil(tokens / 32)] bit set, where has_rows: the places of the other tokens are as if they were empty
+//   rows [ceil(tokens / 32)] bit set, where has_rows: places of the other tokens are as if they were empty
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 //   gates [tokens, experts] f32, written at assigned pairs alone
 //   ignored [ceil(tokens / 32)] u32, written whole: how many ids were ignored

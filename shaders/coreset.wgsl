@@ -12,8 +12,8 @@
 //   offsets [blocks + 1] u32, clamped
 //   voters [tokens] u32 where has_voters: tokens with 0 have no say; a block where none has one elects every
 //     expert
-//   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others are as if
-//     they were not there
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that take part; the others are as if they
+//     were not there
 //   refresh [blocks] u32, where has_refresh: a block with 0 elects nothing, and its members stay
 //   members [blocks, ceil(experts / 32)] bit set, written whole; a block without tokens elects none
 //   block_of [tokens] u32, written whole: block of a token, or 0xffffffff

@@ -1,7 +1,7 @@
 // Last part of a plan: token_of[s] and gate_of[s] of each slot s, slot_of[token_offsets[t] + i] of each token
 // t, i over its experts, then over shared experts; both in order, from offsets and ranks.
-//   assigned [experts, columns] bit set; gates [tokens, experts] f32; active [columns] bit set, where has_active:
-//     shared experts take these tokens alone
+//   assigned [experts, columns] bit set; gates [tokens, experts] f32
+//   active [columns] bit set, where has_active: shared experts take these tokens alone
 //   plan: in: offsets, ranks; out: these lists, and token_offsets where slots are cut: those are in no list
 // Grid: ceil(tokens / 32) groups, LANES lanes a token.
 // Pieces: common/grid, plan/column, plan/fill.

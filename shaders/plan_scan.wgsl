@@ -4,12 +4,13 @@
 //     cut), active experts, items of the two row classes
 //   lost [dropped experts + ignored words] u32, added up
 //   offsets [ranges + 1] u32, of which those that decrease or exceed the tokens are counted
-//   active [columns] bit set, where has_active: shared experts take these tokens alone. columns = ceil(tokens / 32)
+//   active [ceil(tokens / 32)] bit set, where has_active: shared experts take these tokens alone
 //   experts_per_token [tokens] u32, of which those above most_experts are counted; 0: there are none
 //   stats [8 + experts] u32: slots, unique experts, dropped, ignored, untouched tokens, clamped offsets, cut
 //     slots, 0; slots of each expert; written, or added to what is there where add_stats
-// Shared experts follow the routed ones and hold every token, or every active one. Routed slots past `routed_slots` are cut: of
-// the last experts, an expert's last tokens first. Shared experts' slots follow those that are left.
+// Shared experts follow the routed ones and hold every token, or every active one. Routed slots past
+// `routed_slots` are cut: of the last experts, an expert's last tokens first. Shared experts' slots follow
+// those that are left.
 // Items: an expert with n rows gets n / tile_rows whole tiles. What is left becomes one skinny item where it
 // is at most skinny_rows rows, else one more tile.
 // Grid: one group.

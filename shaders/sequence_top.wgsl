@@ -1,5 +1,5 @@
-// assigned[e, t] = 1 for the length * top pairs of each sequence with the highest values[t, e]; ties go to the
-// lower t * experts + e; the length is of the tokens that take part
+// assigned[e, t] = 1 for the length * top pairs of each sequence with the highest values[t, e]; ties go to
+// the lower t * experts + e; the length is of the tokens that take part
 //   values [tokens, experts] f32, any value; NaN ranks below -inf
 //   offsets [sequences + 1] u32, clamped
 //   lengths [sequences] u32 where has_lengths: the rest of a sequence is padding, never chosen

@@ -4,7 +4,7 @@
 //   coreset [blocks, ceil(experts / 32)] bit set and block_of [tokens] u32, where blocks > 0: a token may
 //     have the experts of its block's coreset; block_of at least `blocks`: none
 //   experts_per_token [tokens] u32, where has_tops: a token takes so many instead, `top` at most
-//   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that are not padding; the others take none
+//   rows [ceil(tokens / 32)] bit set, where has_rows: the tokens that take part; the others take none
 //   assigned [experts, ceil(tokens / 32)] bit set, written whole
 // Groups (group_count > 1): a group's value is the sum of its two highest eligible values. Its experts stay
 // eligible if it is among the group_top best; with fewer than two eligible experts, never. A group of one

@@ -56,7 +56,8 @@ pub struct Batch<'a> {
     pub scratch: Option<&'a Scratch>,
     /// Most bytes of scratch that the layer takes for this batch. Where what lies between the experts'
     /// matmuls would take more, slots are computed in turns, for the same bits and more dispatches. What
-    /// routing makes is not cut: some 16 bytes a token and expert, and the plan. An output that is added
+    /// routing makes is not cut: some 16 bytes a token and expert, and the plan. Small tables do not count:
+    /// 4 bytes a token under a capacity factor, some kilobytes a sequence under sequence top. An output that is added
     /// to, or not f32, then takes a row of f32 a token besides. Without a limit all slots are there at
     /// once: 4 F bytes each, and at most a binding.
     pub scratch_limit: Option<u64>,
@@ -261,7 +262,7 @@ pub struct Blocks<'a> {
     /// `[count, 2]` u32, written: how many pairs the tokens of each block would take of all experts, and
     /// how many of these lie in its coreset. The share tells when a kept coreset is worth electing
     /// anew; a kernel of the engine's may write [`KeptCoresets::refresh`] by it. It costs a second choice
-    /// and one more dispatch.
+    /// and one more dispatch. A batch of no tokens leaves it as it is.
     pub coverage: Option<Slice<'a>>,
 }
 

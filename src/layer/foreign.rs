@@ -65,8 +65,8 @@ impl MoeExperts {
     ///
     /// # Errors
     ///
-    /// Slices that do not fit, missing or empty assignments, an argument that is for a router, or
-    /// scratch over the device's limits ([`Error`]).
+    /// Slices that do not fit, missing or empty assignments, an argument that is for a router,
+    /// scratch over the device's limits, or a `scratch_limit` that is too small ([`Error`]).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         self.bind_whole(batch).map_err(Batch::own_names)
     }

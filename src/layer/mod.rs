@@ -159,8 +159,8 @@ impl MoeLayer {
     ///
     /// # Errors
     ///
-    /// Slices that do not fit, an argument that the rule does not use, or scratch over the device's
-    /// limits ([`Error`]).
+    /// Slices that do not fit, an argument that the rule does not use, scratch over the device's limits, or
+    /// a `scratch_limit` that is too small, with the least that would do ([`Error`]).
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundLayer> {
         let in_out = self.experts.in_out(batch)?;
         let scratch = Scratch::of(batch.scratch, self.context())?.counting();

@@ -1,7 +1,7 @@
 // A block's tokens elect experts by RULE (see coreset.wgsl): the result is the bit set `elected`.
 // Contract: all WG lanes call, in uniform control flow, with equal arguments; the kernel has values, voters,
-// own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that are
-// not padding. Experts <= MOST. The rules' names (MASS, ...) and RULE are constants of the prelude.
+// own_word(e, w), word w of the bits of tokens that vote for e, and row_word(w), that of the tokens that take
+// part. Experts <= MOST. The rules' names (MASS, ...) and RULE are constants of the prelude.
 const MAX_BLOCK: u32 = 1024u;
 const VOTES: bool = RULE == MASS || RULE == VOTE;
 const SEARCHES: bool = VOTES || RULE == CAPACITY; // for the last key that is elected; other keys are 0 or 1

@@ -1,5 +1,6 @@
 //! Tokens that are not active: under every rule they are as if they were not there, and their rows of the output
 //! stay as they are.
+mod long;
 mod others;
 
 use testkit::compare::largest;
