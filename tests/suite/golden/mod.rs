@@ -75,9 +75,9 @@ fn places(file: &File, name: &str) -> (Vec<usize>, f32) {
             let width = file.size("vocabulary").expect("a vocabulary");
             let mask = file.flags("mask").expect("a mask");
             let masked: Vec<usize> = (0..mask.len()).filter(|&t| mask[t]).collect();
-            (vec![masked[0] * width, masked[masked.len() - 1] * width + width - 1], -0.4)
+            (vec![masked[0] * width, masked[masked.len() - 1] * width + width - 1], 4.0)
         }
-        "logits" if file.kind().starts_with("loss_") => (ends, -0.4),
+        "logits" if file.kind().starts_with("loss_") => (ends, 4.0),
         // So much that a choice falls otherwise: pairs that are chosen are not any more.
         "logits" => (chosen_pairs(file), -40.0),
         "expert_bias" => (ends, 40.0),
