@@ -5,7 +5,8 @@
 //            dense variant
 //   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
-//   out      [slots, K] f32, row-major; where a page has some of the rows n, the sums of those before are added
+//   out      [slots, K] f32, row-major; where a page has some of the rows n, the sums of those before are
+//            added
 // Grid: ceil(K / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest.
 // Pieces: common/grid, matmul/transposed/sizes,
 //   matmul/transposed/items_planned | matmul/transposed/items_dense, matmul/register/eight,
@@ -19,9 +20,9 @@
 //   matmul/transposed/rows_f32 | matmul/transposed/rows_halves | matmul/transposed/rows_blocks |
 //   matmul/transposed/rows_any, matmul/transposed/lane.
 //
-// matmul_register by the rows of the weights instead of their columns: a lane has all rows of an item and eight
-// columns that are neighbours, as words hold them, so that no weight is transposed. Loads and multiply-adds are
-// as many.
+// matmul_register by the rows of the weights instead of their columns: a lane has all rows of an item and
+// eight columns that are neighbours, as words hold them, so that no weight is transposed. Loads and
+// multiply-adds are as many.
 
 @compute @workgroup_size(WG)
 fn transposed_register(
@@ -58,8 +59,8 @@ fn stretch(tile: Tile, column: u32, x0: RowBases, x1: RowBases) {
   if TILE_ROWS > 8u { store_octet(tile, 8u, column, s1); }
 }
 
-// The rows of one matrix. Tests stand at the loops' ends: llvmpipe runs the body of a `for` once more with all
-// lanes off.
+// The rows of one matrix. Tests stand at the loops' ends: llvmpipe runs the body of a `for` once more with
+// all lanes off.
 fn sweep(
   up: bool, tile: Tile, c: Columns, x0: RowBases, x1: RowBases,
   s0: ptr<function, Octet>, s1: ptr<function, Octet>,

@@ -5,7 +5,8 @@
 //            dense variant
 //   places   u32: which expert of the weights holds each of the plan's, where placed
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
-//   out      [slots, K] f32, row-major; where a page has some of the rows n, the sums of those before are added
+//   out      [slots, K] f32, row-major; where a page has some of the rows n, the sums of those before are
+//            added
 // Grid: ceil(K / 128) * items groups, items slowest.
 // Pieces: common/grid, matmul/transposed/sizes,
 //   matmul/transposed/items_planned | matmul/transposed/items_dense,
@@ -18,8 +19,8 @@
 //   matmul/transposed/bring_fours | matmul/transposed/bring_eights | matmul/transposed/bring_any,
 //   matmul/tile/outer, matmul/transposed/out_fours | matmul/transposed/out_ones.
 //
-// matmul_tile by the rows of the weights: one workgroup takes TILE_ROWS (64 or 32) slots of one expert and 128
-// columns; a lane 8 (or 4) rows x 8 columns. Words of weights hold neighbouring columns of one row, as
+// matmul_tile by the rows of the weights: one workgroup takes TILE_ROWS (64 or 32) slots of one expert and
+// 128 columns; a lane 8 (or 4) rows x 8 columns. Words of weights hold neighbouring columns of one row, as
 // w_tile has them, so that none is transposed. GATED: half of a step's depth is of either matrix.
 
 const WG: u32 = 128u;

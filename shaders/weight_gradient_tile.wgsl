@@ -6,9 +6,9 @@
 // Grid: ceil(N / 64) * ceil(K / 128) * experts groups, columns fastest, experts slowest.
 // Pieces: common/grid, gradient/outer_sizes, gradient/fours_vec4 | gradient/fours_scalar, matmul/tile/outer.
 //
-// matmul_tile with slots in the place of K: one workgroup makes 64 rows x 128 columns, a lane 8 x 8. Rows of a
-// and b are loaded as the tiles hold them. The last eight slots, of which some may not be there, come first;
-// the others follow in order.
+// matmul_tile with slots in the place of K: one workgroup makes 64 rows x 128 columns, a lane 8 x 8. Rows of
+// a and b are loaded as the tiles hold them. The last eight slots, of which some may not be there, come
+// first; the others follow in order.
 
 const WG: u32 = 128u;
 const LANES_X: u32 = 16u;                   // lanes along columns; each has four at c and four at c + 64

@@ -1,5 +1,5 @@
-// Four values of a row of a and of b of any length, and stores of four. Past the matrix, its last value, which is
-// not stored. Twin of fours_vec4.wgsl.
+// Four values of a row of a and of b of any length, and stores of four. Past the matrix, its last value,
+// which is not stored. Twin of fours_vec4.wgsl.
 @group(0) @binding(1) var<storage, read> a: array<f32>;
 @group(0) @binding(2) var<storage, read> b: array<f32>;
 @group(0) @binding(4) var<storage, read_write> out: array<f32>;

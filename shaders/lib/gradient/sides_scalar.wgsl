@@ -1,5 +1,5 @@
-// Eight values of a row of a and of b of any length, a load a value. Past the matrix, its last value, which is
-// not stored. Twin of sides_wide.wgsl and sides_vec4.wgsl.
+// Eight values of a row of a and of b of any length, a load a value. Past the matrix, its last value, which
+// is not stored. Twin of sides_wide.wgsl and sides_vec4.wgsl.
 @group(0) @binding(1) var<storage, read> a: array<f32>;
 @group(0) @binding(2) var<storage, read> b: array<f32>;
 

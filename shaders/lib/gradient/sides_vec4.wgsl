@@ -1,5 +1,5 @@
-// Eight values of a row of a and of b by two loads each: rows, columns, strides and a_first are multiples of 4.
-// Past the matrix, its last values, which are not stored. Twin of sides_wide.wgsl and sides_scalar.wgsl.
+// Eight values of a row of a and of b by two loads each: rows, columns, strides and a_first are multiples of
+// 4. Past the matrix, its last values, which are not stored. Twin of sides_wide.wgsl and sides_scalar.wgsl.
 @group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> b: array<vec4<f32>>;
 

@@ -1,6 +1,6 @@
 // Eight values of a row of a and of b by one 64-bit vector load, and of out by one store: llvmpipe pays for
-// both by their components. Needs SHADER_INT64; rows, columns, strides and a_first are multiples of 8. Past the
-// matrix, its last values, which are not stored. Twin of sides_vec4.wgsl and sides_scalar.wgsl.
+// both by their components. Needs SHADER_INT64; rows, columns, strides and a_first are multiples of 8. Past
+// the matrix, its last values, which are not stored. Twin of sides_vec4.wgsl and sides_scalar.wgsl.
 @group(0) @binding(1) var<storage, read> a: array<vec4<u64>>;
 @group(0) @binding(2) var<storage, read> b: array<vec4<u64>>;
 @group(0) @binding(4) var<storage, read_write> out: array<vec4<u64>>;

@@ -1,6 +1,6 @@
-// Values of a for eight slots, each loaded once, and handed round by shuffles. Needs a workgroup of one subgroup
-// of at least 8 lanes in order of their index, which the host knows of the device. Twin of spread_none.wgsl.
-// Lane i has the values of slot i: eight rows.
+// Values of a for eight slots, each loaded once, and handed round by shuffles. Needs a workgroup of one
+// subgroup of at least 8 lanes in order of their index, which the host knows of the device. Twin of
+// spread_none.wgsl. Lane i has the values of slot i: eight rows.
 alias Spread = Eight;
 
 fn load_spread(slot: u32, end: u32, n: u32, lane: u32) -> Spread {

@@ -1,5 +1,5 @@
-// What a lane brings of weights to a step of transposed_tile: f32, two words of four columns, of two rows or of
-// two places of a row; GATED: one of each matrix. Needs words_at.wgsl. Twin of bring_eights.wgsl and
+// What a lane brings of weights to a step of transposed_tile: f32, two words of four columns, of two rows or
+// of two places of a row; GATED: one of each matrix. Needs words_at.wgsl. Twin of bring_eights.wgsl and
 // bring_any.wgsl.
 const TILE_DEPTH: u32 = 8u;
 const FOURS: u32 = OUT_COLUMNS / 4u;
