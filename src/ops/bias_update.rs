@@ -68,7 +68,7 @@ impl BiasUpdate {
     ///
     /// # Errors
     ///
-    /// [`Error::Device`] where wgpu refuses it.
+    /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude())? })
     }
@@ -77,7 +77,7 @@ impl BiasUpdate {
     ///
     /// # Errors
     ///
-    /// Zero experts, or a slice that does not fit ([`Error`]).
+    /// Zero experts, or a slice that does not fit ([`Error`](crate::Error)).
     pub fn bind(&self, experts: u32, rate: f32, args: Args<'_>) -> Result<BoundOp> {
         not_zero(&[("experts", experts)])?;
         few_experts(experts)?;

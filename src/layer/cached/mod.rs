@@ -4,7 +4,7 @@
 //! A step of such a layer cannot be recorded in one go, since the host must learn which experts it needs:
 //!
 //! 1. the router and the plan are recorded and submitted ([`BoundCached::encode_routing`]), and a copy of the step's
-//!    [`Stats`], `4 (8 + E)` bytes, to be read back;
+//!    [`Stats`](crate::plan::Stats), `4 (8 + E)` bytes, to be read back;
 //! 2. once they are there, the experts on the device run ([`CachedLayer::run_experts`]) while the missing ones are packed and
 //!    uploaded, a few at a time; each few are a round of their own, so a budget smaller than the union of a step works too;
 //! 3. the last round combines what all experts made.

@@ -72,7 +72,7 @@ impl CachedModel {
     ///
     /// As [`CachedLayer::new`]; [`Error::Invalid`] naming `layers` where there are none, `pinned` where
     /// the options pin some ([`ModelLayer::with_pinned`]), or `budget` where it holds less than what
-    /// the layers can do with: their shared experts, the pinned ones, and one place or [`CachePolicy::Interval`]'s
+    /// the layers can do with: their shared experts, the pinned ones, and one place or [`CachePolicy::Interval`](super::CachePolicy::Interval)'s
     /// passing ones.
     pub fn new(
         ctx: &Context,

@@ -13,7 +13,7 @@ pub struct CacheOptions {
     /// Most bytes of uploads under way at once, in whole experts, two at least. wgpu holds as many in memory that the
     /// host writes.
     pub staging: u64,
-    /// What all experts are stored as on the device; what the [source](ExpertSource::types) says where
+    /// What all experts are stored as on the device; what the [source](super::ExpertSource::types) says where
     /// absent.
     pub types: Option<ExpertTypes>,
     /// Bytes that a page may have at most; the device's limit where absent.
