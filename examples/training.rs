@@ -15,7 +15,7 @@ const HIDDEN: u32 = 32;
 const INTERMEDIATE: u32 = 32;
 const EXPERTS: u32 = 8;
 const STEPS: usize = 60;
-const RATE: f32 = 0.3;
+const RATE: f32 = 0.2;
 
 fn main() -> wgmoe::Result<()> {
     let gpu = Gpu::new()?;
@@ -127,6 +127,12 @@ fn layer(
 
 /// Some numbers between `-most` and `most`.
 fn numbers(seed: u32, count: u32, most: f32) -> Vec<f32> {
-    let mix = |i: u32| i.wrapping_mul(2_654_435_761).wrapping_add(seed.wrapping_mul(40_503));
-    (0..count).map(|i| ((mix(mix(i)) >> 8) as f32 / (1 << 24) as f32 * 2.0 - 1.0) * most).collect()
+    // The finalizer of MurmurHash3.
+    let mix = |i: u32| {
+        let mut h = i.wrapping_add(seed.wrapping_mul(0x9e37_79b9));
+        h = (h ^ (h >> 16)).wrapping_mul(0x85eb_ca6b);
+        h = (h ^ (h >> 13)).wrapping_mul(0xc2b2_ae35);
+        h ^ (h >> 16)
+    };
+    (0..count).map(|i| ((mix(i) >> 8) as f32 / (1 << 24) as f32 * 2.0 - 1.0) * most).collect()
 }
