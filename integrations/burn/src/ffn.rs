@@ -89,7 +89,7 @@ pub struct MoeFfn {
 /// What runs.
 #[derive(Clone, Debug)]
 enum Work {
-    Fixed(Layer),
+    Fixed(Box<Layer>),
     Learning(Learning),
 }
 
@@ -134,7 +134,7 @@ impl MoeFfn {
     /// A layer of weights from anywhere, which must have been made on the device's [context](MoeDevice::context).
     pub fn from_layer(device: &MoeDevice, layer: MoeLayer) -> Self {
         let (device, bound) = (device.clone(), Arc::default());
-        Self { weights: None, work: Work::Fixed(Layer { device, layer, bound }) }
+        Self { weights: None, work: Work::Fixed(Box::new(Layer { device, layer, bound })) }
     }
 
     /// A layer that learns: its weights are f32 parameters of Burn's, and on an autodiff device gradients go to them and to the
@@ -233,7 +233,7 @@ impl MoeFfn {
                 let learning = learning.clone();
                 Dispatch::moe_learning(hidden, router, bias, gate, up, down, learning, split, None)
             }
-            (Work::Fixed(layer), _) => Dispatch::moe_ffn(hidden, layer.clone()),
+            (Work::Fixed(layer), _) => Dispatch::moe_ffn(hidden, Layer::clone(layer)),
             (Work::Learning(_), None) => panic!("the layer's weights were taken out of it"),
         };
         Tensor::from_dispatch(out)

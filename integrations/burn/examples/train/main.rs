@@ -204,7 +204,7 @@ impl Options {
             Rule::ExpertChoice => ExpertChoice::new(k).into(),
             Rule::TokenChoice => TokenChoice::new(k).into(),
         };
-        if self.hidden as usize % (2 * self.heads.max(1)) != 0 || self.heads == 0 {
+        if self.heads == 0 || !(self.hidden as usize).is_multiple_of(2 * self.heads) {
             return Err("the hidden size must be twice the heads, or a multiple of that".into());
         }
         let layer = LayerConfig::new(self.hidden, self.intermediate, self.experts, rule)
