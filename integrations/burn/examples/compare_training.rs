@@ -44,6 +44,8 @@ fn main() -> Outcome<()> {
     };
     let shapes = [
         Shape { name: "A", tokens: 64, config: config(512, 256, 64, 8, 1), top: 8 },
+        // Small: Burn's kernels are tried out in a minute.
+        Shape { name: "S", tokens: 70, config: config(64, 32, 8, 3, 2), top: 3 },
         Shape { name: "B", tokens: 512, config: config(128, 96, 32, 4, 2), top: 4 },
     ];
     let mut rows = vec![];
