@@ -8,7 +8,7 @@
 use super::pack;
 use super::{HostWeights, MatrixView, PANEL, WeightType};
 use crate::device::guard::{alive, scoped};
-use crate::{Context, Error, Result};
+use crate::{Context, Error, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -263,6 +263,23 @@ impl ExpertWeights {
             .chain(&*self.down)
             .flat_map(|p| [Some(&p.buffer), p.up.as_ref()])
             .flatten()
+    }
+
+    /// Where one matrix of an expert lies: columns of it, and the bytes that hold them packed, page by page.
+    pub fn slices(
+        &self,
+        expert: u32,
+        projection: Projection,
+    ) -> impl Iterator<Item = (Range<u32>, Slice<'_>)> {
+        let pages = if projection == Projection::Down { &self.down } else { &self.gate_up };
+        let depth = self.shape.matrix(projection)[1];
+        pages.iter().filter(move |p| p.experts.contains(&expert)).map(move |page| {
+            let up = page.up.as_ref().filter(|_| projection == Projection::Up);
+            let width = page.columns.end - page.columns.start;
+            let size = packed_bytes([width, depth], page.weight_type);
+            let offset = u64::from(expert - page.experts.start) * size;
+            (page.columns.clone(), Slice::new(up.unwrap_or(&page.buffer), offset, size))
+        })
     }
 
     pub(crate) fn gate_up(&self) -> &[Page] {

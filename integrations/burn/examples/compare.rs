@@ -2,9 +2,9 @@
 //! each expert on its own tokens. Compares the outputs, then times them in turns: `cargo run --release --example compare`.
 use burn::tensor::{Distribution, Tensor};
 use std::time::{Duration, Instant};
+use wgmoe_burn::wgmoe::WeightType;
 use wgmoe_burn::wgmoe::layer::LayerConfig;
 use wgmoe_burn::wgmoe::routing::TokenChoice;
-use wgmoe_burn::wgmoe::{Activation, WeightType};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference};
 
 const TOKENS: usize = 64;

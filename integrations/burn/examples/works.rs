@@ -7,15 +7,18 @@
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::time::{Duration, Instant};
-use testkit::compare::{close, same};
 use testkit::block_on;
-use testkit::works::{GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, choice, fill, gather, grouped_matmul, mix};
+use testkit::compare::{close, same};
+use testkit::works::{
+    GATE, INDEX, Matrix, OP2, Part, SCORES, TABLE, Work, X, choice, fill, gather, grouped_matmul,
+    mix,
+};
 use wgmoe::layer::BoundLayer;
 use wgmoe::ops::expert_choice;
 use wgmoe::ops::grouped_matmul::cpu_row;
-use wgmoe::weights::Projection;
-use wgmoe::{Context, Gpu, BoundOp, WeightType};
 use wgmoe::plan::bits;
+use wgmoe::weights::Projection;
+use wgmoe::{BoundOp, Context, Gpu, WeightType};
 use wgmoe_burn::MoeDevice;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use wgmoe_burn::wgmoe::layer::{self, HostBatch, HostRouter, LayerConfig, MoeLayer, Router};
 use wgmoe_burn::wgmoe::routing::{BlockRule, Routing, TokenChoice};
 use wgmoe_burn::wgmoe::weights::{HostWeights, Projection};
-use wgmoe_burn::wgmoe::{Activation, ExpertWeights, WeightType, models};
+use wgmoe_burn::wgmoe::{ExpertWeights, WeightType, models};
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors, Reference, place};
 
 const RULE: TokenChoice = TokenChoice::new(3);
