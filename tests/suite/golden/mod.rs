@@ -92,8 +92,22 @@ fn places(file: &File, name: &str) -> (Vec<usize>, f32) {
             (vec![t * width, (t + 1) * width - 1], 0.05)
         }
         "data" | "weight" | "dequantized" => (of_value(file, name), 0.05),
+        "experts_per_token" if file.has("sequence_offsets") => (longer_capacities(file), 0.05),
         _ => (ends, 0.05),
     }
+}
+
+/// Sequences of which an expert takes more tokens where a token has one expert more.
+fn longer_capacities(file: &File) -> Vec<usize> {
+    let (offsets, counts) = (file.i32s("sequence_offsets"), file.i32s("experts_per_token"));
+    let (offsets, counts) = (offsets.expect("offsets"), counts.expect("numbers of experts"));
+    let experts = file.size("experts").expect("experts") as i32;
+    let capacity = |i: usize, k: i32| ((offsets[i + 1] - offsets[i]) * k / experts).max(1);
+    let longer: Vec<usize> = (0..counts.len())
+        .filter(|&i| capacity(i, counts[i]) < capacity(i, counts[i] + 1))
+        .collect();
+    assert!(!longer.is_empty(), "{}: no sequence is long enough", file.name);
+    longer
 }
 
 /// Where a value is neither zero nor so large that little does not move it: first, middle, last. Of
