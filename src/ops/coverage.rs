@@ -1,9 +1,10 @@
 //! How far the coreset of a block covers what its tokens would take of all experts: what tells when a coreset that
 //! was kept from an earlier step is worth electing anew.
+use super::expert_union::{lanes, prelude};
 use super::{few_experts, not_zero};
 use crate::device::Kernel;
 use crate::device::quirks::{check_loops, offset_iterations};
-use crate::device::shader::{Prelude, Spec, params, piece, read, write};
+use crate::device::shader::{Prelude, Spec, params, read, write};
 use crate::error::{expect_len, expect_offsets, expect_some};
 use crate::plan::bits;
 use crate::{BoundOp, Context, Result, Slice, Target, Variant};
@@ -25,24 +26,11 @@ pub const SPEC: Spec = Spec {
 
 params! { tokens: u32, experts: u32, blocks: u32 }
 
-fn lanes(target: Target) -> u32 {
-    if target == Target::Serial { 8 } else { 256 }
-}
-
 /// Iterations of one lane: for each of its experts, all columns of a block, which may be all there are.
 fn iterations(target: Target, dims: Dims) -> u64 {
     let experts = u64::from(dims.experts.div_ceil(lanes(target)));
     let columns = u64::from(dims.tokens.div_ceil(32));
     experts * (columns + 1) + offset_iterations(dims.blocks, lanes(target))
-}
-
-fn prelude(variant: Variant) -> Prelude {
-    let wg = lanes(variant.target);
-    Prelude::new(format!("{wg} lanes a block"))
-        .constant("WG", wg)
-        .piece(piece!("common/grid"))
-        .piece(piece!("common/offsets"))
-        .piece(piece!("common/bits"))
 }
 
 /// The CPU twin: for each block how many pairs its tokens would take, and how many of these lie in its coreset.

@@ -29,7 +29,8 @@ params! {
     has_totals: u32,
 }
 
-fn lanes(target: Target) -> u32 {
+/// Lanes of a block; [`coverage`](super::coverage) shares them out alike.
+pub(super) fn lanes(target: Target) -> u32 {
     if target == Target::Serial { 8 } else { 256 }
 }
 
@@ -41,7 +42,7 @@ fn iterations(target: Target, dims: Dims) -> u64 {
     experts * (columns + 1) + 8 + offset_iterations(dims.blocks, lanes(target))
 }
 
-fn prelude(variant: Variant) -> Prelude {
+pub(super) fn prelude(variant: Variant) -> Prelude {
     let wg = lanes(variant.target);
     Prelude::new(format!("{wg} lanes a block"))
         .constant("WG", wg)

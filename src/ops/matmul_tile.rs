@@ -49,6 +49,7 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .maybe_piece(pieces::blocks(problem))
         .maybe_piece(pieces::load_blocks(problem))
         .piece(pieces::bring(problem))
+        .piece(piece!("matmul/tile/outer"))
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))

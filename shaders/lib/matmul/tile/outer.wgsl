@@ -1,7 +1,8 @@
 // What one step adds to the sums of a lane: outer products of columns of x_tile and of w_tile. Both lie by
 // the step's depth, [k / 4][k % 4][four], so that a lane reads four values as 16 bytes. Needs x_four, w_four.
-// Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64... Named matrices, no arrays:
-// nothing that a compiler would have to unroll to keep it in registers.
+// Sums of a lane: rows 0 to 3 (top) and 4 to 7, columns c.. (left) and c + 64.. (right; of two
+// matrices: left gate, right up). Named matrices, no arrays: nothing that a compiler would have to unroll to
+// keep it in registers.
 struct Block {
   top_left: mat4x4<f32>,
   top_right: mat4x4<f32>,
@@ -41,7 +42,7 @@ fn add_four(start: Block, lane: u32, k4: u32) -> Block {
   return add_one(block, lane, k4, 3u);
 }
 
-// Written out: see add_step of matmul_tile.
+// Written out: as a loop over k4 every read computed its address, 77 % multiply-adds instead of 85 %.
 fn add_step(lane: u32, start: Block) -> Block {
   var block = add_four(start, lane, 0u);
   block = add_four(block, lane, 1u);
