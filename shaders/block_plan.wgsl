@@ -1,6 +1,6 @@
 // The plan of one column of tokens at once: as plan_count.wgsl, plan_scan.wgsl and plan_fill.wgsl make it,
 // one after the other; see there for the formulas. tokens <= 32; no capacity drops anything, no table scales
-// the gates.
+// the gates (block_plan_scaled.wgsl).
 //   assigned [experts] words of the bit set
 //   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
 //   offsets [range_count] u32, of which those that decrease or exceed the tokens are counted
@@ -10,7 +10,7 @@
 //   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
 // Grid: one group; LANES lanes a token.
 // Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
-//   plan/fill.
+//   plan/fill, plan/block.
 
 struct Params {
   tokens: u32,
@@ -39,6 +39,8 @@ struct Params {
   slot_of: u32,
   has_active: u32,
   most_experts: u32, // 0: no experts_per_token
+  has_scale_by_count: u32,  // 0
+  has_scale_by_expert: u32, // 0
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -50,14 +52,6 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> gates: array<f32>;
 @group(0) @binding(7) var<storage, read_write> plan: array<u32>;
 @group(0) @binding(8) var<storage, read_write> stats: array<u32>;
-
-fn loss(i: u32) -> u32 {
-  return 0u;
-}
-
-fn range_end(i: u32) -> u32 {
-  return offsets[i];
-}
 
 fn active_bits_of(w: u32) -> u32 {
   return active_bits[w];
@@ -81,17 +75,7 @@ fn block_plan(
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  if flat(group, groups) != 0u {
-    return;
+  if flat(group, groups) == 0u {
+    plan_block(lane);
   }
-  load_column(lane.index, 0u, 1u, params.experts, params.tokens);
-  count_column(lane.index, 0u);
-  for (var e = 0u; e < params.experts; e += WG / EXPERT_LANES) {
-    workgroupBarrier();
-    count_experts(lane.index, e / (WG / EXPERT_LANES), 1u);
-  }
-  storageBarrier();
-  scan_counts(lane);
-  storageBarrier();
-  fill_column(lane.index, 0u, 1u);
 }

@@ -1,5 +1,5 @@
-// members[block] = the experts that the block elects by RULE, v[e] being the sum of values[t, e] over the block's
-// tokens t with bit t of own[e]:
+// members[block] = the experts that the block elects by RULE, v[e] being the sum of values[t, e] over the
+// block's tokens t with bit t of own[e]:
 //   MASS: by v[e], highest first, the shortest prefix of more than mass / 2^24 of the sum of all v, at least
 //     `count`; mass >= 2^24: every expert with a vote, and at least `count` in all; a sum of 0 or less:
 //     `count`

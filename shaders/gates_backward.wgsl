@@ -6,7 +6,8 @@
 //   as they are (3):     d (u - sum of s u) for ALL experts with softmax scores, d u with sigmoid scores
 //     where d = s with softmax scores and s (1 - s) with sigmoid scores
 //   dgates [slots] f32: of slots that t does not have, shared experts' among them, nothing is read
-//   plan: expert_offsets, token_offsets, slot_of; chosen [experts, ceil(tokens / 32)] bit set: S of each token
+//   plan: expert_offsets, token_offsets, slot_of; chosen [experts, ceil(tokens / 32)] bit set: S of each
+//     token
 //   source [tokens, experts] f32: logits (1) or scores
 //   dlogits [tokens, experts] f32, written whole: 0 where nothing above says otherwise
 // Grid: ceil(tokens / ROWS) groups, ROWS rows of LANES lanes each; LANES is WG (ROWS 1) or 1.

@@ -4,12 +4,13 @@
 //   1: softmax of the token's logits over its experts
 //   2: s / (sum over its experts + 1e-20)
 //   3: s
-// times scale, scale_by_count[number of experts] and scale_by_expert[e]. For each expert: how many tokens it has, and
-// ranks.
+// times scale, scale_by_count[number of experts] and scale_by_expert[e]. For each expert: how many tokens it
+// has, and ranks.
 //   assigned [experts, columns] bit set, columns = ceil(tokens / 32); bits past the last token count for
 //     nothing
 //   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
-//   scale_by_count [experts + 1] f32 where has_scale_by_count; scale_by_expert [experts] f32 where has_scale_by_expert
+//   scale_by_count [experts + 1] f32 where has_scale_by_count; scale_by_expert [experts] f32 where
+//     has_scale_by_expert
 //   gates [tokens, experts] f32, written at assigned pairs alone
 //   plan: counts of experts and of tokens where the offsets will stand, ranks[e, column] = bits of e in lower
 //     columns

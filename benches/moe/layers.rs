@@ -7,6 +7,7 @@ use testkit::block_on;
 use testkit::rules::rules;
 use testkit::works::{Part, Work};
 use wgmoe::layer::Scratch;
+use wgmoe::models::find;
 use wgmoe::routing::{BlockRule, Routing, Score, TokenChoice};
 use wgmoe::{Gpu, MoeLayer, WeightType};
 
@@ -32,12 +33,11 @@ pub(super) fn bench_layer(bench: &Bench, c: &mut Criterion) {
     );
 
     // A block of LLaDA2.0-mini under each rule, over the same weights.
-    let full = std::env::var_os("WGMOE_BENCH_FULL").is_some();
-    let experts = if full { 256 } else { 64 };
+    let experts = if bench.full { 256 } else { 64 };
     let work = Work::block(experts);
     let what = format!("LLaDA2-mini block of 32, {experts} experts bf16");
     bench_rules(bench, &mut group, &work, WeightType::Bf16, &what, &|_| true);
-    if full {
+    if bench.full {
         let types = [WeightType::Bf16, WeightType::Q8_0, WeightType::Q4_K, WeightType::Fp8];
         let tokens = Throughput::Elements(work.tokens.into());
         bench_types(bench, &mut group, &work, &types, ("block of 32, 256 experts", tokens));
@@ -99,6 +99,9 @@ pub(super) fn bench_prefill(bench: &Bench, c: &mut Criterion) {
             limits.iter().map(step).collect()
         });
     }
+    if bench.full {
+        bench_long_prefill(bench, &mut group);
+    }
     for blocks in [1, 16, 64] {
         let rule = top.with_coreset(BlockRule::mass(0.6).with_floor(8));
         let name = format!("{blocks} blocks of 32, W2 f32, mass");
@@ -111,6 +114,29 @@ pub(super) fn bench_prefill(bench: &Bench, c: &mut Criterion) {
         });
     }
     group.finish();
+}
+
+/// 16,384 tokens of LLaDA2.0-mini, whose hidden states fill a binding of 128 MiB.
+fn bench_long_prefill(bench: &Bench, group: &mut BenchmarkGroup<'_, WallTime>) {
+    let (gpu, (variant, ctx)) = (&bench.gpu, &bench.contexts[0]);
+    let config = find("llada2-mini").unwrap().config;
+    let lengths = [512, 16_384];
+    let limits = [None, Some(192 << 20)];
+    let all: Vec<_> = lengths.into_iter().flat_map(|t| limits.map(|limit| (t, limit))).collect();
+    let name = |&(tokens, limit): &(u32, Option<u64>)| {
+        let within = limit.map_or(String::new(), |bytes| format!(" within {} MiB", bytes >> 20));
+        format!("LLaDA2.0-mini bf16 T{tokens}{within}")
+    };
+    for case in &all {
+        let ids = vec![BenchmarkId::new(name(case), variant)];
+        let slots = Throughput::Elements(u64::from(case.0) * 8);
+        bench.turns(group, ids, slots, || {
+            let work = Work::synthetic(config, case.0);
+            let weights = block_on(work.weights(gpu, ctx, WeightType::Bf16)).unwrap();
+            let layer = work.layer(ctx, weights).unwrap();
+            vec![step_within(gpu, &work, &layer, case.1, &name(case))]
+        });
+    }
 }
 
 /// One layer in several storage types, which take turns.

@@ -40,6 +40,9 @@ pub(super) struct Bench {
     adapter: wgpu::Adapter,
     pub(super) gpu: Gpu,
     pub(super) contexts: Vec<(String, Context)>,
+    /// Every variant, not the best and the portable one alone.
+    every_variant: bool,
+    /// Works of the sizes that models have, which take minutes.
     pub(super) full: bool,
 }
 
@@ -64,10 +67,15 @@ impl Bench {
             "adapter: {} ({:?}), driver: {} {}, backend: {}",
             i.name, i.device_type, i.driver, i.driver_info, i.backend
         );
-        let full = std::env::var_os("WGMOE_BENCH_VARIANTS").is_some();
+        let asked = |name| std::env::var_os(name).is_some();
+        let every_variant = asked("WGMOE_BENCH_VARIANTS");
         let best = Variant::best(&gpu.device);
         let mut variants = vec![best];
-        variants.extend(if full { Variant::all(&gpu.device) } else { vec![Variant::PORTABLE] });
+        variants.extend(if every_variant {
+            Variant::all(&gpu.device)
+        } else {
+            vec![Variant::PORTABLE]
+        });
         let mut contexts: Vec<(String, Context)> = vec![];
         for v in variants {
             let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
@@ -76,13 +84,13 @@ impl Bench {
                 contexts.push((name, Context::with_variant(&gpu.device, v).expect("a context")));
             }
         }
-        Some(Self { adapter, gpu, contexts, full })
+        Some(Self { adapter, gpu, contexts, every_variant, full: asked("WGMOE_BENCH_FULL") })
     }
 
     /// The variant that the device gets by default, alone: for work that takes long to compile or
     /// to run in another.
     pub(super) fn best(&self) -> &[(String, Context)] {
-        if self.full { &self.contexts } else { &self.contexts[..1] }
+        if self.every_variant { &self.contexts } else { &self.contexts[..1] }
     }
 
     /// A context with matrix units in place of tiles, where the device has some.

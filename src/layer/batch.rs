@@ -188,6 +188,50 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// An error for a slice that is written and overlaps another one: what one kernel reads another may have written by
+    /// then, so that kernels which see only their own slices cannot tell.
+    pub(crate) fn check_overlaps(&self) -> Result<()> {
+        let (sequences, blocks) = (self.sequences, self.blocks);
+        let kept = blocks.and_then(|blocks| blocks.kept);
+        let written = [
+            ("out", self.out.map(|out| out.slice)),
+            ("stats", self.stats),
+            ("coresets", kept.map(|kept| kept.coresets)),
+            ("coverage", blocks.and_then(|blocks| blocks.coverage)),
+        ];
+        let mut read = vec![
+            ("hidden", Some(self.hidden.slice)),
+            ("offsets", sequences.map(|sequences| sequences.offsets)),
+            ("lengths", sequences.and_then(|sequences| sequences.lengths)),
+            ("capacity", sequences.and_then(|sequences| sequences.capacity)),
+            ("offsets", blocks.map(|blocks| blocks.offsets)),
+            ("voters", blocks.and_then(|blocks| blocks.voters)),
+            ("refresh", kept.map(|kept| kept.refresh)),
+            ("active", self.active),
+            ("experts_per_token", self.experts_per_token),
+        ];
+        match self.assignments {
+            None => {}
+            Some(Assignments::OfTokens { ids, gates, .. }) => {
+                read.extend([("ids", Some(ids)), ("gates", Some(gates))]);
+            }
+            Some(Assignments::OfExperts { offsets, tokens, gates, .. }) => {
+                read.extend(
+                    [("offsets", offsets), ("tokens", tokens), ("gates", gates)]
+                        .map(|(n, s)| (n, Some(s))),
+                );
+            }
+        }
+        for (i, (name, slice)) in written.iter().enumerate() {
+            for (other, with) in read.iter().chain(&written[i + 1..]) {
+                if slice.zip(*with).is_some_and(|(slice, with)| slice.overlaps(&with)) {
+                    return Err(Error::Overlap { written: name, other });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// What the kernels call the bits of active tokens.
     pub(crate) fn own_names(e: Error) -> Error {
         e.renamed(&[("active_bits", "active"), ("rows", "active")])

@@ -317,8 +317,8 @@ impl Election {
                 coverage,
             };
             let dims = coverage::Dims { tokens, experts, blocks: blocks.count };
-            let covered = self.coverage.bind(&dims, args);
-            parts.push(covered.map_err(|e| e.renamed(&[("members", "coresets")]))?);
+            let own = [("members", "coresets"), ("coverage_of", "coverage")];
+            parts.push(self.coverage.bind(&dims, args).map_err(|e| e.renamed(&own))?);
         }
         let offsets = batch.blocks.map(|b| b.offsets);
         Ok(Chosen { parts, coreset: Some(members), offsets, ..Chosen::default() })

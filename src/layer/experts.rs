@@ -91,12 +91,7 @@ impl Experts {
         let (rows, width) = (tokens.into(), self.weights.shape().hidden.into());
         hidden.holds("hidden", rows, width)?;
         out.holds("out", rows, width)?;
-        if hidden.slice.overlaps(&out.slice) {
-            return Err(Error::Overlap { written: "out", other: "hidden" });
-        }
-        if active.is_some_and(|active| active.overlaps(&out.slice)) {
-            return Err(Error::Overlap { written: "out", other: "active" });
-        }
+        batch.check_overlaps()?;
         Ok(InOut { hidden, out, add, active, limit: batch.scratch_limit })
     }
 

@@ -57,8 +57,8 @@ impl Planning {
         match args.gates {
             Some(gates)
                 if lost.is_none()
-                    && !gates.has_tables()
-                    && args.whole <= block_plan::MAX_TOKENS =>
+                    && args.whole <= block_plan::MAX_TOKENS
+                    && BlockPlan::fits(args.shape, &gates, &args.of_tokens) =>
             {
                 let args_of_block = block_plan::Args {
                     assigned: args.assigned.slice(),

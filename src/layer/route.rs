@@ -81,6 +81,7 @@ impl MoeRouting {
         Batch::unused("out", batch.out.is_some(), "routing alone writes no output")?;
         let limited = batch.scratch_limit.is_some();
         Batch::unused("scratch_limit", limited, "routing alone has nothing to cut")?;
+        batch.check_overlaps()?;
         self.bind_of(batch)
     }
 

@@ -27,11 +27,29 @@ pub const SPEC: Spec = Spec {
     variants: || Target::ALL.map(prelude).into(),
 };
 
+/// See `shaders/block_plan_scaled.wgsl`: a kernel has bindings for the tables or for what a batch says of its tokens.
+pub const SCALED: Spec = Spec {
+    name: "block_plan_scaled",
+    body: include_str!("../../shaders/block_plan_scaled.wgsl"),
+    bindings: &[
+        read("assigned", 4),
+        read("source", 4),
+        read("scale_by_count", 4),
+        read("scale_by_expert", 4),
+        read("offsets", 4),
+        write("gates", 4),
+        write("plan", 4),
+        write("stats", 4),
+    ],
+    ..SPEC
+};
+
 params! {
     tokens: u32, experts: u32, shared_experts: u32, slots: u32, routed_slots: u32, add_stats: u32, rule: u32, scale: f32,
     drop_count: u32, ignore_count: u32, range_count: u32, tile_rows: u32, skinny_rows: u32, expert_offsets: u32,
     token_offsets: u32, active_experts: u32, skinny_offsets: u32, skinny_items: u32, tile_offsets: u32, tile_items: u32,
     ranks: u32, token_of: u32, gate_of: u32, slot_of: u32, has_active: u32, most_experts: u32,
+    has_scale_by_count: u32, has_scale_by_expert: u32,
 }
 
 /// Most tokens: a column of the bit set.
@@ -51,6 +69,7 @@ fn prelude(target: Target) -> Prelude {
         .piece(piece!("plan/prefix_sums"))
         .piece(piece!("plan/scan"))
         .piece(piece!("plan/fill"))
+        .piece(piece!("plan/block"))
 }
 
 /// Buffers of one dispatch.
@@ -58,7 +77,7 @@ fn prelude(target: Target) -> Prelude {
 pub struct Args<'a> {
     /// `[experts]` u32, read: the bit set.
     pub assigned: Slice<'a>,
-    /// Gates to make, without [tables](super::plan_count::Scales).
+    /// Gates to make.
     pub gates: Gates<'a>,
     /// `[n]` u32, read: offsets whose clamped ones are to be counted.
     pub offsets: Option<Slice<'a>>,
@@ -71,7 +90,7 @@ pub struct Args<'a> {
     pub add_stats: bool,
 }
 
-/// The GPU kernel.
+/// The GPU kernel. Another one, for gates with [tables](Scales), is compiled when the first such work is bound.
 #[derive(Clone, Debug)]
 pub struct BlockPlan {
     ctx: Context,
@@ -88,12 +107,18 @@ impl BlockPlan {
         Ok(Self { ctx: ctx.clone(), kernel: ctx.kernel(&SPEC, prelude(ctx.variant().target))? })
     }
 
+    /// Whether one dispatch can make the plan: of at most [`MAX_TOKENS`] tokens, without tables beside what the batch
+    /// says of its tokens.
+    pub(crate) fn fits(shape: &PlanShape, gates: &Gates<'_>, of_tokens: &OfTokens<'_>) -> bool {
+        let says = of_tokens.active.is_some() || of_tokens.asked.is_some();
+        shape.tokens <= MAX_TOKENS && !(gates.has_tables() && says)
+    }
+
     /// Gates, and the whole plan.
     ///
     /// # Errors
     ///
-    /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens, or for tables that scale
-    /// gates; or a slice that does not fit.
+    /// As [`PlanShape::sections`]; [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens; or a slice that does not fit.
     pub fn bind(&self, shape: &PlanShape, args: Args<'_>) -> Result<BoundOp> {
         self.bind_of(shape, args, OfTokens::default())
     }
@@ -102,7 +127,8 @@ impl BlockPlan {
     ///
     /// # Errors
     ///
-    /// As [`BlockPlan::bind`].
+    /// As [`BlockPlan::bind`]; [`Error::Invalid`] for tables that scale gates beside what the batch says, which one
+    /// kernel has no bindings for.
     pub fn bind_of(
         &self,
         shape: &PlanShape,
@@ -124,12 +150,8 @@ impl BlockPlan {
         args.gates.check(shape)?;
         of_tokens.check(tokens)?;
         let Scales { scale_by_count, scale_by_expert } = args.gates.scales;
-        for (name, table) in
-            [("scale_by_count", scale_by_count), ("scale_by_expert", scale_by_expert)]
-        {
-            if table.is_some() {
-                return Err(Error::invalid(name, "the three kernels apart read it"));
-            }
+        if !Self::fits(shape, &args.gates, &of_tokens) {
+            return Err(Error::invalid("gates", "with tables, the three kernels apart read it"));
         }
         let params = Params {
             tokens,
@@ -158,21 +180,21 @@ impl BlockPlan {
             slot_of: at.slot_of,
             has_active: of_tokens.active.is_some().into(),
             most_experts: of_tokens.asked.map_or(0, |asked| asked.most),
+            has_scale_by_count: scale_by_count.is_some().into(),
+            has_scale_by_expert: scale_by_expert.is_some().into(),
         };
+        let or_nothing = |slice| or_nothing(&self.ctx, slice);
+        let (offsets, gates) = (or_nothing(args.offsets), args.gates);
+        let (read, written) = ([args.assigned, gates.source], [gates.gates, args.plan, args.stats]);
+        if gates.has_tables() {
+            let kernel = self.ctx.kernel(&SCALED, prelude(self.ctx.variant().target))?;
+            let tables = [scale_by_count, scale_by_expert].map(or_nothing);
+            let slices = [&read[..], &tables, &[offsets], &written].concat();
+            return Ok(kernel.dispatch(&self.ctx, &params, &slices, 1)?.into());
+        }
         let asked = of_tokens.asked.map(|asked| asked.experts_per_token);
-        let [offsets, active, tops] =
-            [args.offsets, of_tokens.active, asked].map(|s| or_nothing(&self.ctx, s));
-        let gates = args.gates;
-        let slices = [
-            args.assigned,
-            gates.source,
-            offsets,
-            active,
-            tops,
-            gates.gates,
-            args.plan,
-            args.stats,
-        ];
+        let of_tokens = [of_tokens.active, asked].map(or_nothing);
+        let slices = [&read[..], &[offsets], &of_tokens, &written].concat();
         Ok(self.kernel.dispatch(&self.ctx, &params, &slices, 1)?.into())
     }
 }

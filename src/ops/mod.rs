@@ -104,6 +104,7 @@ pub const SPECS: &[&Spec] = &[
     &plan_fill::SPEC,
     &block_choice::SPEC,
     &block_plan::SPEC,
+    &block_plan::SCALED,
     &gather::SPEC,
     &matmul_register::SPEC,
     &matmul_tile::SPEC,

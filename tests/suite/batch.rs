@@ -1,10 +1,12 @@
 //! What a batch brings and nobody reads, statistics in the caller's own buffer, and scratch that grows.
-use testkit::layer::HostLayer;
+use testkit::layer::{HostLayer, router};
 use testkit::prelude::{Output, contexts, gpu, random};
-use wgmoe::layer::{Assignments, Batch, Blocks, LayerConfig, MoeExperts, Scratch, Sequences};
+use wgmoe::layer::{
+    Assignments, Batch, Blocks, LayerConfig, MoeExperts, MoeLayer, Scratch, Sequences,
+};
 use wgmoe::plan::Stats;
 use wgmoe::routing::{BlockRule, ExpertChoice, Routing, SequenceTop, TokenChoice};
-use wgmoe::{Activation, Context, Gpu, Slice};
+use wgmoe::{Activation, Context, ExpertWeights, Gpu, Slice, WeightType, wgpu};
 
 const D: u32 = 32;
 const E: u32 = 8;
@@ -191,5 +193,55 @@ fn scratch_grows_with_the_largest_batch() {
     let most = bind(64);
     for tokens in [1, 7, 33, 64, 63] {
         assert_eq!(bind(tokens), most, "{tokens} tokens");
+    }
+}
+
+/// What one kernel of a layer reads, an earlier one may have written: kernels see only their own slices.
+#[test]
+fn what_is_written_lies_apart_from_all_else() {
+    let (device, _) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+    let ctx = Context::new(&device).unwrap();
+    let rule = TokenChoice::new(2).with_coreset(BlockRule::vote(4));
+    let weights = ExpertWeights::new(&ctx, config(rule).expert_shape(WeightType::F32)).unwrap();
+    let router = router(&ctx, &[0.0; (D * E) as usize], None).unwrap();
+    let layer = MoeLayer::new(&ctx, config(rule), router, weights).unwrap();
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size: 1 << 16,
+        usage: wgpu::BufferUsages::STORAGE,
+        mapped_at_creation: false,
+    });
+    let names = [
+        "out",
+        "stats",
+        "coresets",
+        "coverage",
+        "hidden",
+        "offsets",
+        "voters",
+        "refresh",
+        "active",
+        "experts_per_token",
+    ];
+    let words = [T * D, 8 + E, 1, 2, T * D, 2, T, 1, 1, T];
+    let bind = |at: [u64; 10]| {
+        let mut parts =
+            at.iter().zip(words).map(|(&at, n)| Slice::new(&buffer, at, 4 * u64::from(n)));
+        let [out, stats, coresets, coverage, hidden, offsets, voters, refresh, active, own] =
+            std::array::from_fn(|_| parts.next().unwrap());
+        let blocks = Blocks::new(1, offsets).with_voters(voters);
+        let blocks = blocks.with_kept(coresets, refresh).with_coverage(coverage);
+        let batch = Batch::new(hidden, T).into_out(out).with_stats(stats).with_blocks(blocks);
+        layer.bind(&batch.with_active(active).with_experts_per_token(own)).map(|_| ())
+    };
+    let apart: [u64; 10] = std::array::from_fn(|i| 4096 * i as u64);
+    bind(apart).unwrap();
+    for written in 0..4 {
+        for other in written + 1..names.len() {
+            let mut at = apart;
+            at[other] = at[written];
+            let want = format!("`{}` is written and overlaps `{}`", names[written], names[other]);
+            assert_eq!(message(bind(at)), want);
+        }
     }
 }

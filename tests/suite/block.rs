@@ -163,6 +163,7 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
         source[0] = f32::NAN;
         source[t * e / 2] = f32::INFINITY;
         let [bits, source] = [gpu.upload(&assigned), gpu.upload(&source)];
+        let tables = [e + 1, e].map(|n| gpu.upload(&random(9, n)));
         let offsets = gpu.upload(&[0u32, 9, 4, 99, tokens]);
         let count: u32 = assigned.iter().map(|w| w.count_ones()).sum();
         for (rule, slots) in [
@@ -174,7 +175,8 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                 .with_item_rows(8, 3)
                 .with_shared_experts(shared_experts);
             let words = (shape.bytes().unwrap() / 4) as usize;
-            for ctx in targets(&gpu) {
+            let scaled = [[false, false], [true, false], [false, true], [true, true]];
+            for (ctx, scaled) in targets(&gpu).iter().flat_map(|ctx| scaled.map(|s| (ctx, s))) {
                 let outputs = || {
                     [words, 8 + e]
                         .map(|n| Output::u32s(&gpu, n))
@@ -187,7 +189,10 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     rule,
                     source: (&source).into(),
                     scale: 2.5,
-                    scales: Scales { scale_by_count: None, scale_by_expert: None },
+                    scales: Scales {
+                        scale_by_count: scaled[0].then(|| (&tables[0]).into()),
+                        scale_by_expert: scaled[1].then(|| (&tables[1]).into()),
+                    },
                     gates,
                 };
                 let assigned = (&bits).into();
@@ -205,10 +210,10 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     add_stats: false,
                 };
                 let fill = plan_fill::Args { assigned, gates: a[2].slice(), plan: a[0].slice() };
-                let steps = PlanCount::new(&ctx).unwrap().bind(&shape, args).unwrap();
+                let steps = PlanCount::new(ctx).unwrap().bind(&shape, args).unwrap();
                 let steps = steps
-                    .then(PlanScan::new(&ctx).unwrap().bind(&shape, scan).unwrap())
-                    .then(PlanFill::new(&ctx).unwrap().bind(&shape, fill).unwrap());
+                    .then(PlanScan::new(ctx).unwrap().bind(&shape, scan).unwrap())
+                    .then(PlanFill::new(ctx).unwrap().bind(&shape, fill).unwrap());
                 run(&gpu, &steps);
                 let args = block_plan::Args {
                     assigned,
@@ -218,18 +223,41 @@ fn the_plan_of_a_block_has_the_bits_of_three_kernels() {
                     stats: b[1].slice(),
                     add_stats: false,
                 };
-                let op = block_plan::BlockPlan::new(&ctx).unwrap();
+                let op = block_plan::BlockPlan::new(ctx).unwrap();
                 let step = op.bind(&shape, args).unwrap();
                 assert_eq!(step.dispatches().len(), 1);
                 run(&gpu, &step);
                 for (name, (a, b)) in ["plan", "stats", "gates"].iter().zip(a.iter().zip(&b)) {
-                    let what =
-                        format!("{:?} T {tokens} E {experts} {rule:?}: {name}", ctx.variant());
+                    let what = format!(
+                        "{:?} T {tokens} E {experts} {rule:?} {scaled:?}: {name}",
+                        ctx.variant()
+                    );
                     assert_same(&b.get::<u32>(&gpu), &a.get::<u32>(&gpu), &what);
                 }
             }
         }
     }
+}
+
+/// Tables of factors and what a batch says of its tokens do not fit one kernel together.
+#[test]
+fn gates_with_tables_take_one_plan_dispatch_too() {
+    let (device, _) = wgpu::Device::noop(&wgpu::DeviceDescriptor::default());
+    let ctx = Context::new(&device).unwrap();
+    let config = LayerConfig::new(4, 4, 8, ExpertChoice::new(2));
+    let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::F32)).unwrap();
+    let tensor = |n: u32| Tensor::new(&ctx, "zeros", &vec![0u32; n as usize]).unwrap();
+    let router = router(&ctx, &[0.0; 32], None).unwrap().with_scale_by_count(tensor(9));
+    let layer = MoeLayer::new(&ctx, config, router, weights).unwrap();
+    let [hidden, out, active] = [tensor(128), tensor(128), tensor(1)];
+    let batch = Batch::new(hidden.slice(), 32).into_out(out.slice());
+    let plans = |batch: &Batch<'_>| -> Vec<_> {
+        let step = layer.bind(batch).unwrap();
+        step.dispatches().map(wgmoe::Dispatch::name).filter(|n| n.contains("plan")).collect()
+    };
+    assert_eq!(plans(&batch), ["block_plan_scaled"]);
+    let active = batch.with_active(active.slice());
+    assert_eq!(plans(&active), ["plan_count", "plan_scan", "plan_fill"]);
 }
 
 /// Dispatches between the logits and the first matmul of the experts.

@@ -213,6 +213,18 @@ fn check_pieces(body: &str, variants: &[Vec<&str>]) -> Result<(), String> {
 }
 
 #[test]
+fn lines_are_short() {
+    let long =
+        |wgsl: &str| wgsl.lines().find(|line| line.chars().count() > 110).map(str::to_string);
+    for spec in SPECS {
+        for text in (spec.variants)().into_iter().map(|p| p.text).chain([spec.body.to_string()]) {
+            assert_eq!(long(&text), None, "{}: longer than 110 columns", spec.name);
+        }
+    }
+    assert!(long(&"x".repeat(111)).is_some());
+}
+
+#[test]
 fn every_kernel_lists_its_pieces() {
     for spec in SPECS {
         let variants: Vec<_> = (spec.variants)().into_iter().map(|p| p.pieces).collect();

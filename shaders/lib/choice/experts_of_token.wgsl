@@ -1,8 +1,8 @@
 // A token chooses experts: sets their bits in `words`, those of a column's 32 tokens for each expert (see
 // token_choice.wgsl).
 // Contract: all WG lanes call, in uniform control flow, with equal choices; experts <= MOST. LANES lanes,
-// neighbours, work on a token, TEAMS tokens at a time; the kernel has values, and coreset_word(at), a word of the
-// bit sets of coresets.
+// neighbours, work on a token, TEAMS tokens at a time; the kernel has values, and coreset_word(at), a word
+// of the bit sets of coresets.
 const TEAMS: u32 = WG / LANES;
 const STRIPES: u32 = 0xffffffffu / ((1u << LANES) - 1u); // bits of a word that one lane of a team looks at
 
@@ -46,7 +46,8 @@ fn eligible_word(row: Row, c: u32, experts: u32) -> u32 {
   return word;
 }
 
-// The groups that stay for a row: the group_top best by the sum of their two highest, groups of one by their one.
+// The groups that stay for a row: the group_top best by the sum of their two highest, groups of one by
+// their one.
 fn choose_groups(index: u32, row: Row, choice: Choice) -> u32 {
   let team = index / LANES;
   let first = index % LANES;

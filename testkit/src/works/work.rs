@@ -434,7 +434,10 @@ impl Part {
         match (dispatch.stage(), dispatch.name()) {
             (Some("logits"), _) => Self::Router,
             (Some(_), _) => Self::Experts,
-            (None, "plan_count" | "plan_scan" | "plan_fill" | "block_plan") => Self::Plan,
+            (
+                None,
+                "plan_count" | "plan_scan" | "plan_fill" | "block_plan" | "block_plan_scaled",
+            ) => Self::Plan,
             (None, "combine") => Self::Combine,
             (None, _) => Self::Routing,
         }

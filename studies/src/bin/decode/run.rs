@@ -55,6 +55,8 @@ struct Run {
     method: Method,
     config: LayerConfig,
     bound: BoundLayer,
+    /// The same, without the count of what is covered.
+    timed: BoundLayer,
     coresets: wgpu::Buffer,
     coverage: wgpu::Buffer,
     sums: Sums,
@@ -113,7 +115,7 @@ impl Steps<'_> {
                 for (run, least) in runs.iter().zip(&mut least) {
                     self.write(&run.method, &inputs, step);
                     let start = Instant::now();
-                    self.gpu.run_layer(&run.bound)?;
+                    self.gpu.run_layer(&run.timed)?;
                     *least = least.min(start.elapsed().as_secs_f64() * 1e3);
                 }
             }
@@ -137,15 +139,17 @@ impl Steps<'_> {
         if method.decided_take.is_some() {
             batch = batch.with_experts_per_token(&inputs.tops);
         }
+        let mut counted = None;
         if method.elects() {
             let mut of = Blocks::new(blocks, &inputs.offsets);
             if method.keeps {
-                of = of.with_kept(&coresets, &inputs.refresh).with_coverage(&coverage);
+                of = of.with_kept(&coresets, &inputs.refresh);
+                counted = Some(batch.with_blocks(of.with_coverage(&coverage)));
             }
             batch = batch.with_blocks(of);
         }
-        let bound = layer.bind(&batch)?;
-        Ok(Run { method, config, bound, coresets, coverage, sums: Sums::default() })
+        let (bound, timed) = (layer.bind(&counted.unwrap_or(batch))?, layer.bind(&batch)?);
+        Ok(Run { method, config, bound, timed, coresets, coverage, sums: Sums::default() })
     }
 
     /// What a step is under a method. The tokens of a block are decided in an order that jumps about, as many at each

@@ -1,0 +1,86 @@
+// As block_plan.wgsl, for gates that tables scale: a kernel has no room for the bindings of both, so here
+// every token is active and takes as many experts as its rule says.
+//   assigned [experts] words of the bit set
+//   source [tokens, experts] f32: logits (rule 1) or scores (rules 2, 3)
+//   scale_by_count [experts + 1] f32, where has_scale_by_count; scale_by_expert [experts] f32, where
+//     has_scale_by_expert
+//   offsets [range_count] u32, of which those that decrease or exceed the tokens are counted
+//   gates [tokens, experts] f32, written at assigned pairs alone
+//   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
+// Grid: one group; LANES lanes a token.
+// Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
+//   plan/fill, plan/block.
+
+struct Params {
+  tokens: u32,
+  experts: u32,
+  shared_experts: u32,
+  slots: u32,        // bound, shared experts' included
+  routed_slots: u32, // bound
+  add_stats: u32,    // 1: to what stats holds
+  rule: u32,
+  scale: f32,
+  drop_count: u32,   // 0
+  ignore_count: u32, // 0
+  range_count: u32,
+  tile_rows: u32,
+  skinny_rows: u32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  active_experts: u32,
+  skinny_offsets: u32,
+  skinny_items: u32,
+  tile_offsets: u32,
+  tile_items: u32,
+  ranks: u32,
+  token_of: u32,
+  gate_of: u32,
+  slot_of: u32,
+  has_active: u32,   // 0
+  most_experts: u32, // 0
+  has_scale_by_count: u32,
+  has_scale_by_expert: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> assigned: array<u32>;
+@group(0) @binding(2) var<storage, read> source: array<u32>;
+@group(0) @binding(3) var<storage, read> scale_by_count: array<f32>;
+@group(0) @binding(4) var<storage, read> scale_by_expert: array<f32>;
+@group(0) @binding(5) var<storage, read> offsets: array<u32>;
+@group(0) @binding(6) var<storage, read_write> gates: array<f32>;
+@group(0) @binding(7) var<storage, read_write> plan: array<u32>;
+@group(0) @binding(8) var<storage, read_write> stats: array<u32>;
+
+fn active_bits_of(w: u32) -> u32 {
+  return 0xffffffffu;
+}
+
+fn number_of(t: u32) -> u32 {
+  return 0u;
+}
+
+fn count_scale(count: u32) -> f32 {
+  if params.has_scale_by_count == 1u {
+    return scale_by_count[min(count, params.experts)];
+  }
+  return 1.0;
+}
+
+fn expert_scale(e: u32) -> f32 {
+  if params.has_scale_by_expert == 1u {
+    return scale_by_expert[e];
+  }
+  return 1.0;
+}
+
+@compute @workgroup_size(WG)
+fn block_plan_scaled(
+  lane: Lane,
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+) {
+  if flat(group, groups) == 0u {
+    plan_block(lane);
+  }
+}
