@@ -10,7 +10,7 @@
 //   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
 // Grid: one group; LANES lanes a token.
 // Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
-//   plan/fill, plan/block.
+//   plan/fill, plan/whole.
 
 struct Params {
   tokens: u32,

@@ -318,7 +318,7 @@ pub struct KeptCoresets<'a> {
     /// experts gives its tokens none; bits of experts that are not there are ignored.
     pub coresets: Slice<'a>,
     /// `[blocks]` u32, read: a block with 0 chooses inside its coreset as it is, another elects one and
-    /// writes it.
+    /// writes it. In another buffer than `coresets`.
     pub refresh: Slice<'a>,
 }
 

@@ -69,7 +69,7 @@ fn prelude(target: Target) -> Prelude {
         .piece(piece!("plan/prefix_sums"))
         .piece(piece!("plan/scan"))
         .piece(piece!("plan/fill"))
-        .piece(piece!("plan/block"))
+        .piece(piece!("plan/whole"))
 }
 
 /// Buffers of one dispatch.

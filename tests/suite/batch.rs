@@ -196,6 +196,9 @@ fn scratch_grows_with_the_largest_batch() {
     }
 }
 
+/// Where `refresh` lies.
+const FAR: u64 = 0xf000;
+
 /// What one kernel of a layer reads, an earlier one may have written: kernels see only their own slices.
 #[test]
 fn what_is_written_lies_apart_from_all_else() {
@@ -205,12 +208,16 @@ fn what_is_written_lies_apart_from_all_else() {
     let weights = ExpertWeights::new(&ctx, config(rule).expert_shape(WeightType::F32)).unwrap();
     let router = router(&ctx, &[0.0; (D * E) as usize], None).unwrap();
     let layer = MoeLayer::new(&ctx, config(rule), router, weights).unwrap();
-    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-        label: None,
-        size: 1 << 16,
-        usage: wgpu::BufferUsages::STORAGE,
-        mapped_at_creation: false,
-    });
+    let buffer = || {
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: 1 << 16,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: false,
+        })
+    };
+    // `refresh` shares no buffer with what the same kernel writes.
+    let (buffer, of_refresh) = (buffer(), buffer());
     let names = [
         "out",
         "stats",
@@ -225,8 +232,10 @@ fn what_is_written_lies_apart_from_all_else() {
     ];
     let words = [T * D, 8 + E, 1, 2, T * D, 2, T, 1, 1, T];
     let bind = |at: [u64; 10]| {
-        let mut parts =
-            at.iter().zip(words).map(|(&at, n)| Slice::new(&buffer, at, 4 * u64::from(n)));
+        let mut parts = at.iter().zip(words).map(|(&at, n)| {
+            let buffer = if at == FAR { &of_refresh } else { &buffer };
+            Slice::new(buffer, at, 4 * u64::from(n))
+        });
         let [out, stats, coresets, coverage, hidden, offsets, voters, refresh, active, own] =
             std::array::from_fn(|_| parts.next().unwrap());
         let blocks = Blocks::new(1, offsets).with_voters(voters);
@@ -234,7 +243,8 @@ fn what_is_written_lies_apart_from_all_else() {
         let batch = Batch::new(hidden, T).into_out(out).with_stats(stats).with_blocks(blocks);
         layer.bind(&batch.with_active(active).with_experts_per_token(own)).map(|_| ())
     };
-    let apart: [u64; 10] = std::array::from_fn(|i| 4096 * i as u64);
+    let mut apart: [u64; 10] = std::array::from_fn(|i| 4096 * i as u64);
+    apart[7] = FAR;
     bind(apart).unwrap();
     for written in 0..4 {
         for other in written + 1..names.len() {

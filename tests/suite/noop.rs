@@ -173,6 +173,26 @@ fn steps(ctx: &Context, tokens: u32, experts: u32) -> wgmoe::Result<Vec<BoundOp>
                 add_stats: false,
             },
         )?,
+        block_plan::BlockPlan::new(ctx)?.bind(
+            &few,
+            block_plan::Args {
+                assigned: words(&b[0], e),
+                gates: plan_count::Gates {
+                    rule: wgmoe::routing::GateRule::Normalised,
+                    source: few_pairs(1),
+                    scale: 1.0,
+                    scales: plan_count::Scales {
+                        scale_by_count: Some(words(&b[4], e + 1)),
+                        scale_by_expert: Some(words(&b[5], e)),
+                    },
+                    gates: few_pairs(2),
+                },
+                offsets: None,
+                plan: words(&b[7], u64::from(few.sections()?.words)),
+                stats: words(&b[3], 8 + e),
+                add_stats: false,
+            },
+        )?,
         coverage::Coverage::new(ctx)?.bind(
             &coverage::Dims { tokens, experts, blocks: 2 },
             coverage::Args {
