@@ -50,8 +50,8 @@ pub struct Run<'a> {
     pub batches_from: usize,
 }
 
-/// Sequences of a validation on the way.
-pub const ON_THE_WAY: usize = 64;
+/// Sequences of a validation on the way, times evenly from 0 to 1.
+pub const ON_THE_WAY: usize = 32;
 
 impl Run<'_> {
     /// One step, and its loss.

@@ -83,7 +83,7 @@ struct Record {
 }
 
 /// Sequences of a run's last validation.
-const AT_THE_END: usize = 256;
+const AT_THE_END: usize = 128;
 
 pub fn run(arguments: &Arguments, device: &MoeDevice) -> Outcome<()> {
     std::fs::create_dir_all(&arguments.out)?;
