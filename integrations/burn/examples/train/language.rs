@@ -25,7 +25,7 @@ const TERMS: u32 = 20;
 
 /// Whether no text has this sum: one pair of terms in ten.
 fn is_held_out(a: u32, b: u32) -> bool {
-    (7 * a + 3 * b) % 10 == 0
+    (7 * a + 3 * b).is_multiple_of(10)
 }
 
 fn sum(rng: &mut StdRng, text: &mut String) {
