@@ -47,7 +47,7 @@ impl Chart {
                 .configure_mesh()
                 .x_desc(&self.x)
                 .y_desc(&self.y)
-                .light_line_style(plot::WHITE)
+                .max_light_lines(0)
                 .draw()?;
             for (i, curve) in self.curves.iter().enumerate() {
                 let colour = plot::HSLColor((0.58 + 0.17 * i as f64).fract(), 0.8, 0.4);
@@ -85,10 +85,11 @@ impl Chart {
 }
 
 fn range(values: impl Iterator<Item = f64>) -> [f64; 2] {
-    let both = values.filter(|v| v.is_finite()).fold(None, |range: Option<[f64; 2]>, v| match range {
-        None => Some([v, v]),
-        Some([low, high]) => Some([f64::min(low, v), f64::max(high, v)]),
-    });
+    let both =
+        values.filter(|v| v.is_finite()).fold(None, |range: Option<[f64; 2]>, v| match range {
+            None => Some([v, v]),
+            Some([low, high]) => Some([f64::min(low, v), f64::max(high, v)]),
+        });
     both.unwrap_or([0.0, 1.0])
 }
 
