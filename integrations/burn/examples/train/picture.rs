@@ -43,12 +43,7 @@ impl Chart {
                 .x_label_area_size(40)
                 .y_label_area_size(56)
                 .build_cartesian_2d(xs[0]..xs[1], ys[0]..ys[1])?;
-            chart
-                .configure_mesh()
-                .x_desc(&self.x)
-                .y_desc(&self.y)
-                .max_light_lines(0)
-                .draw()?;
+            chart.configure_mesh().x_desc(&self.x).y_desc(&self.y).max_light_lines(0).draw()?;
             for (i, curve) in self.curves.iter().enumerate() {
                 let colour = plot::HSLColor((0.58 + 0.17 * i as f64).fract(), 0.8, 0.4);
                 let band = || curve.points.iter().zip(&curve.band);
