@@ -1,6 +1,6 @@
 //! What Burn's autodiff records of the layer, and how it goes back.
 use crate::ffn::Layer;
-use crate::learning::{Learning, Split, Tape};
+use crate::learning::{Learning, Split, Tape, Wanted};
 use crate::op::MoeOps;
 use burn::backend::Backend;
 use burn::backend::tensor::FloatTensor;
@@ -58,6 +58,10 @@ impl<B: Backend + MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
         split: Split,
         _tape: Option<Tape>,
     ) -> FloatTensor<Self> {
+        let wanted = Wanted {
+            router: router.is_tracked(),
+            experts: [&gate, &up, &down].into_iter().any(|tensor| tensor.is_tracked()),
+        };
         let nodes = [&hidden, &router, &gate, &up, &down].map(|tensor| tensor.node());
         let hidden = hidden.into_primitive();
         let weights = [router, bias, gate, up, down].map(|tensor| tensor.into_primitive());
@@ -66,7 +70,7 @@ impl<B: Backend + MoeOps, C: CheckpointStrategy> MoeOps for Autodiff<B, C> {
         };
         match Through.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let tape = Tape::new(&learning);
+                let tape = Tape::new(&learning, wanted);
                 let out = run(weights.clone(), learning.clone(), Some(tape.clone()));
                 prep.finish((learning, tape, weights), out)
             }

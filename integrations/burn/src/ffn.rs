@@ -9,6 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use std::sync::{Arc, Mutex, PoisonError};
 use wgmoe::layer::{Batch, BoundLayer, LayerConfig, MoeLayer, Router};
 use wgmoe::ops::router_loss::Coefficients;
+use wgmoe::plan::Stats;
 use wgmoe::weights::{HostWeights, Projection};
 use wgmoe::{Error, ExpertWeights, Result, WeightType, layer};
 
@@ -175,6 +176,17 @@ impl MoeFfn {
     /// [`Error::Invalid`] where the layer does not learn, [`Error::Device`] where the device is lost.
     pub fn router_losses(&self) -> Result<[f32; 2]> {
         self.of_learning()?.losses()
+    }
+
+    /// Reads back what the forward passes of training did since this was last called, summed: how many tokens each expert took
+    /// among it, which is what [`bias_update`](wgmoe::ops::bias_update) balances by. Passes that Burn has not run yet, since
+    /// nobody read what hangs on them, count the next time.
+    ///
+    /// # Errors
+    ///
+    /// As [`MoeFfn::router_losses`].
+    pub fn take_stats(&self) -> Result<Stats> {
+        self.of_learning()?.take_stats()
     }
 
     /// Bytes on the device that are kept from forward to backward pass, of the steps that wait for their next batch: after a

@@ -10,6 +10,7 @@ use wgmoe::layer::{
     TrainingBatch,
 };
 use wgmoe::ops::router_loss::Coefficients;
+use wgmoe::plan::Stats;
 use wgmoe::weights::{ExpertGradients, Projection};
 use wgmoe::{Context, ExpertWeights, Gpu, Result, WeightType, wgpu};
 
@@ -27,6 +28,8 @@ struct Inner {
     losses: Option<Coefficients>,
     /// Their values, `[2]` f32.
     values: wgpu::Buffer,
+    /// Sums over the forward passes of training, `[8 + E]` u32.
+    stats: wgpu::Buffer,
     state: Mutex<State>,
 }
 
@@ -98,6 +101,13 @@ impl Ends {
     }
 }
 
+/// Whose weights a backward pass makes gradients of. Those of the hidden states are made in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) router: bool,
+    pub(crate) experts: bool,
+}
+
 /// A forward pass without a backward pass.
 #[derive(Debug)]
 struct Pass {
@@ -112,12 +122,13 @@ struct Pass {
 #[derive(Debug)]
 struct Step {
     ends: Ends,
+    wanted: Wanted,
     hidden: Place,
     out: Place,
     dout: Place,
     dhidden: Place,
-    drouter: Place,
-    gradients: ExpertGradients,
+    drouter: Option<Place>,
+    gradients: Option<ExpertGradients>,
     forward: BoundLayer,
     backward: BoundBackward,
     /// Of [`State::packed`]: the weights that the forward pass ran on.
@@ -133,6 +144,7 @@ pub struct Tape {
 #[derive(Debug)]
 struct Held {
     learning: Learning,
+    wanted: Wanted,
     step: Mutex<Option<Step>>,
 }
 
@@ -144,8 +156,8 @@ impl Drop for Held {
 }
 
 impl Tape {
-    pub(crate) fn new(learning: &Learning) -> Self {
-        let held = Held { learning: learning.clone(), step: Mutex::default() };
+    pub(crate) fn new(learning: &Learning, wanted: Wanted) -> Self {
+        let held = Held { learning: learning.clone(), wanted, step: Mutex::default() };
         Self { shared: Arc::new(held) }
     }
 
@@ -188,8 +200,10 @@ impl Learning {
         }
         let layer = MoeLayer::new(ctx, config, router, weights)?;
         let values = buffer(device, "losses", 8);
+        // wgpu makes it zeros.
+        let stats = buffer(device, "stats", Stats::bytes(config.experts));
         let (device, state) = (device.clone(), Mutex::default());
-        let inner = Inner { device, layer, packing, losses, values, state };
+        let inner = Inner { device, layer, packing, losses, values, stats, state };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -205,15 +219,29 @@ impl Learning {
 
     /// Reads the values of the losses back.
     pub(crate) fn losses(&self) -> Result<[f32; 2]> {
+        let values: Vec<f32> = self.gpu().download(&self.inner.values)?;
+        self.inner.device.read_back(8);
+        Ok([values[0], values[1]])
+    }
+
+    /// Reads back what training's forward passes did since the last time.
+    pub(crate) fn take_stats(&self) -> Result<Stats> {
+        let Inner { device, stats, .. } = &*self.inner;
+        let words: Vec<u32> = self.gpu().download(stats)?;
+        device.read_back(stats.size());
+        let mut encoder = self.encoder();
+        encoder.clear_buffer(stats, 0, None);
+        device.queue().submit([encoder.finish()]);
+        Stats::from_words(&words)
+    }
+
+    fn gpu(&self) -> Gpu {
         let device = &self.inner.device;
-        let gpu = Gpu {
+        Gpu {
             device: device.context().device().clone(),
             queue: device.queue().clone(),
             info: device.context().info().clone(),
-        };
-        let values: Vec<f32> = gpu.download(&self.inner.values)?;
-        device.read_back(8);
-        Ok([values[0], values[1]])
+        }
     }
 
     /// Bytes that steps keep from forward to backward, the copy of the hidden states among them: of those that wait for a
@@ -261,10 +289,11 @@ impl Learning {
         self.pack(&mut state, &mut encoder, &held);
         match tape {
             Some(tape) => {
-                let found = state.steps.iter().rposition(|s| s.ends.size == size);
-                let mut step = match found {
+                let wanted = tape.shared.wanted;
+                let fits = |s: &Step| s.ends.size == size && s.wanted == wanted;
+                let mut step = match state.steps.iter().rposition(fits) {
                     Some(i) => state.steps.remove(i),
-                    None => self.step(size)?,
+                    None => self.step(size, wanted)?,
                 };
                 step.packed = state.packed;
                 step.ends.write(queue, split);
@@ -293,7 +322,8 @@ impl Learning {
         Ok(())
     }
 
-    /// Submits the backward pass. `out` are the gradients of the hidden states, the router, and [`Projection::ALL`].
+    /// Submits the backward pass. `out` are the gradients of the hidden states, the router, and [`Projection::ALL`]; what the
+    /// tape does not want is left alone.
     pub(crate) fn backward(
         &self,
         dout: &CubeTensor,
@@ -326,16 +356,19 @@ impl Learning {
         step.backward.encode(&mut encoder)?;
         let [dhidden, drouter, stacks @ ..] = &outputs[..] else { return Ok(()) };
         copy(&mut encoder, &step.dhidden, &dhidden.0);
-        copy(&mut encoder, &step.drouter, &drouter.0);
-        let mut pages = step.gradients.buffers();
-        for (count, (place, _)) in step.gradients.page_counts().into_iter().zip(stacks) {
-            let mut at = place.offset;
-            for page in pages.by_ref().take(count) {
-                encoder.copy_buffer_to_buffer(page, 0, &place.buffer, at, page.size());
-                at += page.size();
+        if let Some(own) = &step.drouter {
+            copy(&mut encoder, own, &drouter.0);
+        }
+        if let Some(gradients) = &step.gradients {
+            let mut pages = gradients.buffers();
+            for (count, (place, _)) in gradients.page_counts().into_iter().zip(stacks) {
+                let mut at = place.offset;
+                for page in pages.by_ref().take(count) {
+                    encoder.copy_buffer_to_buffer(page, 0, &place.buffer, at, page.size());
+                    at += page.size();
+                }
             }
         }
-        drop(pages);
         state.steps.push(step);
         self.inner.device.queue().submit([encoder.finish()]);
         Ok(())
@@ -367,27 +400,34 @@ impl Learning {
         Ok(Pass { ends, hidden, out, bound })
     }
 
-    fn step(&self, size: Size) -> Result<Step> {
-        let Inner { device, layer, losses, values, .. } = &*self.inner;
+    fn step(&self, size: Size, wanted: Wanted) -> Result<Step> {
+        let Inner { device, layer, losses, values, stats, .. } = &*self.inner;
         let LayerConfig { hidden: width, experts, .. } = *layer.config();
         let ends = Ends::new(device.context(), size)?;
         let bytes = 4 * u64::from(size.tokens) * u64::from(width);
         let hidden = Place::whole(buffer(device, "hidden", bytes));
         let [out, dout, dhidden] =
             ["out", "dout", "dhidden"].map(|name| device.exchange(name, bytes));
-        let drouter = device.exchange("drouter", 4 * u64::from(experts) * u64::from(width));
-        let gradients = device.gradients(layer.weights().shape())?;
+        let drouter = || device.exchange("drouter", 4 * u64::from(experts) * u64::from(width));
+        let drouter = wanted.router.then(drouter);
+        let gradients = || device.gradients(layer.weights().shape());
+        let gradients = wanted.experts.then(gradients).transpose()?;
         let batch = ends.batch(Batch::new(hidden.slice(), size.tokens).into_out(out.slice()));
-        let mut of =
-            TrainingBatch::new(batch.with_scratch(device.scratch()), dout.slice(), dhidden.slice())
-                .with_router_gradient(drouter.slice())
-                .with_expert_gradients(&gradients);
+        let batch = batch.with_scratch(device.scratch()).with_stats_added_to(stats);
+        let mut of = TrainingBatch::new(batch, dout.slice(), dhidden.slice());
+        if let Some(drouter) = &drouter {
+            of = of.with_router_gradient(drouter.slice());
+        }
+        if let Some(gradients) = &gradients {
+            of = of.with_expert_gradients(gradients);
+        }
         if let Some(losses) = losses {
             of = of.with_losses(Losses::new(*losses, values));
         }
         let (forward, backward) = layer.bind_training(&of)?;
         Ok(Step {
             ends,
+            wanted,
             hidden,
             out,
             dout,

@@ -368,6 +368,58 @@ fn what_is_frozen_has_no_gradient() {
     }
 }
 
+/// Frozen experts cost no gradients: no room is made for them.
+#[test]
+fn a_router_learns_alone() {
+    let _turn = turn();
+    // A shape that no other test has.
+    let config = LayerConfig::new(D as u32, 40, 8, TokenChoice::new(TOP)).with_shared_experts(2);
+    let tensors = MoeTensors::random(&config, device().device());
+    let (x, dout) = (random([TOKENS, D]), random([TOKENS, D]));
+    let ffn = learning(config, &tensors);
+    let mut frozen = ffn.clone().no_grad();
+    let weights = frozen.weights.as_mut().expect("weights");
+    weights.router = weights.router.clone().set_require_grad(true);
+    let leaf = x.clone().autodiff().require_grad();
+    let grads = (frozen.forward(leaf.clone()) * dout.clone()).sum().backward();
+    let weights = frozen.weights.as_ref().expect("weights");
+    assert!(weights.gate.val().grad(&grads).is_none());
+    let got = [leaf, weights.router.val()].map(|t| host(&t.grad(&grads).expect("a gradient")));
+    let before = device().scratch_bytes();
+    let (_, all) = own(&ffn, &x, &dout);
+    assert_eq!(got, [all[0].clone(), all[1].clone()]);
+    let of_experts = 4 * (tensors.gate.shape().num_elements() * 3) as u64;
+    assert!(device().scratch_bytes() - before >= of_experts, "{before}, then {of_experts} more");
+}
+
+#[test]
+fn training_counts_tokens_of_experts() {
+    let _turn = turn();
+    let (tensors, x) = (tensors(), random([TOKENS, D]));
+    let ffn = learning(token_choice(), &tensors);
+    for passes in [1, 2] {
+        for _ in 0..passes {
+            let _ = own(&ffn, &x, &x);
+        }
+        // Validation does not count.
+        let _ = host(&ffn.valid().forward(x.clone()));
+        let stats = ffn.take_stats().unwrap();
+        assert_eq!(stats.slots, passes * TOKENS as u32 * TOP);
+        assert_eq!(stats.tokens_per_expert.iter().sum::<u32>(), stats.slots);
+        let logits = host(&x.clone().matmul(tensors.router.clone().transpose()));
+        let mut want = [0; 8];
+        for row in logits.chunks(8) {
+            let mut order: Vec<usize> = (0..8).collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order[..TOP as usize].iter().for_each(|&e| want[e] += passes);
+        }
+        assert_eq!(stats.tokens_per_expert, want);
+    }
+    assert_eq!(ffn.take_stats().unwrap().slots, 0);
+    let fixed = MoeFfn::new(&device(), token_choice(), WeightType::F32, tensors).unwrap();
+    assert!(fixed.take_stats().is_err());
+}
+
 #[test]
 fn a_wrong_shape_is_an_error() {
     let _turn = turn();

@@ -1,4 +1,5 @@
 //! Masked diffusion as EC-DLM trains it (arXiv 2604.01622): what is masked, the loss, and sampling by unmasking.
+use crate::Outcome;
 use crate::model::{CLASSES, MASK, Model, ints};
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -62,14 +63,25 @@ impl Masked {
         self.tokens.iter().zip(&self.mask).map(seen).collect()
     }
 
-    /// `-log p` of every token, `[tokens]`.
-    pub fn surprise(&self, model: &Model, routing: &Routing, device: &Device) -> Tensor<1> {
+    /// Logits `[tokens, classes]`; `see` is given what goes into each block's layer.
+    pub fn logits(
+        &self,
+        model: &Model,
+        routing: &Routing,
+        device: &Device,
+        see: &mut dyn FnMut(Tensor<2>),
+    ) -> Tensor<2> {
         let shape = [self.sequences(), self.length];
         let capacity = routing.schedule.map(|s| self.capacity(&s, routing.experts));
         let inputs = ints(self.inputs(), shape, device);
-        let logits = model.forward(inputs, capacity.as_deref(), routing.apart);
+        let logits = model.forward(inputs, capacity.as_deref(), routing.apart, see);
+        logits.reshape([self.tokens.len(), CLASSES])
+    }
+
+    /// `-log p` of every token, `[tokens]`.
+    pub fn surprise(&self, model: &Model, routing: &Routing, device: &Device) -> Tensor<1> {
         let count = self.tokens.len();
-        let log = log_softmax(logits.reshape([count, CLASSES]), 1);
+        let log = log_softmax(self.logits(model, routing, device, &mut |_| {}), 1);
         let targets = ints(self.tokens.iter().map(|&t| t.into()).collect(), [count, 1], device);
         -log.gather(1, targets).reshape([count])
     }
@@ -94,37 +106,96 @@ pub struct Routing {
     pub experts: u32,
 }
 
-/// Text from nothing but masks: at each of `steps` the places that the model is surest of are filled, each by a draw.
-pub fn sample(
-    model: &Model,
-    routing: &Routing,
-    device: &Device,
-    rng: &mut StdRng,
-    (length, steps, temperature): (usize, usize, f64),
-) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-    let mut text = Masked { tokens: vec![0; length], mask: vec![true; length], length };
-    for step in 0..steps {
-        let capacity = routing.schedule.map(|s| text.capacity(&s, routing.experts));
-        let inputs = ints(text.inputs(), [1, length], device);
-        let logits = model.forward(inputs, capacity.as_deref(), routing.apart);
-        let logits = logits.reshape([length, CLASSES]) / temperature.max(1e-3);
-        let shares: Vec<f32> = softmax(logits, 1).try_into_vec_as()?;
+/// What is sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    /// Texts, all at once.
+    pub count: usize,
+    pub length: usize,
+    pub steps: usize,
+    pub temperature: f64,
+}
+
+impl Sampling {
+    /// Texts from nothing but masks: at each step the places of a text that the model is surest of are filled, each by a
+    /// draw. `see` is given the step and what goes into each block's layer.
+    pub fn run(
+        &self,
+        model: &Model,
+        routing: &Routing,
+        device: &Device,
+        rng: &mut StdRng,
+        see: &mut dyn FnMut(usize, Tensor<2>),
+    ) -> Outcome<Vec<Vec<u8>>> {
+        let Self { count, length, steps, temperature } = *self;
+        let mut text =
+            Masked { tokens: vec![0; count * length], mask: vec![true; count * length], length };
+        for step in 0..steps {
+            let logits = text.logits(model, routing, device, &mut |x| see(step, x));
+            let shares = softmax(logits / temperature.max(1e-3), 1);
+            let shares: Vec<f32> = shares.try_into_vec_as()?;
+            for (i, shares) in shares.chunks(length * CLASSES).enumerate() {
+                text.unmask(i, shares, steps - step, rng);
+            }
+        }
+        Ok(text.tokens.chunks(length).map(<[u8]>::to_vec).collect())
+    }
+}
+
+impl Masked {
+    /// Fills the surest of what is masked in a sequence, so that all is filled in the steps that are left.
+    fn unmask(&mut self, sequence: usize, shares: &[f32], steps_left: usize, rng: &mut StdRng) {
+        let first = sequence * self.length;
         let mut drawn: Vec<(f32, usize, u8)> = vec![];
-        for (place, row) in shares.chunks(CLASSES).enumerate().filter(|(i, _)| text.mask[*i]) {
+        for (i, row) in shares.chunks(CLASSES).enumerate().filter(|(i, _)| self.mask[first + i]) {
             let mut left: f32 = rng.random::<f32>() * row.iter().sum::<f32>();
             let found = row.iter().position(|&share| {
                 left -= share;
                 left <= 0.0
             });
             let token = found.unwrap_or(CLASSES - 1);
-            drawn.push((row[token], place, token as u8));
+            drawn.push((row[token], first + i, token as u8));
         }
         drawn.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let keep = drawn.len().div_ceil(steps - step);
-        for &(_, place, token) in &drawn[..keep] {
-            text.tokens[place] = token;
-            text.mask[place] = false;
+        let fill = drawn.len().div_ceil(steps_left);
+        for &(_, place, token) in &drawn[..fill] {
+            self.tokens[place] = token;
+            self.mask[place] = false;
         }
     }
-    Ok(text.tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+
+    #[test]
+    fn every_sequence_has_a_mask_and_times_are_kept() {
+        let mut rng = StdRng::seed_from_u64(1);
+        let none = Masked::at(vec![7; 640], 64, &mut rng, |_| 0.0);
+        assert_eq!(none.masked(), vec![1; 10]);
+        let all = Masked::at(vec![7; 640], 64, &mut rng, |_| 1.0);
+        assert_eq!(all.masked(), vec![64; 10]);
+        let half = Masked::at(vec![7; 6400], 64, &mut rng, |_| 0.5);
+        let mean = half.masked().iter().sum::<u32>() as f64 / 100.0;
+        assert!((mean - 32.0).abs() < 1.5, "{mean}");
+        assert_eq!(none.inputs().iter().filter(|&&t| t == MASK).count(), 10);
+    }
+
+    #[test]
+    fn unmasking_takes_the_surest_and_fills_all() {
+        let mut text = Masked { tokens: vec![0; 4], mask: vec![true; 4], length: 4 };
+        let mut shares = vec![0f32; 4 * CLASSES];
+        for (place, share) in [0.6, 1.0, 0.7, 0.9].into_iter().enumerate() {
+            shares[place * CLASSES + 65 + place] = share;
+        }
+        let mut rng = StdRng::seed_from_u64(1);
+        text.unmask(0, &shares, 2, &mut rng);
+        assert_eq!(text.mask, [true, false, true, false]);
+        assert_eq!(text.tokens, [0, 66, 0, 68]);
+        text.unmask(0, &shares, 1, &mut rng);
+        assert_eq!(text.tokens, [65, 66, 67, 68]);
+        assert_eq!(text.mask, [false; 4]);
+    }
 }

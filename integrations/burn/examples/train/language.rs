@@ -20,9 +20,37 @@ pub fn synthetic(seed: u64, bytes: usize) -> Vec<u8> {
     text.into_bytes()
 }
 
+/// Terms of sums are below this.
+const TERMS: u32 = 20;
+
+/// Whether no text has this sum: one pair of terms in ten.
+fn is_held_out(a: u32, b: u32) -> bool {
+    (7 * a + 3 * b).is_multiple_of(10)
+}
+
 fn sum(rng: &mut StdRng, text: &mut String) {
-    let [a, b] = [(); 2].map(|()| rng.random_range(0..50));
+    let [a, b] = loop {
+        let [a, b] = [(); 2].map(|()| rng.random_range(0..TERMS));
+        if !is_held_out(a, b) {
+            break [a, b];
+        }
+    };
     text.push_str(&format!("{a}+{b}={}", a + b));
+}
+
+/// Sums that no text has, each at the front of a sequence of `length` bytes: the sequence, and where the answer lies in it.
+pub fn problems(length: usize) -> Vec<(Vec<u8>, std::ops::Range<usize>)> {
+    let all = (0..TERMS).flat_map(|a| (0..TERMS).map(move |b| (a, b)));
+    let problem = |(a, b): (u32, u32)| {
+        let question = format!("\n{a}+{b}=");
+        let line = format!("{question}{}\n", a + b);
+        let answer = question.len()..line.len() - 1;
+        let mut text = line.into_bytes();
+        text.extend(synthetic(u64::from(a * TERMS + b), length));
+        text.truncate(length);
+        (text, answer)
+    };
+    all.filter(|&(a, b)| is_held_out(a, b)).map(problem).filter(|(_, a)| a.end < length).collect()
 }
 
 /// One to three pairs side by side, each with others inside; at most five deep.
@@ -63,6 +91,14 @@ pub fn windows(text: &[u8], rng: &mut StdRng, count: usize, length: usize) -> Ve
     (0..count).flat_map(window).collect()
 }
 
+/// Entropy of single bytes, in nats: the loss of a model that knows how often each is there and no more.
+pub fn entropy(text: &[u8]) -> f64 {
+    let mut counts = [0u32; 256];
+    text.iter().for_each(|&byte| counts[usize::from(byte)] += 1);
+    let share = |count: u32| f64::from(count) / text.len() as f64;
+    counts.into_iter().filter(|&n| n > 0).map(share).map(|p| -p * p.ln()).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,8 +111,9 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         for line in &lines[..lines.len() - 1] {
             if let Some((left, right)) = line.split_once('=') {
-                let terms = left.split('+').map(|n| n.parse::<u32>().unwrap());
-                assert_eq!(terms.sum::<u32>().to_string(), right);
+                let terms: Vec<u32> = left.split('+').map(|n| n.parse().unwrap()).collect();
+                assert_eq!(terms.iter().sum::<u32>().to_string(), right);
+                assert!(!is_held_out(terms[0], terms[1]), "{line}");
             } else if let Some(rest) = line.strip_prefix("the ") {
                 let many =
                     rest.starts_with("children") || rest.split(' ').next().unwrap().ends_with('s');
@@ -94,5 +131,26 @@ mod tests {
                 assert!(open.is_empty(), "{line}");
             }
         }
+    }
+
+    #[test]
+    fn problems_are_sums_that_no_text_has() {
+        let all = problems(64);
+        assert_eq!(all.len(), 40);
+        for (text, answer) in all {
+            assert_eq!(text.len(), 64);
+            let line = String::from_utf8(text[1..answer.end].to_vec()).unwrap();
+            let (left, right) = line.split_once('=').unwrap();
+            assert_eq!(right.as_bytes(), &text[answer.clone()]);
+            let terms: Vec<u32> = left.split('+').map(|n| n.parse().unwrap()).collect();
+            assert_eq!(terms.iter().sum::<u32>().to_string(), right);
+            assert_eq!((text[0], text[answer.end]), (b'\n', b'\n'));
+        }
+    }
+
+    #[test]
+    fn entropy_is_that_of_shares() {
+        assert_eq!(entropy(b"aaaa"), 0.0);
+        assert!((entropy(b"abab") - 2f64.ln()).abs() < 1e-12);
     }
 }

@@ -1,14 +1,17 @@
 //! A bidirectional transformer: RMSNorm, rotary positions and attention are Burn's, every block's FFN is wgmoe's layer.
+use crate::Outcome;
 use burn::module::Module;
 use burn::nn::{
     Embedding, EmbeddingConfig, Initializer, Linear, LinearConfig, RmsNorm, RmsNormConfig,
     RotaryEncoding, RotaryEncodingConfig,
 };
 use burn::tensor::activation::softmax;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use wgmoe_burn::wgmoe::Result;
 use wgmoe_burn::wgmoe::layer::LayerConfig;
+use wgmoe_burn::wgmoe::ops::bias_update;
 use wgmoe_burn::wgmoe::ops::router_loss::Coefficients;
+use wgmoe_burn::wgmoe::plan::Stats;
 use wgmoe_burn::{MoeDevice, MoeFfn, MoeTensors};
 
 /// Classes that are predicted: bytes.
@@ -22,6 +25,8 @@ pub struct Sizes {
     pub layers: usize,
     pub heads: usize,
     pub length: usize,
+    /// Whether experts are chosen with a bias.
+    pub has_bias: bool,
     pub layer: LayerConfig,
 }
 
@@ -49,7 +54,7 @@ pub struct Model {
 impl Model {
     /// A model with autodiff, whose weights are random.
     pub fn new(device: &MoeDevice, sizes: &Sizes, losses: Option<Coefficients>) -> Result<Self> {
-        let Sizes { layers, heads, length, layer } = *sizes;
+        let Sizes { layers, heads, length, has_bias, layer } = *sizes;
         let burn = device.device();
         let width = layer.hidden as usize;
         let normal = |std| Initializer::Normal { mean: 0.0, std };
@@ -62,6 +67,7 @@ impl Model {
         let block = |_| {
             let mut tensors = MoeTensors::random(&layer, burn);
             tensors.down = tensors.down * small;
+            tensors.bias = has_bias.then(|| Tensor::zeros([layer.experts as usize], burn));
             let mut ffn = MoeFfn::learning(device, layer, tensors)?;
             if let Some(losses) = losses {
                 ffn = ffn.with_router_losses(losses)?;
@@ -87,22 +93,24 @@ impl Model {
     }
 
     /// `[sequences, tokens]` to logits `[sequences, tokens, classes]`. `capacity` is that of
-    /// [`MoeFfn::forward_sequences`].
+    /// [`MoeFfn::forward_sequences`]; `see` is given the hidden states `[tokens, D]` that go into each block's layer.
     pub fn forward(
         &self,
         tokens: Tensor<2, Int>,
         capacity: Option<&[u32]>,
         apart: bool,
+        see: &mut dyn FnMut(Tensor<2>),
     ) -> Tensor<3> {
         let mut x = self.embedding.forward(tokens);
         let [sequences, length, width] = x.dims();
         for block in &self.blocks {
             x = x.clone() + self.attend(block, block.attention_norm.forward(x));
             let normed = block.ffn_norm.forward(x.clone());
+            let flat = normed.clone().reshape([sequences * length, width]);
+            see(flat.clone());
             x = x + if apart {
                 block.ffn.forward_sequences(normed, capacity)
             } else {
-                let flat = normed.reshape([sequences * length, width]);
                 block.ffn.forward(flat).reshape([sequences, length, width])
             };
         }
@@ -132,6 +140,39 @@ impl Model {
         }
         Ok(sums.map(|sum| sum / self.blocks.len() as f32))
     }
+
+    /// Each block's layer.
+    pub fn layers(&self) -> impl Iterator<Item = &MoeFfn> {
+        self.blocks.iter().map(|block| &block.ffn)
+    }
+
+    /// What training's forward passes did in each layer since the last time. Where layers have a bias, it moves by `rate`.
+    pub fn balance(&mut self, rate: f32) -> Outcome<Vec<Stats>> {
+        let balanced = |block: &mut Block| -> Outcome<Stats> {
+            let stats = block.ffn.take_stats()?;
+            let bias = block.ffn.weights.as_mut().and_then(|weights| weights.bias.as_mut());
+            if let Some(bias) = bias {
+                let old = bias.val();
+                let mut values: Vec<f32> = old.clone().try_into_vec_as()?;
+                bias_update::cpu(&mut values, &stats.tokens_per_expert, rate);
+                let data = TensorData::new(values, old.dims());
+                *bias = bias.clone().map(|_| Tensor::from_data(data, &old.device()));
+            }
+            Ok(stats)
+        };
+        self.blocks.iter_mut().map(balanced).collect()
+    }
+
+    /// Only the routers learn on.
+    pub fn with_routers_alone(self) -> Self {
+        let mut model = self.no_grad();
+        for block in &mut model.blocks {
+            if let Some(weights) = &mut block.ffn.weights {
+                weights.router = weights.router.clone().set_require_grad(true);
+            }
+        }
+        model
+    }
 }
 
 /// Whole numbers as a tensor.
@@ -140,5 +181,5 @@ pub fn ints<const R: usize>(
     shape: [usize; R],
     device: &Device,
 ) -> Tensor<R, Int> {
-    Tensor::from_data(burn::tensor::TensorData::new(values, shape), device)
+    Tensor::from_data(TensorData::new(values, shape), device)
 }
