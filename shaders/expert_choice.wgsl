@@ -156,22 +156,24 @@ fn find(at: Place, guess: Bracket, shift: u32, outer: Bracket, ranks: Ranks, sid
   for (var i = STRETCH; i > 0u; i--) {
     let bin = at.first * STRETCH + i - 1u;
     let reach = above + atomicLoad(&bins[bin * EXPERTS + at.slot]);
-    let outside = bin == 0u || bin == BINS - 1u;
+    // By i, known once the loop is unrolled: conditions of every bin would fill AMD's scalar registers.
+    let below = i == 1u && at.first == 0u;
+    let beyond = i == STRETCH && at.first == LANES - 1u;
     if above < ranks.high && reach >= ranks.high {
-      if bin == 0u {
+      if below {
         found[at.slot].hi = guess.lo - 1u;
-      } else if !outside {
+      } else if !beyond {
         found[at.slot].hi = guess.lo + min(guess.hi - guess.lo, (bin << shift) - 1u);
       }
-      found[at.slot].over = select(above, outer.over, bin == BINS - 1u);
+      found[at.slot].over = select(above, outer.over, beyond);
     }
     if above < ranks.low && reach >= ranks.low {
-      if bin == BINS - 1u {
+      if beyond {
         found[at.slot].lo = guess.hi + 1u;
-      } else if !outside {
+      } else if !below {
         found[at.slot].lo = guess.lo + ((bin - 1u) << shift);
       }
-      found[at.slot].reach = select(reach, outer.reach, bin == 0u);
+      found[at.slot].reach = select(reach, outer.reach, below);
     }
     above = reach;
   }

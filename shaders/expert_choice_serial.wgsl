@@ -2,13 +2,13 @@
 // neighbouring experts (x and y of every vector here), without barriers or atomics in its loops.
 // Grid: ceil(experts / (2 * WG)) * sequences groups.
 // Pieces: common/grid, common/keys, common/offsets, common/bits, choice/words,
-//   choice/pairs | choice/pairs_wide.
+//   choice/pairs | choice/pairs_wide, choice/pivots_few | choice/pivots_many.
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many
-// keys reach each of eight pivots. From 64 tokens on the first pivots are guessed from a sample, so that one
+// keys reach each of 8 or 16 pivots. From 64 tokens on the first pivots are guessed from a sample, so that one
 // pass is mostly enough for the bracket to hold few tokens. The last pass sets the bits above the bracket and
 // collects the tokens inside, among which the rest is found in workgroup memory. Wrong guesses cost passes:
-// at most 14, as from the fourth on each divides the bracket by 9.
+// at most 14, as from the fourth on each divides the bracket by 9 or more.
 
 struct Params {
   tokens: u32,
@@ -27,6 +27,8 @@ struct Params {
 @group(0) @binding(7) var<storage, read_write> dropped: array<u32>;
 
 const CANDIDATES: u32 = 120u;
+// So many scores lie in no cache.
+const FAR: u32 = 1u << 20u;
 
 // By candidate, expert and lane.
 var<workgroup> candidate_keys: array<u32, CANDIDATES * 2u * WG>;
@@ -48,12 +50,13 @@ struct Eights {
   y1: vec4<u32>,
 }
 
-// Pivots between lo and hi, in equal steps; those beyond hi of a bracket of fewer keys are hi.
-fn pivots_of(lo: vec2<u32>, hi: vec2<u32>) -> Eights {
+// The pivots from number `first` on of those that cut lo..=hi into equal parts; those beyond hi of a bracket
+// of fewer keys are hi.
+fn pivots_of(lo: vec2<u32>, hi: vec2<u32>, parts: u32, first: u32) -> Eights {
   let most = hi - lo;
-  let step = most / 9u + 1u;
-  let a = vec4(1u, 2u, 3u, 4u);
-  let b = vec4(5u, 6u, 7u, 8u);
+  let step = most / parts + 1u;
+  let a = vec4(first) + vec4(0u, 1u, 2u, 3u);
+  let b = vec4(first) + vec4(4u, 5u, 6u, 7u);
   return Eights(
     lo.x + min(a * step.x, vec4(most.x)),
     lo.x + min(b * step.x, vec4(most.x)),
@@ -133,9 +136,9 @@ fn is_wide(b: Bracket, ranks: Ranks) -> vec2<bool> {
   return (b.reach - b.over > (ranks.low - ranks.high) * 5u / 4u + 2u) & (b.lo != b.hi);
 }
 
-// A bracket and a quarter of its width on both sides.
-fn widened(b: Bracket) -> Bracket {
-  let margin = (b.hi - b.lo) / 4u + 1u;
+// A bracket and a part of its width on both sides.
+fn widened(b: Bracket, part: u32) -> Bracket {
+  let margin = (b.hi - b.lo) / part + 1u;
   return Bracket(b.lo - min(b.lo - 1u, margin), b.hi + min(0xffffffffu - b.hi, margin), b.reach, b.over);
 }
 
@@ -180,10 +183,6 @@ fn keys_of(t: u32, e: u32, live: vec2<u32>) -> Eights {
 fn keys4(a: u32, b: u32, c: u32, d: u32, live: u32) -> vec4<u32> {
   let bits = (vec4(live) >> vec4(0u, 1u, 2u, 3u)) & vec4(1u);
   return vec4(key(a), key(b), key(c), key(d)) * bits;
-}
-
-fn count8(given: Eights, p: Eights, t: u32, e: u32, live: vec2<u32>) -> Eights {
-  return count_keys(given, p, keys_of(t, e, live));
 }
 
 fn count_keys(given: Eights, p: Eights, k: Eights) -> Eights {
@@ -237,21 +236,19 @@ fn live_word(start: u32, end: u32, w: u32, e: vec2<u32>, columns: u32) -> vec2<u
   return vec2(own);
 }
 
+// Reads one value of each of the 32 rows from token t on, the next word's: they lie far apart, and in no
+// cache where there are many. So memory fetches them side by side, before they are wanted eight at a time.
+// Nothing is made of the values.
+var<private> asked: u32;
+
+fn ask(t: u32, lane: u32, first: u32) {
+  let last = params.tokens - 1u;
+  asked |= one_of(min(t + lane, last), first) | one_of(min(t + lane + WG, last), first) |
+    one_of(min(t + lane + 2u * WG, last), first) | one_of(min(t + lane + 3u * WG, last), first);
+}
+
 // Every `step`th word of the tokens start..end.
 struct Words { start: u32, end: u32, first: u32, last: u32, step: u32 }
-
-fn count_words(words: Words, p: Eights, e: u32, pair: vec2<u32>, columns: u32) -> Eights {
-  var c = Eights();
-  for (var w = words.first; w < words.last; w += words.step) {
-    let live = live_word(words.start, words.end, w, pair, columns);
-    let t = w * 32u;
-    c = count8(c, p, t, e, live);
-    c = count8(c, p, t + 8u, e, live >> vec2(8u));
-    c = count8(c, p, t + 16u, e, live >> vec2(16u));
-    c = count8(c, p, t + 24u, e, live >> vec2(24u));
-  }
-  return c;
-}
 
 // The lowest n bits that are set.
 fn lowest(bits: u32, n: u32) -> u32 {
@@ -353,7 +350,7 @@ fn expert_choice_serial(
     let ranks = sample_ranks(share, 64u);
     guess = Bracket(vec2(1u), vec2(0xffffffffu), vec2(64u), vec2(0u));
     for (var i = 0u; i < 11u && any(is_wide(guess, ranks)); i++) {
-      let p = pivots_of(guess.lo, guess.hi);
+      let p = pivots_of(guess.lo, guess.hi, 9u, 1u);
       var c = count_keys(Eights(), p, k0);
       c = count_keys(c, p, k1);
       c = count_keys(c, p, k2);
@@ -364,31 +361,51 @@ fn expert_choice_serial(
       c = count_keys(c, p, k7);
       guess = narrowed(guess, ranks, p, c);
     }
-    guess = widened(guess);
-  }
-  if length >= 2048u {
-    let eighth = Words(start, end, words.x, words.y, 8u);
-    let ranks = sample_ranks(share, length / 8u);
-    var inner = Bracket(vec2(1u), vec2(0xffffffffu), vec2(length / 8u), vec2(0u));
-    for (var i = 0u; i < 3u && any(is_wide(inner, ranks)); i++) {
-      let p = pivots_of(max(guess.lo, inner.lo), min(guess.hi, inner.hi));
-      inner = narrowed(inner, ranks, p, count_words(eighth, p, e, pair, columns));
-      guess = inner;
-    }
-    guess = widened(guess);
+    guess = widened(guess, 4u);
   }
 
+  // Of a long sequence every eighth word first, thrice at most. One call of `counted` for both, as compilers
+  // inline each.
+  let ranks = sample_ranks(share, length / 8u);
+  var inner = Bracket(vec2(1u), vec2(0xffffffffu), vec2(length / 8u), vec2(0u));
   // Many candidates of a short sequence cost more than a pass, given a guess.
   let few = vec2(select(clamp(length / 8u, 40u, CANDIDATES), CANDIDATES, length < 64u));
-  let all = Words(start, end, words.x, words.y, 1u);
-  for (var i = 0u; any((b.reach - b.over > few) & !is_settled(b, want)); i++) {
-    guess.lo = max(guess.lo, b.lo);
-    guess.hi = min(guess.hi, b.hi);
-    let p = pivots_of(guess.lo, guess.hi);
-    b = narrowed(b, Ranks(want, want), p, count_words(all, p, e, pair, columns));
-    guess = next_guess(b, guess);
-    if i >= 2u {
-      guess = b;
+  for (var i = select(3u, 0u, length >= 2048u); ; i++) {
+    let samples = i < 3u;
+    if i == 3u && length >= 2048u {
+      // A larger sample says more, and what it leaves must not be more than fits.
+      guess = widened(guess, select(4u, 8u, length >= 32768u));
+    }
+    let busy = select(
+      any((b.reach - b.over > few) & !is_settled(b, want)),
+      any(is_wide(inner, ranks)),
+      samples,
+    );
+    if !busy && !samples {
+      break;
+    }
+    if busy {
+      var outer = b;
+      var wanted = Ranks(want, want);
+      var words_of = Words(start, end, words.x, words.y, 1u);
+      if samples {
+        outer = inner;
+        wanted = ranks;
+        words_of.step = 8u;
+      }
+      guess.lo = max(guess.lo, outer.lo);
+      guess.hi = min(guess.hi, outer.hi);
+      let got = counted(outer, wanted, guess.lo, guess.hi, words_of, e, pair, columns, lane);
+      if samples {
+        inner = got;
+        guess = got;
+      } else {
+        b = got;
+        guess = next_guess(got, guess);
+        if i >= 5u {
+          guess = got;
+        }
+      }
     }
   }
 
@@ -403,6 +420,9 @@ fn expert_choice_serial(
   for (var w = begin / 32u; w < last; w++) {
     let live = live_word(start, end, w, pair, columns);
     let t = w * 32u;
+    if params.tokens * params.experts >= FAR {
+      ask(t + 32u, lane, e - 2u * lane);
+    }
     var m = mark8(Marks(), b, t, e, live, 1u);
     m = mark8(m, b, t + 8u, e, live >> vec2(8u), 1u << 8u);
     m = mark8(m, b, t + 16u, e, live >> vec2(16u), 1u << 16u);
@@ -436,7 +456,7 @@ fn expert_choice_serial(
   b.reach = select(b.reach - b.over, vec2(0u), n == vec2(0u));
   b.over = vec2(0u);
   while any((b.reach != b.over) & !is_settled(b, rest)) {
-    let p = pivots_of(b.lo, b.hi);
+    let p = pivots_of(b.lo, b.hi, 9u, 1u);
     b = narrowed(b, Ranks(rest, rest), p, count_candidates(p, n, lane));
   }
   room = rest - b.over;
@@ -453,5 +473,9 @@ fn expert_choice_serial(
         }
       }
     }
+  }
+  // Never: but the compiler must not know.
+  if params.experts == 0u {
+    atomicOr(&assigned[0], asked);
   }
 }

@@ -1,4 +1,5 @@
 //! The program `wgmoe-bench`: lists adapters, measures them into a file, and makes a page of files.
+mod start;
 mod terminal;
 
 use clap::{Parser, Subcommand};
@@ -6,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use terminal::{Terminal, stop_at_ctrl_c};
 use testkit::block_on;
-use wgmoe::{Precision, WeightType};
+use wgmoe::{Precision, WeightType, wgpu};
 use wgmoe_bench::{NO_ADAPTERS, Plan, Report, adapters, find, first, list, page, replace};
 
 /// Benchmarks mixture-of-experts kernels on any GPU, and compares the results.
@@ -23,6 +24,18 @@ enum What {
     Devices,
     /// Measure one adapter, or all
     Run(RunOptions),
+    /// Time a layer's first output, kernels being compiled
+    Start {
+        /// Adapter, by its index in `devices` or a part of its name
+        #[arg(long, value_name = "NAME|INDEX")]
+        adapter: Option<String>,
+        /// Tokens of a batch
+        #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+        tokens: u32,
+        /// A file of pipelines, which a run before may have written
+        #[arg(long, value_name = "FILE")]
+        cache: Option<PathBuf>,
+    },
     /// Compare results on a page
     Report {
         /// Files that `run` wrote
@@ -91,6 +104,9 @@ fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }
         What::Run(options) => run(&options),
+        What::Start { adapter, tokens, cache } => {
+            start(adapter.as_deref(), tokens, cache.as_deref())
+        }
         What::Report { files, output } => report(&files, &output),
     };
     done.unwrap_or_else(|e| {
@@ -99,15 +115,30 @@ fn main() -> ExitCode {
     })
 }
 
+/// The adapters, and the place of the wanted one among them.
+fn choose(want: Option<&str>) -> Result<(Vec<wgpu::Adapter>, usize), String> {
+    let adapters = block_on(adapters());
+    let index = match want {
+        Some(want) => find(&adapters, want)?,
+        None => first(&adapters).ok_or(NO_ADAPTERS)?,
+    };
+    Ok((adapters, index))
+}
+
+fn start(adapter: Option<&str>, tokens: u32, cache: Option<&Path>) -> Result<ExitCode, String> {
+    let (adapters, index) = choose(adapter)?;
+    print(&block_on(start::start(&adapters[index], tokens, cache))?);
+    Ok(ExitCode::SUCCESS)
+}
+
 fn run(options: &RunOptions) -> Result<ExitCode, String> {
-    let mut adapters = block_on(adapters());
-    if !options.all {
-        let index = match &options.adapter {
-            Some(want) => find(&adapters, want)?,
-            None => first(&adapters).ok_or(NO_ADAPTERS)?,
-        };
-        adapters = vec![adapters.swap_remove(index)];
-    } else if adapters.is_empty() {
+    let adapters = if options.all {
+        block_on(adapters())
+    } else {
+        let (mut adapters, index) = choose(options.adapter.as_deref())?;
+        vec![adapters.swap_remove(index)]
+    };
+    if adapters.is_empty() {
         return Err(NO_ADAPTERS.into());
     }
     let minutes = options.minutes.unwrap_or(if options.quick { QUICK_MINUTES } else { MINUTES });

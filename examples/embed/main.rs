@@ -1,12 +1,14 @@
-//! How an engine takes the layers in: plain wgpu, a device with no feature and the default limits, one buffer that all
-//! activations lie in, one encoder. Each of its blocks is a kernel of the engine's (`engine.wgsl`), a layer of ours, and
-//! another kernel of the engine's; all are one submission, and each is compared with the CPU (`check.rs`).
+//! How an engine takes the layers in: plain wgpu, a device with no feature that kernels use and the default limits, one
+//! buffer that all activations lie in, one encoder. Each of its blocks is a kernel of the engine's (`engine.wgsl`), a layer
+//! of ours, and another kernel of the engine's; all are one submission, and each is compared with the CPU (`check.rs`).
+//! With `embed FILE` the engine keeps compiled pipelines in a file (`cache.rs`).
 use std::{cell::Cell, time::Instant};
 use wgmoe::layer::{Batch, MoeLayer, Router, Scratch, Tensor};
 use wgmoe::weights::{ExpertWeights, HostWeights, Projection, WeightType};
 use wgmoe::wgpu::{self, BufferUsages as Usage, ComputePass, ComputePipeline};
-use wgmoe::{Context, Slice, models};
+use wgmoe::{Slice, models};
 
+mod cache;
 mod check;
 
 const BLOCKS: u64 = 20;
@@ -28,7 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let from_env = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
     let instance = wgpu::Instance::new(from_env);
     let adapter = pollster::block_on(instance.request_adapter(&Default::default()))?;
-    let (device, queue) = pollster::block_on(adapter.request_device(&Default::default()))?;
+    let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+        required_features: cache::Pipelines::features(&adapter),
+        ..Default::default()
+    }))?;
     let size = (BLOCKS + 3) * BYTES;
     let of = |usage| wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
     let usage = Usage::STORAGE | Usage::COPY_DST | Usage::COPY_SRC;
@@ -68,7 +73,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         config.experts = 64;
         config
     };
-    let ctx = Context::new(&device)?;
+    let pipelines = cache::Pipelines::open(&device);
+    let ctx = pipelines.context(&device)?;
     let (scratch, mut steps) = (Scratch::new(&ctx), vec![]);
     for block in 0..BLOCKS {
         let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::Bf16))?;
@@ -82,9 +88,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let router = Router::new(weight);
         let start = Instant::now();
         let layer = MoeLayer::new(&ctx, config, router, weights)?;
-        println!("layer {block}: {:.1?}, {} pipelines so far", start.elapsed(), ctx.pipelines());
         let batch = Batch::new(hidden, TOKENS).into_out(out).with_scratch(&scratch);
         steps.push(layer.bind(&batch)?);
+        println!("layer {block}: {:.1?}, {} pipelines so far", start.elapsed(), ctx.pipelines());
     }
     println!("scratch: {} bytes, shared by all layers", scratch.bytes());
 
@@ -100,7 +106,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let read = device.create_buffer(&of(Usage::COPY_DST | Usage::MAP_READ));
     encoder.copy_buffer_to_buffer(&arena.0, 0, &read, 0, size);
     encoder.map_buffer_on_submit(&read, wgpu::MapMode::Read, .., |done| done.expect("a mapping"));
+    let start = Instant::now();
     queue.submit([encoder.finish()]);
     device.poll(wgpu::PollType::wait_indefinitely())?;
+    println!("all blocks for the first time: {:.1?}", start.elapsed());
+    pipelines.save()?;
     check::blocks(&config, bytemuck::cast_slice(&read.get_mapped_range(..)?))
 }

@@ -6,6 +6,7 @@ use super::shader::{Prelude, Spec, WORKGROUP_BYTES};
 use super::{Slice, Variant};
 use crate::{Error, Result};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device as the kernels see it: the device, the variant in use, and the pipelines made so far. Clones share the
@@ -34,10 +35,15 @@ struct Inner {
     cache: Option<wgpu::PipelineCache>,
     units: Option<MatrixUnits>,
     matrix: MatrixReport,
-    kernels: Mutex<HashMap<(&'static str, Prelude), Arc<Kernel>>>,
+    kernels: Mutex<HashMap<(&'static str, Prelude), Place>>,
+    pipelines: AtomicUsize,
     /// Stands for optional inputs that are not given; never written, never read for its value.
     nothing: wgpu::Buffer,
 }
+
+/// Where a kernel lies once it is made. Whoever asks for it while another thread compiles it waits here, and others
+/// do not.
+type Place = Arc<Mutex<Option<Arc<Kernel>>>>;
 
 /// What a [`Context`] is made with besides its device ([`Context::with_options`]).
 #[derive(Clone, Debug, Default)]
@@ -135,6 +141,7 @@ impl Context {
             units,
             matrix,
             kernels: Mutex::default(),
+            pipelines: AtomicUsize::new(0),
             nothing,
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -179,7 +186,7 @@ impl Context {
 
     /// Pipelines made so far.
     pub fn pipelines(&self) -> usize {
-        self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.inner.pipelines.load(Ordering::Relaxed)
     }
 
     /// Whether the other is a clone of this one.
@@ -224,8 +231,15 @@ impl Context {
         // Also where the kernel is there: a layer of a lost device is an error, not a surprise later.
         alive(self.device())?;
         let key = (spec.name, prelude);
-        let mut kernels = self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernel) = kernels.get(&key) {
+        let place = {
+            let mut kernels = self.inner.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+            match kernels.get(&key) {
+                Some(place) => place.clone(),
+                None => kernels.entry(key.clone()).or_default().clone(),
+            }
+        };
+        let mut made = place.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = &*made {
             return Ok(kernel.clone());
         }
         // Here, where it costs once a kernel.
@@ -254,7 +268,7 @@ impl Context {
         let kernel = Arc::new(scoped(self.device(), || {
             Kernel::new(self.device(), spec, &key.1, self.inner.cache.as_ref())
         })?);
-        kernels.insert(key, kernel.clone());
-        Ok(kernel)
+        self.inner.pipelines.fetch_add(1, Ordering::Relaxed);
+        Ok(made.insert(kernel).clone())
     }
 }

@@ -40,6 +40,7 @@ mod record;
 pub(crate) mod shader;
 mod slice;
 mod tensor;
+mod threads;
 mod variant;
 pub(crate) mod wait;
 
@@ -51,4 +52,5 @@ pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;
+pub(crate) use threads::both;
 pub use variant::{Target, Variant};

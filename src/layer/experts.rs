@@ -3,7 +3,7 @@ use super::batch::Batch;
 use super::bound::BoundLayer;
 use super::cut::{Cut, Sizes};
 use super::scratch::Scratch;
-use crate::device::Tensor;
+use crate::device::{Tensor, both};
 use crate::ops::combine::{self, Combine, Sums};
 use crate::ops::gather::{Gather, WindowArgs};
 use crate::ops::grouped_matmul::{self, GroupedMatmul, Rows, SlotRows, Stage};
@@ -75,11 +75,20 @@ impl Experts {
         weights: ExpertWeights,
     ) -> Result<Self> {
         let shape = weights.shape();
+        let (matmuls, others) = both(
+            || {
+                both(
+                    || GroupedMatmul::new(ctx, &shape, Stage::GateUp(activation)),
+                    || GroupedMatmul::new(ctx, &shape, Stage::Down),
+                )
+            },
+            || (Combine::new(ctx), Gather::new(ctx)),
+        );
         let kernels = Kernels {
-            gate_up: GroupedMatmul::new(ctx, &shape, Stage::GateUp(activation))?,
-            down: GroupedMatmul::new(ctx, &shape, Stage::Down)?,
-            combine: Combine::new(ctx)?,
-            gather: Gather::new(ctx)?,
+            gate_up: matmuls.0?,
+            down: matmuls.1?,
+            combine: others.0?,
+            gather: others.1?,
         };
         Ok(Self { ctx: ctx.clone(), weights, activation, kernels: Arc::new(kernels) })
     }

@@ -77,6 +77,7 @@ pub use twin::{
 };
 pub use twin_backward::{HostForward, HostGradients, cpu_backward};
 
+use crate::device::both;
 use crate::error::not_zero;
 use crate::routing::Routing;
 use crate::{Context, Error, ExpertWeights, Result};
@@ -104,14 +105,18 @@ impl MoeLayer {
         weights: ExpertWeights,
     ) -> Result<Self> {
         not_zero(&[("intermediate", config.intermediate)])?;
-        let routing = MoeRouting::new(ctx, config, router)?;
+        MoeRouting::check(&config, &router)?;
         let shape = weights.shape();
         let expected =
             config.expert_shape(shape.types).with_last_types(shape.last, shape.last_types);
         if shape != expected {
             return Err(Error::invalid("weights", format!("{shape:?} do not fit {config:?}")));
         }
-        Ok(Self { routing, experts: Experts::new(ctx, config.activation, weights)? })
+        let (routing, experts) = both(
+            || MoeRouting::new(ctx, config, router),
+            || Experts::new(ctx, config.activation, weights),
+        );
+        Ok(Self { routing: routing?, experts: experts? })
     }
 
     /// The same router and experts under another rule; the weights' pages are shared, not copied.

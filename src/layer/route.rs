@@ -6,7 +6,7 @@ use super::config::{LayerConfig, Router};
 use super::experts::windows;
 use super::planning::{PlanTensors, Planning};
 use super::scratch::Scratch;
-use crate::device::Tensor;
+use crate::device::{Tensor, both};
 use crate::error::not_zero;
 use crate::ops::logits::{self, Logits};
 use crate::ops::plan_count::{Gates, Scales};
@@ -45,19 +45,30 @@ impl MoeRouting {
     /// A rule that makes no sense ([`Routing::check`](crate::routing::Routing::check)), router
     /// tensors of another shape, or what wgpu refuses.
     pub fn new(ctx: &Context, config: LayerConfig, router: Router) -> Result<Self> {
+        Self::check(&config, &router)?;
         let LayerConfig { hidden, experts, routing, .. } = config;
-        not_zero(&[("hidden", hidden)])?;
-        routing.check(experts)?;
-        router.check(hidden, experts)?;
         let plain =
             routing.by_logits() && routing.gate() == GateRule::Softmax && router.bias.is_none();
+        let scores = || if plain { Ok(None) } else { Scores::new(ctx).map(Some) };
+        let (logits_and_scores, choice_and_planning) = both(
+            || (Logits::new(ctx, hidden, experts), scores()),
+            || both(|| Choice::new(ctx, experts, routing), || Planning::new(ctx)),
+        );
         let kernels = Kernels {
-            logits: Logits::new(ctx, hidden, experts)?,
-            scores: if plain { None } else { Some(Scores::new(ctx)?) },
-            choice: Choice::new(ctx, experts, routing)?,
-            planning: Planning::new(ctx)?,
+            logits: logits_and_scores.0?,
+            scores: logits_and_scores.1?,
+            choice: choice_and_planning.0?,
+            planning: choice_and_planning.1?,
         };
         Ok(Self { ctx: ctx.clone(), config, router, kernels: Arc::new(kernels) })
+    }
+
+    /// Fails for a rule that makes no sense, and for router tensors of another shape.
+    pub(super) fn check(config: &LayerConfig, router: &Router) -> Result<()> {
+        let LayerConfig { hidden, experts, routing, .. } = *config;
+        not_zero(&[("hidden", hidden)])?;
+        routing.check(experts)?;
+        router.check(hidden, experts)
     }
 
     /// The configuration.

@@ -117,6 +117,7 @@ fn serial_prelude(masked: bool, wide: bool) -> Prelude {
         .piece(piece!("common/bits"))
         .piece(piece!("choice/words"))
         .piece(if wide { piece!("choice/pairs_wide") } else { piece!("choice/pairs") })
+        .piece(if wide { piece!("choice/pivots_many") } else { piece!("choice/pivots_few") })
 }
 
 /// The CPU twin: the bit set `[experts, ceil(tokens / 32)]`. `values` is `[tokens, experts]`, `offsets`

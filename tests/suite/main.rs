@@ -15,6 +15,7 @@ mod checkpoint;
 mod checkpoint_bad;
 mod combine;
 mod comparisons;
+mod compilation;
 mod coreset;
 mod coverage;
 mod cross_entropy;

@@ -6,3 +6,8 @@ fn scores_of(t: u32, e: u32) -> vec2<u32> {
   let v = values[(t * params.experts + e) / 2u];
   return vec2(u32(v), u32(v >> 32u));
 }
+
+// Any part of what lies there.
+fn one_of(t: u32, e: u32) -> u32 {
+  return u32(values[(t * params.experts + e) / 2u]);
+}

@@ -252,31 +252,34 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
     workgroupBarrier();
   }
 
-  var there = anybody;
+  var somebody = anybody;
   if anybody == 0u {
     for (var i = 0u; i < words; i++) {
-      there |= there_word(start, min(end, start + MAX_BLOCK), i);
+      somebody |= there_word(start, min(end, start + MAX_BLOCK), i);
     }
   }
   let chunks = (experts + 31u) / 32u;
   for (var c = index; c < chunks; c += WG) {
     var higher = 0u;
     var equal = 0u;
-    for (var i = 0u; i < min(32u, experts - c * 32u); i++) {
-      let rank = rank_key(c * 32u + i);
+    // 32 in any case: with an end of its own, the loop is unrolled into as many branches.
+    for (var i = 0u; i < 32u; i++) {
+      let rank = rank_key(min(c * 32u + i, experts - 1u));
       higher |= u32(wide_less(last.xy, rank)) << i;
       equal |= u32(all(rank == last.xy)) << i;
     }
-    elected[c] = higher;
-    equals[c] = equal;
+    let there = 0xffffffffu >> (32u - min(32u, experts - c * 32u));
+    elected[c] = higher & there;
+    equals[c] = equal & there;
   }
   workgroupBarrier();
   for (var c = index; c < chunks; c += WG) {
     // The lowest of the experts that share the last key.
-    var places = last.z;
-    for (var d = 0u; d < c && places > 0u; d++) {
-      places -= min(places, countOneBits(equals[d]));
+    var before = 0u;
+    for (var d = 0u; d < MOST / 32u; d++) {
+      before += select(0u, countOneBits(equals[min(d, c)]), d < c);
     }
+    var places = last.z - min(last.z, before);
     var equal = equals[c];
     var word = elected[c];
     while equal != 0u && places > 0u {
@@ -287,7 +290,7 @@ fn elect(index: u32, start: u32, end: u32, election: Election) {
     if anybody == 0u {
       // Nobody has a say: every expert; nobody is there: none.
       let everyone = 0xffffffffu >> (32u - min(32u, experts - c * 32u));
-      word = select(0u, everyone, there != 0u);
+      word = select(0u, everyone, somebody != 0u);
     }
     elected[c] = word;
   }
