@@ -43,6 +43,8 @@ struct Bases {
   x: vec4<u32>,
   left: u32,
   part: u32,
+  x_spot: Spot,       // where what is brought goes
+  left_spot: Spot,
 }
 
 // Both matrices in one pass: `up` is false.
@@ -88,12 +90,13 @@ fn scales_of(lane: u32) -> Lane {
 // Puts what a lane has brought in its place, scaled; what is the largest so far.
 fn put(at: Bases, lane: u32, next: Ahead, by: Lane, seen: Lane) -> Lane {
   var most = seen;
-  most.x = put_rows(lane, next.x, by.x, seen.x);
+  most.x = put_rows(lane, at.x_spot, next.x, by.x, seen.x);
   if WG <= OUT_COLUMNS * COLUMN_LANES || lane < OUT_COLUMNS * COLUMN_LANES {
-    let column = lane % OUT_COLUMNS;
-    most.left = max(most.left, put_carried(column, at.part, next.left, by.left));
+    most.left = max(most.left, put_carried(at.left_spot, next.left, by.left));
     if GATED {
-      most.right = max(most.right, put_carried(column + OUT_COLUMNS, at.part, next.right, by.right));
+      let spot = Spot(
+        at.left_spot.square + OUT_COLUMNS / SIDE, at.left_spot.line, at.left_spot.k4, at.left_spot.k);
+      most.right = max(most.right, put_carried(spot, next.right, by.right));
     }
   }
   return most;
@@ -124,5 +127,7 @@ fn matmul_matrix(
   at.x = rows_at(tile, lane);
   at.left = weight_base(tile.expert, min(at.first_column + lane % OUT_COLUMNS, params.columns - 1u));
   at.part = lane / OUT_COLUMNS % COLUMN_LANES;
+  at.x_spot = spot_of_rows(lane);
+  at.left_spot = spot(lane % OUT_COLUMNS, at.part * LANE_FOURS);
   make_tile(at, tile.rows, (params.depth - 1u) / STEP_DEPTH, lane, subgroup, subgroups);
 }

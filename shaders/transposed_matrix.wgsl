@@ -42,6 +42,8 @@ struct Bases {
   x: vec4<u32>,
   w: u32,
   column: u32,       // the first of a lane's columns
+  x_spot: Spot,      // where what is brought goes
+  w_spot: Spot,
 }
 
 // Where rows begin: those of x for up lie behind those for the gate.
@@ -53,14 +55,14 @@ fn x_at(up: bool, at: Bases) -> vec4<u32> {
 fn bring(up: bool, at: Bases, lane: u32, step: u32) -> Ahead {
   return Ahead(
     bring_rows(x_at(up, at), params.first_row + first_of_rows(lane, step)),
-    bring_units(up, at.w, step * STEP_DEPTH + row_brought(lane), at.column));
+    bring_units(up, at.w, step, at.column));
 }
 
 // The same with zeros past the end.
 fn bring_tail(up: bool, at: Bases, lane: u32, step: u32) -> Ahead {
   return Ahead(
     bring_rows_tail(x_at(up, at), params.first_row + first_of_rows(lane, step)),
-    bring_units_tail(up, at.w, step * STEP_DEPTH + row_brought(lane), at.column));
+    bring_units_tail(up, at.w, step, at.column, lane));
 }
 
 fn largest_brought(at: Bases, next: Ahead) -> Lane {
@@ -80,7 +82,8 @@ fn scales_of(lane: u32) -> Lane {
 // Puts what a lane has brought in its place, scaled; what is the largest so far.
 fn put(at: Bases, lane: u32, next: Ahead, by: Lane, seen: Lane) -> Lane {
   return Lane(
-    put_rows(lane, next.x, by.x, seen.x), put_units(lane, at.column, next.w, by.w, seen.w));
+    put_rows(lane, at.x_spot, next.x, by.x, seen.x),
+    put_units(lane, at.w_spot, at.column, next.w, by.w, seen.w));
 }
 
 // One matrix at a time: `right` is not used.
@@ -91,7 +94,7 @@ fn finish(at: Bases, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) {
 // What a row of one matrix adds to four columns.
 fn plain_row(sum: vec4<f32>, up: bool, base: u32, n: u32, column: u32, x: f32) -> vec4<f32> {
   if n >= params.rows { return sum; }
-  let w = load_unit(up, base, n, column);
+  let w = load_unit(up, base + row_at(n), column);
   if UNIT_FOURS > 1u && column % 8u >= 4u { return fma(vec4<f32>(x), unit_high(w, column), sum); }
   return fma(vec4<f32>(x), unit_low(w, column), sum);
 }
@@ -139,6 +142,8 @@ fn transposed_matrix(
   at.first_column = id % across * COLUMNS;
   at.x = rows_at(tile, lane);
   at.column = at.first_column + column_brought(lane);
-  at.w = unit_base(tile.expert, at.column);
+  at.w = units_at(tile.expert, at.column, lane);
+  at.x_spot = spot_of_rows(lane);
+  at.w_spot = spot_of_units(lane);
   make_tile(at, tile.rows, (params.rows - 1u) / STEP_DEPTH, lane, subgroup, subgroups);
 }

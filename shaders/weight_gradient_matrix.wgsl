@@ -34,8 +34,10 @@ struct Lane {
 struct Bases {
   expert: u32,
   slots: Slots,
-  n: u32,    // the first row of the tile, and its first column
+  n: u32,          // the first row of the tile, and its first column
   k: u32,
+  a_spot: Spot,    // where what a lane brings goes
+  b_spot: Spot,
 }
 
 // The first of a lane's rows, of its columns, and of its slots in a step.
@@ -107,11 +109,11 @@ fn put(at: Bases, lane: u32, next: Ahead, by: Lane, seen: Lane) -> Lane {
   var most = seen;
   if WG <= A_UNITS * A_LANES || lane < A_UNITS * A_LANES {
     most.a = max(most.a, largest_of_fours(next.a, A_LOADS));
-    put_fours_x(row_brought(lane), a_brought(lane), next.a, by.a, A_LOADS);
+    put_fours_x(at.a_spot, 0u, next.a, by.a, A_LOADS);
   }
   if WG <= B_UNITS * B_LANES || lane < B_UNITS * B_LANES {
     most.b = max(most.b, largest_of_fours(next.b, B_LOADS));
-    put_fours_w(column_brought(lane), b_brought(lane), next.b, by.b, B_LOADS);
+    put_fours_w(at.b_spot, 0u, next.b, by.b, B_LOADS);
   }
   return most;
 }
@@ -151,7 +153,10 @@ fn weight_gradient_matrix(
   let expert = id / (params.across * params.down);
   if expert >= params.experts { return; }
   let n = id / params.across % params.down * TILE_ROWS;
-  let at = Bases(expert, slots_of(expert), n, id % params.across * COLUMNS);
+  let at = Bases(
+    expert, slots_of(expert), n, id % params.across * COLUMNS,
+    spot_of_lines(row_brought(lane), 4u, a_brought(lane)),
+    spot_of_lines(column_brought(lane), 4u, b_brought(lane)));
   let rows = min(TILE_ROWS, params.rows - n);
   if at.slots.first < at.slots.end {
     make_tile(at, rows, (at.slots.end - at.slots.first - 1u) / STEP_DEPTH, lane, subgroup, subgroups);

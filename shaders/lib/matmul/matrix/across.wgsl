@@ -30,14 +30,14 @@ fn note_four_columns(column: u32, seen: vec4<f32>) {
   atomicMax(&column_largest[column + 3u], bitcast<u32>(seen.w));
 }
 
-// Fours of columns from `column` on, scaled, at places from `k` of the step on.
-fn put_fours_w(column: u32, k: u32, v: Fours, by: vec4<f32>, count: u32) {
+// Fours of columns, scaled, `next` columns on from a place.
+fn put_fours_w(at: Spot, next: u32, v: Fours, by: vec4<f32>, count: u32) {
   let v0 = v.v0 * by;
   let v1 = v.v1 * by;
   let v2 = v.v2 * by;
   let v3 = v.v3 * by;
-  put_w(column, k / 4u, k % 4u, vec4<f32>(v0.x, v1.x, v2.x, v3.x), count);
-  put_w(column + 1u, k / 4u, k % 4u, vec4<f32>(v0.y, v1.y, v2.y, v3.y), count);
-  put_w(column + 2u, k / 4u, k % 4u, vec4<f32>(v0.z, v1.z, v2.z, v3.z), count);
-  put_w(column + 3u, k / 4u, k % 4u, vec4<f32>(v0.w, v1.w, v2.w, v3.w), count);
+  put_w(at, next, vec4<f32>(v0.x, v1.x, v2.x, v3.x), count);
+  put_w(at, next + 1u, vec4<f32>(v0.y, v1.y, v2.y, v3.y), count);
+  put_w(at, next + 2u, vec4<f32>(v0.z, v1.z, v2.z, v3.z), count);
+  put_w(at, next + 3u, vec4<f32>(v0.w, v1.w, v2.w, v3.w), count);
 }

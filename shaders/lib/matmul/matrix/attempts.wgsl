@@ -1,12 +1,12 @@
 // What one workgroup of a kernel on matrix units does: a tile of sums, made under scales that are tried, and
-// stored. Needs of the kernel: Bases (where a lane's loads begin), Ahead (what it brings to a step), Lane (its
-// scales, or the largest it has seen), and the functions on them that are called here.
+// stored. Needs of the kernel: Bases (where a lane's loads begin), Ahead (what it brings to a step), Lane
+// (its scales, or the largest it has seen), and the functions on them that are called here.
 //
 // f16 holds 11 bits and 40 powers of two. So a row is scaled by a power of two and cut into X_PARTS (1 or 2)
 // numbers, a column into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32; low times low,
 // 2^-22 of the product at most, is left out. The scale of a row goes by its values in one step; where a later
-// one does not fit under it, the tile is made again with the scale of the row's largest. Rows and columns with
-// infinities or NaN, or of a range that f16 has no place for, are made again without matrices.
+// one does not fit under it, the tile is made again with the scale of the row's largest. Rows and columns
+// with infinities or NaN, or of a range that f16 has no place for, are made again without matrices.
 
 // Whether rows or columns of a four of the output are not finite.
 fn is_bad(row: u32, column: u32) -> bool {

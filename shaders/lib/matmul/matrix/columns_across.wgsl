@@ -1,6 +1,6 @@
-// Weights on their way to the units of transposed_matrix: words of neighbouring columns. A lane brings a unit of
-// columns of W_LOADS rows that follow one another. Needs across.wgsl, and unit_eights.wgsl, unit_fours.wgsl or
-// unit_any.wgsl.
+// Weights on their way to matrix units by words of neighbouring columns: a lane brings such a unit of W_LOADS
+// rows that follow one another. Needs across.wgsl, and unit_eights.wgsl, unit_fours.wgsl
+// or unit_any.wgsl.
 const UNITS: u32 = COLUMNS / (4u * UNIT_FOURS);
 // Lanes below one another, and rows that each of them brings.
 const W_LANES: u32 = min(WG / UNITS, STEP_DEPTH);
@@ -28,24 +28,32 @@ fn row_brought(lane: u32) -> u32 {
   return W_LOADS * (select(lane, lane / UNITS, PANEL == 1u) % W_LANES);
 }
 
-fn bring_units(up: bool, base: u32, n: u32, column: u32) -> Units {
+// Where a lane's units lie. Steps begin within a panel, and none reaches past one: places of rows add up.
+fn units_at(expert: u32, column: u32, lane: u32) -> u32 {
+  return unit_base(expert, column) + row_at(row_brought(lane));
+}
+
+fn bring_units(up: bool, base: u32, step: u32, column: u32) -> Units {
+  let at = base + row_at(step * STEP_DEPTH);
   var next: Units;
-  next.u0 = load_unit(up, base, n, column);
-  if W_LOADS > 1u { next.u1 = load_unit(up, base, n + 1u, column); }
+  next.u0 = load_unit(up, at, column);
+  if W_LOADS > 1u { next.u1 = load_unit(up, at + row_at(1u), column); }
   if W_LOADS > 2u {
-    next.u2 = load_unit(up, base, n + 2u, column);
-    next.u3 = load_unit(up, base, n + 3u, column);
+    next.u2 = load_unit(up, at + row_at(2u), column);
+    next.u3 = load_unit(up, at + row_at(3u), column);
   }
   return next;
 }
 
 // The same with zeros from the last row on: units of zeros are such.
-fn bring_units_tail(up: bool, base: u32, n: u32, column: u32) -> Units {
+fn bring_units_tail(up: bool, base: u32, step: u32, column: u32, lane: u32) -> Units {
+  let at = base + row_at(step * STEP_DEPTH);
+  let n = step * STEP_DEPTH + row_brought(lane);
   var next: Units;
-  if n < params.rows { next.u0 = load_unit(up, base, n, column); }
-  if W_LOADS > 1u && n + 1u < params.rows { next.u1 = load_unit(up, base, n + 1u, column); }
-  if W_LOADS > 2u && n + 2u < params.rows { next.u2 = load_unit(up, base, n + 2u, column); }
-  if W_LOADS > 2u && n + 3u < params.rows { next.u3 = load_unit(up, base, n + 3u, column); }
+  if n < params.rows { next.u0 = load_unit(up, at, column); }
+  if W_LOADS > 1u && n + 1u < params.rows { next.u1 = load_unit(up, at + row_at(1u), column); }
+  if W_LOADS > 2u && n + 2u < params.rows { next.u2 = load_unit(up, at + row_at(2u), column); }
+  if W_LOADS > 2u && n + 3u < params.rows { next.u3 = load_unit(up, at + row_at(3u), column); }
   return next;
 }
 
@@ -82,17 +90,22 @@ fn scales_of_units(lane: u32) -> Across {
   return by;
 }
 
+// Where a lane puts its units.
+fn spot_of_units(lane: u32) -> Spot {
+  return spot_of_lines(column_brought(lane), 4u * UNIT_FOURS, row_brought(lane));
+}
+
 // Puts a lane's units in their place, scaled; what is the largest so far. `column` is that of the matrix.
-fn put_units(lane: u32, column: u32, next: Units, by: Across, seen: Across) -> Across {
+fn put_units(lane: u32, at: Spot, column: u32, next: Units, by: Across, seen: Across) -> Across {
   var most = seen;
   if WG <= UNITS * W_LANES || lane < UNITS * W_LANES {
     let low = fours_of(next, column, false);
     most.low = max(most.low, largest_of_fours(low, W_LOADS));
-    put_fours_w(column_brought(lane), row_brought(lane), low, by.low, W_LOADS);
+    put_fours_w(at, 0u, low, by.low, W_LOADS);
     if UNIT_FOURS > 1u {
       let high = fours_of(next, column, true);
       most.high = max(most.high, largest_of_fours(high, W_LOADS));
-      put_fours_w(column_brought(lane) + 4u, row_brought(lane), high, by.high, W_LOADS);
+      put_fours_w(at, 4u, high, by.high, W_LOADS);
     }
   }
   return most;

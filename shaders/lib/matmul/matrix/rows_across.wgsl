@@ -12,13 +12,13 @@ fn note_four_rows(row: u32, seen: vec4<f32>) {
   atomicMax(&row_largest[row + 3u], bitcast<u32>(seen.w));
 }
 
-fn put_fours_x(row: u32, k: u32, v: Fours, by: vec4<f32>, count: u32) {
+fn put_fours_x(at: Spot, next: u32, v: Fours, by: vec4<f32>, count: u32) {
   let v0 = v.v0 * by;
   let v1 = v.v1 * by;
   let v2 = v.v2 * by;
   let v3 = v.v3 * by;
-  put_x(row, k / 4u, k % 4u, vec4<f32>(v0.x, v1.x, v2.x, v3.x), count);
-  put_x(row + 1u, k / 4u, k % 4u, vec4<f32>(v0.y, v1.y, v2.y, v3.y), count);
-  put_x(row + 2u, k / 4u, k % 4u, vec4<f32>(v0.z, v1.z, v2.z, v3.z), count);
-  put_x(row + 3u, k / 4u, k % 4u, vec4<f32>(v0.w, v1.w, v2.w, v3.w), count);
+  put_x(at, next, vec4<f32>(v0.x, v1.x, v2.x, v3.x), count);
+  put_x(at, next + 1u, vec4<f32>(v0.y, v1.y, v2.y, v3.y), count);
+  put_x(at, next + 2u, vec4<f32>(v0.z, v1.z, v2.z, v3.z), count);
+  put_x(at, next + 3u, vec4<f32>(v0.w, v1.w, v2.w, v3.w), count);
 }

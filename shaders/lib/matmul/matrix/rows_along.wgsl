@@ -1,5 +1,5 @@
-// Rows of x on their way to matrix units: what a lane brings of them to a step, four values along K of each of
-// up to four rows. Needs a piece that loads x, and one that says which row is a slot's.
+// Rows of x on their way to matrix units: what a lane brings of them to a step, four values along K of each
+// of up to four rows. Needs a piece that loads x, and one that says which row is a slot's.
 // Rows that one load of all lanes covers, and loads of a lane.
 const X_ROWS: u32 = WG / (STEP_DEPTH / 4u);
 const X_LOADS: u32 = max(TILE_ROWS / X_ROWS, 1u);
@@ -81,24 +81,31 @@ fn scales_of_rows(lane: u32) -> vec4<f32> {
   return by;
 }
 
+// Where a lane puts the first of its rows.
+fn spot_of_rows(lane: u32) -> Spot {
+  return spot(lane / (STEP_DEPTH / 4u) % TILE_ROWS, lane % (STEP_DEPTH / 4u));
+}
+
+fn rows_on(at: Spot, rows: u32) -> Spot {
+  return Spot(at.square + rows / SIDE, at.line, at.k4, at.k);
+}
+
 // Puts a lane's rows in their place, scaled; what is the largest so far.
-fn put_rows(lane: u32, next: Rows, by: vec4<f32>, seen: vec4<f32>) -> vec4<f32> {
+fn put_rows(lane: u32, at: Spot, next: Rows, by: vec4<f32>, seen: vec4<f32>) -> vec4<f32> {
   var most = seen;
-  let row = lane / (STEP_DEPTH / 4u);
-  let k4 = lane % (STEP_DEPTH / 4u);
-  if X_ROWS <= TILE_ROWS || row < TILE_ROWS {
+  if X_ROWS <= TILE_ROWS || lane / (STEP_DEPTH / 4u) < TILE_ROWS {
     most[0] = max(most[0], largest_of(next.v0));
-    put_x(row, k4, 0u, next.v0 * by[0], 4u);
+    put_x(at, 0u, next.v0 * by[0], 4u);
   }
   if X_LOADS > 1u {
     most[1] = max(most[1], largest_of(next.v1));
-    put_x(row + X_ROWS, k4, 0u, next.v1 * by[1], 4u);
+    put_x(rows_on(at, X_ROWS), 0u, next.v1 * by[1], 4u);
   }
   if X_LOADS > 2u {
     most[2] = max(most[2], largest_of(next.v2));
-    put_x(row + 2u * X_ROWS, k4, 0u, next.v2 * by[2], 4u);
+    put_x(rows_on(at, 2u * X_ROWS), 0u, next.v2 * by[2], 4u);
     most[3] = max(most[3], largest_of(next.v3));
-    put_x(row + 3u * X_ROWS, k4, 0u, next.v3 * by[3], 4u);
+    put_x(rows_on(at, 3u * X_ROWS), 0u, next.v3 * by[3], 4u);
   }
   return most;
 }

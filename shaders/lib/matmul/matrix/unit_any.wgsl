@@ -6,8 +6,8 @@ alias Unit = vec4<f32>;
 
 fn unit_base(expert: u32, column: u32) -> u32 { return expert_at(expert); }
 
-fn load_unit(up: bool, base: u32, n: u32, column: u32) -> Unit {
-  return four_at(up, base + row_at(n), column);
+fn load_unit(up: bool, at: u32, column: u32) -> Unit {
+  return four_at(up, at, column);
 }
 
 fn unit_low(v: Unit, column: u32) -> vec4<f32> { return v; }

@@ -8,8 +8,8 @@ fn unit_base(expert: u32, column: u32) -> u32 {
   return expert_at(expert) + min(column / 4u, row_words() - 1u) * PANEL;
 }
 
-fn load_unit(up: bool, base: u32, n: u32, column: u32) -> Unit {
-  return unpack_low(load_weights(up, base + row_at(n), 0u));
+fn load_unit(up: bool, at: u32, column: u32) -> Unit {
+  return unpack_low(load_weights(up, at, 0u));
 }
 
 fn unit_low(v: Unit, column: u32) -> vec4<f32> { return v; }
