@@ -121,7 +121,7 @@ impl Case {
         let args = weight_gradient::Args { of, plan, out: &out, add: false };
         let op = weight_gradient::WeightGradient::new(ctx, &shape).unwrap();
         run(gpu, &op.bind(&made.shape, args).unwrap());
-        let pages = out.slices(0, Projection::Down).into_iter();
+        let pages = out.slices(0, Projection::Down);
         pages.flat_map(|(_, slice)| gpu.download::<f32>(slice).unwrap()).collect()
     }
 }
