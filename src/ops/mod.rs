@@ -14,7 +14,7 @@
 //! | from the choice to the [plan](crate::plan) | [`plan_count`], [`plan_scan`], [`plan_fill`] in turn; [`block_plan`] for all three in one, up to 32 tokens |
 //! | the experts | [`grouped_matmul`], which runs one of [`matmul_tile`], [`matmul_skinny`], [`matmul_register`] and [`matmul_matrix`]; then [`combine`] |
 //! | training: the experts forwards | [`grouped_matmul`] by halves, which keeps the pre-activation; [`activation`] |
-//! | and backwards | [`matmul_transposed`] and [`weight_gradient`], each by a kernel for GPUs ([`transposed_tile`], [`weight_gradient_tile`]) or for software drivers ([`transposed_register`], [`weight_gradient_register`]); [`activation_gradient`] between them |
+//! | and backwards | [`matmul_transposed`] and [`weight_gradient`], each by a kernel for GPUs ([`transposed_tile`], [`weight_gradient_tile`]), for matrix units ([`transposed_matrix`], [`weight_gradient_matrix`]) or for software drivers ([`transposed_register`], [`weight_gradient_register`]); [`activation_gradient`] between them |
 //! | for experts of the caller's own | [`gather`] (rows in the plan's order), [`expert_lists`] (the choice as lists) |
 //! | the backward pass | [`gates_backward`] (from gates to logits), [`combine`] again (sums of slots) |
 //! | losses | [`router_loss`] (router z and Switch), [`balance_loss`] (expert choice), [`cross_entropy`]; [`loss_sum`] makes one value of their terms |
@@ -71,6 +71,7 @@ pub mod matmul_register;
 pub mod matmul_skinny;
 pub mod matmul_tile;
 pub mod matmul_transposed;
+mod matrix_tiling;
 pub mod plan_count;
 pub mod plan_fill;
 pub mod plan_scan;
@@ -79,9 +80,11 @@ pub mod scores;
 pub mod sequence_top;
 pub mod token_choice;
 mod transposed_kernels;
+pub mod transposed_matrix;
 pub mod transposed_register;
 pub mod transposed_tile;
 pub mod weight_gradient;
+pub mod weight_gradient_matrix;
 pub mod weight_gradient_register;
 pub mod weight_gradient_tile;
 
@@ -112,10 +115,12 @@ pub const SPECS: &[&Spec] = &[
     &matmul_skinny::SPEC,
     &transposed_register::SPEC,
     &transposed_tile::SPEC,
+    &transposed_matrix::SPEC,
     &activation::SPEC,
     &activation_gradient::SPEC,
     &weight_gradient_register::SPEC,
     &weight_gradient_tile::SPEC,
+    &weight_gradient_matrix::SPEC,
     &combine::SPEC,
     &gates_backward::SPEC,
     &router_loss::SPEC,

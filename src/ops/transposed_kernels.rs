@@ -1,8 +1,10 @@
 //! What the kernels that multiply by transposed weights are compiled for:
 //! [`transposed_register`](super::transposed_register) on software drivers,
-//! [`transposed_tile`](super::transposed_tile) on GPUs.
+//! [`transposed_tile`](super::transposed_tile) on GPUs,
+//! [`transposed_matrix`](super::transposed_matrix) for many rows on matrix units.
 use super::matmul_kernels::{BINDINGS, ItemKind, Layout, SKINNY_ROWS};
-use super::{transposed_register, transposed_tile};
+use super::matrix_tiling::Units;
+use super::{transposed_matrix, transposed_register, transposed_tile};
 use crate::device::shader::{Binding, Piece, Prelude, params, piece};
 use crate::device::{Kernel, quirks};
 use crate::weights::{PANEL, WeightType};
@@ -40,6 +42,14 @@ pub(crate) struct Problem {
     pub(crate) kind: ItemKind,
 }
 
+/// A kernel that serves a problem.
+#[derive(Clone, Copy)]
+enum Serving {
+    Register,
+    Tile,
+    Matrix(Units),
+}
+
 /// Largest of 8, 4, 1 that divides a length.
 pub(super) fn lanes(length: u32) -> u32 {
     [8, 4].into_iter().find(|n| length.is_multiple_of(*n)).unwrap_or(1)
@@ -63,7 +73,7 @@ impl Problem {
     }
 
     /// Every problem there is: of a matrix only what divides its sides is known.
-    fn all() -> Vec<Self> {
+    pub(super) fn all() -> Vec<Self> {
         let mut all = vec![];
         let kinds = [ItemKind::Skinny, ItemKind::Tile];
         let lengths = [1, 4, 8];
@@ -104,7 +114,7 @@ impl Problem {
         )
     }
 
-    /// The constants that both kernels read.
+    /// The constants that all kernels read.
     pub(super) fn constants(&self, prelude: Prelude) -> Prelude {
         prelude
             .flag("GATED", self.gated)
@@ -127,6 +137,16 @@ impl Problem {
         [piece!("matmul/run_blocks"), piece!("matmul/transposed/part")].map(|p| has.then_some(p))
     }
 
+    /// Loads of eight columns at once, where a word has as many.
+    pub(super) fn eighth(&self) -> Option<Piece> {
+        let weight_type = self.weight_type;
+        match (weight_type.has_blocks(), weight_type.device_depth()) {
+            (true, _) => Some(piece!("matmul/transposed/eighth_blocks")),
+            (_, 4) => None,
+            (false, _) => Some(piece!("matmul/transposed/eighth_halves")),
+        }
+    }
+
     pub(super) fn places(&self) -> Piece {
         if self.layout == Layout::AnyRows {
             piece!("matmul/transposed/values_at")
@@ -135,40 +155,54 @@ impl Problem {
         }
     }
 
+    fn serving(&self, ctx: &Context) -> Serving {
+        match (Units::in_use(ctx), ctx.variant().target) {
+            (Some(units), _) if transposed_matrix::serves(self) => Serving::Matrix(units),
+            (_, Target::Serial) => Serving::Register,
+            (_, Target::Wide) => Serving::Tile,
+        }
+    }
+
     /// Compiles the kernel that serves it.
     pub(super) fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match ctx.variant().target {
-            Target::Serial => {
+        match self.serving(ctx) {
+            Serving::Register => {
                 ctx.kernel(&transposed_register::SPEC, transposed_register::prelude_of(ctx, self))
             }
-            Target::Wide => ctx.kernel(&transposed_tile::SPEC, transposed_tile::prelude(self)),
+            Serving::Tile => ctx.kernel(&transposed_tile::SPEC, transposed_tile::prelude(self)),
+            Serving::Matrix(units) => {
+                ctx.kernel(&transposed_matrix::SPEC, transposed_matrix::prelude(self, units))
+            }
         }
     }
 
     /// Most rows of an item that the kernel takes.
     pub(super) fn item_rows(&self, ctx: &Context) -> u32 {
-        match (self.kind, ctx.variant().target) {
+        match (self.kind, self.serving(ctx)) {
             (ItemKind::Skinny, _) => SKINNY_ROWS,
-            (ItemKind::Tile, Target::Serial) => super::matmul_register::TILE_ROWS,
-            (ItemKind::Tile, Target::Wide) => super::matmul_tile::TILE_ROWS,
+            (_, Serving::Register) => super::matmul_register::TILE_ROWS,
+            (_, Serving::Tile) => super::matmul_tile::TILE_ROWS,
+            (_, Serving::Matrix(units)) => units.tile_rows(),
         }
     }
 
     /// Fails where the loops of one invocation are too long for a software driver: `name` is the
     /// argument of `rows`.
     pub(super) fn check_loops(&self, ctx: &Context, name: &'static str, rows: u32) -> Result<()> {
-        let iterations = match ctx.variant().target {
-            Target::Serial => transposed_register::iterations(self, rows),
-            Target::Wide => transposed_tile::iterations(rows),
+        let iterations = match self.serving(ctx) {
+            Serving::Register => transposed_register::iterations(self, rows),
+            Serving::Tile => transposed_tile::iterations(rows),
+            Serving::Matrix(units) => transposed_matrix::iterations(self, units, rows),
         };
         quirks::check_loops(ctx, name, rows, iterations)
     }
 
     /// Workgroups for so many items, completing the parameters.
     pub(super) fn groups(&self, ctx: &Context, params: &mut Params, items: u32) -> u64 {
-        let [width, height] = match ctx.variant().target {
-            Target::Serial => transposed_register::group(self),
-            Target::Wide => [transposed_tile::OUT_COLUMNS, 1],
+        let [width, height] = match self.serving(ctx) {
+            Serving::Register => transposed_register::group(self),
+            Serving::Tile => [transposed_tile::OUT_COLUMNS, 1],
+            Serving::Matrix(units) => [transposed_matrix::out_columns(self, units), 1],
         };
         params.item_groups = items.div_ceil(height);
         params.item_step = super::matmul_register::item_step(params.item_groups);

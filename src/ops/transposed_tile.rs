@@ -28,7 +28,6 @@ pub(super) fn prelude(problem: &Problem) -> Prelude {
     let [row_lanes, column_lanes] = [problem.row_lanes, problem.column_lanes].map(|n| n.min(4));
     let problem = &Problem { row_lanes, column_lanes, ..*problem };
     let any = problem.layout == Layout::AnyRows;
-    let has_blocks = problem.weight_type.has_blocks();
     let fours = problem.weight_type.device_depth() == 4;
     let [run, part] = problem.blocks();
     problem
@@ -44,11 +43,7 @@ pub(super) fn prelude(problem: &Problem) -> Prelude {
         .maybe_piece(part)
         .piece(problem.places())
         .maybe_piece((!any).then_some(piece!("matmul/weights")))
-        .maybe_piece(match (any || fours, has_blocks) {
-            (true, _) => None,
-            (_, true) => Some(piece!("matmul/transposed/eighth_blocks")),
-            (_, false) => Some(piece!("matmul/transposed/eighth_halves")),
-        })
+        .maybe_piece(problem.eighth())
         .piece(match (any, fours) {
             (true, _) => piece!("matmul/transposed/bring_any"),
             (_, true) => piece!("matmul/transposed/bring_fours"),

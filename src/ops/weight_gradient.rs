@@ -10,9 +10,10 @@
 //! fixed order, so that bits are equal from run to run. An expert without slots gets zeros where gradients
 //! are written, and is left alone where they are added to.
 use super::matmul_register::Features;
+use super::matrix_tiling::Units;
 use super::transposed_kernels::lanes;
-use super::{not_zero, weight_gradient_register, weight_gradient_tile};
-use crate::device::shader::{Binding, Prelude, params, read, read_uniform, write};
+use super::{not_zero, weight_gradient_matrix, weight_gradient_register, weight_gradient_tile};
+use crate::device::shader::{Binding, Piece, Prelude, params, piece, read, read_uniform, write};
 use crate::device::{Kernel, quirks};
 use crate::error::expect_rows;
 use crate::plan::HostPlan;
@@ -30,7 +31,7 @@ impl Params {
     pub(super) const FIELDS: &[(&str, u32)] = Self::LAYOUT;
 }
 
-/// Bindings of both kernels.
+/// Bindings of all kernels.
 pub(super) const BINDINGS: &[Binding] =
     &[read("a", 4), read("b", 4), read_uniform("plan", 4), write("out", 4)];
 
@@ -50,54 +51,94 @@ pub(super) enum Side {
     B,
 }
 
+/// A kernel that serves a problem.
+#[derive(Clone, Copy)]
+enum Serving {
+    Register,
+    Tile,
+    Matrix(Units),
+}
+
 impl Problem {
-    pub(super) fn variants(prelude: impl Fn(&Self) -> Prelude) -> Vec<Prelude> {
+    pub(super) fn all() -> Vec<Self> {
         let sides = [Some(Side::A), Some(Side::B), None];
-        let all = sides.map(|gather| [1, 4, 8].map(|lanes| Self { gather, lanes }));
-        Prelude::distinct(all.as_flattened().iter().map(prelude))
+        sides.into_iter().flat_map(|gather| [1, 4, 8].map(|lanes| Self { gather, lanes })).collect()
     }
 
-    /// What both kernels begin with.
-    pub(super) fn prelude(&self) -> Prelude {
+    pub(super) fn variants(prelude: impl Fn(&Self) -> Prelude) -> Vec<Prelude> {
+        Prelude::distinct(Self::all().iter().map(prelude))
+    }
+
+    pub(super) fn label(&self) -> String {
         let of = match self.gather {
             Some(Side::A) => "by tokens of a",
             Some(Side::B) => "by tokens of b",
             None => "dense",
         };
-        Prelude::new(format!("{of}, vectors of {}", self.lanes))
+        format!("{of}, vectors of {}", self.lanes)
+    }
+
+    /// The constants that all kernels read.
+    pub(super) fn constants(&self, prelude: Prelude) -> Prelude {
+        prelude
             .flag("DENSE", self.gather.is_none())
             .flag("GATHER_A", self.gather == Some(Side::A))
             .flag("GATHER_B", self.gather == Some(Side::B))
     }
 
+    /// Loads and stores of four values, for the kernels of GPUs.
+    pub(super) fn fours(&self) -> Piece {
+        if self.lanes == 4 {
+            piece!("gradient/fours_vec4")
+        } else {
+            piece!("gradient/fours_scalar")
+        }
+    }
+
+    fn serving(&self, ctx: &Context) -> Serving {
+        match (Units::in_use(ctx), ctx.variant().target) {
+            (Some(units), _) if weight_gradient_matrix::serves(self) => Serving::Matrix(units),
+            (_, Target::Serial) => Serving::Register,
+            (_, Target::Wide) => Serving::Tile,
+        }
+    }
+
     fn kernel(&self, ctx: &Context) -> Result<Arc<Kernel>> {
-        match ctx.variant().target {
-            Target::Serial => {
+        match self.serving(ctx) {
+            Serving::Register => {
                 let prelude = weight_gradient_register::prelude(self, Features::of(ctx));
                 ctx.kernel(&weight_gradient_register::SPEC, prelude)
             }
-            Target::Wide => {
+            Serving::Tile => {
                 ctx.kernel(&weight_gradient_tile::SPEC, weight_gradient_tile::prelude(self))
+            }
+            Serving::Matrix(units) => {
+                let prelude = weight_gradient_matrix::prelude(self, units);
+                ctx.kernel(&weight_gradient_matrix::SPEC, prelude)
             }
         }
     }
 
     /// Rows and columns that one workgroup makes.
-    fn group(ctx: &Context) -> [u32; 2] {
-        match ctx.variant().target {
-            Target::Serial => weight_gradient_register::GROUP,
-            Target::Wide => weight_gradient_tile::GROUP,
+    fn group(&self, ctx: &Context) -> [u32; 2] {
+        match self.serving(ctx) {
+            Serving::Register => weight_gradient_register::GROUP,
+            Serving::Tile => weight_gradient_tile::GROUP,
+            Serving::Matrix(units) => weight_gradient_matrix::group(units),
         }
     }
-}
 
-/// Fails where one lane's loop over so many slots is too long for a software driver.
-fn check_loops(ctx: &Context, slots: u32) -> Result<()> {
-    let [_, columns] = Problem::group(ctx);
-    // Steps of eight slots, for each stretch of 64 columns.
-    let stretches = if ctx.variant().target == Target::Serial { columns / 64 } else { 1 };
-    let iterations = u64::from(stretches) * (2 + u64::from(slots.div_ceil(8)));
-    quirks::check_loops(ctx, "tokens", slots, iterations)
+    /// Fails where one lane's loop over so many slots is too long for a software driver.
+    fn check_loops(&self, ctx: &Context, slots: u32) -> Result<()> {
+        // Steps of eight slots, for each stretch of 64 columns.
+        let steps = |stretches: u32| u64::from(stretches) * (2 + u64::from(slots.div_ceil(8)));
+        let iterations = match self.serving(ctx) {
+            Serving::Register => steps(weight_gradient_register::GROUP[1] / 64),
+            Serving::Tile => steps(1),
+            Serving::Matrix(units) => weight_gradient_matrix::iterations(units, slots),
+        };
+        quirks::check_loops(ctx, "tokens", slots, iterations)
+    }
 }
 
 /// The two factors of the gradients of a layer's experts. All f32.
@@ -167,8 +208,6 @@ impl WeightGradient {
             return Err(Error::invalid("out", reason));
         }
         args.plan.u32s("plan", &[at.words.into()])?;
-        // An expert has each token once.
-        check_loops(&self.ctx, shape.tokens)?;
         let (tokens, slots) = (u64::from(shape.tokens), u64::from(shape.slots()?));
         let [hidden, intermediate] = [of.hidden, of.intermediate];
         let [d, f] = [hidden, intermediate].map(u64::from);
@@ -190,6 +229,8 @@ impl WeightGradient {
             Of::GateUp { dz, x } => (dz, 2 * intermediate, x, hidden, Side::B),
         };
         let problem = Problem { gather: Some(gather), lanes };
+        // An expert has each token once.
+        problem.check_loops(&self.ctx, shape.tokens)?;
         let mut step = BoundOp::default();
         for &(projection, a_first) in projections {
             let pages = args.out.pages(projection);
@@ -229,7 +270,7 @@ fn dispatch(
     (experts, rows): (Range<u32>, Range<u32>),
     slices: [Slice<'_>; 4],
 ) -> Result<crate::Dispatch> {
-    let [height, width] = Problem::group(ctx);
+    let [height, width] = problem.group(ctx);
     let params = Params {
         rows: rows.end - rows.start,
         first_expert: experts.start,
@@ -286,7 +327,7 @@ impl Dense {
     /// A slice that does not fit ([`Error`]).
     pub fn bind(&self, tokens: u32, args: DenseArgs<'_>) -> Result<BoundOp> {
         let [rows, columns] = self.matrix;
-        check_loops(&self.ctx, tokens)?;
+        self.problem.check_loops(&self.ctx, tokens)?;
         args.a.f32s("a", &[tokens.into(), rows.into()])?;
         args.b.f32s("b", &[tokens.into(), columns.into()])?;
         args.out.f32s("out", &[rows.into(), columns.into()])?;

@@ -26,7 +26,7 @@ const SPAN: u32 = 2;
 pub(super) const GROUP: [u32; 2] = [16, SPAN * WG * 8];
 
 pub(super) fn prelude(problem: &Problem, features: Features) -> Prelude {
-    let mut prelude = problem.prelude();
+    let mut prelude = problem.constants(Prelude::new(problem.label()));
     let wide = features.wide && problem.lanes == 8;
     if wide {
         prelude.label += ", 64-bit loads";

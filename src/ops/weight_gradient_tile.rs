@@ -17,13 +17,9 @@ pub(super) const GROUP: [u32; 2] = [64, 128];
 pub(super) fn prelude(problem: &Problem) -> Prelude {
     let problem = Problem { lanes: problem.lanes.min(4), ..*problem };
     problem
-        .prelude()
+        .constants(Prelude::new(problem.label()))
         .piece(piece!("common/grid"))
         .piece(piece!("gradient/outer_sizes"))
-        .piece(if problem.lanes == 4 {
-            piece!("gradient/fours_vec4")
-        } else {
-            piece!("gradient/fours_scalar")
-        })
+        .piece(problem.fours())
         .piece(piece!("matmul/tile/outer"))
 }

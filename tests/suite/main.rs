@@ -45,6 +45,7 @@ mod loss_sum;
 mod matmul;
 mod matmul_transposed;
 mod matrix;
+mod matrix_gradients;
 mod messages;
 mod noop;
 mod oracle;

@@ -131,9 +131,13 @@ fn assigned() -> Vec<u32> {
     words
 }
 
-/// A context for every kernel that there is: on GPUs subgroups make no difference here.
+/// A context for every kernel that there is: on GPUs subgroups make no difference here, and the kernels on
+/// matrix units are the same for all.
 fn contexts(gpu: &Gpu) -> Vec<Context> {
-    let own = |v: wgmoe::Variant| !v.matrix && (v.target == Target::Serial || !v.subgroups);
+    let own = |v: wgmoe::Variant| match v.target {
+        Target::Serial => !v.matrix,
+        Target::Wide => v.matrix || !v.subgroups,
+    };
     testkit::prelude::contexts(gpu).into_iter().filter(|ctx| own(ctx.variant())).collect()
 }
 

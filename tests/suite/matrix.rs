@@ -21,17 +21,17 @@ const HIDDEN: usize = 84;
 const INTERMEDIATE: usize = 176;
 
 /// With the kernels of GPUs, whatever the device: it is theirs that matrix units replace.
-fn variant(gpu: &Gpu) -> Variant {
+pub(crate) fn variant(gpu: &Gpu) -> Variant {
     Variant { target: Target::Wide, matrix: true, ..Variant::best(&gpu.device) }
 }
 
-fn of_units(gpu: &Gpu, units: MatrixUnits) -> Context {
+pub(crate) fn of_units(gpu: &Gpu, units: MatrixUnits) -> Context {
     let options = ContextOptions::default().with_variant(variant(gpu)).with_matrix_units(units);
     Context::with_options(&gpu.device, options).unwrap()
 }
 
 /// The contexts of both precisions, or none with a note.
-fn precise(gpu: &Gpu) -> Option<[Context; 2]> {
+pub(crate) fn precise(gpu: &Gpu) -> Option<[Context; 2]> {
     let of = |precision| of_units(gpu, matrix_units(gpu).with_precision(precision));
     let both = [of(Precision::Full), of(Precision::Half)];
     let used = both.iter().all(|ctx| matches!(ctx.matrix(), MatrixReport::InUse { .. }));
@@ -41,7 +41,7 @@ fn precise(gpu: &Gpu) -> Option<[Context; 2]> {
     used.then_some(both)
 }
 
-fn vector(gpu: &Gpu) -> Context {
+pub(crate) fn vector(gpu: &Gpu) -> Context {
     let variant = Variant { matrix: false, ..variant(gpu) };
     Context::with_variant(&gpu.device, variant).unwrap()
 }
@@ -105,7 +105,7 @@ impl Case {
 
 /// Root of the mean square, and the largest, of the errors of finite values, each as a share of the
 /// magnitudes that its sum is made of; values that are not finite must be the same.
-fn errors(got: &[f32], want: &[(f64, f64)], what: &str) -> [f64; 2] {
+pub(crate) fn errors(got: &[f32], want: &[(f64, f64)], what: &str) -> [f64; 2] {
     let (mut squares, mut most, mut count) = (0.0, 0f64, 0u32);
     for (&got, &(want, size)) in got.iter().zip(want) {
         if (want as f32).is_finite() {
@@ -120,10 +120,10 @@ fn errors(got: &[f32], want: &[(f64, f64)], what: &str) -> [f64; 2] {
     [(squares / f64::from(count)).sqrt(), most]
 }
 
-type Value = fn(usize, usize, f32) -> f32;
+pub(crate) type Value = fn(usize, usize, f32) -> f32;
 
 /// Rows of ordinary and of awkward values.
-const ROWS: [(&str, Value); 6] = [
+pub(crate) const ROWS: [(&str, Value); 6] = [
     ("ordinary", |_, _, v| v),
     ("rows of 1e-30", |_, _, v| v * 1e-30),
     ("rows of 1e30", |_, _, v| v * 1e30),
@@ -330,7 +330,7 @@ fn gated(gpu: &Gpu, ctx: &Context) {
 }
 
 /// Squares as an adapter lists them, with f32 sums.
-fn listed(side: u32, ab_type: Scalar) -> CooperativeMatrixProperties {
+pub(crate) fn listed(side: u32, ab_type: Scalar) -> CooperativeMatrixProperties {
     CooperativeMatrixProperties {
         m_size: side,
         n_size: side,

@@ -8,9 +8,9 @@ use wgmoe::{SPECS, wgpu};
 /// Every kernel in every variant, those for slices that share a buffer included.
 fn all() -> impl Iterator<Item = (&'static Spec, Prelude)> {
     SPECS.iter().flat_map(|&spec| {
-        // Its many variants differ in what lies between loads and stores that the other matmuls share.
-        let shared: &[u32] = if spec.name == "matmul_matrix" { &[0] } else { &[0, u32::MAX] };
         (spec.variants)().into_iter().flat_map(move |prelude| {
+            // Many variants, which differ in what lies between loads and stores that others share.
+            let shared: &[u32] = if is_matrix(&prelude) { &[0] } else { &[0, u32::MAX] };
             shared.iter().map(move |&shared| (spec, Prelude { shared, ..prelude.clone() }))
         })
     })

@@ -44,9 +44,13 @@ fn download(gpu: &Gpu, all: &ExpertGradients, projection: Projection) -> Vec<Vec
     (0..all.shape().experts).map(of_expert).collect()
 }
 
-/// A context for every kernel that there is: on GPUs subgroups make no difference here.
+/// A context for every kernel that there is: on GPUs subgroups make no difference here, and the kernels on
+/// matrix units are the same for all.
 fn contexts(gpu: &Gpu) -> Vec<Context> {
-    let own = |v: wgmoe::Variant| !v.matrix && (v.target == Target::Serial || !v.subgroups);
+    let own = |v: wgmoe::Variant| match v.target {
+        Target::Serial => !v.matrix,
+        Target::Wide => v.matrix || !v.subgroups,
+    };
     testkit::prelude::contexts(gpu).into_iter().filter(|ctx| own(ctx.variant())).collect()
 }
 

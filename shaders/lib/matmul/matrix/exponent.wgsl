@@ -1,5 +1,5 @@
-// The powers of two that matmul_matrix scales rows and columns by. Exponents are in the form of f32's.
-// The largest value that a scale goes by becomes 2^TARGET to 2^(TARGET + 1).
+// The powers of two that kernels on matrix units scale rows and columns by. Exponents are in the form of
+// those of f32. The largest value that a scale goes by becomes 2^TARGET to 2^(TARGET + 1).
 const TARGET: u32 = 4u;
 const ABOVE: u32 = 10u;     // how far a later value may lie above it, so that it stays below 2^15
 const BELOW: u32 = 6u;      // how far the largest may lie below a scale that goes by no value at all

@@ -34,24 +34,17 @@ fn plain_product(x: u32, up: bool, base: u32) -> f32 {
   return sum;
 }
 
-// The fours that store_sums left out.
-fn store_bad(tile: Tile, lane: u32, first_column: u32) {
-  const FOURS = OUT_COLUMNS / 4u;
-  for (var i = lane; i < tile.rows * FOURS; i += WG) {
-    let tile_row = i / FOURS;
-    let column = i % FOURS * 4u;
-    if is_bad(tile_row, column) {
-      let x = x_base(x_row_of(tile.first + tile_row));
-      var left: vec4<f32>;
-      var right: vec4<f32>;
-      for (var c = 0u; c < 4u; c++) {
-        let base = weight_base(tile.expert, min(first_column + column + c, params.columns - 1u));
-        for (var matrix = 0u; matrix < MATRICES; matrix++) {
-          let product = plain_product(x, matrix == 1u, base);
-          if matrix == 0u { left[c] = product; } else { right[c] = product; }
-        }
-      }
-      store_out(tile.first + tile_row, first_column + column, activate(left, right));
+// Four of the output that store_sums left out.
+fn store_plain(at: Bases, row: u32, column: u32) {
+  let x = x_base(x_row_of(at.tile.first + row));
+  var left: vec4<f32>;
+  var right: vec4<f32>;
+  for (var c = 0u; c < 4u; c++) {
+    let base = weight_base(at.tile.expert, min(at.first_column + column + c, params.columns - 1u));
+    for (var matrix = 0u; matrix < MATRICES; matrix++) {
+      let product = plain_product(x, matrix == 1u, base);
+      if matrix == 0u { left[c] = product; } else { right[c] = product; }
     }
   }
+  finish(at, row, column, left, right);
 }
