@@ -51,4 +51,4 @@ pub use record::{BoundOp, Dispatch};
 pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;
-pub use variant::{Target, Variant};
+pub use variant::{Target, TileShape, Variant};

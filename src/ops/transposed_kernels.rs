@@ -149,8 +149,8 @@ impl Problem {
     pub(super) fn item_rows(&self, ctx: &Context) -> u32 {
         match (self.kind, ctx.variant().target) {
             (ItemKind::Skinny, _) => SKINNY_ROWS,
-            (ItemKind::Tile, Target::Serial) => super::matmul_register::TILE_ROWS,
-            (ItemKind::Tile, Target::Wide) => super::matmul_tile::TILE_ROWS,
+            (_, Target::Serial) => super::matmul_register::TILE_ROWS,
+            (_, Target::Wide) => super::matmul_tile::TILE_ROWS,
         }
     }
 
