@@ -226,7 +226,8 @@ fn deep_expert_matmuls_of_blocks() {
     let Some(gpu) = gpu() else { return };
     let experts = ROWS.len() as u32;
     let logits = random(5, TOKENS * ROWS.len());
-    for ctx in targets(&gpu) {
+    // Tiles of other shapes are in the test of floats: what they bring of weights is the same.
+    for ctx in targets(&gpu).into_iter().filter(|c| c.variant().tile == TileShape::Large) {
         let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned()).unwrap();
         let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
         for &weight_type in WeightType::ALL.iter().filter(|t| t.block_values() > 1) {
