@@ -22,6 +22,8 @@
 // workgroup takes TILE_ROWS slots of one expert and COLUMNS columns of weights (GATED: half of them of either
 // matrix). How sums keep the precision of f32: lib/matmul/matrix/attempts.wgsl.
 
+const LOOKS_AGAIN: bool = false;
+
 // What a lane brings to the next step.
 struct Ahead {
   x: Rows,

@@ -23,6 +23,8 @@
 // matmul_matrix by the rows of the weights: one workgroup takes TILE_ROWS slots of one expert and COLUMNS
 // columns. GATED: the sums go on from a pass over one matrix to a pass over the other.
 
+const LOOKS_AGAIN: bool = false;
+
 // What a lane brings to the next step.
 struct Ahead {
   x: Rows,

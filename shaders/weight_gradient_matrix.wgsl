@@ -19,6 +19,8 @@ const B_UNITS: u32 = COLUMNS / 4u;
 const B_LANES: u32 = min(WG / B_UNITS, STEP_DEPTH);
 const B_LOADS: u32 = STEP_DEPTH / B_LANES;
 
+const LOOKS_AGAIN: bool = true;
+
 // What a lane brings to the next step.
 struct Ahead {
   a: Fours,

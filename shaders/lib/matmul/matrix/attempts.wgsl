@@ -1,6 +1,7 @@
 // What one workgroup of a kernel on matrix units does: a tile of sums, made under scales that are tried, and
 // stored. Needs of the kernel: Bases (where a lane's loads begin), Ahead (what it brings to a step), Lane
-// (its scales, or the largest it has seen), and the functions on them that are called here.
+// (its scales, or the largest it has seen), the functions on them that are called here, and LOOKS_AGAIN
+// (whether scales go by the first step too: K is of any length).
 //
 // f16 holds 11 bits and 40 powers of two. So a row is scaled by a power of two and cut into X_PARTS (1 or 2)
 // numbers, a column into W_PARTS: x = (high + low) 2^e. Products of parts are exact in f32; low times low,
@@ -132,6 +133,10 @@ fn make_tile(at: Bases, rows: u32, steps: u32, lane: u32, subgroup: u32, subgrou
     if attempt == 0u {
       note_largest(lane, largest_brought(at, first));
       if PASSES > 1u { note_largest(lane, largest_brought(at, bring_tail(true, at, lane, steps))); }
+      // A last step of few values says little of the others.
+      if LOOKS_AGAIN && steps > 0u {
+        note_largest(lane, largest_brought(at, bring(false, at, lane, 0u)));
+      }
     }
     workgroupBarrier();
     for (var i = lane; i < TILE_ROWS; i += WG) {
