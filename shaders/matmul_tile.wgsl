@@ -12,7 +12,7 @@
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
 //   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
 //   matmul/run_blocks | nothing, matmul/load_blocks | nothing, matmul/tile/bring_words |
-//   matmul/tile/bring_blocks, matmul/tile/outer, matmul/tile/rows_near | matmul/tile/rows_halves,
+//   matmul/tile/bring_blocks, matmul/tile/outer, matmul/tile/near_rows | matmul/tile/split_rows,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows, matmul/out_vec4 | matmul/out_scalar.
 //

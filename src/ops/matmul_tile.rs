@@ -62,8 +62,8 @@ pub(crate) fn prelude(problem: &Specialization, shape: TileShape) -> Prelude {
         .piece(pieces::bring(problem))
         .piece(piece!("matmul/tile/outer"))
         .piece(match shape {
-            TileShape::Halves => piece!("matmul/tile/rows_halves"),
-            TileShape::Large | TileShape::Small => piece!("matmul/tile/rows_near"),
+            TileShape::Halves => piece!("matmul/tile/split_rows"),
+            TileShape::Large | TileShape::Small => piece!("matmul/tile/near_rows"),
         })
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))

@@ -1,7 +1,7 @@
 // Which rows of a tile a lane has: four of the upper half, four of the lower. A subgroup that has none of the
 // lower ones does half of the work. For subgroups of 64 lanes, which have 32 neighbouring rows otherwise: the
 // second condition costs more than it saves where they have 32 (NAK copies every sum). Needs outer.wgsl. Twin
-// of rows_near.wgsl.
+// of near_rows.wgsl.
 fn row_of(lane: u32) -> u32 { return lane / LANES_X * 4u; }
 
 fn row_below(lane: u32) -> u32 { return row_of(lane) + TILE_ROWS / 2u; }

@@ -1,4 +1,4 @@
-// Which rows of a tile a lane has: LANE_ROWS neighbours. Needs outer.wgsl. Twin of rows_halves.wgsl.
+// Which rows of a tile a lane has: LANE_ROWS neighbours. Needs outer.wgsl. Twin of split_rows.wgsl.
 fn row_of(lane: u32) -> u32 { return lane / LANES_X * LANE_ROWS; }
 
 // The first of its second four.
