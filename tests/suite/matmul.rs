@@ -283,7 +283,7 @@ fn deep_logits() {
             let op = Logits::new(&ctx, hidden, experts).unwrap();
             let router = random(8, (experts * hidden) as usize);
             let weights = gpu.upload(&router);
-            for tokens in [1, 7, 41] {
+            for tokens in [1, 7, 19, 41] {
                 let x = random(9, (tokens * hidden) as usize);
                 let x_in = gpu.upload(&x);
                 let out = Output::f32s(&gpu, (tokens * experts) as usize);
