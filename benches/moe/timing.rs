@@ -79,9 +79,7 @@ impl Bench {
         let mut contexts: Vec<(String, Context)> = vec![];
         for v in variants {
             let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
-            let subgroups = if v.subgroups { " subgroups" } else { "" };
-            let tile = if v.tile == best.tile { "" } else { &format!(" {:?} tiles", v.tile) };
-            let name = format!("{layout}{subgroups}{tile}");
+            let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
             if !contexts.iter().any(|(n, _)| *n == name) {
                 contexts.push((name, Context::with_variant(&gpu.device, v).expect("a context")));
             }

@@ -1,6 +1,6 @@
 //! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`grouped_matmul`](super::grouped_matmul).
 use super::matmul_kernels::{
-    BINDINGS, ItemKind, MatmulKernel, Params, SKINNY_ROWS, SMALL_PART_ROWS, Specialization,
+    BINDINGS, ItemKind, MatmulKernel, Params, SKINNY_ROWS, Specialization,
 };
 use super::matmul_pieces as pieces;
 use crate::Target;
@@ -14,19 +14,14 @@ pub const SPEC: Spec = Spec {
     bindings: BINDINGS,
     variants: || {
         let all = Specialization::all();
-        Prelude::distinct(all.iter().filter(|p| p.kind != ItemKind::Tile).map(prelude))
+        Prelude::distinct(all.iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude))
     },
 };
 
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    // On matrix units tiles of a few rows cost no more than their rows.
-    serves: |ctx, work| {
-        let small = work.dense || ctx.matrix_in_use().is_none();
-        ctx.variant().target == Target::Wide
-            && (work.kind == ItemKind::Skinny || work.kind == ItemKind::Small && small)
-    },
+    serves: |ctx, work| ctx.variant().target == Target::Wide && work.kind == ItemKind::Skinny,
     tile_rows: |_| SKINNY_ROWS,
     prelude: |_, problem| prelude(problem),
     group: |_, problem| [tile_columns(problem), 1],
@@ -47,11 +42,10 @@ pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
 
 pub(crate) fn prelude(problem: &Specialization) -> Prelude {
     let problem = &problem.with_lanes(4).with_any_stores();
-    let rows = if problem.kind == ItemKind::Small { SMALL_PART_ROWS } else { SKINNY_ROWS };
     let prelude = Prelude::new(problem.label())
         .constant("COLUMNS", COLUMNS)
         .constant("SPLIT", SPLIT)
-        .constant("TILE_ROWS", rows);
+        .constant("TILE_ROWS", SKINNY_ROWS);
     problem
         .constants(prelude)
         .piece(piece!("common/grid"))
