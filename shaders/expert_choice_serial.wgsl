@@ -5,7 +5,7 @@
 //   choice/pairs | choice/pairs_wide, choice/pivots_few | choice/pivots_many.
 //
 // Each expert narrows a bracket [lo, hi] of keys that holds the key of its last token: a pass counts how many
-// keys reach each of 8 or 16 pivots. From 64 tokens on the first pivots are guessed from a sample, so that one
+// keys reach each of 8 or 16 pivots. From 64 tokens on the first are guessed from a sample, so that one
 // pass is mostly enough for the bracket to hold few tokens. The last pass sets the bits above the bracket and
 // collects the tokens inside, among which the rest is found in workgroup memory. Wrong guesses cost passes:
 // at most 14, as from the fourth on each divides the bracket by 9 or more.

@@ -166,7 +166,7 @@ fn what_does_not_fit() {
         let hidden = gpu.upload(&vec![0f32; (tokens * D) as usize]);
         let [at, one] = [vec![0, 9, tokens], vec![1u32]].map(|v| gpu.upload(&v));
         let [few, fits] = [3, 4].map(|n| gpu.upload(&vec![0u32; n]));
-        let two = gpu.upload(&[0u32; 2]);
+        let [two, four] = [2, 4].map(|n| gpu.upload(&vec![0u32; n]));
         let message = |coresets, refresh| {
             let blocks = Blocks::new(2, &at).with_kept(coresets, refresh);
             let batch = Batch::new(&hidden, tokens).with_blocks(blocks);
@@ -174,6 +174,7 @@ fn what_does_not_fit() {
         };
         assert_eq!(message(&few, &two), "`coresets`: expected 16 bytes, [2, 2] u32, got 12");
         assert_eq!(message(&fits, &one), "`refresh`: expected 8 bytes, [2] u32, got 4");
-        assert_eq!(message(&fits, &fits), "`refresh`: expected 8 bytes, [2] u32, got 16");
+        assert_eq!(message(&fits, &four), "`refresh`: expected 8 bytes, [2] u32, got 16");
+        assert_eq!(message(&fits, &fits), "`coresets` is written and overlaps `refresh`");
     }
 }
