@@ -9,38 +9,7 @@
 //   plan u32, written whole; stats [8 + experts] u32, written whole, or added to where add_stats
 // Grid: one group; LANES lanes a token.
 // Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/prefix_sums, plan/scan,
-//   plan/fill, plan/whole.
-
-struct Params {
-  tokens: u32,
-  experts: u32,
-  shared_experts: u32,
-  slots: u32,        // bound, shared experts' included
-  routed_slots: u32, // bound
-  add_stats: u32,    // 1: to what stats holds
-  rule: u32,
-  scale: f32,
-  drop_count: u32,   // 0
-  ignore_count: u32, // 0
-  range_count: u32,
-  tile_rows: u32,
-  skinny_rows: u32,
-  expert_offsets: u32, // sections of the plan
-  token_offsets: u32,
-  active_experts: u32,
-  skinny_offsets: u32,
-  skinny_items: u32,
-  tile_offsets: u32,
-  tile_items: u32,
-  ranks: u32,
-  token_of: u32,
-  gate_of: u32,
-  slot_of: u32,
-  has_active: u32,   // 0
-  most_experts: u32, // 0
-  has_scale_by_count: u32,
-  has_scale_by_expert: u32,
-}
+//   plan/fill, plan/whole, plan/scales.
 
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> assigned: array<u32>;
@@ -58,20 +27,6 @@ fn active_bits_of(w: u32) -> u32 {
 
 fn number_of(t: u32) -> u32 {
   return 0u;
-}
-
-fn count_scale(count: u32) -> f32 {
-  if params.has_scale_by_count == 1u {
-    return scale_by_count[min(count, params.experts)];
-  }
-  return 1.0;
-}
-
-fn expert_scale(e: u32) -> f32 {
-  if params.has_scale_by_expert == 1u {
-    return scale_by_expert[e];
-  }
-  return 1.0;
 }
 
 @compute @workgroup_size(WG)

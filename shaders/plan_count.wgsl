@@ -15,7 +15,7 @@
 //   plan: counts of experts and of tokens where the offsets will stand, ranks[e, column] = bits of e in lower
 //     columns
 // Grid: columns + ceil(experts / (WG / EXPERT_LANES)) groups; LANES lanes a token, EXPERT_LANES an expert.
-// Pieces: common/grid, common/keys, common/exp, plan/column, plan/count.
+// Pieces: common/grid, common/keys, common/exp, plan/column, plan/count, plan/scales.
 
 struct Params {
   tokens: u32,
@@ -36,20 +36,6 @@ struct Params {
 @group(0) @binding(4) var<storage, read> scale_by_expert: array<f32>;
 @group(0) @binding(5) var<storage, read_write> gates: array<f32>;
 @group(0) @binding(6) var<storage, read_write> plan: array<u32>;
-
-fn count_scale(count: u32) -> f32 {
-  if params.has_scale_by_count == 1u {
-    return scale_by_count[min(count, params.experts)];
-  }
-  return 1.0;
-}
-
-fn expert_scale(e: u32) -> f32 {
-  if params.has_scale_by_expert == 1u {
-    return scale_by_expert[e];
-  }
-  return 1.0;
-}
 
 @compute @workgroup_size(WG)
 fn plan_count(

@@ -41,6 +41,7 @@ pub const SCALED: Spec = Spec {
         write("plan", 4),
         write("stats", 4),
     ],
+    variants: || Target::ALL.map(scaled_prelude).into(),
     ..SPEC
 };
 
@@ -70,6 +71,10 @@ fn prelude(target: Target) -> Prelude {
         .piece(piece!("plan/scan"))
         .piece(piece!("plan/fill"))
         .piece(piece!("plan/whole"))
+}
+
+fn scaled_prelude(target: Target) -> Prelude {
+    prelude(target).piece(piece!("plan/scales"))
 }
 
 /// Buffers of one dispatch.
@@ -187,7 +192,7 @@ impl BlockPlan {
         let (offsets, gates) = (or_nothing(args.offsets), args.gates);
         let (read, written) = ([args.assigned, gates.source], [gates.gates, args.plan, args.stats]);
         if gates.has_tables() {
-            let kernel = self.ctx.kernel(&SCALED, prelude(self.ctx.variant().target))?;
+            let kernel = self.ctx.kernel(&SCALED, scaled_prelude(self.ctx.variant().target))?;
             let tables = [scale_by_count, scale_by_expert].map(or_nothing);
             let slices = [&read[..], &tables, &[offsets], &written].concat();
             return Ok(kernel.dispatch(&self.ctx, &params, &slices, 1)?.into());

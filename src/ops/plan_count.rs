@@ -54,6 +54,7 @@ fn prelude(variant: Variant) -> Prelude {
         .piece(piece!("common/exp"))
         .piece(piece!("plan/column"))
         .piece(piece!("plan/count"))
+        .piece(piece!("plan/scales"))
 }
 
 /// What gates are multiplied by, beside a constant.

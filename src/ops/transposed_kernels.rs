@@ -114,6 +114,34 @@ impl Problem {
         )
     }
 
+    /// For kernels whose loads are of four values at most.
+    pub(super) fn of_fours(&self) -> Self {
+        let [row_lanes, column_lanes] = [self.row_lanes, self.column_lanes].map(|n| n.min(4));
+        Self { row_lanes, column_lanes, ..*self }
+    }
+
+    /// What kernels begin with that keep tiles in workgroup memory: constants, items, and where rows and weights are
+    /// read.
+    pub(super) fn reads(&self, prelude: Prelude) -> Prelude {
+        let [run, part] = self.blocks();
+        let packed = self.layout != Layout::AnyRows;
+        self.constants(prelude)
+            .piece(piece!("common/grid"))
+            .piece(piece!("matmul/transposed/sizes"))
+            .piece(self.items())
+            .piece(if self.row_lanes == 4 {
+                piece!("matmul/x_vec4")
+            } else {
+                piece!("matmul/x_scalar")
+            })
+            .piece(self.weight_type.unpack())
+            .maybe_piece(run)
+            .maybe_piece(part)
+            .piece(self.places())
+            .maybe_piece(packed.then_some(piece!("matmul/weights")))
+            .maybe_piece(self.eighth())
+    }
+
     /// The constants that all kernels read.
     pub(super) fn constants(&self, prelude: Prelude) -> Prelude {
         prelude

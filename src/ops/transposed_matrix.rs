@@ -45,26 +45,13 @@ pub(super) fn iterations(problem: &Problem, units: Units, rows: u32) -> u64 {
 }
 
 pub(super) fn prelude(problem: &Problem, units: Units) -> Prelude {
-    // Loads are of four values at most.
-    let [row_lanes, column_lanes] = [problem.row_lanes, problem.column_lanes].map(|n| n.min(4));
-    let problem = &Problem { row_lanes, column_lanes, ..*problem };
+    let problem = &problem.of_fours();
     let any = problem.layout == Layout::AnyRows;
     let fours = problem.weight_type.device_depth() == 4;
-    let [run, part] = problem.blocks();
     let exact = is_exact_in_half(problem.weight_type);
     let matrices = Matrices { in_turn: matrices(problem), ..Matrices::ONE };
     problem
-        .constants(units.prelude(&problem.label(), exact, matrices))
-        .piece(piece!("common/grid"))
-        .piece(piece!("matmul/transposed/sizes"))
-        .piece(problem.items())
-        .piece(if row_lanes == 4 { piece!("matmul/x_vec4") } else { piece!("matmul/x_scalar") })
-        .piece(problem.weight_type.unpack())
-        .maybe_piece(run)
-        .maybe_piece(part)
-        .piece(problem.places())
-        .maybe_piece((!any).then_some(piece!("matmul/weights")))
-        .maybe_piece(problem.eighth())
+        .reads(units.prelude(&problem.label(), exact, matrices))
         .piece(piece!("matmul/matrix/memory"))
         .piece(piece!("matmul/matrix/exponent"))
         .piece(piece!("matmul/matrix/put"))
@@ -78,7 +65,7 @@ pub(super) fn prelude(problem: &Problem, units: Units) -> Prelude {
             (_, false) => piece!("matmul/matrix/unit_eights"),
         })
         .piece(piece!("matmul/matrix/columns_across"))
-        .piece(if column_lanes == 4 {
+        .piece(if problem.column_lanes == 4 {
             piece!("matmul/transposed/out_fours")
         } else {
             piece!("matmul/transposed/out_ones")

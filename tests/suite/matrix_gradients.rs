@@ -1,6 +1,8 @@
 //! The way back on matrix units: the matmul by transposed weights and the gradients of weights, each beside
 //! the vector kernel's error, over ranges of values, and where the units are not there.
-use crate::matrix::{ROWS, Value, errors, listed, of_units, precise, variant, vector};
+use crate::matrix::{
+    ROWS, Value, assert_precise, errors, listed, of_units, precise, variant, vector,
+};
 use testkit::cases::random;
 use testkit::layer::stored;
 use testkit::prelude::{Output, gpu, run};
@@ -167,14 +169,10 @@ fn full_precision_is_that_of_the_vector_kernels() {
             let case = Case::new(kind, value);
             let want = case.twin();
             let what = format!("{kind:?}, {name}");
-            let of = |ctx| errors(&case.run(&gpu, ctx), &want, &what);
-            let [by_vector, by_full, by_half] = [of(&vector), of(&full), of(&half)];
-            println!("{what}: vector {by_vector:?}, Full {by_full:?}, Half {by_half:?}");
-            assert!(by_full[0] <= 2.0 * by_vector[0], "{what}: {by_full:?}, {by_vector:?}");
-            // Of single values, whose error may be nothing by chance.
-            assert!(by_full[1] <= 4.0 * by_vector[1], "{what}: {by_full:?}, {by_vector:?}");
-            assert!(by_half[1] <= 1.1e-3, "{what}: {by_half:?}");
-            assert!(by_half[0] > 10.0 * by_full[0], "{what}: half is no other precision");
+            assert_precise(
+                &what,
+                [&vector, &full, &half].map(|ctx| errors(&case.run(&gpu, ctx), &want, &what)),
+            );
         }
     }
 }

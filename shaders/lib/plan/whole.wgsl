@@ -2,6 +2,37 @@
 // Contract: all WG lanes call, in uniform control flow; the kernel has what plan/count, plan/scan and
 // plan/fill ask for, but for what stands here.
 
+struct Params {
+  tokens: u32,
+  experts: u32,
+  shared_experts: u32,
+  slots: u32,        // bound, shared experts' included
+  routed_slots: u32, // bound
+  add_stats: u32,    // 1: to what stats holds
+  rule: u32,
+  scale: f32,
+  drop_count: u32,   // 0
+  ignore_count: u32, // 0
+  range_count: u32,
+  tile_rows: u32,
+  skinny_rows: u32,
+  expert_offsets: u32, // sections of the plan
+  token_offsets: u32,
+  active_experts: u32,
+  skinny_offsets: u32,
+  skinny_items: u32,
+  tile_offsets: u32,
+  tile_items: u32,
+  ranks: u32,
+  token_of: u32,
+  gate_of: u32,
+  slot_of: u32,
+  has_active: u32,
+  most_experts: u32, // 0: no experts_per_token
+  has_scale_by_count: u32,
+  has_scale_by_expert: u32,
+}
+
 fn loss(i: u32) -> u32 {
   return 0u;
 }
