@@ -15,6 +15,7 @@ struct Params {
   items: u32,         // plan section: (expert, first slot) of each item
   items_begin: u32,   // words of the plan that hold the first item of this dispatch and the one past its last
   items_end: u32,
+  least_item: u32,    // no item before this one holds slots of this dispatch
   expert_offsets: u32, // plan section: first slot of each expert
   token_of: u32,      // plan section: row of x of each slot; 0: rows are slots
   placed: u32,        // 1: the page holds any experts, and places says which
@@ -27,6 +28,9 @@ struct Params {
 @group(0) @binding(5) var<storage, read> places: array<u32>;
 
 struct Tile { expert: u32, first: u32, rows: u32 }
+
+// The expert of a tile after which there are none: of items that are not there, or past the dispatch's slots.
+const NO_MORE: u32 = 0xffffffffu;
 
 // The part of an item that lies within the dispatch's slots.
 fn clip(expert: u32, first: u32, end: u32) -> Tile {
