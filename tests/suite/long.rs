@@ -123,25 +123,29 @@ fn windows_of_turns() {
     }
 }
 
-/// A prefill of 16,384 tokens, whose hidden states fill a binding of 128 MiB.
+/// Prefills of 16,384 tokens, whose hidden states fill a binding of 128 MiB, and of 65,536.
 #[test]
-fn a_long_prefill() {
+fn long_prefills() {
     let Some(gpu) = gpu() else { return };
     let ctx = Context::new(&gpu.device).unwrap();
-    let (tokens, hidden) = (16_384, 2048);
-    let config = LayerConfig::new(hidden, 64, 16, TokenChoice::new(2));
-    let host = HostLayer::new(config);
-    let layer = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
-    let few = random(5, 64 * hidden as usize);
-    let x: Vec<f32> = few.iter().cycle().take((tokens * hidden) as usize).copied().collect();
-    let form = FORMS[0];
-    let (want, at_once, bytes) = run(&gpu, &layer, (&x, tokens), form, None).unwrap();
-    let limit = 48 << 20;
-    assert!(bytes > 2 * limit, "{bytes}");
-    let (got, dispatches, taken) = run(&gpu, &layer, (&x, tokens), form, Some(limit)).unwrap();
-    assert_same(&got, &want, "16,384 tokens");
-    assert!(taken <= limit, "{taken}");
-    println!("{at_once} dispatches and {bytes} bytes at once, {dispatches} and {taken} in turns");
+    let wide = LayerConfig::new(2048, 64, 16, TokenChoice::new(2));
+    let narrow = LayerConfig::new(64, 32, 8, TokenChoice::new(2));
+    for (config, tokens, limit) in [(wide, 16_384, 48 << 20), (narrow, 65_536, 20 << 20)] {
+        let host = HostLayer::new(config);
+        let layer = host.layer_as(&ctx, &gpu.queue, WeightType::Bf16, None).unwrap();
+        let few = random(5, 64 * config.hidden as usize);
+        let all = (tokens * config.hidden) as usize;
+        let x: Vec<f32> = few.iter().cycle().take(all).copied().collect();
+        let form = FORMS[0];
+        let (want, at_once, bytes) = run(&gpu, &layer, (&x, tokens), form, None).unwrap();
+        assert!(bytes > 2 * limit, "{bytes}");
+        let (got, dispatches, taken) = run(&gpu, &layer, (&x, tokens), form, Some(limit)).unwrap();
+        assert_same(&got, &want, &format!("{tokens} tokens"));
+        assert!(taken <= limit, "{taken}");
+        // The tokens repeat themselves, and a row's bits do not hang on the others.
+        assert_same(&got[all - few.len()..], &got[..few.len()], "the last 64 tokens");
+        println!("{tokens} tokens: {at_once} dispatches, {bytes} bytes; {dispatches}, {taken}");
+    }
 }
 
 /// 65,536 tokens of LLaDA2.0-mini's shape in one bind on WebGPU's default bindings: what it records and takes.

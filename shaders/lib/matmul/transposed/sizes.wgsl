@@ -26,3 +26,6 @@ struct Params {
 @group(0) @binding(5) var<storage, read> places: array<u32>;
 
 struct Tile { expert: u32, first: u32, rows: u32 }
+
+// The expert of a tile after which there are none.
+const NO_MORE: u32 = 0xffffffffu;
