@@ -94,6 +94,9 @@ fn equals_twin() {
                 [5, 0, 5],
                 [64, 0, 64],
                 [1030, 0, 1030],
+                // Several groups a row, the last one with few lanes at work.
+                [260, 0, 260],
+                [520, 4, 516],
                 [24, 8, 20],
                 [24, 9, 10],
                 [7, 3, 7],

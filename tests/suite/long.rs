@@ -142,7 +142,7 @@ fn long_prefills() {
         let (got, dispatches, taken) = run(&gpu, &layer, (&x, tokens), form, Some(limit)).unwrap();
         assert_same(&got, &want, &format!("{tokens} tokens"));
         assert!(taken <= limit, "{taken}");
-        // The tokens repeat themselves, and a row's bits do not hang on the others.
+        // The tokens repeat themselves, 64 of them, so that every expert has whole tiles: one kernel, equal bits.
         assert_same(&got[all - few.len()..], &got[..few.len()], "the last 64 tokens");
         println!("{tokens} tokens: {at_once} dispatches, {bytes} bytes; {dispatches}, {taken}");
     }

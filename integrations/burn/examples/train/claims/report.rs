@@ -106,7 +106,7 @@ impl Runs {
         let rows: Vec<_> = RULES.iter().map(row).collect();
         let head = [
             "rule",
-            "loss past half of the steps",
+            "loss after half of the steps",
             "loss at the end",
             "against token choice",
             "fullest expert over the mean",
