@@ -39,8 +39,10 @@ fn opened() -> &'static Result<(wgpu::Adapter, Gpu), wgmoe::Error> {
 ///
 /// As [`Gpu::from_adapter`].
 pub async fn with_matrix_units(adapter: &wgpu::Adapter) -> wgmoe::Result<Gpu> {
-    // wgpu 30 offers the units on lavapipe with subgroups of 2 and 4 too, and then panics.
-    if adapter.get_info().subgroup_min_size < 8 {
+    // On lavapipe they work with subgroups of 8 alone: wgpu 30 panics with 2 and 4, and with 16 the driver
+    // (Mesa 26.2.6) crashes as it compiles a kernel.
+    let info = adapter.get_info();
+    if info.device_type == wgpu::DeviceType::Cpu && info.subgroup_min_size != 8 {
         Gpu::from_adapter(adapter).await
     } else {
         Gpu::with_matrix_units(adapter, experimental()).await
