@@ -6,7 +6,8 @@
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Where `y` holds some slots at a time, those from `first_slot` on, the sum goes from dispatch to dispatch
 // through `out` in f32 (`continued`). Where `summed`, y holds the sums themselves, a row a token.
-// Grid: ceil(tokens * ceil(hidden / N) / WG) groups; one lane one Vector, of N elements, Stored in out.
+// Grid: ceil(vectors / WG) * tokens groups, tokens slowest; one lane one Vector, of N elements, Stored in out.
+// All lanes of a group have one token, so what they read of the plan is read once.
 // Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
 //   combine/floats | combine/halves_two | combine/halves_four.
 
@@ -43,10 +44,11 @@ fn combine(
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  let id = flat(group, groups) * WG + index;
-  let t = id / params.vectors;
-  let h = id % params.vectors;
-  if t >= params.tokens {
+  let across = (params.vectors + WG - 1u) / WG;
+  let id = flat(group, groups);
+  let t = id / across;
+  let h = id % across * WG + index;
+  if t >= params.tokens || h >= params.vectors {
     return;
   }
   if params.has_active == 1u {
@@ -61,7 +63,7 @@ fn combine(
     sum = widen(out[at]);
   }
   if params.summed == 1u {
-    sum = y[id];
+    sum = y[t * params.vectors + h];
   } else {
     let end = min(plan[params.token_offsets + t + 1u], params.most_slots);
     var any = false;
@@ -75,6 +77,8 @@ fn combine(
         }
         sum += gate * y[row * params.vectors + h];
         any = true;
+      } else if s >= params.first_slot {
+        break; // a token's slots ascend
       }
     }
     if params.continued == 1u && !any {

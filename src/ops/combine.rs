@@ -314,7 +314,7 @@ impl Combine {
         };
         let [active_bits, residual] = [active, residual].map(|s| or_nothing(&self.ctx, s));
         let slices = [args.y, args.plan, active_bits, residual, args.out.slice];
-        let groups = (u64::from(tokens) * u64::from(columns / vector)).div_ceil(WG.into());
+        let groups = u64::from(tokens) * u64::from((columns / vector).div_ceil(WG));
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

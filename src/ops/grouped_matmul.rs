@@ -285,13 +285,13 @@ impl GroupedMatmul {
         // Experts of the plan that the page can hold.
         let all = 0..shape.all_experts();
         let experts = if args.places.is_some() { all } else { page.experts.clone() };
-        let (items, item_offsets, bound) = match problem.kind {
+        let (items, item_offsets, bounds) = match problem.kind {
             // What an expert has left: at most one item each.
             ItemKind::Skinny => {
                 let most = shape.skinny()?.min(experts.end - experts.start);
-                (at.skinny_items, at.skinny_offsets, most)
+                (at.skinny_items, at.skinny_offsets, 0..most)
             }
-            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tiles()?),
+            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tiles_of(args.slots.clone())?),
         };
         let (x, x_slot, token_of) = match args.x {
             // Kernels without a gather read a row a slot.
@@ -315,6 +315,7 @@ impl GroupedMatmul {
             items,
             items_begin: item_offsets + experts.start,
             items_end: item_offsets + experts.end,
+            least_item: bounds.start,
             expert_offsets: at.expert_offsets,
             token_of,
             placed: args.places.is_some().into(),
@@ -327,7 +328,7 @@ impl GroupedMatmul {
         let own = Slice::from(&page.buffer);
         let up = page.up.as_ref().map_or(own, Slice::from);
         let weights = if self.stage == Stage::Up { up } else { own };
-        let groups = problem.groups(&self.ctx, &mut params, bound);
+        let groups = problem.groups(&self.ctx, &mut params, bounds.end - bounds.start);
         let places = or_nothing(&self.ctx, args.places);
         let slices = [x.slice, args.plan, weights, up, places, args.out.rows.slice];
         let stage = match self.stage {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 params! {
     columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
-    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32,
+    slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32, least_item: u32,
     expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
 }
 

@@ -61,6 +61,7 @@ pub use stats::Stats;
 use crate::error::{bytes_of, not_zero};
 use crate::routing::check;
 use crate::{Error, Result};
+use std::ops::Range;
 
 /// Sizes of a plan: everything the host must know of it.
 ///
@@ -156,6 +157,22 @@ impl PlanShape {
             .ok_or_else(|| Error::invalid("tokens", "too many slots: their tiles overflow"))
     }
 
+    /// Bounds of the places, among all items of the tile kernel, of those that hold one of these slots.
+    ///
+    /// # Errors
+    ///
+    /// As [`PlanShape::slots`].
+    pub(crate) fn tiles_of(&self, slots: Range<u32>) -> Result<Range<u32>> {
+        let [rows, skinny, experts] =
+            [self.tile_rows.max(1), self.skinny_rows, self.all_experts()].map(u64::from);
+        // Of an expert's slots so many at most are in no tile; or its last tile lacks so many.
+        let [left, lacking] = [skinny.min(rows - 1), (rows - 1).saturating_sub(skinny)];
+        let before = u64::from(slots.start).saturating_sub(experts * left + rows - 1);
+        let until = (u64::from(slots.end) + experts * lacking).div_ceil(rows);
+        let end = until.min(self.tiles()?.into()) as u32;
+        Ok(before.div_ceil(rows).min(end.into()) as u32..end)
+    }
+
     /// Bound of the items of the skinny kernel.
     ///
     /// # Errors
@@ -211,5 +228,49 @@ impl PlanShape {
     /// As [`PlanShape::sections`].
     pub fn bytes(&self) -> Result<u64> {
         Ok(u64::from(self.sections()?.words) * 4)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_of_slots_lie_within_their_bounds() {
+        let (tokens, experts) = (97, 11);
+        let mut narrow = 0;
+        for [tile_rows, skinny_rows] in [[16, 8], [8, 0], [4, 8], [16, 15], [32, 3], [1, 0]] {
+            for spread in 1..7u32 {
+                // Experts of all sizes, empty ones among them.
+                let lists: Vec<Vec<u32>> = (0..experts)
+                    .map(|e| (0..tokens).filter(|t| (t * 7 + e * e) % (spread + e) == 0).collect())
+                    .map(|list: Vec<u32>| if list.len() % 5 == 3 { vec![] } else { list })
+                    .collect();
+                let slots = lists.iter().map(|l| l.len() as u32).sum();
+                let shape = PlanShape::on_host(tokens, experts, slots)
+                    .with_shared_experts(1)
+                    .with_item_rows(tile_rows, skinny_rows);
+                let assigned = bits::from_lists(tokens as usize, &lists);
+                let gates = vec![0.0; (tokens * experts) as usize];
+                let plan = HostPlan::cpu(&shape, &assigned, &gates);
+                let all = shape.slots().unwrap();
+                for start in (0..all).step_by(23) {
+                    for end in [start + 1, (start + 40).min(all), all] {
+                        let bounds = shape.tiles_of(start..end).unwrap();
+                        narrow += u32::from(bounds.len() < plan.tiles.items.len());
+                        for (i, &[expert, first]) in plan.tiles.items.iter().enumerate() {
+                            let last = plan.expert_offsets[expert as usize + 1];
+                            let last = last.min(first + tile_rows);
+                            let inside = first < end && last > start;
+                            assert!(
+                                !inside || bounds.contains(&(i as u32)),
+                                "tile {i} of {shape:?} holds some of {start}..{end}: {bounds:?}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        assert!(narrow > 500, "{narrow}");
     }
 }

@@ -15,6 +15,7 @@ struct Params {
   items: u32,         // plan section: (expert, first slot) of each item
   items_begin: u32,   // words of the plan that hold the first item of this dispatch and the one past its last
   items_end: u32,
+  least_item: u32,    // no item before this one holds slots of this dispatch
   expert_offsets: u32, // plan section: first slot of each expert
   token_of: u32,      // plan section: row of x of each slot; 0: rows are slots
   placed: u32,        // 1: the page holds any experts, and places says which

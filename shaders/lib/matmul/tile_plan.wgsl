@@ -1,6 +1,6 @@
 // Items and gather read from the plan buffer.
 fn tile_at(index: u32) -> Tile {
-  let item = plan[params.items_begin] + index;
+  let item = max(plan[params.items_begin], params.least_item) + index;
   if item >= plan[params.items_end] { return Tile(0u, 0u, 0u); }
   let expert = plan[params.items + 2u * item];
   let first = plan[params.items + 2u * item + 1u];
