@@ -13,9 +13,19 @@ use wgmoe::{
     Activation, BoundOp, Context, ExpertWeights, Gpu, Target, TileShape, Variant, WeightType, wgpu,
 };
 
-/// Expert e has e tokens: from none to a tile and a rest.
-const TOKENS: usize = 70;
-const EXPERTS: usize = TOKENS + 1;
+/// Tokens of each expert: each number that makes a skinny or a small item, and tiles with every kind of rest.
+const ROWS: [usize; 44] = {
+    let more = [40, 48, 56, 63, 64, 65, 73, 80, 97, 100];
+    let mut rows = [0; 44];
+    let mut e = 0;
+    while e < rows.len() {
+        rows[e] = if e < 34 { e } else { more[e - 34] };
+        e += 1;
+    }
+    rows
+};
+const TOKENS: usize = 100;
+const EXPERTS: usize = ROWS.len();
 /// Depths of more than two steps, of fours (gate and up) and not (down).
 const HIDDEN: u32 = 300;
 const INTERMEDIATE: u32 = 299;
@@ -41,8 +51,8 @@ fn all_types(gpu: &Gpu) -> bool {
 /// The tokens of each expert, spread over all.
 fn assigned() -> Vec<u32> {
     let mut words = bits::empty(TOKENS, EXPERTS);
-    for e in 0..EXPERTS {
-        for i in 0..e {
+    for (e, rows) in ROWS.into_iter().enumerate() {
+        for i in 0..rows {
             bits::set(&mut words, TOKENS, e, (e * 7 + i * 3) % TOKENS);
         }
     }
