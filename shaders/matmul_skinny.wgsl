@@ -18,8 +18,8 @@
 //
 // For 1 to TILE_ROWS (8 or 16) slots of one expert: weights are read once, 16 bytes a load, and go from
 // memory to registers. A lane owns two columns of weights (gate and up of one column, or n and n + COLUMNS)
-// and one of SPLIT parts of K. With loops by rows, those that are not there cost nothing but the rest of a four
-// (of a two after eight). A row's sums hang on neither the loops nor TILE_ROWS.
+// and one of SPLIT parts of K. With loops by rows, those that are not there cost nothing but the rest of a
+// four (of a two after eight). A row's sums hang on neither the loops nor TILE_ROWS.
 
 const WG: u32 = COLUMNS * SPLIT;
 const MATRICES: u32 = select(1u, 2u, GATED);

@@ -1,5 +1,5 @@
-// Sums of a lane of matmul_skinny for TILE_ROWS = 8: rows 0 to 3, and 4 to 7. Members, not an array: nothing that
-// a compiler would have to unroll to keep it in registers. Needs Four, add_rows, finish. Twin of
+// Sums of a lane of matmul_skinny for TILE_ROWS = 8: rows 0 to 3, and 4 to 7. Members, not an array: nothing
+// that a compiler would have to unroll to keep it in registers. Needs Four, add_rows, finish. Twin of
 // sixteen_rows.wgsl.
 struct Sums { a: Four, b: Four }
 

@@ -1,4 +1,5 @@
-// Steps of matmul_skinny with a loop of its own for up to 4 of 8 rows. Needs add_steps. Twin of one_loop.wgsl.
+// Steps of matmul_skinny with a loop of its own for up to 4 of 8 rows. Needs add_steps. Twin of
+// one_loop.wgsl.
 fn add_all(start: Sums, rows: u32, steps: u32, at: Place) -> Sums {
   var sums = start;
   if rows > 4u {

@@ -1,5 +1,5 @@
-// Steps of matmul_skinny with loops of their own for up to 10 and up to 12 of 16 rows. Needs add_steps. Twin of
-// one_loop.wgsl.
+// Steps of matmul_skinny with loops of their own for up to 10 and up to 12 of 16 rows. Needs add_steps. Twin
+// of one_loop.wgsl.
 fn add_all(start: Sums, rows: u32, steps: u32, at: Place) -> Sums {
   var sums = start;
   if rows > 12u {
