@@ -6,7 +6,7 @@
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Where `y` holds some slots at a time, those from `first_slot` on, the sum goes from dispatch to dispatch
 // through `out` in f32 (`continued`). Where `summed`, y holds the sums themselves, a row a token.
-// Grid: ceil(vectors / WG) * tokens groups, tokens slowest; one lane one Vector, of N elements, Stored in out.
+// Grid: ceil(vectors / WG) * tokens groups, tokens slowest. A lane has one Vector: N elements, Stored in out.
 // All lanes of a group have one token, so what they read of the plan is read once.
 // Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
 //   combine/floats | combine/halves_two | combine/halves_four.

@@ -37,6 +37,7 @@ fn matmul_register(
   let items = id % params.item_groups * params.item_step % params.item_groups * ITEMS;
   for (var i = 0u; i < ITEMS; i++) {
     let tile = tile_at(items + i);
+    if tile.expert == NO_MORE { break; }
     if tile.rows == 0u { continue; }
     let x0 = rows_at(tile, 0u, lane);
     let x1 = rows_at(tile, 8u, lane);

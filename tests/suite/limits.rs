@@ -27,6 +27,8 @@ pub(super) fn small(gpu: &Gpu, bytes: u64) -> Gpu {
     let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
         required_features: gpu.device.features(),
         required_limits,
+        // Matrix units are among the features where the adapter has them.
+        experimental_features: testkit::device::experimental(),
         ..Default::default()
     }))
     .expect("a device with smaller limits");

@@ -31,6 +31,9 @@ struct Params {
 
 struct Tile { expert: u32, first: u32, rows: u32 }
 
+// The expert of a tile after which there are none: of items that are not there, or past the dispatch's slots.
+const NO_MORE: u32 = 0xffffffffu;
+
 // The part of an item that lies within the dispatch's slots.
 fn clip(expert: u32, first: u32, end: u32) -> Tile {
   let low = max(first, params.slot_begin);
