@@ -43,8 +43,8 @@ pub struct Variant {
     #[cfg_attr(feature = "serde", serde(default))]
     pub tile: TileShape,
     /// On [`Target::Wide`]: items and a kernel of their own for what an expert has left of 9 to 32 rows, and loops of their own
-    /// for up to 4. Off, more than 8 rows are a tile, however few it has. For GPUs: the compilers of software drivers take 14 to
-    /// 38 seconds for one such kernel.
+    /// for up to 4. Off, more than 8 rows are a tile, however few it has. For GPUs: the compilers of software drivers take 10 to
+    /// 30 seconds for one such kernel.
     #[cfg_attr(feature = "serde", serde(default = "on"))]
     pub small_items: bool,
 }
