@@ -6,85 +6,84 @@
 //   weights, weights_up  [N, K] of each expert of the page, in the layout of lib/matmul/layout.wgsl
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / OUT_COLUMNS) * items groups, items slowest; OUT_COLUMNS = 2 * COLUMNS, GATED COLUMNS.
-// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense,
+// Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_rest | matmul/tile_dense,
 //   common/halves_f16 | common/halves_bf16 | nothing, matmul/x_vec4 | matmul/x_scalar | matmul/x_halves |
 //   matmul/x_half_pairs,
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
 //   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
 //   matmul/run_words | matmul/run_blocks, matmul/load_blocks | nothing,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
-//   matmul/weights | matmul/weights_rows.
+//   matmul/weights | matmul/weights_rows, matmul/skinny/eight_rows | matmul/skinny/sixteen_rows,
+//   matmul/skinny/one_loop | matmul/skinny/loops_of_eight | matmul/skinny/loops_of_sixteen.
 //
-// For 1 to TILE_ROWS (8 or 4) slots of one expert: weights are read once, 16 bytes a load, and are what it
-// costs. A lane owns two columns of weights (gate and up of one column, or n and n + COLUMNS) and one of
-// SPLIT parts of K.
+// For 1 to TILE_ROWS (8 or 16) slots of one expert: weights are read once, 16 bytes a load, and go from
+// memory to registers. A lane owns two columns of weights (gate and up of one column, or n and n + COLUMNS)
+// and one of SPLIT parts of K. With loops by rows, those that are not there cost nothing but the rest of a
+// four (of a two after eight). A row's sums hang on neither the loops nor TILE_ROWS.
 
 const WG: u32 = COLUMNS * SPLIT;
 const MATRICES: u32 = select(1u, 2u, GATED);
 const OUT_COLUMNS: u32 = COLUMNS * 2u / MATRICES;
 const STEP_DEPTH: u32 = SPLIT * RUN_DEPTH;             // a run of each part
+// A step brings x in PIECES, so that it fits workgroup memory: of each run PIECE_DEPTH values at a time.
+const PIECE_DEPTH: u32 = min(RUN_DEPTH, COLUMNS * 4u / TILE_ROWS);
+const PIECES: u32 = RUN_DEPTH / PIECE_DEPTH;           // 1 or 2
+const PIECE_FOURS: u32 = PIECE_DEPTH / 4u;             // fours of k in a piece: 8 or 4
 // Rows that the workgroup brings with one load a lane: TILE_ROWS or more (then copies of the last). No branch
 // around the load of x: with one, the weights waited behind it.
-const X_ROWS: u32 = WG * 4u / STEP_DEPTH;
-const_assert X_ROWS >= TILE_ROWS;                       // so 4 COLUMNS >= TILE_ROWS * RUN_DEPTH
-const RUN_FOURS: u32 = RUN_DEPTH / 4u;                  // fours of k in a run
+const X_ROWS: u32 = WG * 4u / (SPLIT * PIECE_DEPTH);
+const_assert X_ROWS >= TILE_ROWS && PIECES <= 2u;
 
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;
 
-// Two tiles of x in turn (one barrier a step), [tile][part][k / 4][k % 4][row / 4][row % 4]. Dimensions of
+// Two tiles of x in turn (one barrier a piece), [tile][part][k / 4][k % 4][row / 4][row % 4]. Dimensions of
 // their own, because an index that is constant once inlined needs no bounds check and folds into the load's
 // offset: with one flat array wgpu's and browsers' checks took half of the instructions. Not array<vec4>: to
 // WGSL, lanes that store different components of one vector race.
-var<workgroup> x_tile: array<array<array<array<array<array<f32, 4>, X_ROWS / 4u>, 4>, RUN_FOURS>, SPLIT>, 2>;
+alias Rows = array<array<f32, 4>, X_ROWS / 4u>;
+var<workgroup> x_tile: array<array<array<array<Rows, 4>, PIECE_FOURS>, SPLIT>, 2>;
 // Sums that half of the parts hand to the other half: two vectors a lane.
 var<workgroup> handed: array<array<vec4<f32>, 2>, WG / 2u>;
 
-// Sums of a lane: rows 0 to 3 (top) and 4 to 7 of its first (left) and second column (GATED: left gate, right
-// up).
-struct Sums {
-  top_left: vec4<f32>,
-  top_right: vec4<f32>,
-  bottom_left: vec4<f32>,
-  bottom_right: vec4<f32>,
+// Sums of four rows: of a lane's first (left) and second column (GATED: left gate, right up).
+struct Four {
+  left: vec4<f32>,
+  right: vec4<f32>,
 }
 
+// Where a lane reads x: the tile, its part, a four of k.
+struct At { tile: u32, part: u32, k4: u32 }
+
 fn put_x(tile: u32, four: u32, row: u32, v: vec4<f32>) {
-  let part = four / RUN_FOURS;
-  let k4 = four % RUN_FOURS;
+  let part = four / PIECE_FOURS;
+  let k4 = four % PIECE_FOURS;
   x_tile[tile][part][k4][0][row / 4u][row % 4u] = v.x;
   x_tile[tile][part][k4][1][row / 4u][row % 4u] = v.y;
   x_tile[tile][part][k4][2][row / 4u][row % 4u] = v.z;
   x_tile[tile][part][k4][3][row / 4u][row % 4u] = v.w;
 }
 
-// Rows 0 to 3 (half 0) or 4 to 7 at one k; compilers make one 16-byte read of them.
-fn x_four(tile: u32, part: u32, k4: u32, j: u32, half: u32) -> vec4<f32> {
+// Four rows at one k; compilers make one 16-byte read of them.
+fn x_four(at: At, j: u32, four: u32) -> vec4<f32> {
   return vec4<f32>(
-    x_tile[tile][part][k4][j][half][0], x_tile[tile][part][k4][j][half][1],
-    x_tile[tile][part][k4][j][half][2], x_tile[tile][part][k4][j][half][3],
+    x_tile[at.tile][at.part][at.k4][j][four][0], x_tile[at.tile][at.part][at.k4][j][four][1],
+    x_tile[at.tile][at.part][at.k4][j][four][2], x_tile[at.tile][at.part][at.k4][j][four][3],
   );
 }
 
-fn add_one(sums: Sums, tile: u32, part: u32, k4: u32, j: u32, left: f32, right: f32) -> Sums {
-  let top = x_four(tile, part, k4, j, 0u);
-  var next = sums;
-  next.top_left = fma(top, vec4<f32>(left), sums.top_left);
-  next.top_right = fma(top, vec4<f32>(right), sums.top_right);
-  if TILE_ROWS > 4u {
-    let bottom = x_four(tile, part, k4, j, 1u);
-    next.bottom_left = fma(bottom, vec4<f32>(left), sums.bottom_left);
-    next.bottom_right = fma(bottom, vec4<f32>(right), sums.bottom_right);
-  }
-  return next;
+fn add_one(sums: Four, x: vec4<f32>, left: f32, right: f32) -> Four {
+  return Four(fma(x, vec4<f32>(left), sums.left), fma(x, vec4<f32>(right), sums.right));
 }
 
-fn add_four(sums: Sums, tile: u32, part: u32, k4: u32, left: vec4<f32>, right: vec4<f32>) -> Sums {
-  var next = add_one(sums, tile, part, k4, 0u, left.x, right.x);
-  next = add_one(next, tile, part, k4, 1u, left.y, right.y);
-  next = add_one(next, tile, part, k4, 2u, left.z, right.z);
-  return add_one(next, tile, part, k4, 3u, left.w, right.w);
+// What four values of k add to the sums of four rows.
+fn add_rows(sums: Four, at: At, four: u32, left: vec4<f32>, right: vec4<f32>) -> Four {
+  var next = add_one(sums, x_four(at, 0u, four), left.x, right.x);
+  next = add_one(next, x_four(at, 1u, four), left.y, right.y);
+  next = add_one(next, x_four(at, 2u, four), left.z, right.z);
+  return add_one(next, x_four(at, 3u, four), left.w, right.w);
 }
 
+// Two columns' runs of weights.
 struct Pair {
   left: Run,
   right: Run,
@@ -92,40 +91,76 @@ struct Pair {
   right_scale: vec4<f32>,
 }
 
-fn add_run_four(sums: Sums, tile: u32, part: u32, i: u32, pair: Pair) -> Sums {
+fn pair_of(left: Run, right: Run) -> Pair {
+  return Pair(left, right, scale_of(left), scale_of(right));
+}
+
+fn add_run_four(sums: Sums, rows: u32, tile: u32, part: u32, k4: u32, i: u32, pair: Pair) -> Sums {
   return add_four(
-    sums, tile, part, i,
+    sums, rows, At(tile, part, k4),
     run_four(pair.left, pair.left_scale, i), run_four(pair.right, pair.right_scale, i));
 }
 
-fn add_run(sums: Sums, tile: u32, part: u32, left: Run, right: Run) -> Sums {
-  let pair = Pair(left, right, scale_of(left), scale_of(right));
-  var next = add_run_four(sums, tile, part, 0u, pair);
-  next = add_run_four(next, tile, part, 1u, pair);
-  next = add_run_four(next, tile, part, 2u, pair);
-  next = add_run_four(next, tile, part, 3u, pair);
-  if RUN_FOURS > 4u {
-    next = add_run_four(next, tile, part, 4u, pair);
-    next = add_run_four(next, tile, part, 5u, pair);
-    next = add_run_four(next, tile, part, 6u, pair);
-    next = add_run_four(next, tile, part, 7u, pair);
+// What piece `piece` of a run adds: a constant wherever this is called.
+fn add_piece(sums: Sums, rows: u32, tile: u32, part: u32, piece: u32, pair: Pair) -> Sums {
+  let i = piece * PIECE_FOURS;
+  var next = add_run_four(sums, rows, tile, part, 0u, i, pair);
+  next = add_run_four(next, rows, tile, part, 1u, i + 1u, pair);
+  if PIECE_FOURS > 2u {
+    next = add_run_four(next, rows, tile, part, 2u, i + 2u, pair);
+    next = add_run_four(next, rows, tile, part, 3u, i + 3u, pair);
+  }
+  if PIECE_FOURS > 4u {
+    next = add_run_four(next, rows, tile, part, 4u, i + 4u, pair);
+    next = add_run_four(next, rows, tile, part, 5u, i + 5u, pair);
+    next = add_run_four(next, rows, tile, part, 6u, i + 6u, pair);
+    next = add_run_four(next, rows, tile, part, 7u, i + 7u, pair);
   }
   return next;
 }
 
+// What a lane works on.
+struct Place { part: u32, four: u32, row: u32, k: u32, x_row: u32, left: u32, right: u32 }
+
+// Steps `steps` - 1 to 0, for `rows` rows: a constant wherever this is called, so that each has a loop of its
+// own. A branch in one loop cost NVIDIA's compiler 30 registers.
+fn add_steps(start: Sums, rows: u32, steps: u32, at: Place) -> Sums {
+  var sums = start;
+  for (var i = steps; i > 0u; i--) {
+    let step = i - 1u;
+    // x first: loads return in order, and x must be there before the barrier, the weights only after it.
+    var brought = load_x(at.x_row, step * STEP_DEPTH + at.k);
+    let left = load_run(false, at.left, step * SPLIT + at.part);
+    let right = load_run(GATED, at.right, step * SPLIT + at.part);
+    let tile_of = step * PIECES % 2u;
+    put_x(tile_of, at.four, at.row, brought);
+    // The other piece's x is on its way while one is added.
+    if PIECES > 1u { brought = load_x(at.x_row, step * STEP_DEPTH + at.k + PIECE_DEPTH); }
+    workgroupBarrier();
+    let pair = pair_of(left, right);
+    sums = add_piece(sums, rows, tile_of, at.part, 0u, pair);
+    if PIECES > 1u {
+      put_x(1u, at.four, at.row, brought);
+      workgroupBarrier();
+      sums = add_piece(sums, rows, 1u, at.part, 1u, pair);
+    }
+  }
+  return sums;
+}
+
 // The sum over the parts of two vectors, in pairs, halving, always in this order; right in part 0.
-fn sum_parts(lane: u32, mine: array<vec4<f32>, 2>) -> array<vec4<f32>, 2> {
+fn sum_parts(lane: u32, mine: Four) -> Four {
   var sum = mine;
   for (var count = WG / 2u; count >= COLUMNS; count /= 2u) {
     workgroupBarrier();
     if lane >= count && lane < 2u * count {
-      handed[lane - count][0] = sum[0];
-      handed[lane - count][1] = sum[1];
+      handed[lane - count][0] = sum.left;
+      handed[lane - count][1] = sum.right;
     }
     workgroupBarrier();
     if lane < count {
-      sum[0] += handed[lane][0];
-      sum[1] += handed[lane][1];
+      sum.left += handed[lane][0];
+      sum.right += handed[lane][1];
     }
   }
   return sum;
@@ -141,12 +176,15 @@ fn store_rows(tile: Tile, row: u32, column: u32, v: vec4<f32>) {
   }
 }
 
-fn finish(tile: Tile, row: u32, column: u32, left: vec4<f32>, right: vec4<f32>) {
-  if GATED {
-    store_rows(tile, row, column, activate(left, right));
-  } else {
-    store_rows(tile, row, column, left);
-    store_rows(tile, row, column + COLUMNS, right);
+fn finish(tile: Tile, row: u32, column: u32, lane: u32, sums: Four) {
+  let all = sum_parts(lane, sums);
+  if lane < COLUMNS {
+    if GATED {
+      store_rows(tile, row, column, activate(all.left, all.right));
+    } else {
+      store_rows(tile, row, column, all.left);
+      store_rows(tile, row, column + COLUMNS, all.right);
+    }
   }
 }
 
@@ -169,7 +207,7 @@ fn matmul_skinny(
   // bank.
   let row = lane % X_ROWS;
   let four = lane / X_ROWS;
-  let k = four * 4u;
+  let k = four / PIECE_FOURS * RUN_DEPTH + four % PIECE_FOURS * 4u;
   let x_row = x_base(x_row_of(tile.first + min(row, tile.rows - 1u)));
 
   let last_column = params.columns - 1u;
@@ -182,29 +220,15 @@ fn matmul_skinny(
   {
     let left = load_run_tail(false, left_at, steps * SPLIT + part);
     let right = load_run_tail(GATED, right_at, steps * SPLIT + part);
-    put_x(steps % 2u, four, row, load_x_tail(x_row, steps * STEP_DEPTH + k));
-    workgroupBarrier();
-    sums = add_run(sums, steps % 2u, part, left, right);
-  }
-  for (var i = steps; i > 0u; i--) {
-    let step = i - 1u;
-    // x first: loads return in order, and x must be there before the barrier, the weights only after it.
-    let brought = load_x(x_row, step * STEP_DEPTH + k);
-    let left = load_run(false, left_at, step * SPLIT + part);
-    let right = load_run(GATED, right_at, step * SPLIT + part);
-    put_x(step % 2u, four, row, brought);
-    workgroupBarrier();
-    sums = add_run(sums, step % 2u, part, left, right);
-  }
-
-  let top = sum_parts(lane, array<vec4<f32>, 2>(sums.top_left, sums.top_right));
-  if part == 0u {
-    finish(tile, 0u, column, top[0], top[1]);
-  }
-  if TILE_ROWS > 4u {
-    let bottom = sum_parts(lane, array<vec4<f32>, 2>(sums.bottom_left, sums.bottom_right));
-    if part == 0u {
-      finish(tile, 4u, column, bottom[0], bottom[1]);
+    let pair = pair_of(left, right);
+    for (var piece = 0u; piece < PIECES; piece++) {
+      let tile_of = (steps * PIECES + piece) % 2u;
+      put_x(tile_of, four, row, load_x_tail(x_row, steps * STEP_DEPTH + k + piece * PIECE_DEPTH));
+      workgroupBarrier();
+      sums = add_piece(sums, TILE_ROWS, tile_of, part, piece, pair);
     }
   }
+  let at = Place(part, four, row, k, x_row, left_at, right_at);
+  sums = add_all(sums, tile.rows, steps, at);
+  finish_all(tile, column, lane, sums);
 }

@@ -12,12 +12,12 @@
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
 //   matmul/format/q4_0 | matmul/format/q4_k | matmul/format/q6_k | matmul/format/mxfp4 | matmul/format/fp8,
 //   matmul/run_blocks | nothing, matmul/load_blocks | nothing, matmul/tile/bring_words |
-//   matmul/tile/bring_blocks, matmul/tile/outer,
+//   matmul/tile/bring_blocks, matmul/tile/outer, matmul/tile/near_rows | matmul/tile/split_rows,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/layout | matmul/layout_rows,
 //   matmul/weights | matmul/weights_rows, matmul/out_vec4 | matmul/out_scalar.
 //
 // One workgroup takes TILE_ROWS (64 or 32) slots of one expert and 128 columns of weights; a lane 8 (or 4)
-// rows x 8 columns.
+// rows x 8 columns: neighbours, or four of either half of the tile.
 
 const WG: u32 = 128u;
 const LANES_X: u32 = 16u;                   // lanes along columns; each has four at c and four at c + 64
@@ -44,27 +44,30 @@ struct Ahead {
   w: Brought,
 }
 
-fn put_x(k4: u32, row: u32, v: vec4<f32>) {
-  x_tile[k4][0][row / 4u][row % 4u] = v.x;
-  x_tile[k4][1][row / 4u][row % 4u] = v.y;
-  x_tile[k4][2][row / 4u][row % 4u] = v.z;
-  x_tile[k4][3][row / 4u][row % 4u] = v.w;
+// `further` fours of rows, or of columns, are a constant wherever these are called: no address of their own.
+fn put_x(k4: u32, row: u32, further: u32, v: vec4<f32>) {
+  let four = row / 4u + further;
+  x_tile[k4][0][four][row % 4u] = v.x;
+  x_tile[k4][1][four][row % 4u] = v.y;
+  x_tile[k4][2][four][row % 4u] = v.z;
+  x_tile[k4][3][four][row % 4u] = v.w;
 }
 
-fn put_four(k4: u32, column: u32, v: vec4<f32>) {
-  w_tile[k4][0][column / 4u][column % 4u] = v.x;
-  w_tile[k4][1][column / 4u][column % 4u] = v.y;
-  w_tile[k4][2][column / 4u][column % 4u] = v.z;
-  w_tile[k4][3][column / 4u][column % 4u] = v.w;
+fn put_four(k4: u32, column: u32, further: u32, v: vec4<f32>) {
+  let four = column / 4u + further;
+  w_tile[k4][0][four][column % 4u] = v.x;
+  w_tile[k4][1][four][column % 4u] = v.y;
+  w_tile[k4][2][four][column % 4u] = v.z;
+  w_tile[k4][3][four][column % 4u] = v.w;
 }
 
 fn put(lane: u32, next: Ahead) {
   let row = lane / X_PER_ROW;
   if X_ROWS <= TILE_ROWS || row < TILE_ROWS {
-    put_x(lane % X_PER_ROW, row, next.x0);
+    put_x(lane % X_PER_ROW, row, 0u, next.x0);
   }
   if X_ROWS < TILE_ROWS {
-    put_x(lane % X_PER_ROW, row + X_ROWS, next.x1);
+    put_x(lane % X_PER_ROW, row, X_ROWS / 4u, next.x1);
   }
   put_brought(lane, next.w);
 }
@@ -131,8 +134,7 @@ fn matmul_tile(
   }
   next.w = bring_tail(w, lane, steps);
 
-  // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole waves less.
-  let r = lane / LANES_X * LANE_ROWS;
+  // Lanes without a row leave the multiply-adds out: a tile with few rows costs whole subgroups less.
   var block: Block;
   for (var i = 0u; i < steps; i++) {
     workgroupBarrier();
@@ -143,27 +145,26 @@ fn matmul_tile(
       next.x1 = load_x(x1, i * TILE_DEPTH + k);
     }
     next.w = bring(w, lane, i);
-    if r < tile.rows {
-      block = add_step(lane, block);
-    }
+    block = add_rows(lane, block, tile.rows);
   }
-  // Written out again: loads under a condition in the loop made ACO wait for them at once and swap registers.
+  // Written out again: loads under a condition in the loop made ACO wait for them at once and swap registers,
+  // and a loop of one iteration more, whose last loads are for nothing, cost NAK a copy of every sum.
   workgroupBarrier();
   put(lane, next);
   workgroupBarrier();
-  if r < tile.rows {
-    block = add_step(lane, block);
-  }
+  block = add_rows(lane, block, tile.rows);
 
   let c = first_column + lane % LANES_X * 4u;
+  let r = row_of(lane);
+  let below = row_below(lane);
   finish(tile, r, c, block.top_left[0], block.top_right[0]);
   finish(tile, r + 1u, c, block.top_left[1], block.top_right[1]);
   finish(tile, r + 2u, c, block.top_left[2], block.top_right[2]);
   finish(tile, r + 3u, c, block.top_left[3], block.top_right[3]);
   if LANE_ROWS > 4u {
-    finish(tile, r + 4u, c, block.bottom_left[0], block.bottom_right[0]);
-    finish(tile, r + 5u, c, block.bottom_left[1], block.bottom_right[1]);
-    finish(tile, r + 6u, c, block.bottom_left[2], block.bottom_right[2]);
-    finish(tile, r + 7u, c, block.bottom_left[3], block.bottom_right[3]);
+    finish(tile, below, c, block.bottom_left[0], block.bottom_right[0]);
+    finish(tile, below + 1u, c, block.bottom_left[1], block.bottom_right[1]);
+    finish(tile, below + 2u, c, block.bottom_left[2], block.bottom_right[2]);
+    finish(tile, below + 3u, c, block.bottom_left[3], block.bottom_right[3]);
   }
 }

@@ -201,9 +201,11 @@
 //! row, and registers for memory. `subgroups` uses subgroup operations where the device has them.
 //! [`Variant::best`] goes by the type of the adapter and its features, and is what
 //! [`Context::new`] takes. `matrix` puts experts of many rows on matrix units, at the precision of
-//! f32, where the engine hands them over ([`MatrixUnits`]). [`Variant::PORTABLE`] needs no optional
-//! feature and stays within WebGPU's default limits. Weights of 16 bits need no `SHADER_F16`: they
-//! are read as integers and widened exactly. All sums are f32.
+//! f32, where the engine hands them over ([`MatrixUnits`]). `tile` is the shape of the tiles that
+//! [`Target::Wide`] multiplies many rows in ([`TileShape`]). `small_items` gives 9 to 32 rows of an
+//! expert a kernel of their own. [`Variant::PORTABLE`] needs no optional feature and stays within
+//! WebGPU's default limits. Weights of 16 bits need no `SHADER_F16`: they are read as integers and
+//! widened exactly. All sums are f32.
 //!
 //! # What is the same every time
 //!
@@ -277,7 +279,7 @@ pub mod weights;
 
 pub use device::{
     BoundOp, Context, ContextOptions, Dispatch, FloatType, Floats, MatrixUnits, Precision, Slice,
-    Target, Variant,
+    Target, TileShape, Variant,
 };
 pub use error::{Error, Result};
 pub use headless::Gpu;

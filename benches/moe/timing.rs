@@ -74,12 +74,15 @@ impl Bench {
         variants.extend(if every_variant {
             Variant::all(&gpu.device)
         } else {
-            vec![Variant::PORTABLE]
+            vec![Variant { tile: best.tile, small_items: best.small_items, ..Variant::PORTABLE }]
         });
         let mut contexts: Vec<(String, Context)> = vec![];
         for v in variants {
             let layout = if v.target == Target::Serial { "cpu" } else { "gpu" };
-            let name = format!("{layout}{}", if v.subgroups { " subgroups" } else { "" });
+            let subgroups = if v.subgroups { " subgroups" } else { "" };
+            let tile = if v.tile == best.tile { "" } else { &format!(" {:?} tiles", v.tile) };
+            let small = if v.small_items == best.small_items { "" } else { " no small items" };
+            let name = format!("{layout}{subgroups}{tile}{small}");
             if !contexts.iter().any(|(n, _)| *n == name) {
                 contexts.push((name, Context::with_variant(&gpu.device, v).expect("a context")));
             }

@@ -53,4 +53,4 @@ pub use shader::{Binding, Prelude, Spec, WORKGROUP_BYTES};
 pub use slice::Slice;
 pub use tensor::Tensor;
 pub(crate) use threads::both;
-pub use variant::{Target, Variant};
+pub use variant::{Target, TileShape, Variant};

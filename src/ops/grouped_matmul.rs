@@ -5,7 +5,7 @@
 //! device and by the rows of an item.
 pub use super::matmul_kernels::{SKINNY_ROWS, tile_rows};
 
-use super::matmul_kernels::{ItemKind, Params, Specialization};
+use super::matmul_kernels::{ItemKind, Params, SMALL_ROWS, Specialization};
 use super::or_nothing;
 use crate::device::Kernel;
 use crate::plan::Sections;
@@ -130,7 +130,7 @@ pub struct Args<'a> {
 pub struct GroupedMatmul {
     ctx: Context,
     stage: Stage,
-    /// For each storage type that experts have: of skinny items, of tiles.
+    /// For each storage type that experts have: one of each kind of item.
     kernels: Vec<(Specialization, Arc<Kernel>)>,
 }
 
@@ -157,8 +157,9 @@ impl GroupedMatmul {
         };
         let mut kernels = vec![];
         for weight_type in shape.types_there(projection) {
-            kernels.push(make(weight_type, ItemKind::Skinny)?);
-            kernels.push(make(weight_type, ItemKind::Tile)?);
+            for kind in ItemKind::all(ctx, false) {
+                kernels.push(make(weight_type, kind)?);
+            }
         }
         Ok(Self { ctx: ctx.clone(), stage, kernels })
     }
@@ -177,9 +178,14 @@ impl GroupedMatmul {
             Stage::Down => args.weights.down(),
             _ => args.weights.gate_up(),
         };
-        // Few tokens make no tile item: an expert's rows are a rest, and that is a skinny one.
+        // Few tokens make no tile item: an expert's rows are a rest, and that is a skinny one, or a
+        // small one.
         let few = shape.tokens <= shape.skinny_rows && shape.tokens < shape.tile_rows;
-        let kinds = if few { 1 } else { 2 };
+        let is_there = |kind| match kind {
+            ItemKind::Skinny => true,
+            ItemKind::Small => !few && self.small_rows(shape) > 0,
+            ItemKind::Tile => !few && shape.tokens > self.small_rows(shape),
+        };
         let x_type = args.x.floats().float_type;
         if x_type != FloatType::F32 {
             // All kinds at once, so that no later batch waits for a compiler.
@@ -197,11 +203,19 @@ impl GroupedMatmul {
                 let reason = format!("{name}, the op was made for other storage types");
                 return Err(Error::invalid("weights", reason));
             }
-            for kernel in kernels.take(kinds) {
+            for kernel in kernels.filter(|(problem, _)| is_there(problem.kind)) {
                 step = step.then(self.bind_page(shape, &args, &of, kernel)?);
             }
         }
         Ok(step)
+    }
+
+    /// Most rows of a small item of a plan of this shape; 0 where there are none. Whole tiles are none,
+    /// so that a row's bits do not hang on whether more rows of its expert follow.
+    fn small_rows(&self, shape: &PlanShape) -> u32 {
+        let has = ItemKind::all(&self.ctx, false).any(|kind| kind == ItemKind::Small);
+        let most = SMALL_ROWS.min(shape.tile_rows.saturating_sub(1));
+        if has && most > shape.skinny_rows { most } else { 0 }
     }
 
     /// The caller's arguments, before anything is made of them.
@@ -285,13 +299,21 @@ impl GroupedMatmul {
         // Experts of the plan that the page can hold.
         let all = 0..shape.all_experts();
         let experts = if args.places.is_some() { all } else { page.experts.clone() };
-        let (items, item_offsets, bounds) = match problem.kind {
+        let small_rows = self.small_rows(shape);
+        let of_tiles = (at.tile_items, at.tile_offsets);
+        let ((items, item_offsets), item_rows, bounds) = match problem.kind {
             // What an expert has left: at most one item each.
             ItemKind::Skinny => {
                 let most = shape.skinny()?.min(experts.end - experts.start);
-                (at.skinny_items, at.skinny_offsets, 0..most)
+                ((at.skinny_items, at.skinny_offsets), shape.skinny_rows, 0..most)
             }
-            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tiles_of(args.slots.clone())?),
+            // The last item of each expert, in as many parts as it may have.
+            ItemKind::Small => {
+                let parts = small_rows.div_ceil(problem.item_rows(&self.ctx));
+                let most = parts.checked_mul(experts.end - experts.start);
+                (of_tiles, parts, 0..most.ok_or_else(|| Error::invalid("experts", "too many"))?)
+            }
+            ItemKind::Tile => (of_tiles, shape.tile_rows, shape.tiles_of(args.slots.clone())?),
         };
         let (x, x_slot, token_of) = match args.x {
             // Kernels without a gather read a row a slot.
@@ -316,6 +338,8 @@ impl GroupedMatmul {
             items_begin: item_offsets + experts.start,
             items_end: item_offsets + experts.end,
             least_item: bounds.start,
+            item_rows,
+            small_rows: if problem.kind == ItemKind::Skinny { 0 } else { small_rows },
             expert_offsets: at.expert_offsets,
             token_of,
             placed: args.places.is_some().into(),

@@ -1,10 +1,10 @@
 //! Router logits `g = x Wr^T`: the grouped matmul with one dense expert and no plan.
 use super::grouped_matmul::cpu_row;
-use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, Specialization};
+use super::matmul_kernels::{ItemKind, Params, SKINNY_ROWS, SMALL_ROWS, Specialization};
 use super::not_zero;
 use crate::device::Kernel;
 use crate::error::expect_rows;
-use crate::{BoundOp, Context, Error, FloatType, Floats, Result, Slice};
+use crate::{BoundOp, Context, FloatType, Floats, Result, Slice};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -33,8 +33,7 @@ pub struct Logits {
     hidden: u32,
     experts: u32,
     /// Of f32; those of f16 and bf16 are compiled when such rows are first bound.
-    skinny: (Specialization, Arc<Kernel>),
-    tile: (Specialization, Arc<Kernel>),
+    kernels: Vec<(Specialization, Arc<Kernel>)>,
 }
 
 impl Logits {
@@ -47,15 +46,10 @@ impl Logits {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
         let make = |kind| {
             let problem = Specialization::of_logits([experts, hidden], kind);
-            Ok::<_, Error>((problem, problem.kernel(ctx)?))
+            Ok((problem, problem.kernel(ctx)?))
         };
-        Ok(Self {
-            ctx: ctx.clone(),
-            hidden,
-            experts,
-            skinny: make(ItemKind::Skinny)?,
-            tile: make(ItemKind::Tile)?,
-        })
+        let kernels = ItemKind::all(ctx, true).map(make).collect::<Result<_>>()?;
+        Ok(Self { ctx: ctx.clone(), hidden, experts, kernels })
     }
 
     /// Logits of `tokens` rows; 0 is a no-op.
@@ -84,11 +78,17 @@ impl Logits {
         args.x.holds("x", rows.into(), hidden.into())?;
         args.weights.f32s("weights", &[experts.into(), hidden.into()])?;
         args.logits.f32s("logits", &[tokens.into(), experts.into()])?;
-        let of_f32 = if whole <= SKINNY_ROWS { &self.skinny } else { &self.tile };
+        let takes = |kind| match kind {
+            ItemKind::Skinny => whole <= SKINNY_ROWS,
+            ItemKind::Small => whole <= SMALL_ROWS,
+            ItemKind::Tile => true,
+        };
+        let of_f32 = self.kernels.iter().find(|(problem, _)| takes(problem.kind));
+        let of_f32 = of_f32.expect("a kernel for any rows");
         of_f32.0.check_loops(&self.ctx, "hidden", hidden)?;
         if args.x.float_type != FloatType::F32 {
-            // Both at once, so that no later batch waits for a compiler.
-            for (problem, _) in [&self.skinny, &self.tile] {
+            // All at once, so that no later batch waits for a compiler.
+            for (problem, _) in &self.kernels {
                 problem.with_x_type(args.x.float_type).kernel(&self.ctx)?;
             }
         }

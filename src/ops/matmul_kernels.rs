@@ -3,7 +3,7 @@
 //! | kernel | for |
 //! |---|---|
 //! | [`matmul_register`](super::matmul_register) | software drivers: all in registers |
-//! | [`matmul_skinny`](super::matmul_skinny) | items of a few rows: reading the weights is all it costs |
+//! | [`matmul_skinny`](super::matmul_skinny) | items of a few rows: weights go straight to registers |
 //! | [`matmul_matrix`](super::matmul_matrix) | items of many rows, on matrix units |
 //! | [`matmul_tile`](super::matmul_tile) | items of many rows: tiles in workgroup memory |
 //!
@@ -20,7 +20,7 @@ use std::sync::Arc;
 params! {
     columns: u32, column_begin: u32, column_end: u32, column_base: u32, depth: u32, x_stride: u32, out_stride: u32, first_expert: u32, experts: u32,
     slot_begin: u32, slot_end: u32, x_slot: u32, out_slot: u32, items: u32, items_begin: u32, items_end: u32, least_item: u32,
-    expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
+    item_rows: u32, small_rows: u32, expert_offsets: u32, token_of: u32, placed: u32, item_groups: u32, item_step: u32,
 }
 
 impl Params {
@@ -48,19 +48,29 @@ pub(crate) enum Layout {
     AnyRows,
 }
 
-/// Rows per item: which list of the plan.
+/// Rows per item: which list of the plan, and which of its items.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum ItemKind {
     /// Items of at most [`SKINNY_ROWS`] rows.
     Skinny,
-    /// Items of up to [`tile_rows`] rows.
+    /// Of the tiles' list the last item of each expert, where it is no whole tile and has at most
+    /// [`SMALL_ROWS`] rows: in parts of [`SMALL_PART_ROWS`].
+    Small,
+    /// Items of up to [`tile_rows`] rows; where there are small ones, those that are not.
     Tile,
 }
 
 impl ItemKind {
+    /// Those that a context's kernels tell apart, fewest rows first.
+    pub(super) fn all(ctx: &Context, dense: bool) -> impl Iterator<Item = Self> {
+        let serves = move |&kind: &Self| kernel_of(ctx, Work { kind, dense }).is_some();
+        [Self::Skinny, Self::Small, Self::Tile].into_iter().filter(serves)
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Skinny => "skinny",
+            Self::Small => "small",
             Self::Tile => "tile",
         }
     }
@@ -68,6 +78,12 @@ impl ItemKind {
 
 /// Most rows of a skinny item.
 pub const SKINNY_ROWS: u32 = 8;
+
+/// Most rows of a small item. By instructions, three parts cost as much as a tile of 48 rows.
+pub(crate) const SMALL_ROWS: u32 = 32;
+
+/// Rows that one workgroup takes of it: 32 would spill on Apple's M1.
+pub(super) const SMALL_PART_ROWS: u32 = 16;
 
 /// A row of the table of kernels.
 pub(crate) struct MatmulKernel {
@@ -101,9 +117,12 @@ pub(crate) struct Work {
     pub(crate) dense: bool,
 }
 
+fn kernel_of(ctx: &Context, work: Work) -> Option<&'static MatmulKernel> {
+    KERNELS.iter().find(|kernel| (kernel.serves)(ctx, work)).copied()
+}
+
 fn kernel_for(ctx: &Context, work: Work) -> &'static MatmulKernel {
-    let kernel = KERNELS.iter().find(|kernel| (kernel.serves)(ctx, work));
-    kernel.expect("a kernel for every target and kind of item")
+    kernel_of(ctx, work).expect("a kernel for every target and kind of item")
 }
 
 /// Most rows of a tile item of experts on this context's device.
@@ -177,7 +196,7 @@ impl Specialization {
         let mut all = vec![];
         let of_any_x = |problem: Self| FloatType::ALL.map(|x_type| problem.with_x_type(x_type));
         for matrix in [[1, 1], [4, 1], [1, 4], [4, 4], [1, 32], [4, 32]] {
-            for kind in [ItemKind::Skinny, ItemKind::Tile] {
+            for kind in [ItemKind::Skinny, ItemKind::Small, ItemKind::Tile] {
                 for stage in [
                     Stage::Down,
                     Stage::Gate,
@@ -255,10 +274,11 @@ impl Specialization {
         kernel_for(ctx, Work { kind: self.kind, dense: self.dense })
     }
 
-    /// Most rows of an item.
+    /// Most rows of what one workgroup takes of an item.
     pub(super) fn item_rows(&self, ctx: &Context) -> u32 {
         match self.kind {
             ItemKind::Skinny => SKINNY_ROWS,
+            ItemKind::Small => SMALL_PART_ROWS,
             ItemKind::Tile => (self.row(ctx).tile_rows)(ctx),
         }
     }

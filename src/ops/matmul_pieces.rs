@@ -1,13 +1,17 @@
 //! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
 //! `prelude` lists its pieces in order, and so does its WGSL.
-use super::matmul_kernels::{Layout, Specialization};
+use super::matmul_kernels::{ItemKind, Layout, Specialization};
 use crate::FloatType;
 use crate::device::shader::{Piece, piece};
 use crate::routing::Activation;
 
 /// Where an item's rows and weights are.
 pub(crate) fn tile(problem: &Specialization) -> Piece {
-    if problem.dense { piece!("matmul/tile_dense") } else { piece!("matmul/tile_plan") }
+    match (problem.dense, problem.kind) {
+        (true, _) => piece!("matmul/tile_dense"),
+        (_, ItemKind::Small) => piece!("matmul/tile_rest"),
+        _ => piece!("matmul/tile_plan"),
+    }
 }
 
 /// How words of weights become values.

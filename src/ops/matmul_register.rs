@@ -16,6 +16,7 @@ pub const SPEC: Spec = Spec {
         Prelude::distinct(
             Specialization::all()
                 .iter()
+                .filter(|problem| problem.kind != ItemKind::Small)
                 .flat_map(|problem| Features::ALL.map(|features| prelude(problem, features))),
         )
     },
@@ -24,7 +25,7 @@ pub const SPEC: Spec = Spec {
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    serves: |ctx, _| ctx.variant().target == Target::Serial,
+    serves: |ctx, work| ctx.variant().target == Target::Serial && work.kind != ItemKind::Small,
     tile_rows: |_| TILE_ROWS,
     prelude: |ctx, problem| prelude(problem, Features::of(ctx)),
     group: |_, problem| group_tile(problem),
@@ -43,8 +44,8 @@ pub(crate) const TILE_ROWS: u32 = 16;
 fn span(problem: &Specialization) -> [u32; 2] {
     match problem.kind {
         ItemKind::Skinny => [4, 1],
-        ItemKind::Tile if problem.dense => [1, 1],
-        ItemKind::Tile => [1, 4],
+        _ if problem.dense => [1, 1],
+        _ => [1, 4],
     }
 }
 

@@ -1,6 +1,6 @@
 //! The grouped matmul for a few rows on GPUs, where reading the weights is all it costs. See [`grouped_matmul`](super::grouped_matmul).
 use super::matmul_kernels::{
-    BINDINGS, ItemKind, MatmulKernel, Params, SKINNY_ROWS, Specialization,
+    BINDINGS, ItemKind, MatmulKernel, Params, SKINNY_ROWS, SMALL_PART_ROWS, Specialization,
 };
 use super::matmul_pieces as pieces;
 use crate::Target;
@@ -14,16 +14,24 @@ pub const SPEC: Spec = Spec {
     bindings: BINDINGS,
     variants: || {
         let all = Specialization::all();
-        Prelude::distinct(all.iter().filter(|p| p.kind == ItemKind::Skinny).map(prelude))
+        let few = all.iter().filter(|p| p.kind != ItemKind::Tile);
+        Prelude::distinct(
+            few.flat_map(|p| [false, true].map(|small_items| prelude(p, small_items))),
+        )
     },
 };
 
 /// Its row of the table.
 pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
     spec: &SPEC,
-    serves: |ctx, work| ctx.variant().target == Target::Wide && work.kind == ItemKind::Skinny,
+    // On matrix units tiles of a few rows cost no more than their rows.
+    serves: |ctx, work| {
+        let small = ctx.variant().small_items && (work.dense || ctx.matrix_in_use().is_none());
+        ctx.variant().target == Target::Wide
+            && (work.kind == ItemKind::Skinny || work.kind == ItemKind::Small && small)
+    },
     tile_rows: |_| SKINNY_ROWS,
-    prelude: |_, problem| prelude(problem),
+    prelude: |ctx, problem| prelude(problem, ctx.variant().small_items),
     group: |_, problem| [tile_columns(problem), 1],
     item_step: |_| 0,
     // Steps are SPLIT runs, of 16 values at least; then come the sums over the parts.
@@ -40,12 +48,17 @@ pub(crate) fn tile_columns(problem: &Specialization) -> u32 {
     COLUMNS * if problem.activation.is_some() { 1 } else { 2 }
 }
 
-pub(crate) fn prelude(problem: &Specialization) -> Prelude {
+/// With loops of their own for fewer rows where there are small items.
+pub(crate) fn prelude(problem: &Specialization, small_items: bool) -> Prelude {
     let problem = &problem.with_lanes(4).with_any_stores();
-    let prelude = Prelude::new(problem.label())
+    let small = problem.kind == ItemKind::Small;
+    let rows = if small { SMALL_PART_ROWS } else { SKINNY_ROWS };
+    let loops = small || small_items;
+    let label = problem.label() + if loops { ", loops by rows" } else { "" };
+    let prelude = Prelude::new(label)
         .constant("COLUMNS", COLUMNS)
         .constant("SPLIT", SPLIT)
-        .constant("TILE_ROWS", SKINNY_ROWS);
+        .constant("TILE_ROWS", rows);
     problem
         .constants(prelude)
         .piece(piece!("common/grid"))
@@ -59,4 +72,14 @@ pub(crate) fn prelude(problem: &Specialization) -> Prelude {
         .piece(pieces::activation(problem))
         .piece(pieces::layout(problem))
         .piece(pieces::weights(problem))
+        .piece(if small {
+            piece!("matmul/skinny/sixteen_rows")
+        } else {
+            piece!("matmul/skinny/eight_rows")
+        })
+        .piece(match (small, loops) {
+            (true, _) => piece!("matmul/skinny/loops_of_sixteen"),
+            (_, true) => piece!("matmul/skinny/loops_of_eight"),
+            _ => piece!("matmul/skinny/one_loop"),
+        })
 }

@@ -297,7 +297,7 @@ impl MatmulTransposed {
                 let most = shape.skinny()?.min(experts.end - experts.start);
                 (at.skinny_items, at.skinny_offsets, shape.skinny_rows, most)
             }
-            ItemKind::Tile => (at.tile_items, at.tile_offsets, shape.tile_rows, shape.tiles()?),
+            _ => (at.tile_items, at.tile_offsets, shape.tile_rows, shape.tiles()?),
         };
         let mut params = Params {
             rows: part.rows.end - part.rows.start,

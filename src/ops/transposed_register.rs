@@ -26,8 +26,8 @@ const WG: u32 = 8;
 fn span(problem: &Problem) -> [u32; 2] {
     match problem.kind {
         ItemKind::Skinny => [4, 1],
-        ItemKind::Tile if problem.dense => [1, 1],
-        ItemKind::Tile => [1, 4],
+        _ if problem.dense => [1, 1],
+        _ => [1, 4],
     }
 }
 

@@ -50,7 +50,8 @@
 //! with n slots has `n / tile_rows` whole items of the tile kernel. The rest, fewer than
 //! `tile_rows`, is one item of the skinny kernel where it is at most [`PlanShape::skinny_rows`]
 //! slots, and else one more item of the tile kernel. The three kernels that make items, the matmuls
-//! that read them and [`HostPlan::cpu`] all follow this rule.
+//! that read them and [`HostPlan::cpu`] all follow this rule. On GPUs the matmuls tell one more kind
+//! apart, which is no list of its own: an expert's last tile, where it has at most 32 rows.
 pub mod bits;
 mod host;
 mod stats;

@@ -79,7 +79,7 @@ pub fn context_of(gpu: &Gpu, variant: Variant) -> Context {
     Context::with_options(&gpu.device, options).expect("a context")
 }
 
-/// A context for every variant `gpu` can run; each is made once. Those for matrix units are said to
+/// A context for every variant `gpu` can run, with tiles of the shape that suits it, and small items on GPUs; each is made once. Those for matrix units are said to
 /// be left out where the device has none.
 pub fn contexts(gpu: &Gpu) -> Vec<Context> {
     static ALL: OnceLock<Vec<Context>> = OnceLock::new();
@@ -88,8 +88,11 @@ pub fn contexts(gpu: &Gpu) -> Vec<Context> {
 
 /// The same, made anew: for tests that count pipelines, which other tests would add to.
 pub fn own_contexts(gpu: &Gpu) -> Vec<Context> {
-    // Without subgroups they are of no use.
-    let all = Variant::all(&gpu.device).into_iter().filter(|v| v.subgroups || !v.matrix);
+    // Without subgroups matrix units are of no use.
+    let best = Variant::best(&gpu.device);
+    let is_likely = |v: &Variant| v.tile == best.tile && v.small_items == best.small_items;
+    let all = Variant::all(&gpu.device).into_iter().filter(is_likely);
+    let all = all.filter(|v| v.subgroups || !v.matrix);
     let all: Vec<Context> = all.map(|variant| context_of(gpu, variant)).collect();
     for ctx in all.iter().filter(|ctx| ctx.variant().matrix) {
         assert!(matches!(ctx.matrix(), MatrixReport::InUse { .. }), "{}", ctx.matrix());
@@ -149,5 +152,7 @@ pub fn run(gpu: &Gpu, step: &BoundOp) {
 pub fn variant_name(ctx: &Context) -> String {
     let v = ctx.variant();
     let subgroups = if v.subgroups { ", subgroups" } else { "" };
-    format!("{:?}{subgroups}{}", v.target, if v.matrix { ", matrix units" } else { "" })
+    let matrix = if v.matrix { ", matrix units" } else { "" };
+    let small = if v.small_items { ", small items" } else { "" };
+    format!("{:?}{subgroups}{matrix}, {:?} tiles{small}", v.target, v.tile)
 }

@@ -60,6 +60,7 @@ mod schedule;
 mod scores;
 mod sequence_top;
 mod shaders;
+mod small_items;
 mod step;
 mod token_choice;
 mod training;

@@ -2,6 +2,7 @@
 //! the longest step is 128 (16-bit weights in `matmul_skinny`), and a depth of one or two runs
 //! hardly any of the loop.
 use testkit::compare::{close, largest};
+use testkit::device::context_of;
 use testkit::layer::stored;
 use testkit::prelude::{Output, contexts, gpu, random, run, variant_name};
 use testkit::works::plan;
@@ -10,12 +11,13 @@ use wgmoe::ops::logits::{self, Logits};
 use wgmoe::plan::{HostPlan, bits};
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{
-    Activation, BoundOp, Context, ExpertWeights, Gpu, PlanShape, Target, WeightType, wgpu,
+    Activation, BoundOp, Context, ExpertWeights, Gpu, PlanShape, Target, TileShape, Variant,
+    WeightType, wgpu,
 };
 
-/// Tokens of each expert: none, one, a whole skinny item, one more, a tile and a rest, two tiles
-/// and a rest.
-const ROWS: [usize; 6] = [0, 1, 8, 9, 19, 61];
+/// Tokens of each expert: none, skinny items that are whole and not, each number of fours of a small
+/// one (after eight rows, of twos), small ones in two parts, tiles (of 32 rows: tiles and a rest).
+const ROWS: [usize; 11] = [0, 1, 4, 8, 9, 11, 13, 19, 32, 33, 61];
 const TOKENS: usize = 61;
 /// Hidden and intermediate size. Depths are loaded by eights, fours and ones, columns are whole
 /// quads and not; no depth is a whole number of steps but 384, and no number of columns one of
@@ -35,6 +37,17 @@ fn targets(gpu: &Gpu) -> Vec<Context> {
     let all = [of(Target::Serial, false), of(Target::Wide, false)];
     let all = all.map(|ctx| ctx.expect("every device runs either"));
     all.into_iter().chain(of(Target::Wide, true)).collect()
+}
+
+/// A context for each shape of tiles that is not the likely one.
+fn other_tiles(gpu: &Gpu) -> Vec<Context> {
+    let best = Variant::best(&gpu.device);
+    let small_items = best.small_items;
+    [TileShape::Large, TileShape::Halves, TileShape::Small]
+        .into_iter()
+        .filter(|&tile| tile != best.tile)
+        .map(|tile| context_of(gpu, Variant { tile, small_items, ..Variant::PORTABLE }))
+        .collect()
 }
 
 /// The bit set in which expert e has [`ROWS`]`[e]` tokens, spread over all.
@@ -93,8 +106,7 @@ struct Plan<'a> {
     host: &'a HostPlan,
 }
 
-/// Runs a stage: first the skinny items alone, which must leave the tiles' rows as they were, then
-/// the tiles too.
+/// Runs a stage, one kind of item after the other: each must leave the others' rows as they were.
 fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: Stage, gather: bool) {
     let shape = experts.weights.shape();
     let projection = match stage {
@@ -136,15 +148,33 @@ fn check(gpu: &Gpu, ctx: &Context, experts: &Experts, plan: &Plan<'_>, stage: St
         let (got, want) = (&got[s * columns..][..columns], &want[s]);
         close(got, want, 2e-5 * largest(want), 2e-5, &format!("{what}: slot {s}"))
     };
-    run(gpu, &of_kind("skinny items"));
-    let got: Vec<f32> = out.get(gpu);
-    let untouched = |s: &usize| got[s * columns..][..columns].iter().all(|v| v.is_nan());
-    let (left, done): (Vec<usize>, Vec<usize>) = (0..slots).partition(untouched);
-    assert!(!left.is_empty() && !done.is_empty(), "{what}: both lists have items");
-    done.into_iter().try_for_each(|s| compare(&got, s)).unwrap();
-    run(gpu, &of_kind("tile items"));
-    let got: Vec<f32> = out.get(gpu);
-    (0..slots).try_for_each(|s| compare(&got, s)).unwrap();
+    // Rows that a kind of item makes: what is left of whole tiles, and has so many rows.
+    let tile_rows = plan.shape.tile_rows as usize;
+    let has_small = !of_kind("small items").dispatches().is_empty();
+    let small = if has_small { 32.min(tile_rows - 1) } else { 8 };
+    let rows_left = |e: usize, s: usize| {
+        let first = plan.host.expert_offsets[e] as usize;
+        let end = plan.host.expert_offsets[e + 1] as usize;
+        end - (first + (s - first) / tile_rows * tile_rows)
+    };
+    let left: Vec<usize> = (0..ROWS.len())
+        .flat_map(|e| {
+            let slots = plan.host.expert_offsets[e]..plan.host.expert_offsets[e + 1];
+            slots.map(move |s| rows_left(e, s as usize))
+        })
+        .collect();
+    for (kind, most) in [("skinny", 8), ("small", small), ("tile", usize::MAX)] {
+        run(gpu, &of_kind(&format!("{kind} items")));
+        let got: Vec<f32> = out.get(gpu);
+        for s in 0..slots {
+            if left[s] <= most {
+                compare(&got, s).unwrap();
+            } else {
+                let row = &got[s * columns..][..columns];
+                assert!(row.iter().all(|v| v.is_nan()), "{what}, {kind}: slot {s} was written");
+            }
+        }
+    }
 }
 
 /// The same in every storage type of blocks: a depth of whole blocks of 32 and one that is not.
@@ -195,6 +225,26 @@ fn deep_expert_matmuls() {
     }
 }
 
+/// Tiles of other shapes differ in which lane has which rows, not in what they load: one shape of experts,
+/// a type of which a step is of 8 values and one of 16.
+#[test]
+fn deep_expert_matmuls_in_other_tiles() {
+    let Some(gpu) = gpu() else { return };
+    let experts = ROWS.len() as u32;
+    let logits = random(5, TOKENS * ROWS.len());
+    let [hidden, intermediate] = SHAPES[0];
+    for ctx in other_tiles(&gpu) {
+        let made = plan(&gpu, &ctx, [TOKENS as u32, experts], &logits, &assigned()).unwrap();
+        let plan = Plan { shape: &made.shape, buffer: &made.plan, host: &made.host };
+        for weight_type in [WeightType::F32, WeightType::Bf16] {
+            let shape = ExpertShape::new(experts, hidden, intermediate, weight_type);
+            let all = Experts::new(&gpu, &ctx, shape, None);
+            check(&gpu, &ctx, &all, &plan, Stage::GateUp(Activation::Silu), true);
+            check(&gpu, &ctx, &all, &plan, Stage::Down, false);
+        }
+    }
+}
+
 /// Router logits: row-major weights in whole 16-byte words, and in rows of any length.
 #[test]
 fn deep_logits() {
@@ -204,7 +254,7 @@ fn deep_logits() {
             let op = Logits::new(&ctx, hidden, experts).unwrap();
             let router = random(8, (experts * hidden) as usize);
             let weights = gpu.upload(&router);
-            for tokens in [1, 7, 41] {
+            for tokens in [1, 7, 19, 41] {
                 let x = random(9, (tokens * hidden) as usize);
                 let x_in = gpu.upload(&x);
                 let out = Output::f32s(&gpu, (tokens * experts) as usize);

@@ -405,8 +405,10 @@ fn every_op_records_under_default_limits() {
         ..Default::default()
     });
     let mut recorded: Vec<&str> = vec![];
-    for target in [Target::Wide, Target::Serial] {
-        let variant = Variant { target, ..Variant::PORTABLE };
+    let wide = Variant::PORTABLE;
+    let small_items = Variant { small_items: true, ..wide };
+    let serial = Variant { target: Target::Serial, ..wide };
+    for variant in [wide, small_items, serial] {
         let ctx = Context::with_variant(&device, variant).unwrap();
         // 70,000 tokens: more groups than a dimension of the grid holds.
         for (tokens, experts) in [(33, 40), (70_000, 16)] {

@@ -16,6 +16,8 @@ struct Params {
   items_begin: u32,   // words of the plan that hold the first item of this dispatch and the one past its last
   items_end: u32,
   least_item: u32,    // no item before this one holds slots of this dispatch
+  item_rows: u32,     // rows of an item; of small ones: parts that an item may have
+  small_rows: u32,    // most rows of small items, which other kernels leave alone; 0: there are none
   expert_offsets: u32, // plan section: first slot of each expert
   token_of: u32,      // plan section: row of x of each slot; 0: rows are slots
   placed: u32,        // 1: the page holds any experts, and places says which

@@ -1,6 +1,7 @@
 // A run: what a lane loads of a column at once, all under way together. Here 32 values of a block of 256:
-// its words of scales and those of its codes. Needs a format of blocks, which says where they are. Twin of
-// run_words.wgsl.
+// its words of scales and those of its codes. Needs a format of blocks, which says where they are, and for
+// how many runs four bytes of the first word of scales stand (RUNS_OF_SCALE; 0: a run needs the whole word).
+// Twin of run_words.wgsl.
 const RUN_DEPTH: u32 = 32u;
 
 struct Run {

@@ -10,3 +10,11 @@ fn load_weights(up: bool, base: u32, chunk: u32) -> vec4<u32> {
   }
   return weights[base + chunk * PANEL];
 }
+
+// Four bytes of one.
+fn load_part_of(up: bool, base: u32, chunk: u32, part: u32) -> u32 {
+  if up {
+    return weights_up[base + chunk * PANEL][part];
+  }
+  return weights[base + chunk * PANEL][part];
+}

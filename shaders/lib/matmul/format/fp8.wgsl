@@ -3,6 +3,7 @@
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 2u;
 const CODE_BITS: u32 = 8u;
+const RUNS_OF_SCALE: u32 = 4u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return 1u + 2u * place + i;

@@ -2,6 +2,7 @@
 const SCALE_WORDS: u32 = 1u;
 const CODE_WORDS: u32 = 1u;
 const CODE_BITS: u32 = 4u;
+const RUNS_OF_SCALE: u32 = 2u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return 1u + place;

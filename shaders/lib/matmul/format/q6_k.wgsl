@@ -3,6 +3,7 @@
 const SCALE_WORDS: u32 = 2u;
 const CODE_WORDS: u32 = 2u;
 const CODE_BITS: u32 = 6u;
+const RUNS_OF_SCALE: u32 = 2u;
 
 fn code_word(place: u32, i: u32) -> u32 {
   return select(2u + place, 10u + place / 2u, i == 1u);

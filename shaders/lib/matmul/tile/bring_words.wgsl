@@ -30,20 +30,20 @@ fn bring_tail(base: u32, lane: u32, step: u32) -> Brought {
   return next;
 }
 
-fn put_word(chunk: u32, column: u32, w: vec4<u32>) {
+fn put_word(chunk: u32, column: u32, further: u32, w: vec4<u32>) {
   const FOURS = BLOCK_DEPTH / 4u;
-  put_four(chunk * FOURS, column, unpack_low(w));
+  put_four(chunk * FOURS, column, further, unpack_low(w));
   if FOURS > 1u {
-    put_four(chunk * FOURS + 1u, column, unpack_high(w));
+    put_four(chunk * FOURS + 1u, column, further, unpack_high(w));
   }
 }
 
 fn put_brought(lane: u32, next: Brought) {
   if GATED {
-    put_word(lane / 64u, lane % 64u, next.w0);
-    put_word(lane / 64u, lane % 64u + 64u, next.w1);
+    put_word(lane / 64u, lane % 64u, 0u, next.w0);
+    put_word(lane / 64u, lane % 64u, 16u, next.w1);
   } else {
-    put_word(0u, lane, next.w0);
-    put_word(1u, lane, next.w1);
+    put_word(0u, lane, 0u, next.w0);
+    put_word(1u, lane, 0u, next.w1);
   }
 }
