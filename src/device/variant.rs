@@ -19,8 +19,8 @@ pub enum TileShape {
     /// 64 rows; a lane has eight neighbours.
     #[default]
     Large,
-    /// 64 rows; a lane has four of either half, so that subgroups of 64 lanes pay for 48 rows no more than
-    /// for 48.
+    /// 64 rows; a lane has four of either half, so that subgroups of 64 lanes pay for up to 48 rows only as many
+    /// multiply-adds as 48 take, not 64.
     Halves,
     /// 32 rows, four a lane: half the registers, for devices where those are what limits the lanes at work.
     Small,
@@ -43,15 +43,10 @@ pub struct Variant {
     #[cfg_attr(feature = "serde", serde(default))]
     pub tile: TileShape,
     /// On [`Target::Wide`]: items and a kernel of their own for what an expert has left of 9 to 32 rows, and loops of their own
-    /// for up to 4. Off, more than 8 rows are a tile, however few it has. For GPUs: the compilers of software drivers take 10 to
-    /// 30 seconds for one such kernel.
-    #[cfg_attr(feature = "serde", serde(default = "on"))]
+    /// for up to 4. Off, more than 8 rows are a tile, however few it has. For GPUs: the compilers of software drivers take 11 to
+    /// 26 seconds for one such kernel.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub small_items: bool,
-}
-
-#[cfg(feature = "serde")]
-fn on() -> bool {
-    true
 }
 
 impl TileShape {
@@ -68,7 +63,7 @@ impl Target {
 }
 
 impl Variant {
-    /// Every variant there is, whatever the device.
+    /// Every layout, with subgroups and without, whatever the device; of tiles and items the portable ones.
     pub(crate) const EVERY: [Self; 4] = [
         Self::PORTABLE,
         Self { subgroups: true, ..Self::PORTABLE },
