@@ -41,7 +41,7 @@ impl Logits {
     ///
     /// # Errors
     ///
-    /// Zero sizes; [`Error::Device`] where wgpu refuses the kernel.
+    /// Zero sizes; [`Error::Device`](crate::Error::Device) where wgpu refuses the kernel.
     pub fn new(ctx: &Context, hidden: u32, experts: u32) -> Result<Self> {
         not_zero(&[("hidden", hidden), ("experts", experts)])?;
         let make = |kind| {
@@ -56,7 +56,7 @@ impl Logits {
     ///
     /// # Errors
     ///
-    /// A slice that does not fit ([`Error`]); [`Error::Device`] where wgpu refuses a kernel for f16 or
+    /// A slice that does not fit ([`Error`](crate::Error)); [`Error::Device`](crate::Error::Device) where wgpu refuses a kernel for f16 or
     /// bf16, which the first `bind` of such rows compiles.
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
