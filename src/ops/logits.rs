@@ -56,8 +56,8 @@ impl Logits {
     ///
     /// # Errors
     ///
-    /// A slice that does not fit ([`Error`](crate::Error)); [`Error::Device`](crate::Error::Device) where wgpu refuses a kernel for f16 or
-    /// bf16, which the first `bind` of such rows compiles.
+    /// A slice that does not fit; [`Error::Device`](crate::Error::Device) where wgpu refuses a kernel for
+    /// f16 or bf16, which the first `bind` of such rows compiles.
     pub fn bind(&self, dims: &Dims, args: Args<'_>) -> Result<BoundOp> {
         let Dims { tokens } = *dims;
         self.bind_rows([tokens; 2], 0..tokens, args)

@@ -40,3 +40,15 @@ fn clip(expert: u32, first: u32, end: u32) -> Tile {
   let high = min(end, params.slot_end);
   return Tile(expert, low, max(high, low) - low);
 }
+
+// Where the page's weights have an expert of the plan: past `experts` where they have not.
+fn place_of(expert: u32) -> u32 {
+  var place = expert;
+  if params.placed == 1u { place = places[expert]; }
+  return place - params.first_expert;
+}
+
+fn x_row_of(slot: u32) -> u32 {
+  if GATHER && params.token_of != 0u { return plan[params.token_of + slot]; }
+  return slot - params.x_slot;
+}

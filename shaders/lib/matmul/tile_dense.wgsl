@@ -2,5 +2,3 @@
 fn tile_at(index: u32) -> Tile {
   return clip(0u, index * TILE_ROWS, (index + 1u) * TILE_ROWS);
 }
-
-fn x_row_of(slot: u32) -> u32 { return slot - params.x_slot; }

@@ -1,4 +1,4 @@
-// Items and gather read from the plan buffer. Twin of tile_rest.wgsl.
+// Items read from the plan buffer. Twin of tile_rest.wgsl.
 fn tile_at(index: u32) -> Tile {
   let item = max(plan[params.items_begin], params.least_item) + index;
   if item >= plan[params.items_end] { return Tile(NO_MORE, 0u, 0u); }
@@ -8,14 +8,7 @@ fn tile_at(index: u32) -> Tile {
   let left = plan[params.expert_offsets + expert + 1u] - first;
   if left <= params.small_rows { return Tile(0u, 0u, 0u); }
   let rows = min(params.item_rows, left);
-  var place = expert;
-  if params.placed == 1u { place = places[expert]; }
-  place -= params.first_expert;
+  let place = place_of(expert);
   if place >= params.experts { return Tile(0u, 0u, 0u); }
   return clip(place, first, first + rows);
-}
-
-fn x_row_of(slot: u32) -> u32 {
-  if GATHER && params.token_of != 0u { return plan[params.token_of + slot]; }
-  return slot - params.x_slot;
 }

@@ -12,14 +12,7 @@ fn tile_at(index: u32) -> Tile {
   let end = plan[params.expert_offsets + expert + 1u];
   let part = first + index % params.item_rows * TILE_ROWS;
   if end - first > params.small_rows || part >= end { return nothing; }
-  var place = expert;
-  if params.placed == 1u { place = places[expert]; }
-  place -= params.first_expert;
+  let place = place_of(expert);
   if place >= params.experts { return nothing; }
   return clip(place, part, min(part + TILE_ROWS, end));
-}
-
-fn x_row_of(slot: u32) -> u32 {
-  if GATHER && params.token_of != 0u { return plan[params.token_of + slot]; }
-  return slot - params.x_slot;
 }
