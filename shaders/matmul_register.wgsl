@@ -17,7 +17,8 @@
 //   matmul/weights | matmul/weights_rows | matmul/register/words_wide, matmul/register/words_plain | nothing,
 //   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows |
 //   matmul/register/pair_blocks,
-//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/register/block.
+//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/register/block,
+//   matmul/register/run_one | matmul/register/run_four.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
 // registers. A lane has all rows of an item, up to TILE_ROWS, and 8 columns (GATED: 4 of each matrix). A
@@ -58,52 +59,22 @@ fn stretch(tile: Tile, column: u32, x0: RowBases, x1: RowBases) {
   var k = 0u;
   if TILE_ROWS > 8u {
     loop {
-      let run = load_pairs(block, k);
-      var e = 0u;
-      loop {
-        let w = open_pairs(run, e);
-        add_octet(&s0, w, load_rows(x0, k * RUN_STEPS + e));
-        add_octet(&s1, w, load_rows(x1, k * RUN_STEPS + e));
-        continuing { e += 1u; break if e >= RUN_STEPS; }
-      }
+      add_run(16u, &s0, &s1, block, k, x0, x1);
       continuing { k += 1u; break if k >= runs; }
     }
   } else if tile.rows <= 2u {
     loop {
-      let run = load_pairs(block, k);
-      var e = 0u;
-      loop {
-        let w = open_pairs(run, e);
-        let x = load_rows(x0, k * RUN_STEPS + e);
-        s0.r0 = add(s0.r0, w, row_of(x, 0u));
-        s0.r1 = add(s0.r1, w, row_of(x, 1u));
-        continuing { e += 1u; break if e >= RUN_STEPS; }
-      }
+      add_run(2u, &s0, &s1, block, k, x0, x1);
       continuing { k += 1u; break if k >= runs; }
     }
   } else if tile.rows <= 4u {
     loop {
-      let run = load_pairs(block, k);
-      var e = 0u;
-      loop {
-        let w = open_pairs(run, e);
-        let x = load_rows(x0, k * RUN_STEPS + e);
-        s0.r0 = add(s0.r0, w, row_of(x, 0u));
-        s0.r1 = add(s0.r1, w, row_of(x, 1u));
-        s0.r2 = add(s0.r2, w, row_of(x, 2u));
-        s0.r3 = add(s0.r3, w, row_of(x, 3u));
-        continuing { e += 1u; break if e >= RUN_STEPS; }
-      }
+      add_run(4u, &s0, &s1, block, k, x0, x1);
       continuing { k += 1u; break if k >= runs; }
     }
   } else {
     loop {
-      let run = load_pairs(block, k);
-      var e = 0u;
-      loop {
-        add_octet(&s0, open_pairs(run, e), load_rows(x0, k * RUN_STEPS + e));
-        continuing { e += 1u; break if e >= RUN_STEPS; }
-      }
+      add_run(8u, &s0, &s1, block, k, x0, x1);
       continuing { k += 1u; break if k >= runs; }
     }
   }

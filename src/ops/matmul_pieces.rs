@@ -1,4 +1,4 @@
-//! What the three matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
+//! What the matmul kernels are put together from: the choice among pieces that are twins, by the problem. Each kernel's
 //! `prelude` lists its pieces in order, and so does its WGSL.
 use super::matmul_kernels::{ItemKind, Layout, Specialization};
 use crate::FloatType;
@@ -107,5 +107,14 @@ pub(crate) fn pair(problem: &Specialization) -> Piece {
         (_, true, _) => piece!("matmul/register/pair_blocks"),
         (_, _, 4) => piece!("matmul/register/pair_f32"),
         _ => piece!("matmul/register/pair_halves"),
+    }
+}
+
+/// How many of its steps the register kernel takes with one load of weights.
+pub(crate) fn register_run(problem: &Specialization) -> Piece {
+    if problem.weight_type.has_blocks() {
+        piece!("matmul/register/run_four")
+    } else {
+        piece!("matmul/register/run_one")
     }
 }

@@ -160,6 +160,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .piece(pieces::pair(problem))
         .piece(pieces::activation(problem))
         .piece(piece!("matmul/register/block"))
+        .piece(pieces::register_run(problem))
 }
 
 #[cfg(test)]

@@ -17,15 +17,28 @@ fn add(s: Sums, w: Pairs, x: Eight) -> Sums {
     s.hi + vec4(product(w.r.a, x), product(w.r.b, x), product(w.t.a, x), product(w.t.b, x)));
 }
 
-fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
+// The first so many rows, a constant wherever it is called: 2, 4, 8 or, with the second eight, 16.
+fn add_rows(
+  rows: u32, s0: ptr<function, Octet>, s1: ptr<function, Octet>,
+  w: Pairs, x0: RowBases, x1: RowBases, step: u32,
+) {
+  add_octet(rows, s0, w, load_rows(x0, step));
+  if rows > 8u { add_octet(8u, s1, w, load_rows(x1, step)); }
+}
+
+fn add_octet(rows: u32, s: ptr<function, Octet>, w: Pairs, x: RowValues) {
   (*s).r0 = add((*s).r0, w, row_of(x, 0u));
   (*s).r1 = add((*s).r1, w, row_of(x, 1u));
-  (*s).r2 = add((*s).r2, w, row_of(x, 2u));
-  (*s).r3 = add((*s).r3, w, row_of(x, 3u));
-  (*s).r4 = add((*s).r4, w, row_of(x, 4u));
-  (*s).r5 = add((*s).r5, w, row_of(x, 5u));
-  (*s).r6 = add((*s).r6, w, row_of(x, 6u));
-  (*s).r7 = add((*s).r7, w, row_of(x, 7u));
+  if rows > 2u {
+    (*s).r2 = add((*s).r2, w, row_of(x, 2u));
+    (*s).r3 = add((*s).r3, w, row_of(x, 3u));
+  }
+  if rows > 4u {
+    (*s).r4 = add((*s).r4, w, row_of(x, 4u));
+    (*s).r5 = add((*s).r5, w, row_of(x, 5u));
+    (*s).r6 = add((*s).r6, w, row_of(x, 6u));
+    (*s).r7 = add((*s).r7, w, row_of(x, 7u));
+  }
 }
 
 @group(0) @binding(6) var<storage, read_write> out: array<f32>;
@@ -77,19 +90,6 @@ fn block_at(expert: u32, column: u32) -> Block {
   return Block(
     columns_at(expert, column), columns_at(expert, column + 2u * WG),
     columns_at(expert, column + offset), columns_at(expert, column + offset + 2u * WG));
-}
-
-// What is loaded of them for a run of RUN_STEPS steps.
-struct Loads { p: Loaded, q: Loaded, r: Loaded, t: Loaded }
-
-fn load_pairs(b: Block, run: u32) -> Loads {
-  return Loads(
-    load_pair(false, b.p, run), load_pair(false, b.q, run),
-    load_pair(GATED, b.r, run), load_pair(GATED, b.t, run));
-}
-
-fn open_pairs(l: Loads, step: u32) -> Pairs {
-  return Pairs(open(l.p, step), open(l.q, step), open(l.r, step), open(l.t, step));
 }
 
 // Runs of eight values of k, times RUN_STEPS. Times min(rows, 1): for loop bounds made of uniforms alone

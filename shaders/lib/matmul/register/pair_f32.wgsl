@@ -17,11 +17,3 @@ fn load_pair(up: bool, c: Columns, step: u32) -> Pair {
   }
   return pair;
 }
-
-// A run is one step.
-const RUN_STEPS: u32 = 1u;
-alias Loaded = Pair;
-
-fn open(pair: Loaded, step: u32) -> Pair {
-  return pair;
-}

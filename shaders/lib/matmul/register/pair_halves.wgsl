@@ -8,11 +8,3 @@ fn load_pair(up: bool, c: Columns, step: u32) -> Pair {
   let p = load_words(up, c.a + step * PANEL, c.b + step * PANEL);
   return Pair(widen(p.a), widen(p.b));
 }
-
-// A run is one step.
-const RUN_STEPS: u32 = 1u;
-alias Loaded = Pair;
-
-fn open(pair: Loaded, step: u32) -> Pair {
-  return pair;
-}

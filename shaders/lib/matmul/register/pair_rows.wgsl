@@ -7,11 +7,3 @@ fn load_column(up: bool, base: u32, step: u32) -> Eight {
 fn load_pair(up: bool, c: Columns, step: u32) -> Pair {
   return Pair(load_column(up, c.a, step), load_column(up, c.b, step));
 }
-
-// A run is one step.
-const RUN_STEPS: u32 = 1u;
-alias Loaded = Pair;
-
-fn open(pair: Loaded, step: u32) -> Pair {
-  return pair;
-}
