@@ -22,8 +22,14 @@ fn add_rows(
   rows: u32, s0: ptr<function, Octet>, s1: ptr<function, Octet>,
   w: Pairs, x0: RowBases, x1: RowBases, step: u32,
 ) {
-  add_octet(rows, s0, w, load_rows(x0, step));
-  if rows > 8u { add_octet(8u, s1, w, load_rows(x1, step)); }
+  let a = load_rows(x0, step);
+  if rows > 8u {
+    let b = load_rows(x1, step);
+    add_octet(8u, s0, w, a);
+    add_octet(8u, s1, w, b);
+  } else {
+    add_octet(rows, s0, w, a);
+  }
 }
 
 fn add_octet(rows: u32, s: ptr<function, Octet>, w: Pairs, x: RowValues) {
