@@ -17,7 +17,8 @@
 //   matmul/weights | matmul/weights_rows | matmul/register/words_wide, matmul/register/words_plain | nothing,
 //   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows |
 //   matmul/register/pair_blocks,
-//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu, matmul/register/block,
+//   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu,
+//   matmul/out_scalar | matmul/out_vec4 | matmul/register/out_wide, matmul/register/block,
 //   matmul/register/run_one | matmul/register/run_four.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
@@ -44,7 +45,7 @@ fn matmul_register(
     let x1 = rows_at(tile, 8u, lane);
     for (var j = 0u; j < SPAN; j++) {
       let first = first_column + j * TILE_COLUMNS;
-      if first < params.column_end { stretch(tile, first + 2u * lane, x0, x1); }
+      if first < params.column_end { stretch(tile, first + 4u * lane, x0, x1); }
     }
   }
 }

@@ -110,7 +110,7 @@ pub(crate) fn item_step(groups: u32) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
-    let problem = &problem.with_any_stores().with_lanes_of_halves();
+    let problem = &problem.with_lanes_of_halves();
     let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide
@@ -121,8 +121,9 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         };
     let wide_x = features.wide && depth_lanes % 8 == 0 && problem.x_type == FloatType::F32;
     let mut prelude = Prelude::new(problem.label());
-    if wide_weights || wide_x {
-        prelude.label += ", 64-bit loads";
+    let wide_out = features.wide && problem.quad_columns;
+    if wide_weights || wide_x || wide_out {
+        prelude.label += ", 64-bit loads and stores";
         prelude = prelude.needs(wgpu::Features::SHADER_INT64);
     }
     if features.shuffle {
@@ -159,6 +160,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .maybe_piece((!wide_weights).then_some(piece!("matmul/register/words_plain")))
         .piece(pieces::pair(problem))
         .piece(pieces::activation(problem))
+        .piece(if wide_out { piece!("matmul/register/out_wide") } else { pieces::out(problem) })
         .piece(piece!("matmul/register/block"))
         .piece(pieces::register_run(problem))
 }

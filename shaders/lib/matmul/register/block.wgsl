@@ -47,31 +47,14 @@ fn add_octet(rows: u32, s: ptr<function, Octet>, w: Pairs, x: RowValues) {
   }
 }
 
-@group(0) @binding(6) var<storage, read_write> out: array<f32>;
-
-fn store_one(slot: u32, column: u32, value: f32) {
-  if column < params.column_end {
-    out[(slot - params.out_slot) * params.out_stride + params.column_base + column] = value;
-  }
-}
-
-fn store_two(slot: u32, column: u32, a: f32, b: f32) {
-  store_one(slot, column, a);
-  store_one(slot, column + 1u, b);
-}
-
 fn store(tile: Tile, row: u32, column: u32, s: Sums) {
   if row >= tile.rows { return; }
   let slot = tile.first + row;
   if GATED {
-    let v = activate(s.lo, s.hi);
-    store_two(slot, column, v.x, v.y);
-    store_two(slot, column + 2u * WG, v.z, v.w);
+    store_out(slot, column, activate(s.lo, s.hi));
   } else {
-    store_two(slot, column, s.lo.x, s.lo.y);
-    store_two(slot, column + 2u * WG, s.lo.z, s.lo.w);
-    store_two(slot, column + 4u * WG, s.hi.x, s.hi.y);
-    store_two(slot, column + 6u * WG, s.hi.z, s.hi.w);
+    store_out(slot, column, s.lo);
+    store_out(slot, column + 4u * WG, s.hi);
   }
 }
 
@@ -88,14 +71,14 @@ fn columns_at(expert: u32, column: u32) -> Columns {
   return Columns(weight_base(expert, min(column, last)), weight_base(expert, min(column + 1u, last)));
 }
 
-// The lane's four pairs of columns: 4 of one matrix, or 2 of gate then 2 of up.
+// The lane's four pairs of columns: four neighbours twice of one matrix, or of gate and then of up.
 struct Block { p: Columns, q: Columns, r: Columns, t: Columns }
 
 fn block_at(expert: u32, column: u32) -> Block {
   let offset = select(4u * WG, 0u, GATED);
   return Block(
-    columns_at(expert, column), columns_at(expert, column + 2u * WG),
-    columns_at(expert, column + offset), columns_at(expert, column + offset + 2u * WG));
+    columns_at(expert, column), columns_at(expert, column + 2u),
+    columns_at(expert, column + offset), columns_at(expert, column + offset + 2u));
 }
 
 // Runs of eight values of k, times RUN_STEPS. Times min(rows, 1): for loop bounds made of uniforms alone

@@ -1,0 +1,15 @@
+// Four neighbouring columns of out by one 64-bit vector store. Needs SHADER_INT64; columns, column_base and
+// out_stride are multiples of 4. llvmpipe pays for a store by its components. Twin of ../out_vec4.wgsl and
+// ../out_scalar.wgsl.
+@group(0) @binding(6) var<storage, read_write> out: array<vec2<u64>>;
+
+fn joined(v: vec2<f32>) -> u64 {
+  return u64(bitcast<u32>(v.x)) | (u64(bitcast<u32>(v.y)) << 32u);
+}
+
+fn store_out(slot: u32, column: u32, v: vec4<f32>) {
+  if column < params.column_end {
+    let at = ((slot - params.out_slot) * params.out_stride + params.column_base + column) / 4u;
+    out[at] = vec2(joined(v.xy), joined(v.zw));
+  }
+}
