@@ -38,8 +38,10 @@ fn gather(
   }
   let source = t * params.vectors;
   if t < params.tokens {
-    for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
+    var i = lane % params.lanes;
+    loop {
       out[to + i] = x[source + i];
+      continuing { i += params.lanes; break if i >= params.vectors; }
     }
   } else if params.keep == 0u {
     for (var i = lane % params.lanes; i < params.vectors; i += params.lanes) {
