@@ -10,10 +10,14 @@ use wgmoe::{Context, ContextOptions, ExpertWeights, Gpu, WeightType, wgpu};
 const MODEL: &str = "llada2-mini";
 /// As many as there are groups of them, twice: the kernels are those of all 256.
 const EXPERTS: u32 = 16;
+/// Dispatches of the first run that are named, longest first.
+const LONGEST: usize = 8;
 
 /// What is waited for, and for how long.
 struct Times {
     steps: Vec<(&'static str, Duration, usize)>,
+    /// Of the first run: what each dispatch took, in ms.
+    dispatches: Vec<(String, f64)>,
     again: Duration,
 }
 
@@ -36,7 +40,7 @@ pub(crate) async fn start(
     let weights = weights(&gpu).map_err(|e| e.to_string())?;
     let read = cache.and_then(|file| fs::read(file).ok());
     let pipelines = cache.map(|_| pipeline_cache(&gpu.device, read.as_deref()));
-    let Times { steps, again } =
+    let Times { steps, mut dispatches, again } =
         first_output(&gpu, weights, tokens, pipelines.clone()).map_err(|e| e.to_string())?;
 
     let info = &gpu.info;
@@ -45,6 +49,11 @@ pub(crate) async fn start(
     let ms = |time: Duration| 1e3 * time.as_secs_f64();
     for (what, time, made) in &steps {
         let _ = writeln!(text, "  {what:<14}{:9.1} ms  {made:3} pipelines", ms(*time));
+    }
+    // A software driver makes machine code at a kernel's first dispatch.
+    dispatches.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (label, ms) in dispatches.iter().take(LONGEST) {
+        let _ = writeln!(text, "    {label:<38}{ms:9.1} ms");
     }
     let all: Duration = steps.iter().map(|(_, time, _)| time).sum();
     let _ = writeln!(text, "  {:<14}{:9.1} ms", "in all", ms(all));
@@ -133,10 +142,10 @@ fn first_output(
     lap("layer", ctx.pipelines());
     let step = layer.bind(&Batch::new(&hidden, tokens).into_out(&out))?;
     lap("bind", ctx.pipelines());
-    gpu.run_layer(&step)?;
+    let dispatches = gpu.profile_alone(step.dispatches())?;
     lap("first run", ctx.pipelines());
 
     let start = Instant::now();
     gpu.run_layer(&step)?;
-    Ok(Times { steps, again: start.elapsed() })
+    Ok(Times { steps, dispatches, again: start.elapsed() })
 }
