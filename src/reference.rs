@@ -11,8 +11,10 @@
 //! | [`scores`] | [`ops::scores`](crate::ops::scores) | logits `[T, E]`, bias `[E]` | scores, selection values `[T, E]` each |
 //! | [`capacity`] | [`ops::capacity`](crate::ops::capacity) | mask ratios `[B]`, offsets `[B + 1]` | capacities, experts per token `[B]` each |
 //! | [`active_rows`] | [`ops::active_rows`](crate::ops::active_rows) | offsets `[B + 1]`, lengths `[B]` | rows that are not padding `[ceil(T / 32)]` |
+//! | [`active_rows_of`] | the same | the same, and active tokens `[ceil(T / 32)]` | active rows that are not padding |
 //! | [`expert_choice`] | [`ops::expert_choice`](crate::ops::expert_choice) | values `[T, E]`, offsets `[B + 1]`, capacities `[B]` | bit set |
 //! | [`token_choice`] | [`ops::token_choice`](crate::ops::token_choice) | values `[T, E]` | bit set |
+//! | [`token_choice_of_each`] | the same | the same, and experts of each token `[T]` | bit set |
 //! | [`sequence_top`] | [`ops::sequence_top`](crate::ops::sequence_top) | values `[T, E]`, offsets `[B + 1]` | bit set |
 //! | [`coreset`] | [`ops::coreset`](crate::ops::coreset) | values `[T, E]`, own choice (bit set), offsets `[blocks + 1]` | coresets `[blocks, ceil(E / 32)]`, block of each token `[T]` |
 //! | [`coverage`] | [`ops::coverage`](crate::ops::coverage) | own choice (bit set), coresets `[blocks, ceil(E / 32)]`, offsets `[blocks + 1]` | pairs, those inside `[blocks, 2]` |
@@ -25,15 +27,25 @@
 //! | [`expert_lists`] | [`ops::expert_lists`](crate::ops::expert_lists) | bit set | offsets `[E + 1]`, tokens `[room]`, lost `[E]` |
 //! | [`padded_expert_lists`] | [`ops::expert_lists`](crate::ops::expert_lists) | bit set | tokens `[E, room]`, counts, lost `[E]` each |
 //! | [`plan`] | [`ops::plan_scan`](crate::ops::plan_scan) and its neighbours | bit set, gates `[T, E]` | the plan |
+//! | [`plan_active`] | the same | the same, and active tokens `[ceil(T / 32)]` | the plan, whose shared experts take those alone |
 //! | [`gather`] | [`ops::gather`](crate::ops::gather) | x `[T, D]`, tokens `[S]` | rows `[S, D]` |
 //! | [`matmul_row`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[K]`, weights `[N, K]` as a function | row `[N]`, f64 |
 //! | [`expert`] | [`ops::grouped_matmul`](crate::ops::grouped_matmul) | x `[D]`, weights as functions | y `[D]` |
 //! | [`combine`] | [`ops::combine`](crate::ops::combine) | plan, y `[S, D]` | out `[T, D]` |
+//! | [`combine_active`] | the same | the same, and active tokens `[ceil(T / 32)]` | the rows of those |
+//! | [`activation`] | [`ops::activation`](crate::ops::activation) | z `[S, 2F]` | a `[S, F]` |
+//! | [`activation_gradient`] | [`ops::activation_gradient`](crate::ops::activation_gradient) | z `[S, 2F]`, gates `[S]`, gradient of a `[S, F]` | gradients of z and of the gates |
+//! | [`activation_slope`] | the same | the activation, a value | its value and slope, f64 |
+//! | [`matmul_transposed`] | [`ops::matmul_transposed`](crate::ops::matmul_transposed) | plan, rows `[S, N]`, weights `[N, K]` of each expert | rows `[S, K]` |
+//! | [`matmul_transposed_row`] | the same | g `[N]`, weights `[N, K]` as a function | row `[K]`, f64 |
+//! | [`weight_gradient`] | [`ops::weight_gradient`](crate::ops::weight_gradient) | plan, rows `[S, N]` and `[S, K]` (one of them by token) | gradients `[N, K]` of each expert |
+//! | [`outer_products`] | the same | rows `[.., N]`, `[.., K]`, pairs of them | the sum of their outer products `[N, K]` |
 //! | [`gates_backward`] | [`ops::gates_backward`](crate::ops::gates_backward) | plan, gradients of gates `[S]`, bit set, logits or scores `[T, E]` | gradients of logits `[T, E]` |
 //! | [`sum_of_slots`] | [`ops::combine`](crate::ops::combine) | plan, rows `[S, D]` | their sums `[T, D]` |
 //! | [`router_loss`] | [`ops::router_loss`](crate::ops::router_loss) | logits `[T, E]`, counts `[E]` | values of two losses, gradients of logits |
 //! | [`balance_loss`] | [`ops::balance_loss`](crate::ops::balance_loss) | logits `[T, E]`, experts of each token `[T]` | value, gradients of logits |
 //! | [`cross_entropy`] | [`ops::cross_entropy`](crate::ops::cross_entropy) | logits `[T, V]`, targets, weights `[T]` each | losses `[T]`, gradients of logits |
+//! | [`masked_weights`] | the same | masked tokens, ratios | weights of the rows `[T]` |
 //! | [`loss_sum`] | [`ops::loss_sum`](crate::ops::loss_sum) | terms | their sum |
 //! | [`bias_update`] | [`ops::bias_update`](crate::ops::bias_update) | bias, counts `[E]` each | bias |
 //! | [`layer`], [`layer_routing`], [`layer_token`] | [`MoeLayer`](crate::MoeLayer) | x `[T, D]`, router, experts | out `[T, D]` |

@@ -31,7 +31,7 @@ pub(crate) async fn load(
     inputs: u32,
 ) -> Result<Loaded, String> {
     let shape = layer.config.expert_shape(layer.weights);
-    let fit = memory / shape.expert_bytes();
+    let fit = memory / shape.device_bytes();
     if u64::from(shape.experts) > fit {
         let routed = (fit as u32).saturating_sub(layer.config.shared_experts);
         // Groups of experts stay whole.
@@ -294,7 +294,7 @@ impl Input {
         let routed = f64::from(choice.slots());
         let slots = routed + shared * t;
         let touched = f64::from(choice.unique_experts());
-        let weights = (touched + shared) * config.expert_shape(weights).expert_bytes() as f64;
+        let weights = (touched + shared) * config.expert_shape(weights).device_bytes() as f64;
         let bits = 4.0 * choice.assigned.len() as f64;
         let matmuls = 6.0 * slots * d * f;
         // In words of 4 bytes but for the weights.

@@ -215,7 +215,7 @@ fn step_within(gpu: &Gpu, work: &Work, layer: &MoeLayer, limit: Option<u64>, wha
         choice.slots(),
         config.experts,
         loads.iter().max().unwrap_or(&0),
-        f64::from(unique + config.shared_experts) * layer.weights().shape().expert_bytes() as f64
+        f64::from(unique + config.shared_experts) * layer.weights().shape().device_bytes() as f64
             / 1e6
     );
     // What a batched matmul of equal parts would pad and drop; here nothing is padded beyond an

@@ -94,21 +94,6 @@ impl Context {
         Self::make(device, variant, ContextOptions::default(), report)
     }
 
-    /// A context with a chosen variant and the caller's pipeline cache, from which kernels are taken
-    /// and into which they are put.
-    ///
-    /// # Errors
-    ///
-    /// As [`Context::with_variant`].
-    pub fn with_cache(
-        device: &wgpu::Device,
-        variant: Variant,
-        cache: wgpu::PipelineCache,
-    ) -> Result<Self> {
-        let options = ContextOptions::default().with_cache(cache);
-        Self::make(device, variant, options, MatrixReport::NotOffered)
-    }
-
     pub(crate) fn make(
         device: &wgpu::Device,
         variant: Variant,

@@ -142,6 +142,15 @@ struct PageOf<'a> {
     page: &'a Page,
 }
 
+/// Most rows of an expert's last item that are summed up in the order of skinny items, on this context's device and in
+/// plans of this shape. What has more rows, and every whole tile, is summed up in that of tiles: a row's bits hang
+/// on nothing else. 0 where the shape has no skinny items: then all rows are in tiles.
+pub fn few_rows(ctx: &Context, shape: &PlanShape) -> u32 {
+    let small = ItemKind::all(ctx, false).any(|kind| kind == ItemKind::Small);
+    let most = SMALL_ROWS.min(shape.tile_rows.saturating_sub(1));
+    if small && shape.skinny_rows > 0 { most.max(shape.skinny_rows) } else { shape.skinny_rows }
+}
+
 impl GroupedMatmul {
     /// Compiles the kernels for experts of this shape, one for each kind of item.
     ///
@@ -210,12 +219,10 @@ impl GroupedMatmul {
         Ok(step)
     }
 
-    /// Most rows of a small item of a plan of this shape; 0 where there are none. Whole tiles are none,
-    /// so that a row's bits do not hang on whether more rows of its expert follow.
+    /// Most rows of a small item of a plan of this shape; 0 where there are none.
     fn small_rows(&self, shape: &PlanShape) -> u32 {
-        let has = ItemKind::all(&self.ctx, false).any(|kind| kind == ItemKind::Small);
-        let most = SMALL_ROWS.min(shape.tile_rows.saturating_sub(1));
-        if has && most > shape.skinny_rows { most } else { 0 }
+        let few = few_rows(&self.ctx, shape);
+        if few > shape.skinny_rows { few } else { 0 }
     }
 
     /// The caller's arguments, before anything is made of them.

@@ -30,7 +30,7 @@ pub(crate) const KERNEL: MatmulKernel = MatmulKernel {
         ctx.variant().target == Target::Wide
             && (work.kind == ItemKind::Skinny || work.kind == ItemKind::Small && small)
     },
-    tile_rows: |_| SKINNY_ROWS,
+    tile_rows: |_| unreachable!("it serves no tiles"),
     prelude: |ctx, problem| prelude(problem, ctx.variant().small_items),
     group: |_, problem| [tile_columns(problem), 1],
     item_step: |_| 0,

@@ -219,7 +219,6 @@ impl PlanCount {
         let columns = u64::from(tokens.div_ceil(32));
         args.assigned.u32s("assigned", &[experts.into(), columns])?;
         args.plan.u32s("plan", &[at.words.into()])?;
-        let nothing = self.ctx.scratch("no gates", 16)?;
         let mut params = Params {
             tokens,
             experts,
@@ -230,7 +229,8 @@ impl PlanCount {
             ..Params::default()
         };
         let [mut source, mut scale_by_count, mut scale_by_expert] = [None; 3];
-        let mut gates = Slice::from(&nothing);
+        let nothing;
+        let gates;
         if let Some(g) = args.gates {
             g.check(shape)?;
             params.rule = g.rule.number();
@@ -240,6 +240,10 @@ impl PlanCount {
             (source, scale_by_count, scale_by_expert) =
                 (Some(g.source), g.scales.scale_by_count, g.scales.scale_by_expert);
             gates = g.gates;
+        } else {
+            // Bound to be written to, though nothing is.
+            nothing = self.ctx.scratch("no gates", 16)?;
+            gates = Slice::from(&nothing);
         }
         let [source, scale_by_count, scale_by_expert] =
             [source, scale_by_count, scale_by_expert].map(|s| or_nothing(&self.ctx, s));

@@ -1,7 +1,7 @@
 //! The matmul by transposed weights for CPU-type devices: all in registers. See
 //! [`matmul_transposed`](super::matmul_transposed).
 use super::matmul_kernels::{ItemKind, Layout, SKINNY_ROWS};
-use super::matmul_register::{Features, TILE_ROWS};
+use super::matmul_register::{Features, TILE_ROWS, span};
 use super::transposed_kernels::{ALL_BINDINGS, Params, Problem};
 use crate::Context;
 use crate::device::shader::{Piece, Prelude, Spec, piece};
@@ -21,25 +21,15 @@ pub const SPEC: Spec = Spec {
 /// Lanes of a workgroup: one subgroup.
 const WG: u32 = 8;
 
-/// Stretches of columns, and items, that a workgroup takes one after the other, as
-/// [`matmul_register`](super::matmul_register) does.
-fn span(problem: &Problem) -> [u32; 2] {
-    match problem.kind {
-        ItemKind::Skinny => [4, 1],
-        _ if problem.dense => [1, 1],
-        _ => [1, 4],
-    }
-}
-
 /// Columns and items that one workgroup makes.
 pub(super) fn group(problem: &Problem) -> [u32; 2] {
-    let [span, items] = span(problem);
+    let [span, items] = span(problem.kind, problem.dense);
     [span * WG * 8, items]
 }
 
 /// Iterations that the loops of one invocation take at most.
 pub(super) fn iterations(problem: &Problem, rows: u32) -> u64 {
-    let [span, items] = span(problem).map(u64::from);
+    let [span, items] = span(problem.kind, problem.dense).map(u64::from);
     let matrices = if problem.gated { 2 } else { 1 };
     items * (1 + span * (1 + matrices * u64::from(rows.div_ceil(8))))
 }
@@ -82,8 +72,8 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
     problem
         .constants(prelude)
         .constant("WG", WG)
-        .constant("SPAN", span(problem)[0])
-        .constant("ITEMS", span(problem)[1])
+        .constant("SPAN", span(problem.kind, problem.dense)[0])
+        .constant("ITEMS", span(problem.kind, problem.dense)[1])
         .constant(
             "TILE_ROWS",
             if problem.kind == ItemKind::Skinny { SKINNY_ROWS } else { TILE_ROWS },

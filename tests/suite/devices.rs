@@ -3,11 +3,13 @@ use std::time::Instant;
 use testkit::layer::HostLayer;
 use testkit::prelude::*;
 use testkit::rules::every_rule;
+use wgmoe::layer::cached::{BoundCached, CachedModel};
 use wgmoe::layer::*;
 use wgmoe::ops::*;
 use wgmoe::routing::{BlockRule, Routing};
+use wgmoe::weights::ExpertGradients;
 use wgmoe::wgpu::{self, BufferUsages, Features};
-use wgmoe::{Context, Gpu, Slice, Target, Variant, models};
+use wgmoe::{CachedLayer, Context, ContextOptions, Gpu, Slice, Target, Variant, models};
 
 fn config() -> LayerConfig {
     let config = models::find("llada2-mini").unwrap().config;
@@ -26,7 +28,15 @@ fn public_types_cross_threads() {
     crosses::<(Context, wgmoe::Dispatch, wgmoe::BoundOp, wgmoe::Variant, wgmoe::Target)>();
     crosses::<(Gpu, Slice<'_>, wgmoe::Error)>();
     crosses::<(MoeLayer, MoeRouting, MoeExperts, BoundLayer, Scratch)>();
-    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, Batch<'_>, Batch<'_>)>();
+    crosses::<(LayerConfig, Tensor, Router, Batch<'_>, KeptCoresets<'_>)>();
+    crosses::<(TrainingBatch<'_>, Losses<'_>, BoundBackward, BoundPart, ExpertGradients)>();
+    crosses::<(CachedLayer, CachedModel, BoundCached, wgmoe::Floats<'_>)>();
+    crosses::<(ContextOptions, wgmoe::MatrixUnits)>();
+    crosses::<(activation::Activate, activation_gradient::ActivationGradient)>();
+    crosses::<(matmul_transposed::MatmulTransposed, weight_gradient::WeightGradient)>();
+    crosses::<(gates_backward::GatesBackward, router_loss::RouterLoss)>();
+    crosses::<(balance_loss::BalanceLoss, cross_entropy::CrossEntropy, loss_sum::LossSum)>();
+    crosses::<(bias_update::BiasUpdate, active_rows::ActiveRows, coverage::Coverage)>();
     crosses::<(Assignments<'_>, Sequences<'_>, Blocks<'_>)>();
     crosses::<(HostRouter<'_>, HostSequences<'_>, HostBlocks<'_>, HostBatch<'_>, HostRouting)>();
     crosses::<HostExperts<'_>>();
@@ -145,8 +155,10 @@ fn a_layer_makes_all_its_pipelines() {
             config.experts = experts;
             config
         };
-        for target in [Target::Wide, Target::Serial] {
-            let variant = Variant { target, ..Variant::PORTABLE };
+        for (target, small_items) in
+            [(Target::Wide, false), (Target::Wide, true), (Target::Serial, false)]
+        {
+            let variant = Variant { target, small_items, ..Variant::PORTABLE };
             let made = Context::with_variant(&device, variant).unwrap();
             let layer = HostLayer::new(config).layer(&made, &queue).unwrap();
             let pipelines = made.pipelines();
@@ -167,7 +179,7 @@ fn a_layer_makes_all_its_pipelines() {
                 let step = layer.bind(&Batch::new(hidden, tokens).into_out(out)).unwrap();
                 let mut encoder = device.create_command_encoder(&Default::default());
                 step.encode(&mut encoder);
-                let what = format!("{target:?} {routing:?} T {tokens}");
+                let what = format!("{target:?} {small_items} {routing:?} T {tokens}");
                 assert_eq!(made.pipelines(), pipelines, "{what}");
             }
         }
@@ -230,8 +242,8 @@ fn the_callers_pipeline_cache() {
     let sample = HostLayer::new(config());
     let (device, queue) = &devices[0];
     let layer = |cache: &wgpu::PipelineCache| {
-        let variant = Variant::best(device);
-        let ctx = Context::with_cache(device, variant, cache.clone())?;
+        let options = ContextOptions::default().with_cache(cache.clone());
+        let ctx = Context::with_options(device, options)?;
         sample.layer(&ctx, queue)
     };
     let x = random(3, 64 * 33);

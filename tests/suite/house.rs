@@ -63,6 +63,16 @@ fn every_twin_is_a_reference() {
         missing.extend(twins.filter(|t| !there.contains(t)).map(|twin| format!("{stem}::{twin}")));
     }
     assert!(missing.is_empty(), "missing in src/reference.rs: {missing:?}");
+
+    // Each has a row in the table at the head, by the name it has there.
+    let text = std::fs::read_to_string(src().join("reference.rs")).expect("a text");
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("//! | [`")).collect();
+    let word = |rest: &str| rest.split([',', ';', '}', '(', '\n']).next().map(str::to_string);
+    let named = reference.split(" as ").skip(1).filter_map(word);
+    let made = reference.split("\npub fn ").skip(1).filter_map(word);
+    let listed = |name: &String| rows.iter().any(|row| row.contains(&format!("[`{name}`]")));
+    let unlisted: Vec<String> = named.chain(made).filter(|name| !listed(name)).collect();
+    assert!(unlisted.is_empty(), "no row in the table of src/reference.rs: {unlisted:?}");
 }
 
 /// What a change touches, as CONTRIBUTING.md has it: the files are there. `x` is a new one.

@@ -7,7 +7,9 @@ use wgmoe::layer::cached::{CacheOptions, CachedLayer};
 use wgmoe::layer::{Batch, LayerConfig, MoeLayer, MoeRouting, Scratch};
 use wgmoe::models::find;
 use wgmoe::routing::{Routing, Score, TokenChoice};
-use wgmoe::{Context, Error, ExpertWeights, FloatType, Floats, Gpu, Slice, WeightType, wgpu};
+use wgmoe::{
+    Context, Error, ExpertWeights, FloatType, Floats, Gpu, Slice, Target, Variant, WeightType, wgpu,
+};
 
 const K: u32 = 3;
 
@@ -155,33 +157,42 @@ fn very_long_batches_are_bound_at_once() {
     let required_limits = wgpu::Limits { max_buffer_size: 1 << 30, ..wgpu::Limits::default() };
     let (device, _) =
         wgpu::Device::noop(&wgpu::DeviceDescriptor { required_limits, ..Default::default() });
-    let ctx = Context::new(&device).unwrap();
-    assert_eq!(ctx.device().limits().max_storage_buffer_binding_size, 128 << 20);
+    assert_eq!(device.limits().max_storage_buffer_binding_size, 128 << 20);
+    // A software driver's kinds of items, and a GPU's, which has small ones as well.
+    for (what, small_items, most) in
+        [("software drivers", false, [40, 200, 600]), ("GPUs", true, [50, 250, 750])]
+    {
+        let target = if small_items { Target::Wide } else { Target::Serial };
+        let variant = Variant { target, small_items, ..Variant::PORTABLE };
+        bind_very_long(what, &Context::with_variant(&device, variant).unwrap(), most);
+    }
+}
+
+fn bind_very_long(what: &str, ctx: &Context, most: [usize; 3]) {
     let config = find("llada2-mini").unwrap().with_experts(64);
-    let weights = ExpertWeights::new(&ctx, config.expert_shape(WeightType::Bf16)).unwrap();
+    let weights = ExpertWeights::new(ctx, config.expert_shape(WeightType::Bf16)).unwrap();
     let router_weight = vec![0.0; (config.experts * config.hidden) as usize];
     let bias = vec![0.0; config.experts as usize];
-    let router = router(&ctx, &router_weight, Some(&bias)).unwrap();
-    let layer = MoeLayer::new(&ctx, config, router, weights).unwrap();
-    for (tokens, limit, most) in
-        [(512u32, 64u64 << 20, 40), (16_384, 192 << 20, 200), (65_536, 512 << 20, 600)]
-    {
+    let router = router(ctx, &router_weight, Some(&bias)).unwrap();
+    let layer = MoeLayer::new(ctx, config, router, weights).unwrap();
+    let lengths = [(512u32, 64u64 << 20), (16_384, 192 << 20), (65_536, 512 << 20)];
+    for ((tokens, limit), most) in lengths.into_iter().zip(most) {
         let bytes = 4 * u64::from(tokens) * u64::from(config.hidden);
         let [x, out] = [0; 2].map(|_| {
-            device.create_buffer(&wgpu::BufferDescriptor {
+            ctx.device().create_buffer(&wgpu::BufferDescriptor {
                 label: None,
                 size: bytes,
                 usage: wgpu::BufferUsages::STORAGE,
                 mapped_at_creation: false,
             })
         });
-        let scratch = Scratch::new(&ctx);
+        let scratch = Scratch::new(ctx);
         let batch = Batch::new(&x, tokens).into_out(&out).with_scratch(&scratch);
         let bound = layer.bind(&batch.with_scratch_limit(limit)).unwrap();
         let dispatches = bound.dispatches().count();
-        println!("{tokens} tokens: {dispatches} dispatches, {} bytes", scratch.bytes());
+        println!("{what}, {tokens} tokens: {dispatches} dispatches, {} bytes", scratch.bytes());
         assert!(scratch.bytes() <= limit, "{tokens} tokens: {}", scratch.bytes());
-        assert!(dispatches <= most, "{tokens} tokens: {dispatches} dispatches");
+        assert!(dispatches <= most, "{what}, {tokens} tokens: {dispatches} dispatches");
     }
 }
 

@@ -5,12 +5,15 @@ use testkit::device::context_of;
 use testkit::layer::stored;
 use testkit::prelude::{Output, gpu, random, run};
 use testkit::works::{Planned, plan};
-use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, SlotRows, Stage, activate, cpu_row};
+use wgmoe::ops::grouped_matmul::{
+    Args, GroupedMatmul, Rows, SlotRows, Stage, activate, cpu_row, few_rows,
+};
 use wgmoe::ops::logits::{self, Logits};
-use wgmoe::plan::bits;
+use wgmoe::plan::{HostPlan, bits};
 use wgmoe::weights::{ExpertShape, HostWeights, Projection};
 use wgmoe::{
-    Activation, BoundOp, Context, ExpertWeights, Gpu, Target, TileShape, Variant, WeightType, wgpu,
+    Activation, BoundOp, Context, ExpertWeights, Gpu, PlanShape, Target, TileShape, Variant,
+    WeightType, wgpu,
 };
 
 /// Tokens of each expert: each number that makes a skinny or a small item, and tiles with every kind of rest.
@@ -224,6 +227,35 @@ fn rows_of_any_item_have_the_same_bits() {
         for &weight_type in WeightType::ALL.iter().filter(|t| **t != WeightType::F32) {
             Case::new(&gpu, &ctx, &made, weight_type, gated).check();
         }
+    }
+}
+
+/// What a caller asks for who wants one order of the sums in all rows.
+#[test]
+fn without_skinny_items_all_rows_are_in_tiles() {
+    let Some(gpu) = gpu() else { return };
+    let ctx = with_small_items(&gpu);
+    let size = [TOKENS as u32, EXPERTS as u32];
+    let shape = PlanShape::new(&ctx, size[0], size[1], ROWS.iter().sum::<usize>() as u32);
+    assert_eq!(few_rows(&ctx, &shape), 32.min(shape.tile_rows - 1));
+    let shape = shape.with_item_rows(shape.tile_rows, 0);
+    assert_eq!(few_rows(&ctx, &shape), 0);
+    let host = HostPlan::cpu(&shape, &assigned(), &vec![1.0; TOKENS * EXPERTS]);
+    let plan = gpu.upload(&host.to_words(&shape).unwrap());
+    let made = Planned { shape, plan, step: BoundOp::default(), host };
+    let case = Case::new(&gpu, &ctx, &made, WeightType::F32, Stage::Down);
+    let slots = made.host.token_of.len();
+    let out = Output::f32s(&gpu, slots * case.columns());
+    let places = gpu.upload(&[0u32; EXPERTS]);
+    let step = case.bind(&case.weights(1, u64::MAX), Some(&places), &out, 0..slots as u32);
+    assert!(step.dispatches().iter().all(|d| !d.label().contains("small")), "small items");
+    run(&gpu, &step);
+    let mut first: Vec<Option<Vec<f32>>> = vec![None; TOKENS];
+    for (row, &token) in out.get::<f32>(&gpu).chunks(case.columns()).zip(&made.host.token_of) {
+        let want = &case.want[token as usize];
+        close(row, want, 2e-5 * largest(want), 2e-5, &format!("token {token}")).unwrap();
+        let same = first[token as usize].get_or_insert_with(|| row.to_vec()) == row;
+        assert!(same, "token {token} has other bits in another item");
     }
 }
 

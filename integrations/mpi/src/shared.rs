@@ -2,15 +2,15 @@
 use crate::Result;
 use crate::owner::buffer;
 use wgmoe::layer::{LayerConfig, Tensor};
-use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, Stage};
+use wgmoe::ops::grouped_matmul::{Args, GroupedMatmul, Rows, Stage, few_rows};
 use wgmoe::plan::HostPlan;
 use wgmoe::{BoundOp, Context, ExpertWeights, PlanShape, Slice, wgpu};
 
 /// The shared experts of one rank's tokens.
 ///
-/// On one device with the whole batch the last tokens, where they are few, make an item of the skinny
-/// matmul, and all others items of the tile matmul; the sums of the two have another order. So that
-/// each token meets the kernel it would meet there, a rank's tokens are taken in two parts.
+/// On one device with the whole batch the last tokens, where they are few, make a skinny or a small item,
+/// and all others items of the tile matmul; the sums of the two have another order. So that each token's
+/// sums have the order they would have there, a rank's tokens are taken in two parts.
 #[derive(Debug)]
 pub(crate) struct Shared {
     parts: Vec<Part>,
@@ -31,10 +31,10 @@ struct Part {
     _plan: Tensor,
 }
 
-/// Where the last tokens of a batch begin, which make a skinny item: at the end where none do.
-fn rest_of(tokens: u32, shape: &PlanShape) -> u32 {
+/// Where the last tokens of a batch begin, which make no item of tiles: at the end where there are none.
+fn rest_of(ctx: &Context, tokens: u32, shape: &PlanShape) -> u32 {
     let rest = tokens % shape.tile_rows;
-    if rest <= shape.skinny_rows { tokens - rest } else { tokens }
+    if rest <= few_rows(ctx, shape) { tokens - rest } else { tokens }
 }
 
 impl Shared {
@@ -51,7 +51,7 @@ impl Shared {
         let down = GroupedMatmul::new(ctx, &experts, Stage::Down)?;
         let all = experts.experts;
         let own = PlanShape::new(ctx, tokens.max(1), all, 1);
-        let middle = rest_of(whole, &own).clamp(first, first + tokens) - first;
+        let middle = rest_of(ctx, whole, &own).clamp(first, first + tokens) - first;
         let mut parts = vec![];
         for (of, skinny_rows) in [(0..middle, 0), (middle..tokens, own.skinny_rows)] {
             if of.is_empty() {

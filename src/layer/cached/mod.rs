@@ -126,7 +126,7 @@ impl CachedLayer {
     /// that are added up, and, where the host may compute experts, for a buffer of `hidden` without
     /// `COPY_SRC`.
     pub fn bind(&self, batch: &Batch<'_>) -> Result<BoundCached> {
-        let added = "its sums say no more which experts a step uses: `Batch::with_stats_to`";
+        let added = "its sums say no more which experts a step uses: `Batch::with_stats`";
         Batch::unused("stats", batch.add_stats, added)?;
         let limited = batch.scratch_limit.is_some();
         Batch::unused("scratch_limit", limited, "a layer under a budget keeps every row of `y`")?;

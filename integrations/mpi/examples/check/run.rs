@@ -209,14 +209,17 @@ pub fn all(world: &World, naive: bool, filter: &[&str]) -> Result<()> {
     cases.retain(|case| filter.iter().all(|part| case.name.contains(part)));
     let mut done = 0;
     let best = Variant::best(&gpu.device);
-    for variant in [best, Variant::PORTABLE] {
+    // Small items, which software drivers leave out by default.
+    let small = Variant { small_items: true, ..Variant::PORTABLE };
+    for variant in [best, Variant::PORTABLE, small] {
         let ctx = Context::with_variant(&gpu.device, variant)?;
         for case in &cases {
             let own = parallel(world, &gpu, &ctx, case, naive)?;
             let all = gather(world, case, own);
             if let Some(got) = all {
                 let outcome = compare(&got, &alone(&gpu, &ctx, case)?, case);
-                let name = format!("{} ({:?})", case.name, variant.target);
+                let items = if variant == small { ", small items" } else { "" };
+                let name = format!("{} ({:?}{items})", case.name, variant.target);
                 match outcome {
                     Ok(()) => println!("ok: {name}"),
                     Err(e) => {
