@@ -1,5 +1,5 @@
-// A run of eight values of k: one step. A loop of one step around it would cost half as much again on llvmpipe,
-// which keeps the sums of a loop in memory. Twin of run_four.wgsl.
+// A run of eight values of k: one step. With a loop of one step around it llvmpipe, which keeps the sums of a
+// loop in memory, took half as long again. Twin of run_four.wgsl.
 const RUN_STEPS: u32 = 1u;
 
 fn add_run(
