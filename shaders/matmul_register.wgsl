@@ -18,7 +18,7 @@
 //   matmul/register/pair_f32 | matmul/register/pair_halves | matmul/register/pair_rows |
 //   matmul/register/pair_blocks,
 //   matmul/activate_none | matmul/activate_silu | matmul/activate_gelu,
-//   matmul/out_scalar | matmul/out_vec4 | matmul/register/out_wide, matmul/register/block,
+//   matmul/out_scalar | matmul/register/out_wide, matmul/register/block,
 //   matmul/register/run_one | matmul/register/run_four.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in

@@ -1,6 +1,7 @@
 //! What a kernel is before a device compiles it: its WGSL, its bindings, and the text in front of it.
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 /// Most workgroup memory of a kernel, in bytes: WebGPU's default limit.
@@ -111,7 +112,14 @@ impl Prelude {
     /// The variants that differ, each once.
     pub(crate) fn distinct(all: impl IntoIterator<Item = Self>) -> Vec<Self> {
         let mut seen = HashSet::new();
-        all.into_iter().filter(|prelude| seen.insert(prelude.clone())).collect()
+        all.into_iter().filter(|prelude| seen.insert(prelude.fingerprint())).collect()
+    }
+
+    /// A hash of all of it: texts of thousands of variants take some ten megabytes.
+    fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish()
     }
 
     pub(crate) fn needs(mut self, features: wgpu::Features) -> Self {
@@ -147,12 +155,11 @@ impl Spec {
     /// Whether [`Spec::variants`] lists this variant, slices that share a buffer apart: so that the tests have seen all that
     /// runs. The lists are made once.
     pub(super) fn lists(&self, prelude: &Prelude) -> bool {
-        static LISTED: LazyLock<Mutex<HashMap<&str, HashSet<Prelude>>>> =
-            LazyLock::new(Mutex::default);
+        static LISTED: LazyLock<Mutex<HashMap<&str, HashSet<u64>>>> = LazyLock::new(Mutex::default);
         let mut listed = LISTED.lock().unwrap_or_else(PoisonError::into_inner);
-        let all =
-            listed.entry(self.name).or_insert_with(|| (self.variants)().into_iter().collect());
-        all.contains(&Prelude { shared: 0, ..prelude.clone() })
+        let all = || (self.variants)().iter().map(Prelude::fingerprint).collect();
+        let prelude = Prelude { shared: 0, ..prelude.clone() };
+        listed.entry(self.name).or_insert_with(all).contains(&prelude.fingerprint())
     }
 
     /// The WGSL handed to the driver.

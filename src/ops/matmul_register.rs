@@ -111,7 +111,9 @@ pub(crate) fn item_step(groups: u32) -> u32 {
 }
 
 pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
-    let problem = &problem.with_lanes_of_halves();
+    let wide_out = features.wide && problem.quad_columns;
+    let problem = problem.with_lanes_of_halves();
+    let problem = &if wide_out { problem } else { problem.with_any_stores() };
     let Specialization { layout, weight_type, depth_lanes, .. } = *problem;
     // 64-bit loads take two 16-byte words: of neighbouring columns (packed), or neighbours in a row.
     let wide_weights = features.wide
@@ -122,7 +124,6 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         };
     let wide_x = features.wide && depth_lanes % 8 == 0 && problem.x_type == FloatType::F32;
     let mut prelude = Prelude::new(problem.label());
-    let wide_out = features.wide && problem.quad_columns;
     if wide_weights || wide_x || wide_out {
         prelude.label += ", 64-bit loads and stores";
         prelude = prelude.needs(wgpu::Features::SHADER_INT64);
