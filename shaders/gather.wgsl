@@ -38,7 +38,7 @@ fn gather(
   }
   let source = t * params.vectors;
   if t < params.tokens {
-    var i = lane % params.lanes;
+    var i = lane % params.lanes; // there are no more lanes than vectors
     loop {
       out[to + i] = x[source + i];
       continuing { i += params.lanes; break if i >= params.vectors; }

@@ -342,7 +342,7 @@ fn expected_seconds(layer: &Layer, group: &Group, effort: Effort, ceilings: &Cei
     let slots = tokens * f64::from(top + config.shared_experts);
     let shape = config.expert_shape(layer.weights);
     let flops = 6.0 * slots * f64::from(config.hidden) * f64::from(config.intermediate);
-    let bytes = shape.expert_bytes() as f64 * slots.min(f64::from(shape.experts));
+    let bytes = shape.device_bytes() as f64 * slots.min(f64::from(shape.experts));
     let over = |amount: f64, giga: Option<f64>| giga.map_or(0.0, |giga| amount / giga / 1e9);
     let rate = ceilings::bandwidth(ceilings);
     let run = over(flops, ceilings.multiply_add_gflop_s).max(over(bytes, rate));

@@ -7,7 +7,7 @@
 //! floating-point operations on routed rows for matmuls, W1 and W2, tokens for a block. Variants of
 //! a case run in turns, so that they meet the same state of the machine.
 //!
-//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (1.6 GB on the device), not of 64, and adds prompts of
+//! `WGMOE_BENCH_FULL=1` makes the block one of all 256 experts (in four types: 3.8 GB on the device), not of 64, and adds prompts of
 //! 16,384 tokens.
 //! Where the device has matrix units, `matmul_rows` runs on them too.
 //! `WGMOE_BENCH_VARIANTS=1` runs matmuls and layers in every variant too, not only in the one that

@@ -222,7 +222,7 @@ impl OnGpu<'_> {
         let counts = gpu.upload(&vec![0u32; blocks]);
         let bytes = gpu.upload(&vec![0u64; blocks]);
         let starts = gpu.upload(&offsets);
-        let expert_bytes = self.layer.weights().shape().expert_bytes();
+        let expert_bytes = self.layer.weights().shape().device_bytes();
         let dims = expert_union::Dims { tokens, experts, blocks: blocks as u32, expert_bytes };
         let args = expert_union::Args {
             assigned: step.assigned().ok_or_else(|| Error::Device("an empty step".into()))?,

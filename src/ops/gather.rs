@@ -39,8 +39,8 @@ fn workgroup(target: Target) -> u32 {
     }
 }
 
-/// Vectors that a lane copies of a row. A workgroup costs a software driver as much as four vectors of eight lanes: with
-/// eight a lane instead of 64 rows took twice as long.
+/// Most vectors that a lane copies of a row. A workgroup costs a software driver as much as four vectors of eight lanes: with
+/// 8 vectors a lane, not 64, a copy took twice as long.
 fn items(target: Target) -> u32 {
     match target {
         Target::Wide => 4,

@@ -54,7 +54,7 @@ pub(crate) enum ItemKind {
     /// Items of at most [`SKINNY_ROWS`] rows.
     Skinny,
     /// Of the tiles' list the last item of each expert, where it is no whole tile and has at most
-    /// [`SMALL_ROWS`] rows: in parts of [`SMALL_PART_ROWS`].
+    /// [`SMALL_ROWS`] rows: in parts of [`SMALL_PART_ROWS`]. None where the shape has no skinny items.
     Small,
     /// Items of up to [`tile_rows`] rows; where there are small ones, those that are not.
     Tile,

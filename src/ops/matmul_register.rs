@@ -50,7 +50,7 @@ pub(super) fn span(kind: ItemKind, dense: bool) -> [u32; 2] {
     }
 }
 
-/// A run of blocks is a loop of four steps in the loop over runs; drivers unroll that of one step.
+/// A run of blocks is a loop of four steps in the loop over runs.
 fn iterations(problem: &Specialization, depth: u32) -> u64 {
     let [span, items] = span(problem.kind, problem.dense).map(u64::from);
     let steps = u64::from(depth.div_ceil(8));
@@ -61,7 +61,7 @@ fn iterations(problem: &Specialization, depth: u32) -> u64 {
 /// What the device has that this kernel can use.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Features {
-    /// 64-bit loads: a software driver pays for a load by its components, not by its bytes.
+    /// 64-bit loads and stores: a software driver pays by their components, not by their bytes.
     pub(crate) wide: bool,
     /// Subgroups of at least 8 lanes: rows are loaded once and handed round.
     pub(crate) shuffle: bool,
@@ -162,7 +162,11 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .maybe_piece((!wide_weights).then_some(piece!("matmul/register/words_plain")))
         .piece(pieces::pair(problem))
         .piece(pieces::activation(problem))
-        .piece(if wide_out { piece!("matmul/register/out_wide") } else { pieces::out(problem) })
+        .piece(if wide_out {
+            piece!("matmul/register/out_wide")
+        } else {
+            piece!("matmul/out_scalar")
+        })
         .piece(piece!("matmul/register/block"))
         .piece(pieces::register_run(problem))
 }

@@ -29,7 +29,7 @@ pub(super) fn prelude(problem: &Problem, features: Features) -> Prelude {
     let mut prelude = problem.constants(Prelude::new(problem.label()));
     let wide = features.wide && problem.lanes == 8;
     if wide {
-        prelude.label += ", 64-bit loads";
+        prelude.label += ", 64-bit loads and stores";
         prelude = prelude.needs(wgpu::Features::SHADER_INT64);
     }
     if features.shuffle {

@@ -51,7 +51,7 @@
 //! `tile_rows`, is one item of the skinny kernel where it is at most [`PlanShape::skinny_rows`]
 //! slots, and else one more item of the tile kernel. The three kernels that make items, the matmuls
 //! that read them and [`HostPlan::cpu`] all follow this rule. On GPUs the matmuls tell one more kind
-//! apart, which is no list of its own: an expert's last tile, where it has at most 32 rows.
+//! apart, which is no list of its own: an expert's last tile, where it has at most 32 rows and the shape has skinny items.
 pub mod bits;
 mod host;
 mod stats;
@@ -81,7 +81,7 @@ pub struct PlanShape {
     pub routed_slots: u32,
     /// Rows of an item of the tile kernel.
     pub tile_rows: u32,
-    /// Most rows of an item of the skinny kernel; 0: none.
+    /// Most rows of an item of the skinny kernel; 0: all rows are in tiles.
     pub skinny_rows: u32,
 }
 
@@ -119,8 +119,8 @@ impl PlanShape {
         Self { shared_experts, ..self }
     }
 
-    /// The same with items of `tile_rows` rows, and rests of at most `skinny_rows` (0: none) in
-    /// items of their own: for kernels of the caller's own.
+    /// The same with items of `tile_rows` rows, and rests of at most `skinny_rows` in items of their own: for
+    /// kernels of the caller's own. With 0 `skinny_rows` all rows are in tiles, and all sums have one order.
     #[must_use]
     pub const fn with_item_rows(self, tile_rows: u32, skinny_rows: u32) -> Self {
         Self { tile_rows, skinny_rows, ..self }

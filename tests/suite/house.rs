@@ -64,7 +64,7 @@ fn every_twin_is_a_reference() {
     }
     assert!(missing.is_empty(), "missing in src/reference.rs: {missing:?}");
 
-    // Each has a row in the table at the head, by the name it has there.
+    // Each that is renamed or made here has a row in the table at the head.
     let text = std::fs::read_to_string(src().join("reference.rs")).expect("a text");
     let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("//! | [`")).collect();
     let word = |rest: &str| rest.split([',', ';', '}', '(', '\n']).next().map(str::to_string);

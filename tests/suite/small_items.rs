@@ -243,19 +243,23 @@ fn without_skinny_items_all_rows_are_in_tiles() {
     let host = HostPlan::cpu(&shape, &assigned(), &vec![1.0; TOKENS * EXPERTS]);
     let plan = gpu.upload(&host.to_words(&shape).unwrap());
     let made = Planned { shape, plan, step: BoundOp::default(), host };
-    let case = Case::new(&gpu, &ctx, &made, WeightType::F32, Stage::Down);
-    let slots = made.host.token_of.len();
-    let out = Output::f32s(&gpu, slots * case.columns());
-    let places = gpu.upload(&[0u32; EXPERTS]);
-    let step = case.bind(&case.weights(1, u64::MAX), Some(&places), &out, 0..slots as u32);
-    assert!(step.dispatches().iter().all(|d| !d.label().contains("small")), "small items");
-    run(&gpu, &step);
-    let mut first: Vec<Option<Vec<f32>>> = vec![None; TOKENS];
-    for (row, &token) in out.get::<f32>(&gpu).chunks(case.columns()).zip(&made.host.token_of) {
-        let want = &case.want[token as usize];
-        close(row, want, 2e-5 * largest(want), 2e-5, &format!("token {token}")).unwrap();
-        let same = first[token as usize].get_or_insert_with(|| row.to_vec()) == row;
-        assert!(same, "token {token} has other bits in another item");
+    for stage in [Stage::GateUp(Activation::Silu), Stage::Down] {
+        let case = Case::new(&gpu, &ctx, &made, WeightType::F32, stage);
+        let slots = made.host.token_of.len();
+        let out = Output::f32s(&gpu, slots * case.columns());
+        let places = gpu.upload(&[0u32; EXPERTS]);
+        let step = case.bind(&case.weights(1, u64::MAX), Some(&places), &out, 0..slots as u32);
+        assert!(step.dispatches().iter().all(|d| !d.label().contains("small")), "small items");
+        run(&gpu, &step);
+        let bits = |row: &[f32]| -> Vec<u32> { row.iter().map(|v| v.to_bits()).collect() };
+        let mut first: Vec<Option<Vec<u32>>> = vec![None; TOKENS];
+        for (row, &token) in out.get::<f32>(&gpu).chunks(case.columns()).zip(&made.host.token_of) {
+            let want = &case.want[token as usize];
+            let what = format!("{stage:?}, token {token}");
+            close(row, want, 2e-5 * largest(want), 2e-5, &what).unwrap();
+            let same = *first[token as usize].get_or_insert_with(|| bits(row)) == bits(row);
+            assert!(same, "{what} has other bits in another item");
+        }
     }
 }
 

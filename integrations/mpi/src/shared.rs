@@ -32,9 +32,9 @@ struct Part {
 }
 
 /// Where the last tokens of a batch begin, which make no item of tiles: at the end where there are none.
-fn rest_of(ctx: &Context, tokens: u32, shape: &PlanShape) -> u32 {
-    let rest = tokens % shape.tile_rows;
-    if rest <= few_rows(ctx, shape) { tokens - rest } else { tokens }
+fn rest_of(tokens: u32, tile_rows: u32, few_rows: u32) -> u32 {
+    let rest = tokens % tile_rows;
+    if rest <= few_rows { tokens - rest } else { tokens }
 }
 
 impl Shared {
@@ -51,7 +51,8 @@ impl Shared {
         let down = GroupedMatmul::new(ctx, &experts, Stage::Down)?;
         let all = experts.experts;
         let own = PlanShape::new(ctx, tokens.max(1), all, 1);
-        let middle = rest_of(ctx, whole, &own).clamp(first, first + tokens) - first;
+        let middle =
+            rest_of(whole, own.tile_rows, few_rows(ctx, &own)).clamp(first, first + tokens) - first;
         let mut parts = vec![];
         for (of, skinny_rows) in [(0..middle, 0), (middle..tokens, own.skinny_rows)] {
             if of.is_empty() {
@@ -123,8 +124,9 @@ mod tests {
 
     #[test]
     fn last_tokens() {
-        let shape = PlanShape::on_host(1, 1, 1).with_item_rows(64, 8);
-        let rest = |tokens| rest_of(tokens, &shape);
-        assert_eq!([5, 64, 70, 72, 73, 128].map(rest), [0, 64, 64, 64, 73, 128]);
+        let skinny = |tokens| rest_of(tokens, 64, 8);
+        assert_eq!([5, 64, 70, 72, 73, 128].map(skinny), [0, 64, 64, 64, 73, 128]);
+        let small = |tokens| rest_of(tokens, 64, 32);
+        assert_eq!([5, 64, 73, 96, 97, 128].map(small), [0, 64, 64, 64, 97, 128]);
     }
 }

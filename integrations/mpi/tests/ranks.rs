@@ -77,6 +77,12 @@ fn two_ranks_have_the_bits_of_one_device() {
     equal(2, &["bits", "197 tokens"], 22);
 }
 
+/// Of a batch's shared experts the last rows make a small item on one device, but no rank has whole tiles.
+#[test]
+fn small_items_have_the_bits_of_one_device() {
+    equal(2, &["small", "token choice, 132 tokens"], 1);
+}
+
 /// Some ranks hold no expert, and some have no token.
 #[test]
 fn eight_ranks_with_five_experts() {

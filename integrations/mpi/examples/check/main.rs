@@ -10,6 +10,7 @@ mod naive;
 mod run;
 
 use std::time::Duration;
+use wgmoe::{Gpu, Variant};
 use wgmoe_mpi::World;
 use wgmoe_mpi::mpi;
 
@@ -22,10 +23,16 @@ fn main() {
     // Drivers compile kernels at their first use: ranks that share cores drift apart.
     let world = || World::with_limit(&comm, Duration::from_secs(300));
     let result = match arguments[..] {
-        ["bits", ref filter @ ..] => world().and_then(|w| run::all(&w, false, filter)),
-        ["naive", ref filter @ ..] => world().and_then(|w| run::all(&w, true, filter)),
+        [kind @ ("bits" | "naive" | "small"), ref filter @ ..] => world().and_then(|w| {
+            let gpu = Gpu::new()?;
+            // Small items, which software drivers leave out: they compile each such kernel for half a minute.
+            let small = Variant { small_items: true, ..Variant::PORTABLE };
+            let both = [Variant::best(&gpu.device), Variant::PORTABLE];
+            let variants = if kind == "small" { &[small][..] } else { &both };
+            run::all(&w, &gpu, variants, kind == "naive", filter)
+        }),
         ["fault", fault, rank] => faults::run(&comm, fault, rank.parse().expect("a rank")),
-        _ => panic!("`bits [PART OF A NAME]`, `naive [PART OF A NAME]` or `fault NAME RANK`"),
+        _ => panic!("`bits`, `naive` or `small` with parts of a name, or `fault NAME RANK`"),
     };
     if let Err(e) = result {
         // At once, so that lines of ranks do not mix; `faults` says it itself.

@@ -201,25 +201,26 @@ fn compare(got: &[f32], want: &[f32], case: &Case) -> std::result::Result<(), St
     close(got, &twin, 1e-4 * largest(&twin), 1e-3, "the CPU twin")
 }
 
-/// Every case in every kind of kernels. Rank 0 prints a line of each, and their number.
-pub fn all(world: &World, naive: bool, filter: &[&str]) -> Result<()> {
-    let gpu = Gpu::new()?;
+/// Every case in these kinds of kernels. Rank 0 prints a line of each, and their number.
+pub fn all(
+    world: &World,
+    gpu: &Gpu,
+    variants: &[Variant],
+    naive: bool,
+    filter: &[&str],
+) -> Result<()> {
     let mut failed = vec![];
     let mut cases = cases::all(world.ranks());
     cases.retain(|case| filter.iter().all(|part| case.name.contains(part)));
     let mut done = 0;
-    let best = Variant::best(&gpu.device);
-    // Small items, which software drivers leave out by default.
-    let small = Variant { small_items: true, ..Variant::PORTABLE };
-    for variant in [best, Variant::PORTABLE, small] {
+    for &variant in variants {
         let ctx = Context::with_variant(&gpu.device, variant)?;
         for case in &cases {
-            let own = parallel(world, &gpu, &ctx, case, naive)?;
+            let own = parallel(world, gpu, &ctx, case, naive)?;
             let all = gather(world, case, own);
             if let Some(got) = all {
-                let outcome = compare(&got, &alone(&gpu, &ctx, case)?, case);
-                let items = if variant == small { ", small items" } else { "" };
-                let name = format!("{} ({:?}{items})", case.name, variant.target);
+                let outcome = compare(&got, &alone(gpu, &ctx, case)?, case);
+                let name = format!("{} ({:?})", case.name, variant.target);
                 match outcome {
                     Ok(()) => println!("ok: {name}"),
                     Err(e) => {

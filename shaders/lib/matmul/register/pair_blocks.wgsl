@@ -1,5 +1,5 @@
-// Runs of 32 values of two neighbouring columns, opened eight at a time. Needs run_blocks.wgsl. Twin of
-// pair_f32.wgsl, pair_halves.wgsl and pair_rows.wgsl.
+// Runs of 32 values of two neighbouring columns, opened eight at a time. Needs run_blocks.wgsl, and
+// run_four.wgsl behind it. Twin of pair_f32.wgsl, pair_halves.wgsl and pair_rows.wgsl.
 struct Loaded { a: Run, b: Run, a_scale: vec4<f32>, b_scale: vec4<f32> }
 
 fn load_word(up: bool, c: Columns, word: u32) -> Words {

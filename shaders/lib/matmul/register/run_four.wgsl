@@ -1,4 +1,5 @@
-// A run of 32 values of k: weights are loaded once, and opened eight values at a time. Twin of run_one.wgsl.
+// A run of 32 values of k: weights are loaded once, and opened eight values at a time. Needs
+// pair_blocks.wgsl. Twin of run_one.wgsl.
 const RUN_STEPS: u32 = 4u;
 
 struct Loads { p: Loaded, q: Loaded, r: Loaded, t: Loaded }

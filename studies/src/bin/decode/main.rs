@@ -89,7 +89,7 @@ fn run(options: &Options, progress: &Progress) -> Result<Report, String> {
     let all: Vec<Method> = methods(options.experts)?;
     let steps = Steps { gpu: &gpu, work: &work, options };
     let sums = steps.run(&layer, &all, progress).map_err(say)?;
-    let expert_bytes = layer.weights().shape().expert_bytes() as f64;
+    let expert_bytes = layer.weights().shape().device_bytes() as f64;
     let row = |(method, sums): (&Method, Sums)| {
         let mean = |n: f64| n / f64::from(options.steps);
         let read = mean(sums.experts) + f64::from(config.shared_experts);
