@@ -1,5 +1,6 @@
-// Four neighbouring columns of out by one 64-bit vector store. Needs SHADER_INT64; columns, the ends of their
-// window, column_base and out_stride are multiples of 4. llvmpipe pays for a store by its components. Twin of ../out_scalar.wgsl.
+// Four neighbouring columns of out by one 64-bit vector store: llvmpipe pays for a store by its components.
+// Needs SHADER_INT64; columns, the ends of their window, column_base and out_stride are multiples of 4. Twin
+// of ../out_scalar.wgsl.
 @group(0) @binding(6) var<storage, read_write> out: array<vec2<u64>>;
 
 fn joined(v: vec2<f32>) -> u64 {

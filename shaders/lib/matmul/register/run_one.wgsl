@@ -1,5 +1,6 @@
 // A run of eight values of k: one step. With a loop of one step around it llvmpipe, which keeps the sums of a
-// loop in memory, took a quarter to a half longer. Needs a pair_*.wgsl but pair_blocks. Twin of run_four.wgsl.
+// loop in memory, took a quarter to a half longer. Needs pair_f32.wgsl, pair_halves.wgsl or pair_rows.wgsl.
+// Twin of run_four.wgsl.
 const RUN_STEPS: u32 = 1u;
 
 fn add_run(
