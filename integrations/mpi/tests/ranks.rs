@@ -77,10 +77,11 @@ fn two_ranks_have_the_bits_of_one_device() {
     equal(2, &["bits", "197 tokens"], 22);
 }
 
-/// Of a batch's shared experts the last rows make a small item on one device, but no rank has whole tiles.
+/// The first rank has 80 tokens, of which 16 would make a small item of a shared expert; on one device they
+/// are in a whole tile.
 #[test]
 fn small_items_have_the_bits_of_one_device() {
-    equal(2, &["small", "token choice, 132 tokens"], 1);
+    equal(3, &["small", "token choice, 132 tokens"], 1);
 }
 
 /// Some ranks hold no expert, and some have no token.
