@@ -1,6 +1,6 @@
 //! Small items: what an expert has left of 9 to 32 rows, in a kernel of their own. Software drivers leave
 //! them out, for the time they take to compile it; here the context asks for them.
-use testkit::compare::{close, largest};
+use testkit::compare::{close, exact, largest};
 use testkit::device::context_of;
 use testkit::layer::stored;
 use testkit::prelude::{Output, gpu, random, run};
@@ -188,12 +188,11 @@ impl<'a> Case<'a> {
 
         // Bits hang on the order of the sum: that of up to 32 rows, or that of tiles.
         let got: Vec<f32> = out.get(self.gpu);
-        let bits = |row: &[f32]| -> Vec<u32> { row.iter().map(|v| v.to_bits()).collect() };
         let mut first: [Vec<Option<Vec<u32>>>; 2] = [vec![None; TOKENS], vec![None; TOKENS]];
         for (s, row) in got.chunks(columns).enumerate() {
             let token = self.made.host.token_of[s] as usize;
             let kind = &mut first[usize::from(self.left(s) > 32)][token];
-            let same = *kind.get_or_insert_with(|| bits(row)) == bits(row);
+            let same = *kind.get_or_insert_with(|| exact(row)) == exact(row);
             assert!(same, "{what}: slot {s} of token {token} has other bits");
         }
 
@@ -207,7 +206,7 @@ impl<'a> Case<'a> {
         }
         for (s, row) in out.get::<f32>(self.gpu).chunks(columns).enumerate() {
             let before = &got[s * columns..][..columns];
-            assert_eq!(bits(row), bits(before), "{what}: slot {s} in pages and windows");
+            assert_eq!(exact(row), exact(before), "{what}: slot {s} in pages and windows");
         }
     }
 }
@@ -251,13 +250,12 @@ fn without_skinny_items_all_rows_are_in_tiles() {
         let step = case.bind(&case.weights(1, u64::MAX), Some(&places), &out, 0..slots as u32);
         assert!(step.dispatches().iter().all(|d| !d.label().contains("small")), "small items");
         run(&gpu, &step);
-        let bits = |row: &[f32]| -> Vec<u32> { row.iter().map(|v| v.to_bits()).collect() };
         let mut first: Vec<Option<Vec<u32>>> = vec![None; TOKENS];
         for (row, &token) in out.get::<f32>(&gpu).chunks(case.columns()).zip(&made.host.token_of) {
             let want = &case.want[token as usize];
             let what = format!("{stage:?}, token {token}");
             close(row, want, 2e-5 * largest(want), 2e-5, &what).unwrap();
-            let same = *first[token as usize].get_or_insert_with(|| bits(row)) == bits(row);
+            let same = *first[token as usize].get_or_insert_with(|| exact(row)) == exact(row);
             assert!(same, "{what} has other bits in another item");
         }
     }

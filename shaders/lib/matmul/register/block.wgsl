@@ -81,6 +81,13 @@ fn block_at(expert: u32, column: u32) -> Block {
     columns_at(expert, column + offset), columns_at(expert, column + offset + 2u));
 }
 
+// What is loaded of them for a run of RUN_STEPS steps.
+fn load_pairs(b: Block, run: u32) -> Loads {
+  return Loads(
+    load_pair(false, b.p, run), load_pair(false, b.q, run),
+    load_pair(GATED, b.r, run), load_pair(GATED, b.t, run));
+}
+
 // Runs of eight values of k, times RUN_STEPS. Times min(rows, 1): for loop bounds made of uniforms alone
 // lavapipe specialises the shader anew at each dispatch (4 ms).
 fn runs_of(tile: Tile) -> u32 {

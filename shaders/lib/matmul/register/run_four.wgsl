@@ -8,9 +8,7 @@ fn add_run(
   rows: u32, s0: ptr<function, Octet>, s1: ptr<function, Octet>,
   b: Block, run: u32, x0: RowBases, x1: RowBases,
 ) {
-  let l = Loads(
-    load_pair(false, b.p, run), load_pair(false, b.q, run),
-    load_pair(GATED, b.r, run), load_pair(GATED, b.t, run));
+  let l = load_pairs(b, run);
   var e = 0u;
   loop {
     let w = Pairs(open(l.p, e), open(l.q, e), open(l.r, e), open(l.t, e));

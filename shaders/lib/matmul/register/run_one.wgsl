@@ -3,12 +3,11 @@
 // Twin of run_four.wgsl.
 const RUN_STEPS: u32 = 1u;
 
+alias Loads = Pairs;
+
 fn add_run(
   rows: u32, s0: ptr<function, Octet>, s1: ptr<function, Octet>,
   b: Block, step: u32, x0: RowBases, x1: RowBases,
 ) {
-  let w = Pairs(
-    load_pair(false, b.p, step), load_pair(false, b.q, step),
-    load_pair(GATED, b.r, step), load_pair(GATED, b.t, step));
-  add_rows(rows, s0, s1, w, x0, x1, step);
+  add_rows(rows, s0, s1, load_pairs(b, step), x0, x1, step);
 }
