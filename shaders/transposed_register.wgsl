@@ -9,7 +9,8 @@
 //            added
 // Grid: ceil(K / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest.
 // Pieces: common/grid, matmul/transposed/sizes,
-//   matmul/transposed/items_planned | matmul/transposed/items_dense, matmul/register/eight,
+//   matmul/transposed/items_planned | matmul/transposed/items_dense, common/eight,
+//   common/wide_floats | nothing, matmul/register/eight,
 //   matmul/register/eight_scalar | matmul/register/eight_vec4 | matmul/register/eight_wide,
 //   matmul/register/share_none | matmul/register/share_shuffle,
 //   matmul/format/f32 | matmul/format/f16 | matmul/format/bf16 | matmul/format/q8_0 |
@@ -18,7 +19,7 @@
 //   matmul/transposed/words_at | matmul/transposed/values_at,
 //   matmul/weights | matmul/register/words_wide | nothing, matmul/register/words_plain | nothing,
 //   matmul/transposed/rows_f32 | matmul/transposed/rows_halves | matmul/transposed/rows_blocks |
-//   matmul/transposed/rows_any, matmul/transposed/lane.
+//   matmul/transposed/rows_any, common/store_ones | common/store_fours, matmul/transposed/lane.
 //
 // matmul_register by the rows of the weights instead of their columns: a lane has all rows of an item and
 // eight columns that are neighbours, as words hold them, so that no weight is transposed. Loads and
@@ -72,8 +73,10 @@ fn sweep(
   if TILE_ROWS > 8u {
     loop {
       let w = load_pairs(up, c, k);
-      add_octet(s0, w, load_rows(x0, first + k));
-      add_octet(s1, w, load_rows(x1, first + k));
+      let a = load_rows(x0, first + k);
+      let b = load_rows(x1, first + k);
+      add_octet(s0, w, a);
+      add_octet(s1, w, b);
       continuing { k += 1u; break if k >= steps; }
     }
   } else if tile.rows <= 2u {

@@ -4,13 +4,15 @@
 //   plan     u32: expert_offsets, token_of; not read (DENSE: one expert, all rows)
 //   out      [experts, N, K] f32 of the experts of a page, written, or added to
 // Grid: ceil(N / 16) * ceil(K / (SPAN * 64)) * experts groups, rows fastest, experts slowest.
-// Pieces: common/grid, gradient/outer_sizes, gradient/eight_values,
-//   gradient/sides_scalar | gradient/sides_vec4 | gradient/sides_wide, gradient/store_ones | nothing,
-//   gradient/spread_none | gradient/spread_shuffle.
+// Pieces: common/grid, gradient/outer_sizes, common/eight, common/wide_floats | nothing,
+//   gradient/sides_scalar | gradient/sides_vec4 | gradient/sides_wide,
+//   common/store_ones | common/store_eights, gradient/spread_none | gradient/spread_shuffle.
 //
 // For devices where a load costs many multiply-adds and workgroup memory does not pay: everything stays in
 // registers. A lane has 16 rows and eight columns that are neighbours, and takes eight slots a step. Sums are
 // named members, not arrays, as in lib/matmul/register/block.wgsl.
+
+@group(0) @binding(4) var<storage, read_write> out: array<Out>;
 
 struct Octet { r0: Eight, r1: Eight, r2: Eight, r3: Eight, r4: Eight, r5: Eight, r6: Eight, r7: Eight }
 
@@ -61,6 +63,7 @@ fn stretch(expert: u32, slots: Slots, n: u32, k: u32, lane: u32) {
   var s1 = Octet();
   var slot = slots.first;
   // The test stands at the loop's end: llvmpipe runs the body of a `for` once more with all lanes off.
+  // (Both eights of rows loaded before either is added: no difference.)
   if slot < slots.end {
     loop {
       let b = load_columns(slot, slots.end, k);

@@ -39,6 +39,7 @@ pub(super) fn prelude_of(ctx: &Context, problem: &Problem) -> Prelude {
 }
 
 fn prelude(problem: &Problem, features: Features) -> Prelude {
+    let wide_out = features.wide && problem.column_lanes >= 4;
     // What lies in words is loaded by words; f32 in place by twos of them too.
     let column_lanes = match (problem.layout, problem.weight_type.device_depth()) {
         (Layout::Rows, 4) => problem.column_lanes,
@@ -55,8 +56,8 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
         };
     let wide_x = features.wide && row_lanes == 8;
     let mut prelude = Prelude::new(problem.label());
-    if wide_weights || wide_x {
-        prelude.label += ", 64-bit loads";
+    if wide_weights || wide_x || wide_out {
+        prelude.label += ", 64-bit loads and stores";
         prelude = prelude.needs(wgpu::Features::SHADER_INT64);
     }
     if features.shuffle {
@@ -81,6 +82,8 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
         .piece(piece!("common/grid"))
         .piece(piece!("matmul/transposed/sizes"))
         .piece(problem.items())
+        .piece(piece!("common/eight"))
+        .maybe_piece((wide_x || wide_out).then_some(piece!("common/wide_floats")))
         .piece(piece!("matmul/register/eight"))
         .piece(match row_lanes {
             8 if wide_x => piece!("matmul/register/eight_wide"),
@@ -99,6 +102,7 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
         .maybe_piece(words[0])
         .maybe_piece(words[1])
         .piece(rows(problem))
+        .piece(if wide_out { piece!("common/store_fours") } else { piece!("common/store_ones") })
         .piece(piece!("matmul/transposed/lane"))
 }
 

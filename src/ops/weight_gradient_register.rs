@@ -41,13 +41,14 @@ pub(super) fn prelude(problem: &Problem, features: Features) -> Prelude {
         .constant("SPAN", SPAN)
         .piece(piece!("common/grid"))
         .piece(piece!("gradient/outer_sizes"))
-        .piece(piece!("gradient/eight_values"))
+        .piece(piece!("common/eight"))
+        .maybe_piece(wide.then_some(piece!("common/wide_floats")))
         .piece(match problem.lanes {
             8 if wide => piece!("gradient/sides_wide"),
             8 | 4 => piece!("gradient/sides_vec4"),
             _ => piece!("gradient/sides_scalar"),
         })
-        .maybe_piece((!wide).then_some(piece!("gradient/store_ones")))
+        .piece(if wide { piece!("common/store_eights") } else { piece!("common/store_ones") })
         .piece(if features.shuffle {
             piece!("gradient/spread_shuffle")
         } else {

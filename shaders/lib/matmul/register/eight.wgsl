@@ -1,5 +1,4 @@
-// What one step of k takes of a row or of a column, and of two neighbouring columns.
-struct Eight { lo: vec4<f32>, hi: vec4<f32> }
+// What one step of k takes of two neighbouring columns, eight values of each. Needs common/eight.wgsl.
 struct Pair { a: Eight, b: Eight }
 
 // First words of two neighbouring columns.

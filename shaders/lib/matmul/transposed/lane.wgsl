@@ -2,22 +2,17 @@
 // of the weights a step. Sums are named members, not arrays, as in register/block.wgsl.
 const TILE_COLUMNS: u32 = WG * 8u;
 
-// Eight columns of one row; eight rows.
-struct Sums { lo: vec4<f32>, hi: vec4<f32> }
-struct Octet { r0: Sums, r1: Sums, r2: Sums, r3: Sums, r4: Sums, r5: Sums, r6: Sums, r7: Sums }
+// Eight columns of each of eight rows.
+struct Octet { r0: Eight, r1: Eight, r2: Eight, r3: Eight, r4: Eight, r5: Eight, r6: Eight, r7: Eight }
 // Eight rows of weights, two by two.
 struct Pairs { p: Pair, q: Pair, r: Pair, t: Pair }
 
-fn kept(v: Eight, keep: bool) -> Eight {
-  return Eight(select(vec4(0.0), v.lo, keep), select(vec4(0.0), v.hi, keep));
-}
-
-fn add(s: Sums, w: Pairs, x: Eight) -> Sums {
+fn add(s: Eight, w: Pairs, x: Eight) -> Eight {
   let lo = x.lo.x * w.p.a.lo + x.lo.y * w.p.b.lo + x.lo.z * w.q.a.lo + x.lo.w * w.q.b.lo
     + x.hi.x * w.r.a.lo + x.hi.y * w.r.b.lo + x.hi.z * w.t.a.lo + x.hi.w * w.t.b.lo;
   let hi = x.lo.x * w.p.a.hi + x.lo.y * w.p.b.hi + x.lo.z * w.q.a.hi + x.lo.w * w.q.b.hi
     + x.hi.x * w.r.a.hi + x.hi.y * w.r.b.hi + x.hi.z * w.t.a.hi + x.hi.w * w.t.b.hi;
-  return Sums(s.lo + lo, s.hi + hi);
+  return Eight(s.lo + lo, s.hi + hi);
 }
 
 fn add_octet(s: ptr<function, Octet>, w: Pairs, x: RowValues) {
@@ -37,23 +32,10 @@ fn load_pairs(up: bool, c: Columns, step: u32) -> Pairs {
     load_two(up, c, n), load_two(up, c, n + 2u), load_two(up, c, n + 4u), load_two(up, c, n + 6u));
 }
 
-@group(0) @binding(6) var<storage, read_write> out: array<f32>;
+@group(0) @binding(6) var<storage, read_write> out: array<Out>;
 
-fn store_one(at: u32, column: u32, value: f32) {
-  if column < params.columns {
-    var sum = value;
-    if params.add == 1u { sum += out[at + column]; }
-    out[at + column] = sum;
-  }
-}
-
-fn store(tile: Tile, row: u32, column: u32, s: Sums) {
-  if row >= tile.rows { return; }
-  let at = (tile.first + row) * params.out_stride;
-  store_one(at, column, s.lo.x); store_one(at, column + 1u, s.lo.y);
-  store_one(at, column + 2u, s.lo.z); store_one(at, column + 3u, s.lo.w);
-  store_one(at, column + 4u, s.hi.x); store_one(at, column + 5u, s.hi.y);
-  store_one(at, column + 6u, s.hi.z); store_one(at, column + 7u, s.hi.w);
+fn store(tile: Tile, row: u32, column: u32, s: Eight) {
+  if row < tile.rows { store_eight((tile.first + row) * params.out_stride, column, s); }
 }
 
 fn store_octet(tile: Tile, row: u32, column: u32, s: Octet) {

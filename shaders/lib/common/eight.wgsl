@@ -1,4 +1,4 @@
-// Eight values of a row that are neighbours.
+// Eight neighbouring values.
 struct Eight { lo: vec4<f32>, hi: vec4<f32> }
 
 fn kept(v: Eight, keep: bool) -> Eight {
