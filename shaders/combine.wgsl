@@ -6,11 +6,12 @@
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Where `y` holds some slots at a time, those from `first_slot` on, the sum goes from dispatch to dispatch
 // through `out` in f32 (`continued`). Where `summed`, y holds the sums themselves, a row a token.
-// Grid: ceil(vectors / WG) * tokens groups, tokens slowest. A lane has one Vector: N elements, Stored in out.
-// All lanes of a group have one token, so what they read of the plan is read once. (Rows of fewer than WG
-// vectors leave lanes idle.)
+// Grid: ceil(vectors / stretch) * tokens groups, tokens slowest. A lane has every WG-th Vector of a stretch,
+// which is WG unless MANY: N elements, Row in y and residual, Stored in out. All lanes of a group have one
+// token, so what they read of the plan is read once. (Rows of fewer than WG vectors leave lanes idle.)
 // Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
-//   combine/floats | combine/halves_two | combine/halves_four.
+//   common/eight_values | nothing, common/wide_floats | nothing, combine/rows | combine/rows_wide,
+//   combine/floats | combine/floats_wide | combine/halves_two | combine/halves_four.
 
 struct Params {
   tokens: u32,
@@ -30,13 +31,14 @@ struct Params {
   first_token: u32, // of out's
   weighted: u32,
   has_residual: u32,
+  stretch: u32,     // vectors that a group takes of a row
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> y: array<Vector>;
+@group(0) @binding(1) var<storage, read> y: array<Row>;
 @group(0) @binding(2) var<storage, read> plan: array<u32>;
 @group(0) @binding(3) var<storage, read> active_bits: array<u32>;
-@group(0) @binding(4) var<storage, read> residual: array<Vector>;
+@group(0) @binding(4) var<storage, read> residual: array<Row>;
 @group(0) @binding(5) var<storage, read_write> out: array<Stored>;
 
 @compute @workgroup_size(WG)
@@ -45,11 +47,14 @@ fn combine(
   @builtin(workgroup_id) group: vec3<u32>,
   @builtin(num_workgroups) groups: vec3<u32>,
 ) {
-  let across = (params.vectors + WG - 1u) / WG;
+  let stretch = select(WG, params.stretch, MANY);
+  let across = (params.vectors + stretch - 1u) / stretch;
   let id = flat(group, groups);
   let t = id / across;
-  let h = id % across * WG + index;
-  if t >= params.tokens || h >= params.vectors {
+  let first = id % across * stretch;
+  let end = min(first + stretch, params.vectors);
+  var h = first + index;
+  if t >= params.tokens || h >= end {
     return;
   }
   if params.has_active == 1u {
@@ -58,13 +63,20 @@ fn combine(
       return;
     }
   }
+  loop {
+    combine_vector(t, h);
+    continuing { h += WG; break if !MANY || h >= end; }
+  }
+}
+
+fn combine_vector(t: u32, h: u32) {
   let at = t * params.out_vectors + params.first_vector + h;
   var sum = Vector();
   if params.continued == 1u {
     sum = widen(out[at]);
   }
   if params.summed == 1u {
-    sum = y[t * params.vectors + h];
+    sum = opened(y[t * params.vectors + h]);
   } else {
     let end = min(plan[params.token_offsets + t + 1u], params.most_slots);
     var any = false;
@@ -76,7 +88,7 @@ fn combine(
         if params.weighted == 1u {
           gate = bitcast<f32>(plan[params.gate_of + s]);
         }
-        sum += gate * y[row * params.vectors + h];
+        sum += gate * opened(y[row * params.vectors + h]);
         any = true;
       } else if s >= params.first_slot {
         break; // a token's slots ascend
@@ -87,7 +99,7 @@ fn combine(
     }
   }
   if params.has_residual == 1u {
-    sum += residual[at];
+    sum += opened(residual[at]);
   }
   if params.add == 1u {
     sum += widen(out[at]);

@@ -7,7 +7,7 @@
 //   out      [slots, N] f32, row-major
 // Grid: ceil(N / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest.
 // Pieces: common/grid, matmul/params, matmul/tile_plan | matmul/tile_dense,
-//   common/eight, common/wide_floats | nothing, matmul/register/eight,
+//   common/eight_values, common/wide_floats | nothing, matmul/register/eight,
 //   common/halves_f16 | common/halves_bf16 | nothing, matmul/register/eight_scalar |
 //   matmul/register/eight_vec4 | matmul/register/eight_wide | matmul/register/eight_halves |
 //   matmul/register/eight_half_pairs,

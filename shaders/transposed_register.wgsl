@@ -9,7 +9,7 @@
 //            added
 // Grid: ceil(K / (SPAN * TILE_COLUMNS)) * ceil(items / ITEMS) groups, columns slowest.
 // Pieces: common/grid, matmul/transposed/sizes,
-//   matmul/transposed/items_planned | matmul/transposed/items_dense, common/eight,
+//   matmul/transposed/items_planned | matmul/transposed/items_dense, common/eight_values,
 //   common/wide_floats | nothing, matmul/register/eight,
 //   matmul/register/eight_scalar | matmul/register/eight_vec4 | matmul/register/eight_wide,
 //   matmul/register/share_none | matmul/register/share_shuffle,

@@ -4,7 +4,7 @@
 //   plan     u32: expert_offsets, token_of; not read (DENSE: one expert, all rows)
 //   out      [experts, N, K] f32 of the experts of a page, written, or added to
 // Grid: ceil(N / 16) * ceil(K / (SPAN * 64)) * experts groups, rows fastest, experts slowest.
-// Pieces: common/grid, gradient/outer_sizes, common/eight, common/wide_floats | nothing,
+// Pieces: common/grid, gradient/outer_sizes, common/eight_values, common/wide_floats | nothing,
 //   gradient/sides_scalar | gradient/sides_vec4 | gradient/sides_wide,
 //   common/store_ones | common/store_eights, gradient/spread_none | gradient/spread_shuffle.
 //

@@ -2,10 +2,11 @@
 //! the backward pass, the gradient of the hidden states: the same sum without gates.
 use super::{not_zero, or_nothing};
 use crate::device::Kernel;
+use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::{expect_len, expect_rows};
 use crate::plan::{HostPlan, bits};
-use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice};
+use crate::{BoundOp, Context, Error, FloatType, Floats, PlanShape, Result, Slice, Target};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -22,36 +23,70 @@ pub const SPEC: Spec = Spec {
         write("out", 4),
     ],
     variants: || {
-        let widths = |float_type| match float_type {
-            FloatType::F32 => [1, 4],
-            FloatType::F16 | FloatType::Bf16 => [2, 4],
-        };
-        FloatType::ALL.into_iter().flat_map(|t| widths(t).map(|w| prelude(t, w))).collect()
+        let all = FloatType::ALL.into_iter();
+        let of = |target, t| widths(target, t).iter().map(move |&width| prelude(target, t, width));
+        all.flat_map(|t| Target::ALL.into_iter().flat_map(move |target| of(target, t))).collect()
     },
 };
 
 params! {
     tokens: u32, slots: u32, most_slots: u32, vectors: u32, out_vectors: u32, first_vector: u32, add: u32, token_offsets: u32,
     slot_of: u32, gate_of: u32, first_slot: u32, continued: u32, summed: u32, has_active: u32, first_token: u32,
-    weighted: u32, has_residual: u32,
+    weighted: u32, has_residual: u32, stretch: u32,
 }
 
-const WG: u32 = 64;
+/// Values of a lane's vector, most first. Software drivers pay for a load by its components: 64-bit ones hold twice as much.
+fn widths(target: Target, float_type: FloatType) -> &'static [u32] {
+    match (float_type, target) {
+        (FloatType::F32, Target::Wide) => &[4, 1],
+        (FloatType::F32, Target::Serial) => &[8, 4, 1],
+        (FloatType::F16 | FloatType::Bf16, _) => &[4, 2],
+    }
+}
 
-/// `vector` values a lane: 1 or 4 of f32, 2 or 4 of halves.
-fn prelude(float_type: FloatType, vector: u32) -> Prelude {
-    let (stored, piece) = match (float_type, vector) {
-        (FloatType::F32, _) => ("Vector", piece!("combine/floats")),
+/// Lanes of a workgroup.
+fn workgroup(target: Target) -> u32 {
+    match target {
+        Target::Wide => 64,
+        Target::Serial => 8,
+    }
+}
+
+/// Vectors that a workgroup takes of a row: a lane one, or on software drivers, where a workgroup costs as much as several
+/// vectors, as many as the loops over them and over a token's slots may be long.
+fn stretch(target: Target, shape: &PlanShape) -> u32 {
+    let vectors = match target {
+        Target::Wide => 1,
+        Target::Serial => (LOOP_ITERATIONS / (1 + u64::from(shape.all_experts()))).clamp(1, 64),
+    };
+    workgroup(target) * vectors as u32
+}
+
+/// `width` values a lane.
+fn prelude(target: Target, float_type: FloatType, width: u32) -> Prelude {
+    let lanes = workgroup(target);
+    let wide = width == 8;
+    let (row, vector) =
+        if wide { ("vec4<u64>", "mat2x4<f32>") } else { ("Vector", super::vector(width)) };
+    let (stored, out) = match (float_type, width) {
+        (FloatType::F32, 8) => (row, piece!("combine/floats_wide")),
+        (FloatType::F32, _) => (row, piece!("combine/floats")),
         (_, 2) => ("u32", piece!("combine/halves_two")),
         _ => ("vec2<u32>", piece!("combine/halves_four")),
     };
-    Prelude::new(format!("{}, vectors of {vector}", float_type.name()))
-        .constant("WG", WG)
-        .alias("Vector", super::vector(vector))
+    let prelude = Prelude::new(format!("{}, vectors of {width}, {lanes} lanes", float_type.name()))
+        .constant("WG", lanes)
+        .flag("MANY", target == Target::Serial)
+        .alias("Vector", vector)
+        .alias("Row", row)
         .alias("Stored", stored)
         .piece(piece!("common/grid"))
         .maybe_piece(float_type.halves())
-        .piece(piece)
+        .maybe_piece(wide.then_some(piece!("common/eight_values")))
+        .maybe_piece(wide.then_some(piece!("common/wide_floats")))
+        .piece(if wide { piece!("combine/rows_wide") } else { piece!("combine/rows") })
+        .piece(out);
+    if wide { prelude.needs(wgpu::Features::SHADER_INT64) } else { prelude }
 }
 
 /// The CPU twin: `[tokens, hidden]` from `y`, rows of `hidden` for all slots of the plan (and perhaps
@@ -178,9 +213,8 @@ impl<'a> Part<'a> {
 #[derive(Clone, Debug)]
 pub struct Combine {
     ctx: Context,
-    /// Of f32; that of f16 or bf16 is compiled when such an output is first bound.
-    scalar: Arc<Kernel>,
-    vector: Arc<Kernel>,
+    /// Of f32, by width of their vectors, widest first; that of f16 or bf16 is compiled when such an output is first bound.
+    floats: Vec<(u32, Arc<Kernel>)>,
 }
 
 impl Combine {
@@ -190,8 +224,14 @@ impl Combine {
     ///
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
-        let [scalar, vector] = [1, 4].map(|v| ctx.kernel(&SPEC, prelude(FloatType::F32, v)));
-        Ok(Self { ctx: ctx.clone(), scalar: scalar?, vector: vector? })
+        let target = ctx.variant().target;
+        let floats = widths(target, FloatType::F32)
+            .iter()
+            .map(|&width| (width, prelude(target, FloatType::F32, width)))
+            .filter(|(_, prelude)| ctx.device().features().contains(prelude.features))
+            .map(|(width, prelude)| Ok((width, ctx.kernel(&SPEC, prelude)?)))
+            .collect::<Result<_>>()?;
+        Ok(Self { ctx: ctx.clone(), floats })
     }
 
     /// Combines the slots of each token.
@@ -280,20 +320,23 @@ impl Combine {
         if let Some(active) = active {
             active.u32s("active", &[shape.tokens.div_ceil(32).into()])?;
         }
-        let multiples = |n: u32| [hidden, columns, start].iter().all(|v| v.is_multiple_of(n));
-        let (kernel, vector) = match args.out.float_type {
-            FloatType::F32 if multiples(4) => (self.vector.clone(), 4),
-            FloatType::F32 => (self.scalar.clone(), 1),
+        let target = self.ctx.variant().target;
+        let fits = |n: u32| [hidden, columns, start].iter().all(|v| v.is_multiple_of(n));
+        let made = || self.floats.iter().find(|(width, _)| fits(*width)).cloned();
+        let (vector, kernel) = match args.out.float_type {
+            FloatType::F32 => made().expect("every length is a multiple of 1"),
             float_type => {
-                let vector = if multiples(4) { 4 } else { 2 };
-                if !multiples(vector) {
+                let widths = widths(target, float_type);
+                let Some(&width) = widths.iter().find(|&&width| fits(width)) else {
                     let reason = format!("{start}..{end} of {}, must be even", float_type.name());
                     return Err(Error::invalid("columns", reason));
-                }
-                (self.ctx.kernel(&SPEC, prelude(float_type, vector))?, vector)
+                };
+                (width, self.ctx.kernel(&SPEC, prelude(target, float_type, width))?)
             }
         };
+        let stretch = stretch(target, shape);
         let params = Params {
+            stretch,
             tokens,
             slots,
             most_slots: shape.slots()?,
@@ -314,7 +357,7 @@ impl Combine {
         };
         let [active_bits, residual] = [active, residual].map(|s| or_nothing(&self.ctx, s));
         let slices = [args.y, args.plan, active_bits, residual, args.out.slice];
-        let groups = u64::from(tokens) * u64::from((columns / vector).div_ceil(WG));
+        let groups = u64::from(tokens) * u64::from((columns / vector).div_ceil(stretch));
         Ok(kernel.dispatch(&self.ctx, &params, &slices, groups)?.into())
     }
 }

@@ -143,7 +143,7 @@ pub(crate) fn prelude(problem: &Specialization, features: Features) -> Prelude {
         .piece(piece!("common/grid"))
         .piece(piece!("matmul/params"))
         .piece(pieces::tile(problem))
-        .piece(piece!("common/eight"))
+        .piece(piece!("common/eight_values"))
         .maybe_piece((wide_x || wide_out).then_some(piece!("common/wide_floats")))
         .piece(piece!("matmul/register/eight"))
         .maybe_piece(pieces::halves(problem))

@@ -82,7 +82,7 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
         .piece(piece!("common/grid"))
         .piece(piece!("matmul/transposed/sizes"))
         .piece(problem.items())
-        .piece(piece!("common/eight"))
+        .piece(piece!("common/eight_values"))
         .maybe_piece((wide_x || wide_out).then_some(piece!("common/wide_floats")))
         .piece(piece!("matmul/register/eight"))
         .piece(match row_lanes {

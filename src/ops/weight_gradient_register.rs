@@ -41,7 +41,7 @@ pub(super) fn prelude(problem: &Problem, features: Features) -> Prelude {
         .constant("SPAN", SPAN)
         .piece(piece!("common/grid"))
         .piece(piece!("gradient/outer_sizes"))
-        .piece(piece!("common/eight"))
+        .piece(piece!("common/eight_values"))
         .maybe_piece(wide.then_some(piece!("common/wide_floats")))
         .piece(match problem.lanes {
             8 if wide => piece!("gradient/sides_wide"),

@@ -1,5 +1,5 @@
-// Stores of eight columns, of any number, value by value. Needs eight.wgsl. Twin of store_fours.wgsl and
-// store_eights.wgsl.
+// Stores of eight columns, of any number, value by value. Needs eight_values.wgsl. Twin of store_fours.wgsl
+// and store_eights.wgsl.
 alias Out = f32;
 
 fn store_one(at: u32, column: u32, value: f32) {

@@ -1,5 +1,5 @@
 // Two f32 in 64 bits: llvmpipe pays for loads and stores by their components, not by their bytes. Needs
-// SHADER_INT64 and eight.wgsl.
+// SHADER_INT64 and eight_values.wgsl.
 fn halves(v: u64) -> vec2<f32> { return vec2(bitcast<f32>(u32(v)), bitcast<f32>(u32(v >> 32u))); }
 
 fn joined(v: vec2<f32>) -> u64 {

@@ -1,4 +1,4 @@
-// What one step of k takes of two neighbouring columns, eight values of each. Needs common/eight.wgsl.
+// What one step of k takes of two neighbouring columns, eight values of each. Needs common/eight_values.wgsl.
 struct Pair { a: Eight, b: Eight }
 
 // First words of two neighbouring columns.

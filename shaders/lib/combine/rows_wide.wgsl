@@ -1,0 +1,4 @@
+// Eight values of y and residual in a 64-bit vector. Needs common/wide_floats.wgsl. Twin of rows.wgsl.
+fn opened(v: Row) -> Vector {
+  return Vector(four_of(v.xy), four_of(v.zw));
+}
