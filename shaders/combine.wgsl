@@ -6,9 +6,10 @@
 //   out [tokens, hidden] f32, f16 or bf16, rounded once; added to where `add`
 // Where `y` holds some slots at a time, those from `first_slot` on, the sum goes from dispatch to dispatch
 // through `out` in f32 (`continued`). Where `summed`, y holds the sums themselves, a row a token.
-// Grid: ceil(vectors / stretch) * tokens groups, tokens slowest. A lane has every WG-th Vector of a stretch,
-// which is WG unless MANY: N elements, Row in y and residual, Stored in out. All lanes of a group have one
-// token, so what they read of the plan is read once. (Rows of fewer than WG vectors leave lanes idle.)
+// Grid: ceil(vectors / stretch) * tokens groups, tokens slowest; a group takes `stretch` vectors of a row,
+// every lane one (stretch is WG then), or every lane MANY, one after the other. A vector is a few elements: a
+// Row of y and residual, Stored in out. All lanes of a group have one token, so what they read of the plan is
+// read once. (Rows of fewer than WG vectors leave lanes idle.)
 // Pieces: common/grid, common/halves_f16 | common/halves_bf16 | nothing,
 //   common/eight_values | nothing, common/wide_floats | nothing, combine/rows | combine/rows_wide,
 //   combine/floats | combine/floats_wide | combine/halves_two | combine/halves_four.
@@ -31,7 +32,7 @@ struct Params {
   first_token: u32, // of out's
   weighted: u32,
   has_residual: u32,
-  stretch: u32,     // vectors that a group takes of a row
+  stretch: u32,     // where MANY
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

@@ -7,9 +7,9 @@ use crate::{Error, Result};
 /// lavapipe (Mesa 22.3) counts them, those of inner loops too, and ends every loop without a word
 /// once they are so many: what the kernel writes from there on is wrong. Loops that the driver
 /// unrolls do not count. More workgroups or lanes help, another level of loops does not. Ops for
-/// software drivers choose a variant with more lanes by this limit, and [`check_loops`] where there
-/// is none. (Others end a loop after 2^32 iterations at the earliest, as naga's and the browsers'
-/// guards against endless loops do.)
+/// software drivers choose a variant with more lanes or workgroups by this limit, and
+/// [`check_loops`] where there is none. (Others end a loop after 2^32 iterations at the earliest, as
+/// naga's and the browsers' guards against endless loops do.)
 pub(crate) const LOOP_ITERATIONS: u64 = 65_535;
 
 /// Fails where the loops of one invocation could take more than [`LOOP_ITERATIONS`], on software

@@ -52,12 +52,13 @@ fn workgroup(target: Target) -> u32 {
     }
 }
 
-/// Vectors that a workgroup takes of a row: a lane one, or on software drivers, where a workgroup costs as much as several
-/// vectors, as many as the loops over them and over a token's slots may be long.
+/// Vectors that a workgroup takes of a row. A lane takes one. On software drivers, where a workgroup costs as much as several
+/// vectors, it takes up to 64, one after the other: fewer where a token may have so many slots that the loops over both would
+/// be too long. (A loop over slots counts one iteration more, and the loop over vectors its own.)
 fn stretch(target: Target, shape: &PlanShape) -> u32 {
     let vectors = match target {
         Target::Wide => 1,
-        Target::Serial => (LOOP_ITERATIONS / (1 + u64::from(shape.all_experts()))).clamp(1, 64),
+        Target::Serial => (LOOP_ITERATIONS / (2 + u64::from(shape.all_experts()))).clamp(1, 64),
     };
     workgroup(target) * vectors as u32
 }

@@ -56,9 +56,11 @@ fn prelude(problem: &Problem, features: Features) -> Prelude {
         };
     let wide_x = features.wide && row_lanes == 8;
     let mut prelude = Prelude::new(problem.label());
-    if wide_weights || wide_x || wide_out {
-        prelude.label += ", 64-bit loads and stores";
-        prelude = prelude.needs(wgpu::Features::SHADER_INT64);
+    for (wide, of) in [(wide_weights || wide_x, "loads"), (wide_out, "stores")] {
+        if wide {
+            prelude.label += &format!(", 64-bit {of}");
+            prelude = prelude.needs(wgpu::Features::SHADER_INT64);
+        }
     }
     if features.shuffle {
         prelude.label += ", shuffled rows";

@@ -73,8 +73,8 @@ fn every_value_is_rounded_to_nearest() {
     let ctx = Context::new(&gpu.device).unwrap();
     for float_type in HALVES {
         let y = around(float_type);
-        // Rows of whole vectors of four, and of words alone.
-        for hidden in [256, 254] {
+        // Rows of whole vectors of four, and of words alone; of more than a workgroup takes.
+        for hidden in [256, 254, 2060] {
             let tokens = y.len() / hidden;
             let y = &y[..tokens * hidden];
             let (shape, plan) = one_each(tokens as u32);

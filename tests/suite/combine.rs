@@ -43,22 +43,33 @@ fn plan_of(
 fn check(
     gpu: &Gpu,
     ctx: &Context,
-    shape: &PlanShape,
-    plan: &HostPlan,
-    [hidden, start, end]: [usize; 3],
+    (shape, plan): (&PlanShape, &HostPlan),
+    columns: [usize; 3],
     add: bool,
 ) {
-    let (slots, tokens, columns) =
-        (shape.slots().unwrap() as usize, shape.tokens as usize, end - start);
+    let [_, start, end] = columns;
+    let y = cases::values("random", 4, shape.slots().unwrap() as usize * (end - start));
+    check_of(gpu, ctx, (shape, plan), columns, add, &y);
+}
+
+/// The columns `start..end` of rows of `hidden`, which `y` has for all slots.
+fn check_of(
+    gpu: &Gpu,
+    ctx: &Context,
+    (shape, plan): (&PlanShape, &HostPlan),
+    [hidden, start, end]: [usize; 3],
+    add: bool,
+    y: &[f32],
+) {
+    let (tokens, columns) = (shape.tokens as usize, end - start);
     let what = format!("{} T {tokens} D {hidden} {start}..{end} add {add}", variant_name(ctx));
-    let y = cases::values("random", 4, slots * columns);
     let before = if add {
         cases::values("random", 5, tokens * hidden)
     } else {
         vec![f32::NAN; tokens * hidden]
     };
     let out = Output::holding(gpu, &before);
-    let (y_buffer, plan_buffer) = (gpu.upload(&y), gpu.upload(&words(shape, plan)));
+    let (y_buffer, plan_buffer) = (gpu.upload(y), gpu.upload(&words(shape, plan)));
     let args = Args {
         y: (&y_buffer).into(),
         plan: (&plan_buffer).into(),
@@ -73,7 +84,7 @@ fn check(
         of.chunks_exact(hidden).flat_map(|row| row[start..end].to_vec()).collect()
     };
     let residual = add.then(|| part(&before));
-    let want = cpu(plan, &y, columns, residual.as_deref());
+    let want = cpu(plan, y, columns, residual.as_deref());
     // A few f32 additions of terms up to 36.
     assert_close(&part(&got), &want, 2e-5, 1e-5, &what);
     let others = |of: &[f32]| -> Vec<f32> {
@@ -94,7 +105,7 @@ fn equals_twin() {
                 [5, 0, 5],
                 [64, 0, 64],
                 [1030, 0, 1030],
-                // Several groups a row, the last one with few lanes at work.
+                // On GPUs several groups a row, the last one with few lanes at work.
                 [260, 0, 260],
                 [520, 4, 516],
                 [24, 8, 20],
@@ -102,7 +113,7 @@ fn equals_twin() {
                 [7, 3, 7],
             ] {
                 for add in [false, true] {
-                    check(&gpu, &ctx, &shape, &plan, columns, add);
+                    check(&gpu, &ctx, (&shape, &plan), columns, add);
                 }
             }
         }
@@ -115,7 +126,44 @@ fn slots_cut_off_add_nothing() {
     for ctx in contexts(&gpu) {
         for short in [1, 20, 10_000] {
             let (shape, plan) = plan_of(70, 12, 1, short);
-            check(&gpu, &ctx, &shape, &plan, [8, 0, 8], false);
+            check(&gpu, &ctx, (&shape, &plan), [8, 0, 8], false);
+        }
+    }
+}
+
+/// Rows of more vectors than a workgroup takes, the last one with few lanes at work; windows of columns that 64-bit vectors
+/// fit, and do not.
+#[test]
+fn wide_rows() {
+    let Some(gpu) = gpu() else { return };
+    for ctx in contexts(&gpu) {
+        let (shape, plan) = plan_of(5, 4, 1, 0);
+        for columns in [[4120, 0, 4120], [4144, 8, 4128], [4144, 4, 4140], [8208, 0, 8200]] {
+            for add in [false, true] {
+                check(&gpu, &ctx, (&shape, &plan), columns, add);
+            }
+        }
+    }
+}
+
+/// A token of very many experts: 64 vectors of a row, one after the other, would be too long a loop for software drivers.
+/// With 1,056 experts a lane's loops are as long as they may be.
+#[test]
+fn tokens_of_all_experts() {
+    let Some(gpu) = gpu() else { return };
+    let (tokens, experts) = (2, 1024);
+    let mut assigned = bits::empty(tokens, experts);
+    (0..experts).for_each(|e| bits::set(&mut assigned, tokens, e, 1));
+    for shared_experts in [32, 1024] {
+        let shape = PlanShape::on_host(tokens as u32, experts as u32, experts as u32)
+            .with_item_rows(16, 0)
+            .with_shared_experts(shared_experts);
+        let plan = HostPlan::cpu(&shape, &assigned, &vec![1.0; tokens * experts]);
+        // Sums of so many terms are the same in any order where all are small integers.
+        let y = shape.slots().unwrap() as usize * 4096;
+        let y: Vec<f32> = (0..y).map(|i| (i * 7 % 31) as f32).collect();
+        for ctx in contexts(&gpu) {
+            check_of(&gpu, &ctx, (&shape, &plan), [4096, 0, 4096], false, &y);
         }
     }
 }
@@ -123,11 +171,12 @@ fn slots_cut_off_add_nothing() {
 #[test]
 fn many_rows() {
     let Some(gpu) = gpu() else { return };
-    // The op has one layout for all variants.
-    let ctx = &contexts(&gpu)[0];
     let (shape, plan) = plan_of(600_000, 3, 0, 0);
-    check(&gpu, ctx, &shape, &plan, [16, 0, 16], false);
-    check(&gpu, ctx, &shape, &plan, [16, 0, 16], true);
+    // Subgroups are not used.
+    for ctx in contexts(&gpu).iter().filter(|ctx| !ctx.variant().subgroups) {
+        check(&gpu, ctx, (&shape, &plan), [16, 0, 16], false);
+        check(&gpu, ctx, (&shape, &plan), [16, 0, 16], true);
+    }
 }
 
 /// Sums without gates, and the residual beside them.
@@ -135,7 +184,7 @@ fn many_rows() {
 fn sums_equal_twin() {
     let Some(gpu) = gpu() else { return };
     for ctx in contexts(&gpu) {
-        for (tokens, hidden) in [(2, 1), (33, 18), (100, 64)] {
+        for (tokens, hidden) in [(2, 1), (33, 18), (33, 20), (100, 64), (3, 4120)] {
             let (shape, plan) = plan_of(tokens, 12, 1, 3);
             let y = cases::values("random", 4, shape.slots().unwrap() as usize * hidden);
             let [rest, before] = [6, 7].map(|seed| cases::values("random", seed, tokens * hidden));

@@ -202,8 +202,11 @@ fn of_blocks() {
 #[test]
 fn of_every_split_into_pages() {
     each_variant(|gpu, ctx, plan| {
-        for weight_type in [WeightType::F32, WeightType::Q8_0] {
-            let shape = ExpertShape::new(EXPERTS, 200, 104, weight_type);
+        // Columns of whole eights, and of fours alone.
+        for (hidden, intermediate, weight_type) in
+            [(200, 104, WeightType::F32), (204, 108, WeightType::F32), (200, 104, WeightType::Q8_0)]
+        {
+            let shape = ExpertShape::new(EXPERTS, hidden, intermediate, weight_type);
             let mut seen = vec![];
             for share in [3, 24, 60] {
                 let limit = 10 * shape.device_bytes() / share;

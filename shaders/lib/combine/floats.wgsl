@@ -1,4 +1,4 @@
-// out in f32: as it is. Twin of halves_two.wgsl and halves_four.wgsl.
+// out in f32: as it is. Twin of floats_wide.wgsl, halves_two.wgsl and halves_four.wgsl.
 fn widen(v: Stored) -> Vector {
   return v;
 }

@@ -1,4 +1,5 @@
-// out in f32, as rows_wide.wgsl has y. Twin of floats.wgsl, halves_two.wgsl and halves_four.wgsl.
+// out in f32, eight values in a 64-bit vector. Needs rows_wide.wgsl and common/wide_floats.wgsl. Twin of
+// floats.wgsl, halves_two.wgsl and halves_four.wgsl.
 fn widen(v: Stored) -> Vector {
   return opened(v);
 }

@@ -1,4 +1,5 @@
-// out in halves, two words a lane. Needs common/halves_*. Twin of floats.wgsl and halves_two.wgsl.
+// out in halves, two words a lane. Needs common/halves_*. Twin of floats.wgsl, floats_wide.wgsl and
+// halves_two.wgsl.
 fn widen(w: Stored) -> Vector {
   return vec4<f32>(widen_two(w.x), widen_two(w.y));
 }

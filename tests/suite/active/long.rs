@@ -136,27 +136,32 @@ fn combined_rows_are_the_twins() {
     let active = [0x5a5a_5a5a_u32, 0xffff_0000, 0x3f];
     let shape = PlanShape::on_host(70, E as u32, 2 * E as u32).with_shared_experts(1);
     let plan = HostPlan::cpu_active(&shape, &assigned, &gates, &active);
-    let y = random(3, shape.slots().unwrap() as usize * D);
-    let before = random(4, tokens * D);
-    for ctx in super::targets(&gpu) {
-        for add in [false, true] {
-            let mut want = before.clone();
-            reference::combine_active(&plan, &y, D, &active, add, &mut want);
-            let out = Output::holding(&gpu, &before);
-            let [y, words] =
-                [exact(&y), plan.to_words(&shape).unwrap()].map(|all| gpu.upload(&all));
-            let bits_of = gpu.upload(&active);
-            let args = combine::Args {
-                y: (&y).into(),
-                plan: (&words).into(),
-                out: out.slice().into(),
-                columns: 0..D as u32,
-                hidden: D as u32,
-                add,
-            };
-            let op = combine::Combine::new(&ctx).unwrap();
-            run(&gpu, &op.bind_active(&shape, args, (&bits_of).into()).unwrap());
-            assert_close(&out.get::<f32>(&gpu), &want, 2e-5, 1e-5, &format!("add {add}"));
+    let slots = shape.slots().unwrap() as usize;
+    // Rows of which a workgroup takes a few, and of more than it takes.
+    for d in [D, 4120] {
+        let y = random(3, slots * d);
+        let before = random(4, tokens * d);
+        for ctx in super::targets(&gpu) {
+            for add in [false, true] {
+                let mut want = before.clone();
+                reference::combine_active(&plan, &y, d, &active, add, &mut want);
+                let out = Output::holding(&gpu, &before);
+                let [y, words] =
+                    [exact(&y), plan.to_words(&shape).unwrap()].map(|all| gpu.upload(&all));
+                let bits_of = gpu.upload(&active);
+                let args = combine::Args {
+                    y: (&y).into(),
+                    plan: (&words).into(),
+                    out: out.slice().into(),
+                    columns: 0..d as u32,
+                    hidden: d as u32,
+                    add,
+                };
+                let op = combine::Combine::new(&ctx).unwrap();
+                run(&gpu, &op.bind_active(&shape, args, (&bits_of).into()).unwrap());
+                let what = format!("D {d} add {add}");
+                assert_close(&out.get::<f32>(&gpu), &want, 2e-5, 1e-5, &what);
+            }
         }
     }
 }

@@ -1,18 +1,17 @@
 // A lane's block: sums of eight rows by LANE_COLUMNS columns (8; GATED: 4 of each matrix), eight values of k
-// a step. Sums are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an
+// a step. Eight are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an
 // access.
 const LANE_COLUMNS: u32 = select(8u, 4u, GATED);
 const TILE_COLUMNS: u32 = WG * LANE_COLUMNS;
 
-// Eight columns of one row; eight rows.
-struct Sums { lo: vec4<f32>, hi: vec4<f32> }
-struct Octet { r0: Sums, r1: Sums, r2: Sums, r3: Sums, r4: Sums, r5: Sums, r6: Sums, r7: Sums }
+// Eight columns of each of eight rows.
+struct Octet { r0: Eight, r1: Eight, r2: Eight, r3: Eight, r4: Eight, r5: Eight, r6: Eight, r7: Eight }
 struct Pairs { p: Pair, q: Pair, r: Pair, t: Pair }
 
 fn product(w: Eight, x: Eight) -> f32 { return dot(w.lo, x.lo) + dot(w.hi, x.hi); }
 
-fn add(s: Sums, w: Pairs, x: Eight) -> Sums {
-  return Sums(
+fn add(s: Eight, w: Pairs, x: Eight) -> Eight {
+  return Eight(
     s.lo + vec4(product(w.p.a, x), product(w.p.b, x), product(w.q.a, x), product(w.q.b, x)),
     s.hi + vec4(product(w.r.a, x), product(w.r.b, x), product(w.t.a, x), product(w.t.b, x)));
 }
@@ -47,7 +46,7 @@ fn add_octet(rows: u32, s: ptr<function, Octet>, w: Pairs, x: RowValues) {
   }
 }
 
-fn store(tile: Tile, row: u32, column: u32, s: Sums) {
+fn store(tile: Tile, row: u32, column: u32, s: Eight) {
   if row >= tile.rows { return; }
   let slot = tile.first + row;
   if GATED {
