@@ -1,6 +1,6 @@
 //! The output of the layer: each token's experts, weighted by their gates and summed in expert order. In
 //! the backward pass, the gradient of the hidden states: the same sum without gates.
-use super::{not_zero, or_nothing};
+use super::{by_width, copy_lanes, not_zero, or_nothing};
 use crate::device::Kernel;
 use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
@@ -44,14 +44,6 @@ fn widths(target: Target, float_type: FloatType) -> &'static [u32] {
     }
 }
 
-/// Lanes of a workgroup.
-fn workgroup(target: Target) -> u32 {
-    match target {
-        Target::Wide => 64,
-        Target::Serial => 8,
-    }
-}
-
 /// Vectors that a workgroup takes of a row. A lane takes one. On software drivers, where a workgroup costs as much as several
 /// vectors, it takes up to 64, one after the other: fewer where a token may have so many slots that the loops over both would
 /// be too long. (A loop over slots counts one iteration more, and the loop over vectors its own.)
@@ -60,12 +52,12 @@ fn stretch(target: Target, shape: &PlanShape) -> u32 {
         Target::Wide => 1,
         Target::Serial => (LOOP_ITERATIONS / (2 + u64::from(shape.all_experts()))).clamp(1, 64),
     };
-    workgroup(target) * vectors as u32
+    copy_lanes(target) * vectors as u32
 }
 
 /// `width` values a lane.
 fn prelude(target: Target, float_type: FloatType, width: u32) -> Prelude {
-    let lanes = workgroup(target);
+    let lanes = copy_lanes(target);
     let wide = width == 8;
     let (row, vector) =
         if wide { ("vec4<u64>", "mat2x4<f32>") } else { ("Vector", super::vector(width)) };
@@ -226,12 +218,9 @@ impl Combine {
     /// [`Error::Device`] where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let target = ctx.variant().target;
-        let floats = widths(target, FloatType::F32)
-            .iter()
-            .map(|&width| (width, prelude(target, FloatType::F32, width)))
-            .filter(|(_, prelude)| ctx.device().features().contains(prelude.features))
-            .map(|(width, prelude)| Ok((width, ctx.kernel(&SPEC, prelude)?)))
-            .collect::<Result<_>>()?;
+        let widths = widths(target, FloatType::F32);
+        let of = |width| prelude(target, FloatType::F32, width);
+        let floats = by_width(ctx, &SPEC, widths, of)?;
         Ok(Self { ctx: ctx.clone(), floats })
     }
 

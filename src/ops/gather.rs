@@ -1,7 +1,7 @@
 //! Rows of the tokens that each slot stands for, by a plan ([`Gather::bind_plan`]) or by a list of
 //! tokens ([`Gather::bind`]). The layer's matmuls gather as they load; this is for engines that run the
 //! experts themselves.
-use super::not_zero;
+use super::{by_width, copy_lanes, not_zero};
 use crate::device::Kernel;
 use crate::device::shader::{Prelude, Spec, params, piece, read, write};
 use crate::error::expect_rows;
@@ -31,14 +31,6 @@ fn widths(target: Target) -> &'static [u32] {
     }
 }
 
-/// Lanes of a workgroup. A software driver's loops are quickest with one subgroup.
-fn workgroup(target: Target) -> u32 {
-    match target {
-        Target::Wide => 64,
-        Target::Serial => 8,
-    }
-}
-
 /// Most vectors that a lane copies of a row. A workgroup costs a software driver as much as four vectors of eight lanes: with
 /// 8 vectors a lane, not 64, a copy took twice as long.
 fn items(target: Target) -> u32 {
@@ -49,7 +41,7 @@ fn items(target: Target) -> u32 {
 }
 
 fn prelude(target: Target, width: u32) -> Prelude {
-    let wg = workgroup(target);
+    let wg = copy_lanes(target);
     let prelude = Prelude::new(format!("vectors of {width}, {wg} lanes"))
         .constant("WG", wg)
         .alias("Vector", super::vector(width))
@@ -126,12 +118,7 @@ impl Gather {
     /// [`Error::Device`](crate::Error::Device) where wgpu refuses it.
     pub fn new(ctx: &Context) -> Result<Self> {
         let target = ctx.variant().target;
-        let kernels = widths(target)
-            .iter()
-            .map(|&width| (width, prelude(target, width)))
-            .filter(|(_, prelude)| ctx.device().features().contains(prelude.features))
-            .map(|(width, prelude)| Ok((width, ctx.kernel(&SPEC, prelude)?)))
-            .collect::<Result<_>>()?;
+        let kernels = by_width(ctx, &SPEC, widths(target), |width| prelude(target, width))?;
         Ok(Self { ctx: ctx.clone(), kernels })
     }
 
@@ -206,7 +193,7 @@ impl Gather {
         let vectors = words / width;
         let lanes = vectors.div_ceil(items(target));
         let groups =
-            (u64::from(params.slots) * u64::from(lanes)).div_ceil(workgroup(target).into());
+            (u64::from(params.slots) * u64::from(lanes)).div_ceil(copy_lanes(target).into());
         let params = Params { vectors, lanes, ..params };
         Ok(kernel.dispatch(&self.ctx, &params, &[x.slice, token_of, out], groups)?.into())
     }

@@ -37,10 +37,12 @@
 //!
 //! [`reference`]: crate::reference
 use crate::Target;
+use crate::device::Kernel;
 use crate::device::quirks::LOOP_ITERATIONS;
 use crate::device::shader::{Prelude, Spec, piece};
 use crate::error::not_zero;
 use crate::routing::few_experts;
+use std::sync::Arc;
 
 pub mod activation;
 pub mod activation_gradient;
@@ -169,6 +171,27 @@ pub(crate) fn or_nothing<'a>(
     slice: Option<crate::Slice<'a>>,
 ) -> crate::Slice<'a> {
     slice.unwrap_or_else(|| ctx.nothing())
+}
+
+/// Lanes of a workgroup that copies or sums rows. A software driver's loops are quickest with one subgroup.
+pub(crate) fn copy_lanes(target: Target) -> u32 {
+    match target {
+        Target::Wide => 64,
+        Target::Serial => 8,
+    }
+}
+
+/// A kernel for each width of vectors that the device has the features for, in the order of `widths`.
+pub(crate) fn by_width(
+    ctx: &crate::Context,
+    spec: &'static Spec,
+    widths: &[u32],
+    prelude: impl Fn(u32) -> Prelude,
+) -> crate::Result<Vec<(u32, Arc<Kernel>)>> {
+    let all = widths.iter().map(|&width| (width, prelude(width)));
+    all.filter(|(_, prelude)| ctx.device().features().contains(prelude.features))
+        .map(|(width, prelude)| Ok((width, ctx.kernel(spec, prelude)?)))
+        .collect()
 }
 
 impl crate::PlanShape {
