@@ -1,5 +1,5 @@
 // A lane's block: sums of eight rows by LANE_COLUMNS columns (8; GATED: 4 of each matrix), eight values of k
-// a step. Eight are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an
+// a step. Sums are named members, not arrays: an array that llvmpipe cannot index by constants costs 7 ns an
 // access.
 const LANE_COLUMNS: u32 = select(8u, 4u, GATED);
 const TILE_COLUMNS: u32 = WG * LANE_COLUMNS;
